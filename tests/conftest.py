@@ -1,0 +1,45 @@
+"""Order and stages: cheap tests first, and red in one stage keeps the next from starting."""
+
+from __future__ import annotations
+
+import signal
+import sys
+from collections.abc import Iterator
+
+import pytest
+
+# A stage is as slow as its slowest test: milliseconds, seconds, minutes.
+_STAGES = ("process", "gpu", "vllm")
+
+
+def _stage(item: pytest.Item) -> int:
+    marks = [_STAGES.index(mark.name) + 1 for mark in item.iter_markers() if mark.name in _STAGES]
+    return max(marks, default=0)
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    items.sort(key=_stage)
+
+
+def pytest_runtest_teardown(item: pytest.Item, nextitem: pytest.Item | None) -> None:
+    session = item.session
+    if nextitem is not None and _stage(item) < _stage(nextitem) and session.testsfailed:
+        session.shouldfail = "red in this stage: the slower tests were not started"
+
+
+def pytest_sessionstart() -> None:
+    # As Ctrl-C does: fixtures are torn down, servers stopped.
+    signal.signal(signal.SIGTERM, lambda *_: _interrupt())
+
+
+def _interrupt() -> None:
+    raise KeyboardInterrupt("SIGTERM")
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _nothing_left_running() -> Iterator[None]:
+    """Servers that tests have started through examples.cluster, and their node caches, end here."""
+    yield
+    processes = sys.modules.get("examples.cluster.processes")
+    if processes is not None:
+        processes.end_run()
