@@ -1,0 +1,1 @@
+"""UCM: a KV cache for vLLM that lives on storage every node can mount."""

@@ -1,0 +1,260 @@
+"""Settings: every knob, its default and its limits; the only reader of YAML and environment.
+
+    load_settings(extra_config)  what vLLM was given as kv_connector_extra_config
+    load_settings_file(path)     the same tree from a file, for tools without vLLM
+
+Both return frozen values or raise ConfigError, whose one line says which file, which key, what is
+wrong with it and what to write instead. docs/configuration.md explains each setting.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import tempfile
+from collections.abc import Mapping
+from typing import Annotated, Final, Literal
+
+import msgspec
+from msgspec import Meta
+
+from ucm._config_check import convert_tree, show
+from ucm._config_keys import CONFIG_FILE_KEY, Vocabulary, did_you_mean
+from ucm._config_yaml import read_yaml
+from ucm.errors import ConfigError
+
+CONNECTOR_NAME: Final = "UcmPipelineStore"
+
+PIPELINES: Final = ("Cache|Posix", "Posix", "Cache")
+STAGES: Final = ("Cache", "Posix")
+
+# sun_path holds 108 bytes on Linux and 104 elsewhere, with a NUL at its end.
+SOCKET_PATH_MAX_BYTES: Final = 103
+
+_STORE_PATH: Final = "ucm_connectors[0].ucm_connector_config"
+_CAPACITY_KEY: Final = "cache_buffer_capacity_gb"
+_CAPACITY_MAX_GB: Final = 1 << 20
+
+_Milliseconds = Annotated[int, Meta(ge=1, le=3_600_000)]
+
+
+class StoreSettings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """What the node cache process needs to know. It travels on its command line as JSON.
+
+    Engines whose pipeline and backends are the same share one node cache: the default socket path
+    is made of these. The first one to start it decides about the other fields.
+    """
+
+    pipeline: tuple[str, ...] = msgspec.field(default=("Cache", "Posix"), name="store_pipeline")
+    storage_backends: tuple[str, ...] = ()
+    # 0: a quarter of the memory that is available when the node cache starts.
+    cache_capacity_bytes: Annotated[int, Meta(ge=0)] = 0
+    direct_io: bool = msgspec.field(default=False, name="io_direct")
+    read_threads: Annotated[int, Meta(ge=1, le=256)] = msgspec.field(
+        default=8, name="posix_read_threads"
+    )
+    write_threads: Annotated[int, Meta(ge=1, le=256)] = msgspec.field(
+        default=4, name="posix_write_threads"
+    )
+    write_queue_pages: Annotated[int, Meta(ge=1, le=1_000_000)] = msgspec.field(
+        default=1024, name="posix_write_queue_pages"
+    )
+    io_timeout_ms: _Milliseconds = msgspec.field(default=10_000, name="posix_io_timeout_ms")
+    idle_exit_s: Annotated[float, Meta(gt=0, le=31_536_000)] = msgspec.field(
+        default=60.0, name="node_cache_idle_exit_s"
+    )
+    socket_path: str = msgspec.field(name="node_cache_socket")
+
+
+class Settings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """All settings of one engine. `warnings` are for the caller to log, once."""
+
+    store: StoreSettings
+    use_layerwise: bool = False
+    enable_event_sync: bool = True
+    block_tokens: Annotated[int, Meta(gt=0, le=65_536, multiple_of=16)] = 128
+    model_id: Annotated[str, Meta(min_length=1)] | None = None
+    epoch: Annotated[int, Meta(ge=0, le=(1 << 63) - 1)] = 0
+    kv_layout: Literal["auto", "opaque"] = "auto"
+    lookup_timeout_ms: _Milliseconds = 2_000
+    max_lookups: Annotated[int, Meta(ge=1, le=65_536)] = 64
+    dump_timeout_ms: _Milliseconds = 10_000
+    warnings: tuple[str, ...] = ()
+
+
+def _names(struct: type[msgspec.Struct]) -> set[str]:
+    return {field.encode_name for field in msgspec.structs.fields(struct)}
+
+
+VOCABULARY: Final = Vocabulary(
+    used={
+        "top": (_names(Settings) - {"store", "warnings"}) | {"ucm_connectors"},
+        "connector": {"ucm_connector_name", "ucm_connector_config"},
+        "store": (_names(StoreSettings) - {"cache_capacity_bytes"}) | {_CAPACITY_KEY},
+    }
+)
+
+
+def load_settings(extra_config: Mapping[str, object] | None) -> Settings:
+    """The settings in vLLM's kv_connector_extra_config: {"UCM_CONFIG_FILE": path}, or the same
+    tree inline. Raises ConfigError."""
+    source = "kv_connector_extra_config"
+    if not extra_config:
+        raise ConfigError(f"{source}: is empty: give {CONFIG_FILE_KEY}, or the settings themselves")
+    if CONFIG_FILE_KEY not in extra_config:
+        return _parse(extra_config, source=source)
+    others = sorted(str(key) for key in extra_config if key != CONFIG_FILE_KEY)
+    if others:
+        raise ConfigError(
+            f"{source}: {others[0]}: {CONFIG_FILE_KEY} is given as well, put it into that file"
+        )
+    path = extra_config[CONFIG_FILE_KEY]
+    if not isinstance(path, str) or not path:
+        raise ConfigError(f"{source}: {CONFIG_FILE_KEY}: expected a path, got {show(path)}")
+    return load_settings_file(path)
+
+
+def load_settings_file(path: str | os.PathLike[str]) -> Settings:
+    """The settings in a YAML file. Raises ConfigError."""
+    source = os.fspath(path)
+    return _parse(read_yaml(source), source=source)
+
+
+def _parse(tree: object, *, source: str) -> Settings:
+    if not isinstance(tree, Mapping):
+        raise ConfigError(f"{source}: expected a mapping with ucm_connectors, got {show(tree)}")
+    unused = list(VOCABULARY.check(tree, place="top", source=source, prefix=""))
+    connector = _only_connector(tree, source=source)
+    unused += VOCABULARY.check(
+        connector, place="connector", source=source, prefix="ucm_connectors[0]."
+    )
+    store = _mapping(connector, "ucm_connector_config", source=source, path="ucm_connectors[0]")
+    unused += VOCABULARY.check(store, place="store", source=source, prefix=f"{_STORE_PATH}.")
+
+    warnings: list[str] = []
+    if unused:
+        warnings.append(
+            f"{source}: accepted without effect: {', '.join(unused)} (docs/configuration.md: why)"
+        )
+    store_tree = {key: store[key] for key in store if key in VOCABULARY.used["store"]}
+    store_tree["store_pipeline"] = pipeline = _pipeline(store, source=source)
+    store_tree["storage_backends"] = backends = _backends(store, pipeline, source=source)
+    if "storage_backends" in store and not backends:
+        warnings.append(f"{source}: storage_backends: not used by store_pipeline {pipeline[0]}")
+    if _CAPACITY_KEY in store_tree:
+        store_tree["cache_capacity_bytes"] = _capacity(store_tree.pop(_CAPACITY_KEY), source=source)
+    store_tree.setdefault("node_cache_socket", _default_socket_path(pipeline, backends))
+
+    settings_tree = {
+        key: tree[key] for key in tree if key in VOCABULARY.used["top"] and key != "ucm_connectors"
+    }
+    settings_tree |= {"store": store_tree, "warnings": warnings}
+    settings = convert_tree(settings_tree, Settings, source=source, names={"store": _STORE_PATH})
+    _check_socket_path(settings.store.socket_path, source=source)
+    return settings
+
+
+def _only_connector(tree: Mapping[str, object], *, source: str) -> Mapping[str, object]:
+    if "ucm_connectors" not in tree:
+        raise ConfigError(f"{source}: ucm_connectors: missing: expected a list with one connector")
+    connectors = tree["ucm_connectors"]
+    if not isinstance(connectors, list) or len(connectors) != 1:
+        got = f"{len(connectors)} of them" if isinstance(connectors, list) else show(connectors)
+        raise ConfigError(
+            f"{source}: ucm_connectors: expected a list with one connector, got {got}"
+        )
+    connector = connectors[0]
+    if not isinstance(connector, Mapping):
+        raise ConfigError(f"{source}: ucm_connectors[0]: expected a mapping, got {show(connector)}")
+    name = connector.get("ucm_connector_name")
+    if name != CONNECTOR_NAME:
+        got = "missing" if name is None else f"no connector {show(name)}"
+        raise ConfigError(
+            f"{source}: ucm_connectors[0].ucm_connector_name: {got}: use {CONNECTOR_NAME}"
+        )
+    return connector
+
+
+def _mapping(
+    tree: Mapping[str, object], key: str, *, source: str, path: str
+) -> Mapping[str, object]:
+    if key not in tree:
+        raise ConfigError(f"{source}: {path}.{key}: missing: expected a mapping")
+    value = tree[key]
+    if not isinstance(value, Mapping):
+        raise ConfigError(f"{source}: {path}.{key}: expected a mapping, got {show(value)}")
+    return value
+
+
+def _pipeline(store: Mapping[str, object], *, source: str) -> tuple[str, ...]:
+    value = store.get("store_pipeline", PIPELINES[0])
+    where = f"{source}: {_STORE_PATH}.store_pipeline"
+    if not isinstance(value, str):
+        raise ConfigError(f"{where}: expected text such as {PIPELINES[0]}, got {show(value)}")
+    stages = tuple(stage.strip() for stage in value.split("|"))
+    for stage in stages:
+        if stage not in STAGES:
+            hint = did_you_mean(stage, STAGES) or f", known stages: {', '.join(STAGES)}"
+            raise ConfigError(f"{where}: unknown stage {show(stage)}{hint}")
+    if "|".join(stages) not in PIPELINES:
+        raise ConfigError(f"{where}: no pipeline {show(value)}: use one of {', '.join(PIPELINES)}")
+    return stages
+
+
+def _backends(
+    store: Mapping[str, object], pipeline: tuple[str, ...], *, source: str
+) -> tuple[str, ...]:
+    """Normalised paths, or none for a pipeline that has no storage."""
+    where = f"{source}: {_STORE_PATH}.storage_backends"
+    if "storage_backends" not in store:
+        if "Posix" in pipeline:
+            raise ConfigError(f"{where}: missing: the Posix stage needs a directory to store in")
+        return ()
+    value = store["storage_backends"]
+    paths = value.split(":") if isinstance(value, str) else value
+    if not isinstance(paths, (list, tuple)) or not paths:
+        raise ConfigError(f"{where}: expected paths, joined by ':' or a list, got {show(value)}")
+    backends: list[str] = []
+    for path in paths:
+        if not isinstance(path, str) or not os.path.isabs(path) or "\0" in path:
+            raise ConfigError(f"{where}: expected absolute paths, got {show(path)}")
+        # "/mnt/a" and "/mnt/a/" are one place, and must be one node cache.
+        backend = "/" + os.path.normpath(path).lstrip("/")
+        if backend in backends:
+            raise ConfigError(f"{where}: {backend} is given twice")
+        backends.append(backend)
+    return tuple(backends) if "Posix" in pipeline else ()
+
+
+def _capacity(value: object, *, source: str) -> int:
+    is_number = isinstance(value, (int, float)) and not isinstance(value, bool)
+    if not isinstance(value, (int, float)) or not is_number or not 0 < value <= _CAPACITY_MAX_GB:
+        raise ConfigError(
+            f"{source}: {_STORE_PATH}.{_CAPACITY_KEY}: expected a number of GiB > 0 and"
+            f" <= {_CAPACITY_MAX_GB}, got {show(value)}"
+        )
+    return max(1, int(value * (1 << 30)))
+
+
+def _default_socket_path(pipeline: tuple[str, ...], backends: tuple[str, ...]) -> str:
+    """One node cache per user, pipeline and backends. Engines of one node find it without being
+    told, as long as they see the same directory for temporary files."""
+    runtime_dir = os.environ.get("XDG_RUNTIME_DIR", "")
+    # A shell that was entered by su has the variable and not the directory.
+    if not os.path.isabs(runtime_dir) or not os.access(runtime_dir, os.W_OK | os.X_OK):
+        runtime_dir = tempfile.gettempdir()
+    identity = msgspec.json.encode([pipeline, backends])
+    name = hashlib.sha256(identity).hexdigest()[:16]
+    return os.path.join(runtime_dir, f"ucm-{os.getuid()}", f"{name}.sock")
+
+
+def _check_socket_path(path: str, *, source: str) -> None:
+    where = f"{source}: {_STORE_PATH}.node_cache_socket"
+    if not os.path.isabs(path) or "\0" in path:
+        raise ConfigError(f"{where}: expected an absolute path, got {show(path)}")
+    num_bytes = len(os.fsencode(path))
+    if num_bytes > SOCKET_PATH_MAX_BYTES:
+        raise ConfigError(
+            f"{where}: {show(path)} has {num_bytes} bytes, a socket's path at most"
+            f" {SOCKET_PATH_MAX_BYTES}: set a shorter one"
+        )

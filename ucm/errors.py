@@ -1,0 +1,47 @@
+"""The error tree. Everything that UCM raises on purpose is one of these.
+
+    UcmError
+    ├── ConfigError        a setting is wrong; the start stops
+    ├── UnsupportedEngine  this engine can't be served correctly; the start stops
+    ├── ProtocolError      the peer on the node cache's socket speaks nonsense; the connection ends
+    ├── NodeUnavailable    no node cache to talk to; blocks are absent until there is one
+    └── TierError          storage failed; the block is absent
+
+The first two are for people and stop the start. The others never reach a request: whoever catches
+them counts them, and the engine recomputes. Foreign errors (OSError, YAMLError, ...) are
+translated once, where they come in, and chained with `from`.
+"""
+
+from __future__ import annotations
+
+from typing import Literal, TypeAlias
+
+TierErrorReason: TypeAlias = Literal["io_error", "full", "timeout", "corrupt"]
+
+
+class UcmError(Exception):
+    """The root: catch this one at a door."""
+
+
+class ConfigError(UcmError):
+    """A setting is wrong. One line: which file, which key, what is wrong, what to write instead."""
+
+
+class UnsupportedEngine(UcmError):
+    """The engine can't be served correctly. One sentence that says why."""
+
+
+class ProtocolError(UcmError):
+    """The peer on the node cache's socket speaks nonsense, or another version of the protocol."""
+
+
+class NodeUnavailable(UcmError):
+    """The node cache can't be reached, or did not start in time."""
+
+
+class TierError(UcmError):
+    """Storage failed. The message names the file and the error; `reason` is for counters."""
+
+    def __init__(self, message: str, *, reason: TierErrorReason) -> None:
+        super().__init__(message)
+        self.reason: TierErrorReason = reason
