@@ -1,0 +1,107 @@
+from __future__ import annotations
+
+import os
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from ucm.store import paths
+from ucm.store.keys import Key
+
+BACKEND = "/mnt/kv"
+FINGERPRINT = bytes(range(32))
+KEY = Key(bytes(range(100, 132)))
+FP_HEX = "000102030405060708090a0b0c0d0e0f101112131415161718191a1b1c1d1e1f"
+KEY_HEX = "6465666768696a6b6c6d6e6f707172737475767778797a7b7c7d7e7f80818283"
+
+
+def below_backend(path: str) -> str:
+    return os.path.relpath(path, BACKEND)
+
+
+def test_names_on_disk_are_these() -> None:
+    """Golden: other nodes run other versions, and find blocks by these names."""
+    block = paths.block_path(BACKEND, FINGERPRINT, KEY)
+
+    assert block == f"/mnt/kv/{FP_HEX}/64/65/{KEY_HEX}.kv"
+    assert paths.namespace_dir(BACKEND, FINGERPRINT) == f"/mnt/kv/{FP_HEX}"
+    assert paths.manifest_path(BACKEND, FINGERPRINT) == f"/mnt/kv/{FP_HEX}/manifest.json"
+    assert paths.backend_id_path(BACKEND) == "/mnt/kv/ucm-backend-id"
+
+
+@given(fingerprint=st.binary(min_size=32, max_size=32), key=st.binary(min_size=32, max_size=32))
+def test_what_is_built_can_be_parsed(fingerprint: bytes, key: bytes) -> None:
+    block = paths.block_path(BACKEND, fingerprint, Key(key))
+    aside = paths.quarantine_path(BACKEND, fingerprint, Key(key))
+    name = paths.BlockName(fingerprint, Key(key))
+
+    assert paths.parse_block_path(below_backend(block)) == name
+    parsed = paths.parse_quarantine_path(below_backend(aside))
+    assert parsed is not None
+    assert parsed.block == name
+
+
+def test_a_temporary_file_lies_beside_its_target_and_names_its_writer() -> None:
+    target = paths.block_path(BACKEND, FINGERPRINT, KEY)
+
+    temp = paths.temp_path(target)
+
+    assert os.path.dirname(temp) == os.path.dirname(target)
+    assert paths.temp_target(temp) == target
+    parsed = paths.parse_temp_name(os.path.basename(temp))
+    assert parsed is not None
+    assert parsed.target == f"{KEY_HEX}.kv"
+    assert parsed.writer.pid == os.getpid()
+    assert parsed.writer.created_s > 1_700_000_000
+
+
+def test_no_two_temporary_names_are_equal() -> None:
+    target = paths.block_path(BACKEND, FINGERPRINT, KEY)
+
+    assert len({paths.temp_path(target) for _ in range(1000)}) == 1000
+
+
+@pytest.mark.parametrize(
+    "path",
+    [
+        f"{FP_HEX}/64/65/{KEY_HEX}.kv.tmp",
+        f"{FP_HEX}/64/65/{KEY_HEX}",
+        f"{FP_HEX}/64/66/{KEY_HEX}.kv",
+        f"{FP_HEX}/64/{KEY_HEX}.kv",
+        f"{FP_HEX}/64/65/{KEY_HEX.upper()}.kv",
+        f"{FP_HEX[:-2]}/64/65/{KEY_HEX}.kv",
+        f"{FP_HEX}/64/65/{KEY_HEX}.kv\n",
+        f"{FP_HEX}/manifest.json",
+        f"/mnt/kv/{FP_HEX}/64/65/{KEY_HEX}.kv",
+        f"quarantine/{FP_HEX}/{KEY_HEX}.kv.h-1-2-0123456789abcdef",
+        "",
+    ],
+)
+def test_other_names_are_not_blocks(path: str) -> None:
+    assert paths.parse_block_path(path) is None
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        f"{KEY_HEX}.kv",
+        f".{KEY_HEX}.kv.tmp",
+        f"{KEY_HEX}.kv.host-1-2-0123456789abcdef.tmp",
+        f".{KEY_HEX}.kv.host-1-2-0123456789ABCDEF.tmp",
+        f".{KEY_HEX}.kv.host-1-0123456789abcdef.tmp",
+        ".bashrc",
+        "",
+    ],
+)
+def test_other_names_are_not_temporary_files(name: str) -> None:
+    """The sweep must never take a stranger's file for a stray one of ours."""
+    assert paths.parse_temp_name(name) is None
+
+
+def test_a_block_and_a_quarantined_block_are_not_taken_for_each_other() -> None:
+    block = below_backend(paths.block_path(BACKEND, FINGERPRINT, KEY))
+    aside = below_backend(paths.quarantine_path(BACKEND, FINGERPRINT, KEY))
+
+    assert paths.parse_block_path(aside) is None
+    assert paths.parse_quarantine_path(block) is None

@@ -1,0 +1,40 @@
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from tests.store.tier_contract import SMALL, dump, make_key, make_page
+from ucm.config import PIPELINES, STAGES, StoreSettings
+from ucm.store import paths
+from ucm.store.pipeline import NODE_CACHE_STAGE, TIER_STAGES, build_tier
+
+
+def settings_for(pipeline: str, directory: Path) -> StoreSettings:
+    return StoreSettings(
+        pipeline=tuple(pipeline.split("|")),
+        storage_backends=(str(directory),),
+        socket_path=str(directory / "socket"),
+    )
+
+
+def test_every_stage_that_may_be_configured_is_known() -> None:
+    assert set(STAGES) == {NODE_CACHE_STAGE, *TIER_STAGES}
+
+
+@pytest.mark.parametrize("pipeline", PIPELINES)
+def test_every_pipeline_builds_without_touching_storage(pipeline: str, tmp_path: Path) -> None:
+    tier = build_tier(settings_for(pipeline, tmp_path / "store"))
+
+    assert (tier is None) == (pipeline == "Cache")
+    assert not (tmp_path / "store").exists()
+
+
+@pytest.mark.parametrize("pipeline", ["Posix", "Cache|Posix"])
+def test_a_posix_pipeline_stores_in_its_backends(pipeline: str, tmp_path: Path) -> None:
+    tier = build_tier(settings_for(pipeline, tmp_path))
+    assert tier is not None
+
+    dump(tier, SMALL, make_key(1), make_page(SMALL, "a"))
+
+    assert Path(paths.block_path(str(tmp_path), SMALL.fingerprint, make_key(1))).exists()

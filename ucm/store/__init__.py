@@ -1,0 +1,1 @@
+"""Names, pages, slots, tiers and the node cache. Nothing in here knows vLLM."""

@@ -1,0 +1,176 @@
+"""One storage backend: a directory on a filesystem that all nodes mount.
+
+What the Posix tier needs of the filesystem beside reading and writing blocks: directories on
+demand, small files that are written once, O_DIRECT where it works, errno turned into TierError.
+"""
+
+from __future__ import annotations
+
+import errno
+import logging
+import os
+import secrets
+from collections.abc import Callable
+from typing import TypeVar
+
+from ucm.errors import TierError, TierErrorReason
+from ucm.store import paths
+
+_logger = logging.getLogger(__name__)
+_T = TypeVar("_T")
+
+READ_ONLY_ERRNOS = frozenset({errno.EROFS, errno.EACCES, errno.EPERM})
+_REASONS: dict[int | None, TierErrorReason] = {
+    errno.ENOSPC: "full",
+    errno.EDQUOT: "full",
+    errno.ETIMEDOUT: "timeout",
+}
+_NO_HARD_LINKS = frozenset({errno.EPERM, errno.EOPNOTSUPP, errno.ENOSYS, errno.EMLINK})
+_ID_BYTES = 8
+
+
+def tier_error(path: str, doing: str, error: OSError) -> TierError:
+    reason = _REASONS.get(error.errno, "io_error")
+    return TierError(f"{path}: {doing}: {error.strerror or error}", reason=reason)
+
+
+class Backend:
+    """`path` is the directory. It is made on first use if its parent is there; parents are never
+    made, because a missing one is most likely a mount that is not there yet."""
+
+    def __init__(self, path: str, *, direct_io: bool) -> None:
+        self.path = os.path.normpath(path)
+        self.direct_io = direct_io
+
+    def try_direct(self, act: Callable[[int], _T]) -> _T:
+        """`act(flags)` opens its file with `flags` added. O_DIRECT is tried as long as it works:
+        filesystems refuse it at open, or at the first transfer, or take it from some offsets only,
+        so the first use is the probe, and one EINVAL turns it off for good."""
+        if self.direct_io:
+            try:
+                return act(os.O_DIRECT)
+            except OSError as error:
+                if error.errno != errno.EINVAL:
+                    raise
+            self.direct_io = False
+            _logger.info("%s: no O_DIRECT here, reading and writing buffered", self.path)
+        return act(0)
+
+    def make_dirs(self, directory: str) -> None:
+        """Makes `directory`, which lies below the backend, and what is missing above it."""
+        try:
+            os.mkdir(directory)
+        except FileExistsError:
+            return
+        except FileNotFoundError:
+            if directory == self.path:
+                raise
+            self.make_dirs(os.path.dirname(directory))
+            self.make_dirs(directory)
+            return
+        if directory == self.path:
+            _logger.info("%s: made this storage backend; it was not there", self.path)
+
+    def read_id(self) -> int | None:
+        """The number that tells this backend from others, None if it has none yet.
+
+        It lies in the backend and not in the configuration, so that nodes may mount the same
+        backends under different paths and list them in any order.
+        """
+        path = paths.backend_id_path(self.path)
+        content = _read_once(path)
+        return None if content is None else _parse_id(path, content)
+
+    def make_id(self) -> int:
+        """`read_id`, making one if need be."""
+        path = paths.backend_id_path(self.path)
+        content = _read_once(path)
+        if content is None:
+            content = self._write_once(path, secrets.token_hex(_ID_BYTES).encode() + b"\n")
+        return _parse_id(path, content)
+
+    def ensure_manifest(self, fingerprint: bytes, manifest_json: bytes) -> None:
+        """Raises TierError if another one is there, or if there is none and it can't be written."""
+        path = paths.manifest_path(self.path, fingerprint)
+        content = _read_once(path)
+        if content is None:
+            content = self._write_once(path, manifest_json)
+        if content != manifest_json:
+            raise TierError(
+                f"{path}: differs from the manifest of this namespace; move its directory away",
+                reason="corrupt",
+            )
+
+    def _write_once(self, path: str, content: bytes) -> bytes:
+        """Writes `path` unless somebody else was faster. Returns what is there then."""
+        temp = paths.temp_path(path)
+        try:
+            self.make_dirs(os.path.dirname(path))
+            try:
+                _write_durably(temp, content)
+                _link_or_rename(temp, path)
+            finally:
+                unlink_if_there(temp)
+        except FileExistsError:
+            pass
+        except FileNotFoundError as error:
+            parent = os.path.dirname(self.path)
+            raise TierError(
+                f"{self.path}: can't be made, because {parent} is not there; mount or make it",
+                reason="io_error",
+            ) from error
+        except OSError as error:
+            raise tier_error(path, "can't be written", error) from error
+        found = _read_once(path)
+        if found is None:
+            raise TierError(f"{path}: vanished after it was written", reason="io_error")
+        return found
+
+
+def unlink_if_there(path: str) -> None:
+    """Best effort: what stays behind is a stray temporary file, and those are swept."""
+    try:
+        os.unlink(path)
+    except OSError as error:
+        if error.errno != errno.ENOENT:
+            _logger.debug("%s: not removed: %s", path, error)
+
+
+def _read_once(path: str) -> bytes | None:
+    try:
+        with open(path, "rb") as file:
+            return file.read()
+    except FileNotFoundError:
+        return None
+    except OSError as error:
+        raise tier_error(path, "can't be read", error) from error
+
+
+def _write_durably(path: str, content: bytes) -> None:
+    """With fsync, unlike blocks: a torn manifest would have to be repaired by hand."""
+    with open(path, "xb") as file:
+        file.write(content)
+        file.flush()
+        os.fsync(file.fileno())
+
+
+def _link_or_rename(temp: str, path: str) -> None:
+    """Raises FileExistsError if `path` is there. A filesystem without hard links can't tell: two
+    nodes that start a new store in the same instant may then hold different ids until they
+    restart, and miss each other's blocks."""
+    try:
+        os.link(temp, path)
+    except OSError as error:
+        if error.errno not in _NO_HARD_LINKS:
+            raise
+        os.rename(temp, path)
+
+
+def _parse_id(path: str, content: bytes) -> int:
+    text = content.strip()
+    try:
+        if len(text) == 2 * _ID_BYTES:
+            return int(text, 16)
+    except ValueError:
+        pass
+    raise TierError(f"{path}: not the id of a storage backend", reason="corrupt")

@@ -1,0 +1,152 @@
+"""Tokens to keys: the names of blocks.
+
+    key[-1] = SHA256( field("ucm-key-1") field(fingerprint) optional(LoRA digest) optional(salt) )
+    key[i]  = SHA256( key[i-1] u32(n) n x u32(token) u32(m) m x extra )
+    extra   = field(content hash) i64(item start - block start) u64(item length)
+
+    field(b)    = u32(len(b)) b
+    optional(x) = 00 when there is none, else 01 field(x)
+
+Integers are little-endian, text is UTF-8. Every field says its own length, so two different inputs
+never spell the same bytes. A key thus covers all tokens from the start of the prompt to the end
+of its block, and everything else that shaped their KV: two prompts share keys exactly as far as
+they share a prefix.
+
+Golden vectors in the tests pin the scheme. Changing one byte of it means a new KEY_FORMAT.
+"""
+
+from __future__ import annotations
+
+import struct
+import sys
+from array import array
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from hashlib import sha256
+from typing import Final, NewType
+
+Key = NewType("Key", bytes)
+
+KEY_BYTES: Final = 32
+KEY_FORMAT: Final = b"ucm-key-1"
+
+_EXTRA_PLACE: Final = struct.Struct("<qQ")
+_NO_EXTRAS: Final = struct.pack("<I", 0)
+
+
+@dataclass(frozen=True)
+class Item:
+    """A multimodal item of a prompt: tokens [start, start + length) stand for `identifier`.
+
+    The identifier names the item's content (vLLM's content hash), not the request's name for it.
+    """
+
+    identifier: str
+    start: int
+    length: int
+
+
+@dataclass(frozen=True)
+class Extra:
+    """What an overlapping item adds to one block's key. `offset` is the item's start relative to
+    the block's start: negative where the item began in an earlier block."""
+
+    content_hash: bytes
+    offset: int
+    length: int
+
+
+def root_key(fingerprint: bytes, *, lora_digest: bytes | None, cache_salt: str | None) -> Key:
+    """The parent of every first block: the namespace, and what applies to a prompt as a whole."""
+    salt = None if cache_salt is None else _text(cache_salt)
+    return Key(
+        sha256(
+            _field(KEY_FORMAT) + _field(fingerprint) + _optional(lora_digest) + _optional(salt)
+        ).digest()
+    )
+
+
+def block_keys(
+    parent: Key,
+    tokens: Sequence[int],
+    *,
+    block_tokens: int,
+    items: Sequence[Item] = (),
+    first_token: int = 0,
+) -> list[Key]:
+    """One key per full block of `tokens`; a partial last block has no key.
+
+    `tokens` are the prompt's [first_token, first_token + len(tokens)), and `parent` is the key of
+    the block before them (the root key when first_token is 0), so a prompt that grows is continued
+    where it ended. `items` are in prompt coordinates; those outside of `tokens` are ignored.
+    """
+    assert len(parent) == KEY_BYTES, f"a parent key of {len(parent)} bytes"
+    assert block_tokens > 0, f"block_tokens={block_tokens}"
+    assert first_token % block_tokens == 0, "a continued prompt starts at a block's border"
+    num_blocks = len(tokens) // block_tokens
+    if num_blocks == 0:
+        return []
+    token_bytes = memoryview(_u32s(tokens[: num_blocks * block_tokens]))
+    extras = extras_by_block(
+        items, block_tokens=block_tokens, first_block=first_token // block_tokens
+    )
+    count = struct.pack("<I", block_tokens)
+    block_bytes = 4 * block_tokens
+    keys: list[Key] = []
+    key = parent
+    for block in range(num_blocks):
+        digest = sha256(key)
+        digest.update(count)
+        digest.update(token_bytes[block * block_bytes : (block + 1) * block_bytes])
+        digest.update(encode_extras(extras[block]) if block in extras else _NO_EXTRAS)
+        key = Key(digest.digest())
+        keys.append(key)
+    return keys
+
+
+def extras_by_block(
+    items: Iterable[Item], *, block_tokens: int, first_block: int = 0
+) -> dict[int, list[Extra]]:
+    """The extras of each block that some item overlaps, counted from `first_block`.
+
+    In the order of the items' positions, whatever order they were given in.
+    """
+    extras: dict[int, list[Extra]] = {}
+    for item in sorted(items, key=lambda item: (item.start, item.length, item.identifier)):
+        content_hash = _text(item.identifier)
+        # An item [start, end) touches blocks [start // n, ceil(end / n)).
+        end_block = -(-(item.start + item.length) // block_tokens)
+        for block in range(max(first_block, item.start // block_tokens), end_block):
+            extra = Extra(content_hash, item.start - block * block_tokens, item.length)
+            extras.setdefault(block - first_block, []).append(extra)
+    return extras
+
+
+def encode_extras(extras: Sequence[Extra]) -> bytes:
+    parts = [struct.pack("<I", len(extras))]
+    for extra in extras:
+        parts.append(_field(extra.content_hash))
+        parts.append(_EXTRA_PLACE.pack(extra.offset, extra.length))
+    return b"".join(parts)
+
+
+def _field(value: bytes) -> bytes:
+    return struct.pack("<I", len(value)) + value
+
+
+def _optional(value: bytes | None) -> bytes:
+    return b"\x00" if value is None else b"\x01" + _field(value)
+
+
+def _text(value: str) -> bytes:
+    # A salt comes out of somebody's JSON, where "\ud800" is legal: it must name something, not
+    # raise in the middle of an engine step.
+    return value.encode("utf-8", "surrogatepass")
+
+
+def _u32s(tokens: Sequence[int]) -> bytes:
+    values = array("I", tokens)
+    assert values.itemsize == 4
+    if sys.byteorder == "big":
+        values.byteswap()
+    return values.tobytes()

@@ -1,0 +1,147 @@
+"""Every file and directory name of the Posix tier is built and parsed here.
+
+    <backend>/
+      ucm-backend-id                          only where there are several backends
+      <namespace fingerprint>/
+        manifest.json
+        <hh>/<hh>/<key>.kv                    hh: first and second byte of the key
+        <hh>/<hh>/.<key>.kv.<writer>.tmp      a block that is being written
+      quarantine/
+        <namespace fingerprint>/<key>.kv.<writer>
+
+Fingerprints, keys and their bytes are in lower-case hex. `<writer>` is
+`<host>-<pid>-<seconds since 1970>-<random>`: unique by its random part, the rest is for the sweep
+of what a killed writer left behind, and for people.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import secrets
+import time
+from dataclasses import dataclass
+
+from ucm.store.keys import Key
+
+BLOCK_SUFFIX = ".kv"
+TEMP_SUFFIX = ".tmp"
+QUARANTINE = "quarantine"
+MANIFEST = "manifest.json"
+BACKEND_ID = "ucm-backend-id"
+
+# Common filesystems take names of 255 bytes; a temporary name needs 110 beside the host.
+_MAX_HOST_CHARS = 64
+_WRITER = r"(?P<host>[A-Za-z0-9._]+)-(?P<pid>\d+)-(?P<created_s>\d+)-(?P<random>[0-9a-f]{16})"
+_BLOCK = r"(?P<key>[0-9a-f]{64})\.kv"
+_FINGERPRINT = r"(?P<fingerprint>[0-9a-f]{64})"
+_FAN_OUT = r"(?P<fan_out>[0-9a-f]{2}/[0-9a-f]{2})"
+_BLOCK_PATH = re.compile(rf"{_FINGERPRINT}/{_FAN_OUT}/{_BLOCK}", re.ASCII)
+_TEMP_NAME = re.compile(rf"\.(?P<target>.+)\.{_WRITER}\.tmp", re.ASCII)
+_QUARANTINE_PATH = re.compile(rf"{QUARANTINE}/{_FINGERPRINT}/{_BLOCK}\.{_WRITER}", re.ASCII)
+
+
+@dataclass(frozen=True)
+class BlockName:
+    fingerprint: bytes
+    key: Key
+
+
+@dataclass(frozen=True)
+class WriterName:
+    """Who made a file, and when by its own clock."""
+
+    host: str
+    pid: int
+    created_s: int
+
+
+@dataclass(frozen=True)
+class TempName:
+    """`target` is the name, in the same directory, that the file was to get."""
+
+    target: str
+    writer: WriterName
+
+
+@dataclass(frozen=True)
+class QuarantineName:
+    block: BlockName
+    mover: WriterName
+
+
+def backend_id_path(backend: str) -> str:
+    return f"{backend}/{BACKEND_ID}"
+
+
+def namespace_dir(backend: str, fingerprint: bytes) -> str:
+    return f"{backend}/{fingerprint.hex()}"
+
+
+def manifest_path(backend: str, fingerprint: bytes) -> str:
+    return f"{namespace_dir(backend, fingerprint)}/{MANIFEST}"
+
+
+def block_path(backend: str, fingerprint: bytes, key: Key) -> str:
+    name = key.hex()
+    return f"{backend}/{fingerprint.hex()}/{name[:2]}/{name[2:4]}/{name}{BLOCK_SUFFIX}"
+
+
+def temp_path(target: str) -> str:
+    """A new name beside `target`, never given out before.
+
+    Beside it and not in a directory of temporary files: a rename within one directory needs no
+    lock on the whole filesystem, is the same quota and the same metadata server, and XFS and ext4
+    place a file near its first directory, so one directory for all would pile them up in one spot.
+    The sweep walks the whole tree for its reclaim anyway.
+    """
+    directory, name = os.path.split(target)
+    return f"{directory}/.{name}.{_new_writer()}{TEMP_SUFFIX}"
+
+
+def temp_target(temp: str) -> str:
+    """The path that `temp_path` was asked for."""
+    directory, name = os.path.split(temp)
+    parsed = parse_temp_name(name)
+    assert parsed is not None, temp
+    return f"{directory}/{parsed.target}"
+
+
+def quarantine_path(backend: str, fingerprint: bytes, key: Key) -> str:
+    """A new name, because the same block may be damaged twice."""
+    directory = f"{backend}/{QUARANTINE}/{fingerprint.hex()}"
+    return f"{directory}/{key.hex()}{BLOCK_SUFFIX}.{_new_writer()}"
+
+
+def parse_block_path(relative_path: str) -> BlockName | None:
+    """`relative_path` starts below the backend. None if it is not the path of a block."""
+    match = _BLOCK_PATH.fullmatch(relative_path)
+    if match is None or match["fan_out"] != f"{match['key'][:2]}/{match['key'][2:4]}":
+        return None
+    return _block_name(match)
+
+
+def parse_temp_name(name: str) -> TempName | None:
+    """`name` is a file name without its directory."""
+    match = _TEMP_NAME.fullmatch(name)
+    return None if match is None else TempName(match["target"], _writer_name(match))
+
+
+def parse_quarantine_path(relative_path: str) -> QuarantineName | None:
+    """`relative_path` starts below the backend."""
+    match = _QUARANTINE_PATH.fullmatch(relative_path)
+    return None if match is None else QuarantineName(_block_name(match), _writer_name(match))
+
+
+def _new_writer() -> str:
+    # Asked anew each time: a cached process id is wrong after a fork.
+    host = re.sub(r"[^A-Za-z0-9._]", "_", os.uname().nodename)[:_MAX_HOST_CHARS] or "_"
+    return f"{host}-{os.getpid()}-{int(time.time())}-{secrets.token_hex(8)}"
+
+
+def _block_name(match: re.Match[str]) -> BlockName:
+    return BlockName(bytes.fromhex(match["fingerprint"]), Key(bytes.fromhex(match["key"])))
+
+
+def _writer_name(match: re.Match[str]) -> WriterName:
+    return WriterName(match["host"], int(match["pid"]), int(match["created_s"]))

@@ -1,0 +1,252 @@
+"""The shared-filesystem tier: one file per page, on directories that every node mounts.
+
+Invariants:
+* A file under a block's name is complete or damaged, never in the making: it is written whole
+  under a name of its own and then renamed. Whoever opened an older one keeps reading that.
+* A block is served only if every byte of its file was verified in this very read.
+* A damaged file leaves its place before its absence is reported, so the next dump can fill it.
+* Nothing is fsynced: a block that a crash tears is found by its checksums, one that it loses is
+  computed again.
+
+With several backends a key lives on the one that scores highest for it (rendezvous hashing over the
+backends' ids): adding one moves only the keys that it takes.
+"""
+
+from __future__ import annotations
+
+import errno
+import os
+import threading
+from collections.abc import Callable, Sequence
+from functools import partial
+
+from xxhash import xxh3_64_intdigest
+
+from ucm.errors import TierError
+from ucm.store import paths
+from ucm.store.backend import READ_ONLY_ERRNOS, Backend, tier_error, unlink_if_there
+from ucm.store.blockfile import BlockId, Scratch, read_block, write_block
+from ucm.store.keys import Key
+from ucm.store.tier import ABSENT, HIT, PageRead, ReadStatus, Staged, Tier, TierNamespace
+
+# Buffered reads stop often to verify what is still in the CPU's cache. Direct ones don't pass
+# through it, and want to be few and large.
+_BUFFERED_CHUNK_BYTES = 1 << 20
+_DIRECT_CHUNK_BYTES = 8 << 20
+# A directory may be removed, empty as it is, between being made and being used.
+_MAX_DIRECTORY_TRIES = 3
+
+
+class PosixTier(Tier):
+    """Does no I/O before the first call, starts no threads, keeps no file open between calls."""
+
+    def __init__(self, storage_backends: Sequence[str], *, direct_io: bool = False) -> None:
+        assert storage_backends
+        self._backends = [Backend(path, direct_io=direct_io) for path in storage_backends]
+        self._by_id: list[tuple[int, Backend]] | None = None
+        self._has_manifest: set[tuple[Backend, bytes]] = set()
+        self._thread = threading.local()
+
+    def open_namespace(self, namespace: TierNamespace) -> None:
+        if len(self._backends) > 1:
+            _unless_read_only(partial(self._identify, make=True))
+        for backend in self._backends:
+            write = partial(backend.ensure_manifest, namespace.fingerprint, namespace.manifest_json)
+            _unless_read_only(write)
+
+    def contains(self, namespace: TierNamespace, keys: Sequence[Key]) -> int:
+        for i, key in enumerate(keys):
+            backend = self._backend_of(key)
+            if backend is None:
+                return i
+            path = paths.block_path(backend.path, namespace.fingerprint, key)
+            try:
+                os.stat(path)
+            except FileNotFoundError:
+                return i
+            except OSError as error:
+                raise tier_error(path, "can't be looked up", error) from error
+        return len(keys)
+
+    def read(self, namespace: TierNamespace, key: Key, page: memoryview) -> PageRead:
+        try:
+            backend = self._backend_of(key)
+        except TierError as error:
+            return PageRead(ReadStatus.IO_ERROR, str(error))
+        if backend is None:
+            return ABSENT
+        block = BlockId(key, namespace.fingerprint, namespace.page_bytes)
+        path = paths.block_path(backend.path, namespace.fingerprint, key)
+        try:
+            return backend.try_direct(lambda flags: self._read(backend, path, block, page, flags))
+        except FileNotFoundError:
+            return ABSENT
+        except OSError as error:
+            if error.errno == errno.ESTALE:
+                return ABSENT  # another node removed the file while it was being read over NFS
+            return PageRead(ReadStatus.IO_ERROR, str(tier_error(path, "can't be read", error)))
+
+    def stage(
+        self, namespace: TierNamespace, key: Key, page: memoryview, *, num_tokens: int
+    ) -> Staged | None:
+        backend = self._backend_of(key, make=True)
+        assert backend is not None
+        block = BlockId(key, namespace.fingerprint, namespace.page_bytes)
+        target = paths.block_path(backend.path, namespace.fingerprint, key)
+        try:
+            if _has_size(target, block.file_bytes):
+                return None
+            temp = self._write(backend, namespace, block, target, page, num_tokens)
+        except OSError as error:
+            raise tier_error(target, "can't be written", error) from error
+        return Staged(namespace, key, temp)
+
+    def publish(self, staged: Staged) -> None:
+        target = paths.temp_target(staged.ticket)
+        try:
+            os.rename(staged.ticket, target)
+        except OSError as error:
+            # An NFS client repeats a rename whose answer was lost, and then finds nothing to
+            # rename: what counts is that a file is there.
+            if error.errno == errno.ENOENT and os.path.exists(target):
+                return
+            unlink_if_there(staged.ticket)
+            raise tier_error(target, "can't be published", error) from error
+
+    def discard(self, staged: Staged) -> None:
+        unlink_if_there(staged.ticket)
+
+    def close(self) -> None:
+        """Nothing is held; scratch buffers go with their threads."""
+
+    # -- which backend ---------------------------------------------------------------------
+
+    def _backend_of(self, key: Key, *, make: bool = False) -> Backend | None:
+        """The backend of `key`; None while nothing was ever stored on several backends."""
+        if len(self._backends) == 1:
+            return self._backends[0]
+        by_id = self._by_id or self._identify(make=make)
+        if not by_id:
+            return None
+        return max(by_id, key=lambda each: xxh3_64_intdigest(key, each[0]))[1]
+
+    def _identify(self, *, make: bool) -> list[tuple[int, Backend]] | None:
+        """Reads, or with `make` gives, every backend's id; None if one has none. All must be known
+        before any key has a place."""
+        by_id: dict[int, Backend] = {}
+        for backend in self._backends:
+            backend_id = backend.make_id() if make else backend.read_id()
+            if backend_id is None:
+                return None
+            if backend_id in by_id:
+                raise TierError(
+                    f"{backend.path} and {by_id[backend_id].path} are the same storage backend, or "
+                    f"one is a copy of the other; list it once",
+                    reason="corrupt",
+                )
+            by_id[backend_id] = backend
+        self._by_id = list(by_id.items())
+        return self._by_id
+
+    def _ensure_manifest(self, backend: Backend, namespace: TierNamespace) -> None:
+        """Before every block, so that none lies in a directory that nobody can explain."""
+        if (backend, namespace.fingerprint) not in self._has_manifest:
+            backend.ensure_manifest(namespace.fingerprint, namespace.manifest_json)
+            self._has_manifest.add((backend, namespace.fingerprint))
+
+    # -- files -----------------------------------------------------------------------------
+
+    def _scratch(self) -> Scratch:
+        try:
+            return self._thread.scratch  # type: ignore[no-any-return]
+        except AttributeError:
+            scratch = self._thread.scratch = Scratch()
+            return scratch
+
+    def _read(
+        self, backend: Backend, path: str, block: BlockId, page: memoryview, flags: int
+    ) -> PageRead:
+        chunk_bytes = _DIRECT_CHUNK_BYTES if flags else _BUFFERED_CHUNK_BYTES
+        fd = os.open(path, os.O_RDONLY | flags)
+        try:
+            read_block(fd, block, page, scratch=self._scratch(), chunk_bytes=chunk_bytes)
+        except TierError as bad:
+            moved = _move_aside(fd, path, backend, block)
+            return PageRead(ReadStatus.CORRUPT, f"{path}: {bad}; {moved}")
+        finally:
+            os.close(fd)
+        return HIT
+
+    def _write(
+        self,
+        backend: Backend,
+        namespace: TierNamespace,
+        block: BlockId,
+        target: str,
+        page: memoryview,
+        num_tokens: int,
+    ) -> str:
+        """Writes a temporary file for `target`, making its directories. Returns its path."""
+
+        def write(flags: int) -> str:
+            temp = paths.temp_path(target)
+            scratch = self._scratch()
+            try:
+                fd = os.open(temp, os.O_WRONLY | os.O_CREAT | os.O_EXCL | flags, 0o666)
+                try:
+                    write_block(fd, block, page, num_tokens=num_tokens, scratch=scratch)
+                finally:
+                    os.close(fd)  # NFS says only here that the disk is full
+            except OSError:
+                # Also when open failed: the file is made before O_DIRECT is refused.
+                unlink_if_there(temp)
+                raise
+            return temp
+
+        for _ in range(_MAX_DIRECTORY_TRIES):
+            self._ensure_manifest(backend, namespace)
+            try:
+                return backend.try_direct(write)
+            except FileNotFoundError:
+                # A new directory; or the store was emptied under us, and its manifest with it.
+                self._has_manifest.discard((backend, namespace.fingerprint))
+                backend.make_dirs(os.path.dirname(target))
+        return backend.try_direct(write)
+
+
+def _unless_read_only(write: Callable[[], object]) -> None:
+    """A read-only mount is fine: what others wrote can be read. What may not be read either says
+    so at the first read."""
+    try:
+        write()
+    except TierError as error:
+        cause = error.__cause__
+        if not (isinstance(cause, OSError) and cause.errno in READ_ONLY_ERRNOS):
+            raise
+
+
+def _has_size(path: str, size_bytes: int) -> bool:
+    """A file of another size is damaged; it counts as not there and is replaced."""
+    try:
+        return os.stat(path).st_size == size_bytes
+    except FileNotFoundError:
+        return False
+
+
+def _move_aside(fd: int, path: str, backend: Backend, block: BlockId) -> str:
+    """Moves the damaged file that is open as `fd` to quarantine. Returns what was done, for people.
+
+    A writer may put a good file in its place between the comparison and the rename. That block is
+    then lost, which costs one recomputation.
+    """
+    target = paths.quarantine_path(backend.path, block.fingerprint, block.key)
+    try:
+        if not os.path.samestat(os.fstat(fd), os.stat(path)):
+            return "already replaced"
+        backend.make_dirs(os.path.dirname(target))
+        os.rename(path, target)
+    except FileNotFoundError:
+        return "already moved aside"
+    except OSError as error:
+        return f"can't be moved aside: {error.strerror}"
+    return f"moved to {target}"

@@ -1,0 +1,206 @@
+"""The contract of a tier, the place behind the node cache, and its in-memory reference.
+
+A tier keeps one immutable page per key and namespace. It promises *right or absent*: `read`
+gives the bytes that `stage` was given, or it doesn't say HIT.
+
+Threads: every method may be called from any number of threads at once, and each may block for
+as long as storage does; the node cache calls them on I/O threads only. Nothing here takes a
+deadline, because a system call in a hung mount can't be given one.
+
+Ownership: the caller owns the pages it passes. A tier touches one only until the call returns.
+
+    stage ──► Staged ──publish──► visible to every reader of the storage
+                 └────discard───► gone, as if it had never been
+
+Errors: storage failures are `TierError`s; `read` puts them into its result instead, because a
+page that can't be read is nothing but a shorter prefix.
+"""
+
+from __future__ import annotations
+
+import itertools
+import threading
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
+from dataclasses import dataclass
+from enum import Enum
+
+from ucm.errors import TierError
+from ucm.store.keys import Key
+
+PAGE_ALIGNMENT_BYTES = 4096
+_ZEROS = bytes(PAGE_ALIGNMENT_BYTES)
+
+
+@dataclass(frozen=True)
+class TierNamespace:
+    """What a tier must know about a namespace: its name, the size of its pages, and the manifest
+    that people read. `manifest_json` is always the same for one fingerprint."""
+
+    fingerprint: bytes
+    page_bytes: int
+    manifest_json: bytes
+
+
+class ReadStatus(Enum):
+    HIT = "hit"
+    ABSENT = "absent"
+    CORRUPT = "corrupt"
+    IO_ERROR = "io_error"
+
+
+@dataclass(frozen=True)
+class PageRead:
+    """`detail` says for people what was wrong; empty for HIT and ABSENT."""
+
+    status: ReadStatus
+    detail: str = ""
+
+
+HIT = PageRead(ReadStatus.HIT)
+ABSENT = PageRead(ReadStatus.ABSENT)
+
+
+@dataclass(frozen=True)
+class Staged:
+    """A complete page that nobody can see yet. `ticket` is the tier's own name for it."""
+
+    namespace: TierNamespace
+    key: Key
+    ticket: str
+
+
+def padded_bytes(page_bytes: int) -> int:
+    """Length of the buffer that holds a page, in slots and on disk."""
+    return -(-page_bytes // PAGE_ALIGNMENT_BYTES) * PAGE_ALIGNMENT_BYTES
+
+
+class Tier(ABC):
+    """See the module's text for threads, ownership and errors.
+
+    Pages are buffers of exactly `padded_bytes(page_bytes)` bytes that start on a 4096-byte
+    boundary in memory, so that O_DIRECT can be used on them. The padding is written as zeros.
+    """
+
+    @abstractmethod
+    def open_namespace(self, namespace: TierNamespace) -> None:
+        """Makes the namespace known to people and tools: its manifest is written unless it is
+        there. May be repeated. No error on storage that is mounted read-only.
+
+        Raises TierError if the manifest that is there differs, or if storage fails.
+        """
+
+    @abstractmethod
+    def contains(self, namespace: TierNamespace, keys: Sequence[Key]) -> int:
+        """Number of leading keys that are present.
+
+        A page that is there but damaged may be counted: `read` decides. Raises TierError when
+        storage can't tell.
+        """
+
+    @abstractmethod
+    def read(self, namespace: TierNamespace, key: Key, page: memoryview) -> PageRead:
+        """Fills the writable `page`. HIT only if every byte has been verified; after any other
+        result the contents of `page` are undefined.
+
+        A damaged page is moved out of the way, so that the next writer can replace it. Never
+        raises for anything that storage does.
+        """
+
+    @abstractmethod
+    def stage(
+        self, namespace: TierNamespace, key: Key, page: memoryview, *, num_tokens: int
+    ) -> Staged | None:
+        """Stores a copy of `page` that is complete but not visible. None: the key is already
+        there, nothing to do. Two writers may stage one key; the last to publish wins.
+
+        Raises TierError; nothing is left behind then. The caller owes every Staged a `publish`
+        or a `discard`.
+        """
+
+    @abstractmethod
+    def publish(self, staged: Staged) -> None:
+        """Makes the page visible at once and as a whole. Spends `staged`, also when it raises
+        TierError: nothing is left behind then."""
+
+    @abstractmethod
+    def discard(self, staged: Staged) -> None:
+        """Removes what was staged. Never raises; may be repeated, also after `publish`."""
+
+    @abstractmethod
+    def close(self) -> None:
+        """Gives back what the tier holds in this process. May be repeated; no other call after."""
+
+
+class MemoryTier(Tier):
+    """A tier in a dict: the reference for tests, and storage for those who want none.
+
+    Unbounded. One lock guards both dicts; pages are copied outside of it.
+    """
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._manifests: dict[bytes, bytes] = {}
+        self._pages: dict[tuple[bytes, Key], bytes] = {}
+        self._staged: dict[str, bytes] = {}
+        self._tickets = itertools.count()
+
+    def open_namespace(self, namespace: TierNamespace) -> None:
+        with self._lock:
+            manifest = self._manifests.setdefault(namespace.fingerprint, namespace.manifest_json)
+        if manifest != namespace.manifest_json:
+            raise TierError(
+                f"namespace {namespace.fingerprint.hex()}: another manifest is already there",
+                reason="corrupt",
+            )
+
+    def contains(self, namespace: TierNamespace, keys: Sequence[Key]) -> int:
+        with self._lock:
+            present = [(namespace.fingerprint, key) in self._pages for key in keys]
+        return present.index(False) if False in present else len(present)
+
+    def read(self, namespace: TierNamespace, key: Key, page: memoryview) -> PageRead:
+        assert len(page) == padded_bytes(namespace.page_bytes)
+        with self._lock:
+            stored = self._pages.get((namespace.fingerprint, key))
+        if stored is None:
+            return ABSENT
+        if len(stored) != namespace.page_bytes:
+            with self._lock:
+                self._pages.pop((namespace.fingerprint, key), None)
+            return PageRead(
+                ReadStatus.CORRUPT, f"{len(stored)} bytes, expected {namespace.page_bytes}"
+            )
+        page[: namespace.page_bytes] = stored
+        page[namespace.page_bytes :] = _ZEROS[: len(page) - namespace.page_bytes]
+        return HIT
+
+    def stage(
+        self, namespace: TierNamespace, key: Key, page: memoryview, *, num_tokens: int
+    ) -> Staged | None:
+        assert len(page) == padded_bytes(namespace.page_bytes)
+        assert num_tokens > 0
+        if self.contains(namespace, [key]):
+            return None
+        copy = bytes(page[: namespace.page_bytes])
+        with self._lock:
+            ticket = str(next(self._tickets))
+            self._staged[ticket] = copy
+        return Staged(namespace, key, ticket)
+
+    def publish(self, staged: Staged) -> None:
+        with self._lock:
+            page = self._staged.pop(staged.ticket, None)
+            if page is not None:
+                self._pages[staged.namespace.fingerprint, staged.key] = page
+        if page is None:
+            raise TierError(f"key {staged.key.hex()}: not staged any more", reason="io_error")
+
+    def discard(self, staged: Staged) -> None:
+        with self._lock:
+            self._staged.pop(staged.ticket, None)
+
+    def close(self) -> None:
+        with self._lock:
+            self._pages.clear()
+            self._staged.clear()
