@@ -1,0 +1,138 @@
+"""One connection to a node cache.
+
+Not thread-safe: one thread owns a client. `send` and `poll` never block longer than told; a
+connection that fails raises NodeUnavailable once and is closed.
+"""
+
+from __future__ import annotations
+
+import os
+import select
+import socket
+from types import TracebackType
+from typing import TYPE_CHECKING
+
+from ucm.errors import NodeUnavailable, ProtocolError
+from ucm.store.node import protocol as p
+
+if TYPE_CHECKING:
+    from typing_extensions import Self
+
+_RECEIVE_BYTES = 1 << 18
+# A node cache that doesn't read for this long a backlog is as good as gone.
+_MAX_UNSENT_BYTES = 64 << 20
+
+
+class NodeClient:
+    """A connection after its handshake. Owns the socket and `memory_fd` until `close`."""
+
+    def __init__(self, sock: socket.socket, welcome: p.Welcome, memory_fd: int) -> None:
+        self.welcome = welcome
+        self.memory_fd = memory_fd
+        self._sock = sock
+        self._sock.setblocking(False)
+        self._frames = p.FrameBuffer()
+        self._unsent = bytearray()
+        self._closed = False
+
+    @classmethod
+    def connect(cls, socket_path: str, *, session: str, role: str, timeout_s: float) -> NodeClient:
+        """Connects and shakes hands. Raises NodeUnavailable (nobody there, or too slow) or
+        ProtocolError (somebody else, or another version)."""
+        sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM | socket.SOCK_CLOEXEC)
+        try:
+            sock.settimeout(timeout_s)
+            sock.connect(socket_path)
+            hello = p.Hello(version=p.VERSION, session=session, role=role, pid=os.getpid())
+            sock.sendall(p.encode(hello))
+            welcome, memory_fd = _receive_welcome(sock)
+        except OSError as error:
+            sock.close()
+            raise NodeUnavailable(f"no node cache answers at {socket_path}: {error}") from error
+        except ProtocolError:
+            sock.close()
+            raise
+        return cls(sock, welcome, memory_fd)
+
+    def send(self, message: p.ClientMessage) -> None:
+        """Queues a message and sends what the socket takes now."""
+        self._unsent += p.encode(message)
+        self._flush()
+
+    def poll(self, timeout_s: float = 0.0) -> list[p.NodeMessage]:
+        """What has arrived, after waiting at most `timeout_s` for the first of it."""
+        self._flush()
+        messages = self._receive()
+        if not messages and timeout_s > 0:
+            select.select([self._sock], [], [], timeout_s)
+            messages = self._receive()
+        return messages
+
+    def close(self) -> None:
+        if not self._closed:
+            self._closed = True
+            self._sock.close()
+            os.close(self.memory_fd)
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        self.close()
+
+    def _flush(self) -> None:
+        if self._closed:
+            raise NodeUnavailable("the connection to the node cache is closed")
+        try:
+            while self._unsent:
+                del self._unsent[: self._sock.send(self._unsent)]
+        except BlockingIOError:
+            if len(self._unsent) > _MAX_UNSENT_BYTES:
+                self._fail("it has stopped reading")
+        except OSError as error:
+            self._fail(str(error))
+
+    def _receive(self) -> list[p.NodeMessage]:
+        messages: list[p.NodeMessage] = []
+        while True:
+            try:
+                data = self._sock.recv(_RECEIVE_BYTES)
+            except BlockingIOError:
+                return messages
+            except OSError as error:
+                self._fail(str(error))
+            if not data:
+                if messages:
+                    return messages  # the next call finds the end again
+                self._fail("it has closed the connection")
+            messages += [p.decode_node(body) for body in self._frames.feed(data)]
+
+    def _fail(self, why: str) -> None:
+        self.close()
+        raise NodeUnavailable(f"lost the node cache (pid {self.welcome.pid}): {why}")
+
+
+def _receive_welcome(sock: socket.socket) -> tuple[p.Welcome, int]:
+    data, fds, _, _ = socket.recv_fds(sock, _RECEIVE_BYTES, 1)
+    frames = p.FrameBuffer()
+    bodies = frames.feed(data)
+    while data and not bodies:
+        data = sock.recv(_RECEIVE_BYTES)
+        bodies = frames.feed(data)
+    welcome = p.decode_node(bodies[0]) if bodies else None
+    if not isinstance(welcome, p.Welcome) or len(bodies) > 1 or len(fds) != 1:
+        for fd in fds:
+            os.close(fd)
+        raise ProtocolError("the peer on the node cache socket did not answer with its memory")
+    if welcome.version != p.VERSION:
+        os.close(fds[0])
+        raise ProtocolError(
+            f"the node cache (pid {welcome.pid}) speaks protocol {welcome.version}, this process "
+            f"{p.VERSION}: stop it, so that a new one is started"
+        )
+    return welcome, fds[0]
