@@ -1,0 +1,231 @@
+"""KV caches with known bytes in every layout, and what their pages must hold. Needs torch only.
+
+A cache is described by `logical` [layer, block, head, token, content] integers. Each layout lays it
+out with formulas of its own here, not with the views under test.
+"""
+
+from __future__ import annotations
+
+import mmap
+import os
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+
+from ucm.integration.vllm.arena import Arena
+from ucm.integration.vllm.copies import CopyEngine, PagePart
+from ucm.integration.vllm.views import KV, LayerView, LayoutKind, layer_view
+from ucm.store.page import PageGeometry, RankShare, rank_share
+
+# vLLM's names: the order of [layer, block, head, token, content] in memory.
+_STRIDE_ORDERS = {
+    "LBHNC": (0, 1, 2, 3, 4),
+    "LBNHC": (0, 1, 3, 2, 4),
+    "LHBNC": (0, 2, 1, 3, 4),
+    "BLHNC": (1, 0, 2, 3, 4),
+    "BLNHC": (1, 0, 3, 2, 4),
+    "BHLNC": (1, 2, 0, 3, 4),
+}
+
+
+@dataclass(frozen=True)
+class Cache:
+    """The KV of one rank: what the engine registers per layer, and how to read it back."""
+
+    layers: list[KV]
+    kind: LayoutKind
+    read: Callable[[], Tensor]
+
+
+def packed(name: str, logical: Tensor) -> Cache:
+    order = _STRIDE_ORDERS[name]
+    stored = logical.permute(order).contiguous()
+    inverse = [order.index(dim) for dim in range(5)]
+    view = stored.permute(inverse)
+    return Cache(list(view.unbind(0)), LayoutKind.PACKED, view.clone)
+
+
+def cpu_vec(logical: Tensor) -> Cache:
+    layers, blocks, heads, tokens, content = logical.shape
+    size = content // 2
+    stored = torch.empty_like(logical).view(layers, blocks, heads, 2, tokens * size)
+    stored[..., 0, :] = logical[..., :size].transpose(-1, -2).reshape(stored[..., 0, :].shape)
+    stored[..., 1, :] = logical[..., size:].reshape(stored[..., 1, :].shape)
+
+    def read() -> Tensor:
+        keys = stored[..., 0, :].reshape(layers, blocks, heads, size, tokens).transpose(-1, -2)
+        return torch.cat([keys, stored[..., 1, :].reshape_as(keys)], dim=-1)
+
+    return Cache(list(stored.view_as(logical).unbind(0)), LayoutKind.CPU_VEC, read)
+
+
+def split_tensor(logical: Tensor) -> Cache:
+    """Older vLLM: a tensor [2, B, N, H, d] of its own for every layer."""
+    size = logical.shape[-1] // 2
+    layers = [
+        torch.stack([x[..., :size], x[..., size:]]).transpose(2, 3).contiguous() for x in logical
+    ]
+
+    def read() -> Tensor:
+        return torch.stack([torch.cat(list(x.transpose(2, 3)), dim=-1) for x in layers])
+
+    return Cache(list(layers), LayoutKind.SPLIT, read)
+
+
+def split_tuple(logical: Tensor) -> Cache:
+    """Ascend: (K, V), each [B, N, H, d]."""
+    size = logical.shape[-1] // 2
+    layers = [
+        (x[..., :size].transpose(1, 2).contiguous(), x[..., size:].transpose(1, 2).contiguous())
+        for x in logical
+    ]
+
+    def read() -> Tensor:
+        return torch.stack([torch.cat(x, dim=-1).transpose(1, 2) for x in layers])
+
+    return Cache(list(layers), LayoutKind.SPLIT, read)
+
+
+def latent(logical: Tensor) -> Cache:
+    """MLA, [B, N, C]."""
+    layers = [x[:, 0].clone() for x in logical]
+    return Cache(list(layers), LayoutKind.MLA, lambda: torch.stack(layers).unsqueeze(2))
+
+
+def latent_with_head(logical: Tensor) -> Cache:
+    """MLA, [B, 1, N, C]."""
+    stored = logical.clone()
+    return Cache(list(stored.unbind(0)), LayoutKind.MLA, stored.clone)
+
+
+def latent_tuple(logical: Tensor) -> Cache:
+    """Ascend's MLA: the latent and the rotary part apart, each [B, N, 1, c]."""
+    size = logical.shape[-1] * 8 // 9
+    layers = [
+        (x[..., :size].transpose(1, 2).contiguous(), x[..., size:].transpose(1, 2).contiguous())
+        for x in logical
+    ]
+
+    def read() -> Tensor:
+        return torch.stack([torch.cat(x, dim=-1).transpose(1, 2) for x in layers])
+
+    return Cache(list(layers), LayoutKind.MLA, read)
+
+
+LAYOUTS: dict[str, Callable[[Tensor], Cache]] = {
+    **{name: (lambda x, name=name: packed(name, x)) for name in _STRIDE_ORDERS},
+    "cpu_vec": cpu_vec,
+    "split_tensor": split_tensor,
+    "split_tuple": split_tuple,
+}
+LATENT_LAYOUTS: dict[str, Callable[[Tensor], Cache]] = {
+    "latent": latent,
+    "latent_with_head": latent_with_head,
+    "latent_tuple": latent_tuple,
+}
+
+
+@dataclass(frozen=True)
+class Rank:
+    """An engine's rank: its cache, its share of the pages, and its block size."""
+
+    cache: Cache
+    geometry: PageGeometry
+    share: RankShare
+    block_tokens: int
+
+    def views(self) -> list[LayerView]:
+        return [
+            layer_view(
+                kv,
+                kind=self.cache.kind,
+                geometry=self.geometry,
+                num_heads=len(self.share.heads),
+                block_tokens=self.block_tokens,
+            )
+            for kv in self.cache.layers
+        ]
+
+
+def make_rank(
+    layout: str,
+    geometry: PageGeometry,
+    *,
+    tp: tuple[int, int] = (0, 1),
+    layers: range | None = None,
+    block_tokens: int | None = None,
+    num_blocks: int = 8,
+    device: torch.device | str = "cpu",
+    seed: int | None = None,
+) -> Rank:
+    """A rank whose cache holds random bits, or zeros without a `seed`."""
+    layers = layers or range(geometry.num_layers)
+    share = rank_share(geometry, tp_rank=tp[0], tp_size=tp[1], layers=layers)
+    tokens = block_tokens or geometry.block_tokens
+    shape = (len(layers), num_blocks, len(share.heads), tokens, geometry.content_size)
+    dtype = {1: torch.uint8, 2: torch.int16, 4: torch.int32}[geometry.item_bytes]
+    if seed is None:
+        logical = torch.zeros(shape, dtype=dtype)
+    else:
+        generator = torch.Generator().manual_seed(seed)
+        low, high = (0, 256) if dtype == torch.uint8 else (-(2**15), 2**15)
+        logical = torch.randint(low, high, shape, generator=generator, dtype=dtype)
+    make = (LAYOUTS | LATENT_LAYOUTS)[layout]
+    return Rank(make(logical.to(device)), geometry, share, tokens)
+
+
+def make_arena(num_pages: int, geometry: PageGeometry, device: torch.device | None = None) -> Arena:
+    """Slots with other bytes in them, as a node cache's memory would have."""
+    fd = os.memfd_create("slots")
+    try:
+        nbytes = num_pages * geometry.slot_bytes
+        os.ftruncate(fd, nbytes)
+        arena = Arena(mmap.mmap(fd, nbytes), device=device)
+    finally:
+        os.close(fd)
+    arena.bytes.fill_(0xEE)
+    return arena
+
+
+def page_in(arena: Arena, geometry: PageGeometry, slot: int) -> Tensor:
+    """A slot's page as [layer, head, token, content] integers."""
+    start = slot * geometry.slot_bytes
+    dtype = {1: torch.uint8, 2: torch.int16, 4: torch.int32}[geometry.item_bytes]
+    return arena.bytes[start : start + geometry.page_bytes].view(dtype).view(geometry.shape)
+
+
+def page_of_blocks(logical: Tensor, block_ids: Sequence[int]) -> Tensor:
+    """What these blocks of a rank are in a page: [layer, head, token, content]."""
+    chosen = logical[:, list(block_ids)].cpu()  # [layer, block, head, token, content]
+    layers, blocks, heads, tokens, content = chosen.shape
+    return chosen.transpose(1, 2).reshape(layers, heads, blocks * tokens, content)
+
+
+def whole_pages(rank: Rank, slot_blocks: Sequence[Sequence[int]]) -> list[PagePart]:
+    """Page i of the arena is made of these blocks."""
+    return [
+        PagePart(slot * rank.geometry.slot_bytes, 0, tuple(blocks))
+        for slot, blocks in enumerate(slot_blocks)
+    ]
+
+
+def only_share(page: Tensor, share: RankShare) -> Tensor:
+    return page[share.layers.start : share.layers.stop, share.heads.start : share.heads.stop]
+
+
+def wait_for(engine: CopyEngine, *job_ids: int, timeout_s: float = 60.0) -> None:
+    """Until `finished` has named exactly these, none of them failed."""
+    wanted, named = sorted(job_ids), list[int]()
+    deadline = time.monotonic() + timeout_s
+    while len(named) < len(wanted) and time.monotonic() < deadline:
+        named += engine.finished()
+        time.sleep(0.001)
+    assert sorted(named) == wanted
+    assert engine.failed() == []
+
+
+def with_blocks_of(geometry: PageGeometry, block_tokens: int) -> PageGeometry:
+    return replace(geometry, block_tokens=block_tokens)

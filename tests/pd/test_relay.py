@@ -1,0 +1,242 @@
+"""The two legs of a request, against engines that record."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+from io import BytesIO
+
+import aiohttp
+import pytest
+from aiohttp import web
+
+from tests.pd.conftest import Bench, answering
+
+PATIENCE_S = 10.0
+
+
+@pytest.mark.parametrize("path", ["/v1/completions", "/v1/chat/completions"])
+async def test_prefill_gets_one_token_to_make_and_decode_the_clients_own_bytes(bench: Bench, path):
+    body = b'{ "prompt": "caf\\u00e9 \xc3\xa9",  "max_tokens":20, "temperature":0 }'
+
+    async with bench.client.post(bench.proxy.with_path(path), data=body) as response:
+        assert {"from": "decode"} == await response.json(content_type=None)
+
+    (first,), (second,) = bench.prefill.asked, bench.decode.asked
+    assert (path, 1, False) == (first.path, first.fields["max_tokens"], first.fields["stream"])
+    assert (path, body) == (second.path, second.body)
+
+
+async def test_decode_is_asked_after_prefill_has_answered(bench: Bench):
+    release = asyncio.Event()
+
+    async def slow(_):
+        await release.wait()
+        return web.json_response({})
+
+    bench.prefill.answer = slow
+    request = asyncio.create_task(bench.post(prompt="hi"))
+    await bench.prefill.started.wait()
+    await asyncio.sleep(0.05)
+    assert [] == bench.decode.asked
+
+    release.set()
+    (await request).close()
+    assert 1 == len(bench.decode.asked)
+
+
+async def test_headers_of_the_client_reach_both_and_those_of_one_connection_neither(bench: Bench):
+    headers = {
+        "Authorization": "Bearer key",
+        "X-Request-Id": "7",
+        "Connection": "keep-alive, X-Hop",
+    }
+    headers["X-Hop"] = "mine"
+
+    async with bench.client.post(bench.proxy / "v1/completions", json={}, headers=headers) as got:
+        assert 200 == got.status
+
+    for engine in (bench.prefill, bench.decode):
+        seen = engine.asked[0].headers
+        assert ("Bearer key", "7") == (seen["Authorization"], seen["X-Request-Id"])
+        assert "X-Hop" not in seen
+        assert f"{engine.url.host}:{engine.url.port}" == seen["Host"]
+
+
+async def test_a_stream_arrives_byte_by_byte_as_decode_sent_it_while_it_is_sent(bench: Bench):
+    """Frames that are split or glued together stay so: the proxy does not read what it relays."""
+    pieces = [b'data: {"a":', b" 1}\n\ndata: {}\n\nda", b"ta: \xff\xfe\n\n", b"data: [DONE]\n\n"]
+    go_on = asyncio.Event()
+
+    async def stream(request):
+        response = web.StreamResponse(headers={"Content-Type": "text/event-stream"})
+        await response.prepare(request)
+        await response.write(pieces[0])
+        await go_on.wait()
+        for piece in pieces[1:]:
+            await response.write(piece)
+        return response
+
+    bench.decode.answer = stream
+    async with await bench.post(prompt="hi", stream=True) as response:
+        assert "text/event-stream" == response.headers["Content-Type"]
+        assert "chunked" == response.headers["Transfer-Encoding"]
+        assert pieces[0] == await response.content.readany()
+        go_on.set()
+        assert b"".join(pieces[1:]) == await response.content.read()
+
+
+@pytest.mark.parametrize("stream", [True, False])
+async def test_an_error_of_decode_keeps_its_status_and_body(bench: Bench, stream):
+    bench.decode.answer = answering(b'{"error": {"message": "too long"}}', status=400)
+
+    async with await bench.post(prompt="hi", stream=stream) as response:
+        assert 400 == response.status
+        assert b'{"error": {"message": "too long"}}' == await response.read()
+
+
+async def test_a_body_that_is_compressed_stays_compressed(bench: Bench):
+    async def zipped(_):
+        return web.Response(body=b"\x1f\x8b not really", headers={"Content-Encoding": "gzip"})
+
+    bench.decode.answer = zipped
+    async with await bench.post(prompt="hi") as response:
+        assert "gzip" == response.headers["Content-Encoding"]
+        assert b"\x1f\x8b not really" == await response.read()
+
+
+@pytest.mark.parametrize("status", [400, 500, 503])
+async def test_an_error_of_prefill_is_logged_and_decode_answers(bench: Bench, caplog, status):
+    bench.prefill.answer = answering(b"no such luck", status=status)
+
+    async with await bench.post(prompt="hi") as response:
+        assert (200, {"from": "decode"}) == (response.status, await response.json())
+    assert "no such luck" in caplog.text
+
+
+async def test_without_a_prefill_instance_decode_answers(bench: Bench, caplog):
+    await bench.servers["prefill"].close()
+
+    async with await bench.post(prompt="hi") as response:
+        assert (200, {"from": "decode"}) == (response.status, await response.json())
+    assert "decode computes the prompt" in caplog.text
+
+
+async def test_a_prefill_that_dies_in_its_answer_does_not_matter(bench: Bench):
+    async def die(request):
+        request.transport.close()
+        return web.Response()
+
+    bench.prefill.answer = die
+    async with await bench.post(prompt="hi") as response:
+        assert 200 == response.status
+
+
+async def test_without_a_decode_instance_the_client_gets_502_and_the_reason(bench: Bench):
+    await bench.servers["decode"].close()
+
+    async with await bench.post(prompt="hi") as response:
+        error = (await response.json())["error"]
+    assert 502 == response.status == error["code"]
+    assert str(bench.decode.url.origin()) in error["message"]
+
+
+async def test_what_is_not_json_goes_to_decode_alone_which_says_what_is_wrong(bench: Bench):
+    bench.decode.answer = answering(b"bad JSON", status=400)
+
+    async with bench.client.post(bench.proxy / "v1/completions", data=b"{") as response:
+        assert (400, b"bad JSON") == (response.status, await response.read())
+    assert [] == bench.prefill.asked
+
+
+async def test_a_client_that_leaves_during_prefill_cancels_it_and_never_reaches_decode(
+    bench: Bench,
+):
+    bench.prefill.answer = bench.prefill.never
+    request = asyncio.create_task(bench.post(prompt="hi"))
+    await bench.prefill.started.wait()
+
+    request.cancel()
+
+    await asyncio.wait_for(bench.prefill.cancelled.wait(), PATIENCE_S)
+    assert [] == bench.decode.asked
+
+
+async def test_a_client_that_leaves_before_the_first_token_cancels_decode(bench: Bench):
+    bench.decode.answer = bench.decode.never
+    request = asyncio.create_task(bench.post(prompt="hi"))
+    await bench.decode.started.wait()
+
+    request.cancel()
+
+    await asyncio.wait_for(bench.decode.cancelled.wait(), PATIENCE_S)
+
+
+async def test_a_client_that_leaves_in_the_middle_of_a_stream_cancels_decode(bench: Bench):
+    async def endless(request):
+        response = web.StreamResponse()
+        await response.prepare(request)
+        while True:
+            await response.write(b"data: {}\n\n")
+            await asyncio.sleep(0.01)
+
+    bench.decode.answer = endless
+    response = await bench.post(prompt="hi", stream=True)
+    await response.content.readany()
+
+    response.close()
+
+    await asyncio.wait_for(bench.decode.cancelled.wait(), PATIENCE_S)
+
+
+async def test_a_decode_that_dies_in_a_stream_does_not_look_like_a_whole_answer(bench: Bench):
+    async def die(request):
+        response = web.StreamResponse()
+        await response.prepare(request)
+        await response.write(b"data: {}\n\n")
+        request.transport.close()
+        return response
+
+    bench.decode.answer = die
+    async with await bench.post(prompt="hi", stream=True) as response:
+        with pytest.raises(aiohttp.ClientPayloadError):
+            await response.read()
+
+
+async def test_models_and_health_are_those_of_decode(bench: Bench):
+    bench.decode.answer = answering(b"whatever decode says", status=203)
+
+    for path in ("v1/models", "health"):
+        async with bench.client.get(bench.proxy / path) as response:
+            assert (203, b"whatever decode says") == (response.status, await response.read())
+    assert ["/v1/models", "/health"] == [asked.path for asked in bench.decode.asked]
+    assert [] == bench.prefill.asked
+
+
+async def test_healthcheck_answers_while_the_engines_are_away(bench: Bench):
+    await bench.servers["decode"].close()
+
+    async with bench.client.get(bench.proxy / "healthcheck") as response:
+        assert "ok" == (await response.json())["status"]
+
+
+async def test_large_bodies_and_many_requests_at_once_all_arrive(bench: Bench):
+    """Neither aiohttp's limit of 1 MiB per body nor its 100 connections at once is in the way."""
+    everyone, release = asyncio.Event(), asyncio.Event()
+
+    async def hold(_):
+        if len(bench.decode.asked) == 150:
+            everyone.set()
+        await release.wait()
+        return web.Response(body=b"x" * (1 << 20))
+
+    bench.decode.answer = hold
+    prompt = "x" * (2 << 20)
+    async with aiohttp.ClientSession(connector=aiohttp.TCPConnector(limit=0)) as client:
+        url = bench.proxy / "v1/completions"
+        bodies = [json.dumps({"prompt": prompt if i == 0 else "hi"}).encode() for i in range(150)]
+        tasks = [asyncio.create_task(client.post(url, data=BytesIO(body))) for body in bodies]
+        await asyncio.wait_for(everyone.wait(), PATIENCE_S)
+        release.set()
+        answers = [await (await task).read() for task in tasks]
+    assert {1 << 20} == {len(answer) for answer in answers}

@@ -1,0 +1,216 @@
+"""The rooms of the project and the direction of imports between them, as tests.
+
+A rule that only a document states is broken by the second change after it.
+"""
+
+from __future__ import annotations
+
+import ast
+import re
+from collections.abc import Iterator
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+FOLDERS = ("ucm", "tests", "examples", "benchmarks")
+MAX_FILE_LINES = 350
+MAX_FUNCTION_LINES = 70
+
+# Which rooms of `ucm` a room may know. Arrows only go down.
+ROOMS: dict[str, set[str]] = {
+    "ucm": set(),
+    "ucm.errors": set(),
+    "ucm.config": {"ucm.errors"},
+    "ucm.metrics": {"ucm.errors"},
+    "ucm.store": {"ucm.errors", "ucm.config", "ucm.metrics"},
+    "ucm.pd": {"ucm.errors", "ucm.config", "ucm.metrics"},
+    "ucm.integration": {"ucm.errors", "ucm.config", "ucm.metrics", "ucm.store"},
+    "ucm.cli": {"ucm.errors", "ucm.config", "ucm.metrics", "ucm.store", "ucm.pd"},
+}
+# Who may import a heavy or foreign package, by the module's name or its package's.
+FOREIGN: dict[str, tuple[str, ...]] = {
+    "vllm": ("ucm.integration.vllm",),
+    "torch": ("ucm.store.tensors", "ucm.integration"),
+    "yaml": ("ucm.config",),
+    "aiohttp": ("ucm.pd",),
+    "typer": ("ucm.cli", "ucm.pd.toy_proxy_server"),
+}
+# tests/gpu needs these on machines that have torch and no vLLM.
+TORCH_ONLY = ("ucm.integration.vllm.views", "ucm.integration.vllm.copies")
+# What lies below the node cache's process, and is used by it.
+BELOW_NODE = {
+    *("keys", "canonical", "namespace", "weights", "page", "slots"),
+    *("tier", "blockfile", "paths", "posix", "backend"),
+}
+
+ENTRY_POINTS = {
+    "ucm.cli.main",
+    "ucm.integration.vllm.ucm_connector",
+    "ucm.pd.toy_proxy_server",
+    "ucm.store.pipeline",
+}
+
+
+@dataclass(frozen=True)
+class Module:
+    """One Python file, with every name that it imports, wherever in the file it does."""
+
+    path: Path
+    name: str
+    tree: ast.Module
+    imports: frozenset[str]
+
+    def __str__(self) -> str:
+        return str(self.path.relative_to(ROOT))
+
+
+def python_files() -> Iterator[Path]:
+    for folder in FOLDERS:
+        yield from sorted((ROOT / folder).rglob("*.py"))
+
+
+@cache
+def modules() -> tuple[Module, ...]:
+    found = []
+    for path in python_files():
+        parts = path.relative_to(ROOT).with_suffix("").parts
+        is_package = parts[-1] == "__init__"
+        name = ".".join(parts[:-1] if is_package else parts)
+        tree = ast.parse(path.read_bytes(), filename=str(path))
+        package = name if is_package else name.rpartition(".")[0]
+        found.append(Module(path, name, tree, frozenset(imported_names(tree, package))))
+    return tuple(found)
+
+
+def imported_names(tree: ast.Module, package: str) -> Iterator[str]:
+    """`import a.b` gives a.b; `from a import b` gives a and a.b, as b may be a module."""
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Import):
+            yield from (alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            base = node.module or ""
+            if node.level:
+                above = package.split(".")[: len(package.split(".")) - node.level + 1]
+                base = ".".join([*above, *([base] if base else [])])
+            yield base
+            yield from (f"{base}.{alias.name}" for alias in node.names)
+
+
+def ours() -> list[Module]:
+    return [module for module in modules() if within(module.name, "ucm")]
+
+
+def within(name: str, package: str) -> bool:
+    return name == package or name.startswith(f"{package}.")
+
+
+def room_of(name: str) -> str:
+    """The room that a module is in: `ucm._config_yaml` is a part of `ucm.config`."""
+    name = re.sub(r"^ucm\._config_\w+", "ucm.config", name)
+    return ".".join(name.split(".")[:2])
+
+
+def is_module(name: str) -> bool:
+    return any(module.name == name for module in modules())
+
+
+def test_imports_between_rooms_only_go_down() -> None:
+    """`store` knows no engine, `pd` knows no store, and nobody knows the command line."""
+    for module in ours():
+        room = room_of(module.name)
+        assert room in ROOMS, f"{module} is in no room"
+        for name in module.imports:
+            if within(name, "ucm") and is_module(name):
+                other = room_of(name)
+                assert other in ROOMS[room] | {room, "ucm"}, f"{module} imports {name}"
+
+
+@pytest.mark.parametrize("package", FOREIGN)
+def test_foreign_packages_stay_in_their_rooms(package: str) -> None:
+    """The store, the node cache and the proxy run without vLLM and torch."""
+    for module in ours():
+        if any(within(name, package) for name in module.imports):
+            name = re.sub(r"^ucm\._config_\w+", "ucm.config", module.name)
+            assert any(within(name, room) for room in FOREIGN[package]), (
+                f"{module} imports {package}"
+            )
+
+
+def test_the_copy_code_does_not_know_vllm() -> None:
+    """It is tested on GPU machines that have torch only."""
+    for module in ours():
+        if module.name in TORCH_ONLY:
+            assert not any(within(name, "vllm") for name in module.imports), f"{module}"
+
+
+def test_what_the_node_cache_is_made_of_does_not_know_it() -> None:
+    """Keys, pages, files and slots can be read, tested and used without the process."""
+    for module in ours():
+        if module.name.removeprefix("ucm.store.") in BELOW_NODE:
+            above = [name for name in module.imports if within(name, "ucm.store.node")]
+            assert not above, f"{module} imports {above}"
+
+
+def test_only_the_settings_read_the_environment() -> None:
+    """A variable that is read elsewhere is a setting that nobody documents or checks."""
+    for module in ours():
+        if room_of(module.name) == "ucm.config":
+            continue
+        for node in ast.walk(module.tree):
+            name = node.attr if isinstance(node, ast.Attribute) else getattr(node, "id", "")
+            line = getattr(node, "lineno", 0)
+            assert name not in ("environ", "environb", "getenv"), f"{module}:{line} reads {name}"
+
+
+def test_files_fit_a_sitting() -> None:
+    """A file that grows further is two files."""
+    for module in modules():
+        num_lines = len(module.path.read_bytes().splitlines())
+        assert num_lines <= MAX_FILE_LINES, f"{module} has {num_lines} lines"
+
+
+def test_functions_fit_a_screen() -> None:
+    """Branches in the parent, loops and arithmetic in leaves."""
+    for module in modules():
+        for node in ast.walk(module.tree):
+            if isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef)):
+                assert node.end_lineno is not None
+                num_lines = node.end_lineno - node.lineno + 1
+                assert num_lines <= MAX_FUNCTION_LINES, f"{module}: {node.name}: {num_lines} lines"
+
+
+def test_every_module_says_what_it_is() -> None:
+    """The first line of a file is its docstring, not a license or a mark of byte order."""
+    for module in modules():
+        text = module.path.read_bytes()
+        assert not text.startswith(b"\xef\xbb\xbf"), f"{module} starts with a byte order mark"
+    for module in ours():
+        assert ast.get_docstring(module.tree), f"{module} has no docstring"
+
+
+def test_the_license_is_in_one_place() -> None:
+    """LICENSE, once."""
+    header = re.compile(r"^# *(Copyright|SPDX-|Licensed under|MIT License)", re.MULTILINE)
+    for path in python_files():
+        assert not header.search(path.read_text()), f"{path.relative_to(ROOT)} has a license header"
+
+
+def test_nothing_runs_at_the_start_of_every_interpreter() -> None:
+    """No .pth file and no sitecustomize: an engine is not patched behind its back."""
+    for folder in FOLDERS:
+        for pattern in ("*.pth", "sitecustomize.py", "usercustomize.py"):
+            assert not list((ROOT / folder).rglob(pattern))
+
+
+def test_every_module_is_used_or_is_an_entry() -> None:
+    """What nobody imports is deleted; a test is no user."""
+    used = {
+        name for module in modules() if not within(module.name, "tests") for name in module.imports
+    }
+    for module in ours():
+        is_package = module.path.name == "__init__.py"
+        is_entry = module.name in ENTRY_POINTS or module.path.name == "__main__.py"
+        assert is_package or is_entry or module.name in used, f"{module} is used by nothing"

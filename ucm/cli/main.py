@@ -1,0 +1,59 @@
+"""The `ucm` command: each subcommand is one function, and imports what it needs when it runs."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from ucm.errors import UcmError
+
+app = typer.Typer(
+    help="UCM: a KV cache for vLLM on storage that every node can mount.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+)
+
+
+@app.callback()
+def _ucm() -> None:
+    """Keeps the subcommands' names even while there are few of them."""
+
+
+@app.command("node-cache")
+def node_cache(
+    config: Annotated[
+        Path, typer.Option("--config", help="the settings file that the engines have, too")
+    ],
+) -> None:
+    """Run this node's cache in the foreground, instead of letting the first engine start it."""
+    from ucm.config import load_settings_file
+    from ucm.store.node.start import run_by_hand
+
+    try:
+        settings = load_settings_file(config)
+        for warning in settings.warnings:
+            typer.echo(f"warning: {warning}", err=True)
+        run_by_hand(settings.store)
+    except UcmError as error:
+        typer.echo(f"ucm node-cache: {error}", err=True)
+        raise typer.Exit(1) from None
+
+
+@app.command(
+    "proxy",
+    context_settings={"allow_extra_args": True, "ignore_unknown_options": True},
+    add_help_option=False,
+)
+def proxy(context: typer.Context) -> None:
+    """Run the proxy between prefill and decode; takes the flags of toy_proxy_server.py."""
+    from ucm.pd import toy_proxy_server
+
+    toy_proxy_server.main(context.args)
+
+
+if __name__ == "__main__":
+    sys.exit(app())

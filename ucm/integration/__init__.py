@@ -1,0 +1,1 @@
+"""Engines that UCM plugs into, one package each."""

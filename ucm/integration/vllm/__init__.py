@@ -1,0 +1,1 @@
+"""UCM as a vLLM connector."""

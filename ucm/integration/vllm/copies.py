@@ -1,0 +1,213 @@
+"""Copies between the device's KV blocks and the slots: the contract.
+
+Who owns what. The engine (vLLM) owns the KV tensors, the node cache the slots' memory, of which an
+`Arena` is this rank's mapping. A `CopyEngine` owns its threads, its streams and its staging memory,
+and nothing else. A job is one or more pages in one direction, named by the scheduler side.
+
+    LOAD   slot -> device     before it is submitted, the page is READY and pinned, and no running
+                              request uses the blocks
+    DUMP   device -> slot     the slot is FILLING, and the blocks are full: nobody writes them again
+                              before they are freed
+
+Threads. All methods but `close` are called by the rank's own thread, the one that runs the forward
+pass, and return at once unless "waits" is said below: they put the job on a queue. The engine's
+threads issue the copies: on an accelerator one thread per direction, on a stream of its own; on the
+CPU a few threads, which take loads before dumps.
+
+Who waits for what.
+
+    a dump          for what was on the rank's current stream at `order_after_forward` (else at its
+                    submission): the kernels that wrote its blocks
+    a load          for what was on the current stream at `order_before_forward` (else at its
+                    submission): a kernel that is still running may write the blocks of a request
+                    that has ended, if the engine schedules ahead
+    `wait_layer`    the current stream, for the loads of this layer that came by `submit_layer`
+    `fence`         the current stream, for these jobs' copies: freed blocks may then be overwritten
+    `finished`      nobody; a job is in it when its bytes are where they should be, on every stream
+    Arena.close     for the jobs that hold the arena, bounded
+
+On an accelerator `wait_layer` and `fence` wait on the host only until the copies are queued on
+their stream, never for the copies themselves. On the CPU they wait for the copies. The scheduler
+side frees blocks only after `finished` has named the job or after a fence, commits slots and
+unpins only after `finished`.
+
+A copy that fails (a fault of the device, a bug) is logged, and its job is named by `failed` as well
+as by `finished`: a dump must then not be committed, and the blocks of a load hold no KV.
+"""
+
+from __future__ import annotations
+
+import threading
+from abc import ABC, abstractmethod
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from enum import Enum
+
+from ucm.errors import UcmError
+from ucm.integration.vllm.arena import Arena
+from ucm.integration.vllm.views import LayerView
+from ucm.store.page import PageGeometry, RankShare
+
+# Copies take milliseconds. One that has not ended by then never will: the device hangs.
+COPY_TIMEOUT_S = 60.0
+CLOSE_TIMEOUT_S = 10.0
+
+
+class Direction(Enum):
+    LOAD = "load"
+    DUMP = "dump"
+
+
+@dataclass(frozen=True)
+class PagePart:
+    """The engine's blocks `block_ids` hold the tokens [first_token, first_token + n) of the page
+    whose slot starts at `slot_offset`; n is the number of blocks times the engine's block size."""
+
+    slot_offset: int
+    first_token: int
+    block_ids: tuple[int, ...]
+
+
+class CopyEngine(ABC):
+    """See the module. Made by `make_copy_engine`."""
+
+    @abstractmethod
+    def submit(
+        self, job_id: int, direction: Direction, parts: Sequence[PagePart], arena: Arena
+    ) -> None:
+        """Copies all layers of `parts`."""
+
+    @abstractmethod
+    def submit_layer(
+        self,
+        job_id: int,
+        direction: Direction,
+        layer: int,
+        parts: Sequence[PagePart],
+        arena: Arena,
+    ) -> None:
+        """Copies one layer, a position in the rank's share. The job ends when each of the rank's
+        layers was submitted once and copied."""
+
+    @abstractmethod
+    def order_after_forward(self) -> None:
+        """Dumps submitted from now on, until the next call, come after what the current stream
+        holds now. To be called in every step that dumps (layer-wise: before every layer), or
+        never."""
+
+    @abstractmethod
+    def order_before_forward(self) -> None:
+        """Loads submitted from now on, until the next call, come after what the current stream
+        holds now. To be called at the start of every step, or never: loads are then ordered after
+        the forward pass that is running when they are submitted, and start that much later."""
+
+    @abstractmethod
+    def wait_layer(self, layer: int) -> None:
+        """Waits for all loads of this layer that came by `submit_layer`."""
+
+    @abstractmethod
+    def fence(self, job_ids: Iterable[int]) -> None:
+        """Waits for the copies of these jobs. Jobs that have ended are no error."""
+
+    @abstractmethod
+    def finished(self) -> list[int]:
+        """The jobs that ended since the last call, failed ones too."""
+
+    @abstractmethod
+    def failed(self) -> list[int]:
+        """The jobs that `finished` has named since the last call and that did not copy it all."""
+
+    @abstractmethod
+    def close(self) -> None:
+        """Lets submitted copies end, bounded, and stops. Any thread; more than once is fine."""
+
+
+def make_copy_engine(
+    views: Sequence[LayerView],
+    *,
+    geometry: PageGeometry,
+    share: RankShare,
+    engine_block_tokens: int,
+) -> CopyEngine:
+    """The engine for the device that the views are on. `views` are in the order of
+    `share.layers`."""
+    block_tokens = {view.num_units * geometry.unit_tokens for view in views}
+    if block_tokens != {engine_block_tokens}:
+        raise ValueError(f"views of {sorted(block_tokens)} tokens, blocks of {engine_block_tokens}")
+    if views[0].parts[0].device.type == "cpu":
+        from ucm.integration.vllm.host_copies import HostCopyEngine
+
+        return HostCopyEngine(views, geometry=geometry, share=share)
+    from ucm.integration.vllm.device_copies import DeviceCopyEngine
+
+    return DeviceCopyEngine(views, geometry=geometry, share=share)
+
+
+def first_units(part: PagePart, *, geometry: PageGeometry, block_units: int) -> range:
+    """Where each block of `part` starts in its page, in units. Raises if it isn't in the page."""
+    start = part.first_token // geometry.unit_tokens
+    units = range(start, start + len(part.block_ids) * block_units, block_units)
+    if part.first_token % geometry.unit_tokens or not 0 <= start <= units.stop <= (
+        geometry.num_units
+    ):
+        raise UcmError(
+            f"{len(part.block_ids)} blocks of {block_units * geometry.unit_tokens} tokens from "
+            f"token {part.first_token} on are not inside a page of {geometry.block_tokens}"
+        )
+    return units
+
+
+def check_blocks(part: PagePart, *, num_blocks: int) -> None:
+    """Asked before every copy: a negative id would be a wrong block, and on an accelerator one that
+    is too large would end the process's use of the device."""
+    if not all(0 <= block_id < num_blocks for block_id in part.block_ids):
+        raise UcmError(f"blocks {part.block_ids} are not all among the engine's {num_blocks}")
+
+
+class JobLedger:
+    """What is left of every job. A job is a number of submissions, one or one per layer.
+
+    Thread-safe. Invariant: a job is either open (in `_left`) or was put into `_ended` once.
+    """
+
+    def __init__(self) -> None:
+        self._cond = threading.Condition()
+        self._left: dict[int, int] = {}
+        self._ended: list[int] = []
+        self._failing: set[int] = set()
+        self._failed: list[int] = []
+
+    def open(self, job_id: int, *, submissions: int) -> None:
+        """Expects so many. A job that is open already stays as it is."""
+        with self._cond:
+            self._left.setdefault(job_id, submissions)
+
+    def close_one(self, job_id: int, *, ok: bool) -> None:
+        with self._cond:
+            if not ok:
+                self._failing.add(job_id)
+            self._left[job_id] -= 1
+            if self._left[job_id] == 0:
+                del self._left[job_id]
+                self._ended.append(job_id)
+                self._cond.notify_all()
+
+    def take_ended(self) -> list[int]:
+        with self._cond:
+            ended, self._ended = self._ended, []
+            self._failed += [job_id for job_id in ended if job_id in self._failing]
+            self._failing.difference_update(ended)
+            return ended
+
+    def take_failed(self) -> list[int]:
+        with self._cond:
+            failed, self._failed = self._failed, []
+            return failed
+
+    def wait(self, job_ids: Iterable[int], *, timeout_s: float) -> None:
+        """Until these jobs have ended."""
+        waited = set(job_ids)
+        with self._cond:
+            if not self._cond.wait_for(lambda: waited.isdisjoint(self._left), timeout_s):
+                late = sorted(waited & self._left.keys())
+                raise UcmError(f"the copies of jobs {late} have not ended within {timeout_s:.0f} s")

@@ -1,0 +1,234 @@
+"""The scheduler side's dumps: which blocks go into the store, and when.
+
+    todo ──reserve──► asked ──reply──► has a slot ──computed──► copying ──all ranks──► committed
+
+Slots are asked for one step ahead of the computation, so a long prompt holds no more memory than
+its next step can fill, and the step never waits for the answer. Blocks are copied and committed
+in prompt order. vLLM keeps a finished request's device blocks until its copies have ended.
+"""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections import deque
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
+
+from ucm.integration.vllm.engine_facts import EngineFacts
+from ucm.integration.vllm.metadata import CopyJob
+from ucm.integration.vllm.requests import RequestState, parents, part_of_block
+from ucm.integration.vllm.session import NodeSession
+from ucm.store.keys import Key
+from ucm.store.node import protocol as p
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(eq=False)
+class DumpJob:
+    job_id: int
+    blocks: list[int]
+    generation: int
+    ended: bool = False
+    failed: bool = False
+
+
+@dataclass(eq=False)
+class Dump:
+    """What of one request's prompt goes into the store. `todo` are the blocks the store lacks, in
+    prompt order; a block leaves it when its copy is on its way, when somebody else has it, or when
+    it is given up. `slots` maps blocks to offsets (or HAVE) once the node cache has answered."""
+
+    keys: Sequence[Key]
+    todo: deque[int]
+    asked_to: int = 0
+    slots: dict[int, int] = field(default_factory=dict)
+    jobs: deque[DumpJob] = field(default_factory=deque)
+    closed: bool = False
+
+
+class Dumps:
+    """All dumps of one engine. Owned by the engine's thread."""
+
+    def __init__(
+        self, session: NodeSession, facts: EngineFacts, *, block_tokens: int, timeout_s: float
+    ) -> None:
+        self._session = session
+        self._facts = facts
+        self._block_tokens = block_tokens
+        self._timeout_s = timeout_s
+        self._dumps: dict[str, Dump] = {}
+        self._jobs: dict[int, tuple[Dump, DumpJob]] = {}
+        self._asked: dict[int, tuple[Dump, list[int]]] = {}
+        self._planned: list[CopyJob] = []
+        self._fence: list[int] = []
+        self._draining: dict[str, tuple[RequestState, float]] = {}
+
+    # -- a request's life ------------------------------------------------------------------
+
+    def plan(self, state: RequestState, todo: Iterable[int]) -> None:
+        """From now on these blocks of the request are dumped as they are computed."""
+        if self._facts.dumps and state.request_id not in self._dumps:
+            self._dumps[state.request_id] = Dump(state.keys, deque(todo))
+
+    def is_planned(self, state: RequestState) -> bool:
+        return state.request_id in self._dumps
+
+    def computed(self, state: RequestState, num_tokens: int) -> None:
+        """This step computes the request's tokens up to `num_tokens`."""
+        dump = self._dumps.get(state.request_id)
+        if dump is None or not dump.todo:
+            return
+        self._reserve(dump, num_tokens + self._facts.max_step_tokens)
+        self._copy(state, dump, num_tokens // self._block_tokens)
+
+    def preempted(self, state: RequestState) -> None:
+        """vLLM has taken the request's device blocks away; this step may write into them. Copies
+        under way are waited for by the ranks, the others don't start."""
+        dump = self._dumps.pop(state.request_id, None)
+        if dump is not None:
+            self._fence.extend(job.job_id for job in dump.jobs if not job.ended)
+            self._close(dump)
+
+    def finished(self, state: RequestState) -> bool:
+        """The request has ended. True: its device blocks are still being copied from."""
+        dump = self._dumps.get(state.request_id)
+        if dump is None:
+            return False
+        computed = min(state.request.num_computed_tokens, state.request.num_prompt_tokens)
+        num_blocks = computed // self._block_tokens
+        dump.todo = deque(block for block in dump.todo if block < num_blocks)
+        self._reserve(dump, computed)
+        if not dump.todo and not dump.jobs:
+            self._close(self._dumps.pop(state.request_id))
+            return False
+        self._draining[state.request_id] = (state, time.monotonic())
+        return True
+
+    # -- each step -------------------------------------------------------------------------
+
+    def drain(self) -> tuple[str, ...]:
+        """Goes on with finished requests; those whose copies have all ended are returned."""
+        released = []
+        for request_id, (state, since_s) in list(self._draining.items()):
+            dump = self._dumps[request_id]
+            self._copy(state, dump, len(dump.keys))
+            late = time.monotonic() - since_s > self._timeout_s
+            if dump.todo and (late or not self._session.is_ready):
+                logger.warning("%d blocks of %s: no slots in time", len(dump.todo), request_id)
+                self._give_up(dump)
+            if not dump.todo and not dump.jobs:
+                del self._draining[request_id], self._dumps[request_id]
+                released.append(request_id)
+        return tuple(released)
+
+    def take_planned(self) -> tuple[CopyJob, ...]:
+        planned, self._planned = tuple(self._planned), []
+        return planned
+
+    def take_fence(self) -> tuple[int, ...]:
+        fence, self._fence = tuple(self._fence), []
+        return fence
+
+    def _reserve(self, dump: Dump, to_tokens: int) -> None:
+        if not self._session.is_ready:
+            return
+        to_block = to_tokens // self._block_tokens
+        blocks = [block for block in dump.todo if dump.asked_to <= block < to_block]
+        if not blocks:
+            return
+        dump.asked_to = blocks[-1] + 1
+        request = p.Reserve(
+            id=self._session.next_id(),
+            ns=self._session.namespace,
+            keys=[dump.keys[block] for block in blocks],
+            parents=parents(dump.keys, blocks),
+        )
+        self._asked[request.id] = (dump, blocks)
+        self._session.send(request)
+
+    def on_reply(self, reply: p.ReserveReply) -> None:
+        dump, blocks = self._asked.pop(reply.id, (None, []))
+        if dump is None:
+            return  # asked of a node cache that is gone
+        for block, offset in zip(blocks, reply.offsets, strict=True):
+            dump.slots[block] = offset
+        if dump.closed:
+            self._abort_slots(dump)
+
+    def _copy(self, state: RequestState, dump: Dump, num_blocks: int) -> None:
+        """Plans the copies of leading blocks that are computed and have slots."""
+        blocks: list[int] = []
+        parts = []
+        while dump.todo and dump.todo[0] < num_blocks and dump.todo[0] in dump.slots:
+            block = dump.todo[0]
+            offset = dump.slots.pop(block)
+            if offset == p.NO_ROOM:
+                self._give_up(dump)
+                break
+            dump.todo.popleft()
+            if offset == p.HAVE:
+                continue
+            blocks.append(block)
+            parts.append(
+                part_of_block(
+                    block,
+                    offset,
+                    state.device_blocks,
+                    block_tokens=self._block_tokens,
+                    unit=self._facts.block_tokens,
+                )
+            )
+        if not blocks:
+            return
+        job = DumpJob(self._session.next_id(), blocks, self._session.generation)
+        dump.jobs.append(job)
+        self._jobs[job.job_id] = (dump, job)
+        self._planned.append(CopyJob(job.job_id, state.request_id, job.generation, tuple(parts)))
+
+    # -- endings ---------------------------------------------------------------------------
+
+    def ended(self, job_id: int, *, failed: bool) -> None:
+        """All ranks have copied. Commits what is complete in prompt order."""
+        dump, job = self._jobs.pop(job_id, (None, None))
+        if dump is None or job is None:
+            return
+        job.ended, job.failed = True, failed
+        while dump.jobs and dump.jobs[0].ended:
+            done = dump.jobs.popleft()
+            if done.generation != self._session.generation:
+                continue
+            keys: list[bytes] = [dump.keys[block] for block in done.blocks]
+            if done.failed:
+                self._session.send(p.Abort(ns=self._session.namespace, keys=keys))
+            else:
+                self._session.send(
+                    p.Commit(
+                        ns=self._session.namespace,
+                        keys=keys,
+                        parents=parents(dump.keys, done.blocks),
+                    )
+                )
+
+    def _give_up(self, dump: Dump) -> None:
+        dump.todo.clear()
+        self._abort_slots(dump)
+
+    def _close(self, dump: Dump) -> None:
+        dump.closed = True
+        self._give_up(dump)
+
+    def _abort_slots(self, dump: Dump) -> None:
+        """Gives back slots that nothing will be copied into."""
+        keys: list[bytes] = [dump.keys[b] for b, offset in dump.slots.items() if offset >= 0]
+        dump.slots.clear()
+        if keys:
+            self._session.send(p.Abort(ns=self._session.namespace, keys=keys))
+
+    def node_lost(self) -> None:
+        """Slots are gone with the node cache; running copies go into memory nobody reads."""
+        self._asked.clear()
+        for dump in self._dumps.values():
+            dump.slots.clear()
+            dump.asked_to = dump.todo[0] if dump.todo else 0

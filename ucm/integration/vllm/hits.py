@@ -1,0 +1,223 @@
+"""The scheduler side's lookups: what vLLM is told it can have, and the loads that follow.
+
+    none ──lookup──► asked ──reply──► answered (pinned) ──allocated──► loading ──all ranks──► none
+
+A promise is kept or not made: vLLM hears of tokens only when their pages are pinned in memory that
+every rank has mapped, so a load can't fail on storage. A lookup without an answer costs a step
+about a millisecond at most, all lookups of the step together.
+"""
+
+from __future__ import annotations
+
+import time
+from dataclasses import dataclass
+
+from ucm.integration.vllm.engine_facts import EngineFacts
+from ucm.integration.vllm.metadata import CopyJob
+from ucm.integration.vllm.requests import RequestState, parts_of_tokens
+from ucm.integration.vllm.session import NodeSession
+from ucm.store.node import protocol as p
+
+# vLLM asks again at its next step; without one it polls every millisecond.
+_STEP_WAIT_S = 0.001
+# The node cache settles a lookup by its deadline; an answer later than this will never come.
+_GRACE_S = 0.5
+
+
+@dataclass(eq=False)
+class Hit:
+    """One lookup. `offsets[i]` is the slot of block `read_from + i`, once answered."""
+
+    lookup_id: int
+    generation: int
+    read_from: int
+    asked_s: float
+    reply: p.LookupReply | None = None
+
+    def end_tokens(self, block_tokens: int) -> int:
+        count = len(self.reply.offsets) if self.reply is not None else 0
+        return (self.read_from + count) * block_tokens
+
+
+class Hits:
+    """All lookups and loads of one engine. Owned by the engine's thread."""
+
+    def __init__(
+        self,
+        session: NodeSession,
+        facts: EngineFacts,
+        *,
+        layerwise: bool,
+        block_tokens: int,
+        timeout_s: float,
+        max_lookups: int,
+    ) -> None:
+        self._session = session
+        self._facts = facts
+        self._layerwise = layerwise
+        self._block_tokens = block_tokens
+        self._timeout_s = timeout_s
+        self._max_lookups = max_lookups
+        self._hits: dict[str, Hit] = {}
+        self._by_lookup: dict[int, Hit] = {}
+        self._planned: list[CopyJob] = []
+        self._loading: dict[int, Hit] = {}
+        self._step_wait_s = _STEP_WAIT_S
+
+    # -- what vLLM asks --------------------------------------------------------------------
+
+    def matched_tokens(self, state: RequestState, num_computed: int) -> tuple[int | None, bool]:
+        """As vLLM's get_num_new_matched_tokens; None asks vLLM to ask again."""
+        if not state.keys or state.no_loads:
+            return 0, False
+        hit = self._hits.get(state.request_id)
+        if hit is not None and not self._still_good(hit, num_computed):
+            self.drop(state)
+            hit = None
+        if hit is None:
+            if not self._session.is_ready:
+                return 0, False
+            if len(self._by_lookup) >= self._max_lookups:
+                return None, False
+            hit = self._ask(state, num_computed, load=self._facts.loads)
+        if not self._facts.loads:
+            return 0, False  # a producer only wants to know what is stored, and doesn't wait
+        if hit.reply is None:
+            self._wait(hit)
+        if hit.reply is None:
+            if time.monotonic() - hit.asked_s <= self._timeout_s + _GRACE_S:
+                return None, False
+            self.drop(state)
+            state.no_loads = True
+            return 0, False
+        return self._offer(state, hit, num_computed)
+
+    def _still_good(self, hit: Hit, num_computed: int) -> bool:
+        """Not if the node cache is another one, or if vLLM has less of the prompt than then."""
+        same_node = hit.generation == self._session.generation
+        return same_node and num_computed >= hit.read_from * self._block_tokens
+
+    def _ask(self, state: RequestState, num_computed: int, *, load: bool) -> Hit:
+        hit = Hit(
+            lookup_id=self._session.next_id(),
+            generation=self._session.generation,
+            read_from=min(num_computed // self._block_tokens, len(state.keys)),
+            asked_s=time.monotonic(),
+        )
+        self._hits[state.request_id] = hit
+        self._by_lookup[hit.lookup_id] = hit
+        self._session.send(
+            p.Lookup(
+                id=hit.lookup_id,
+                ns=self._session.namespace,
+                keys=list(state.keys),
+                read_from=hit.read_from,
+                load=load,
+                timeout_ms=int(self._timeout_s * 1000),
+            )
+        )
+        return hit
+
+    def _wait(self, hit: Hit) -> None:
+        """Polls for the answer within what is left of this step's millisecond."""
+        self._session.poll(0.0)
+        while hit.reply is None and self._step_wait_s > 0 and self._session.is_ready:
+            start_s = time.monotonic()
+            self._session.poll(self._step_wait_s)
+            self._step_wait_s -= time.monotonic() - start_s
+
+    def _offer(self, state: RequestState, hit: Hit, num_computed: int) -> tuple[int, bool]:
+        num_prompt = state.request.num_prompt_tokens
+        # In a step that loads and computes, one token must be left to compute. An asynchronous
+        # load may cover the whole prompt: vLLM then computes the last token again.
+        limit = num_prompt - 1 if self._layerwise else num_prompt
+        extra = min(hit.end_tokens(self._block_tokens), limit) - num_computed
+        if extra <= 0:
+            self._release(hit)
+            return 0, False
+        return extra, not self._layerwise
+
+    def on_reply(self, reply: p.LookupReply) -> None:
+        hit = self._by_lookup.pop(reply.id, None)
+        if hit is None:
+            if reply.offsets:  # dropped meanwhile
+                self._session.send(p.Release(lookups=[reply.id]))
+            return
+        hit.reply = reply
+
+    # -- what vLLM decides -----------------------------------------------------------------
+
+    def allocated(self, state: RequestState, start: int, num_tokens: int) -> None:
+        """vLLM has given device blocks to tokens [start, start + num_tokens) of the store's."""
+        hit = self._hits.pop(state.request_id)
+        assert hit.reply is not None
+        slots = {hit.read_from + i: offset for i, offset in enumerate(hit.reply.offsets)}
+        job = CopyJob(
+            job_id=self._session.next_id(),
+            request_id=state.request_id,
+            generation=hit.generation,
+            parts=parts_of_tokens(
+                start,
+                start + num_tokens,
+                slots,
+                state.device_blocks,
+                block_tokens=self._block_tokens,
+                unit=self._facts.block_tokens,
+            ),
+        )
+        self._loading[job.job_id] = hit
+        self._planned.append(job)
+
+    def take_planned(self) -> tuple[CopyJob, ...]:
+        """The loads for this step's metadata. Starts the next step's allowance of waiting."""
+        planned, self._planned = tuple(self._planned), []
+        self._step_wait_s = _STEP_WAIT_S
+        return planned
+
+    def ended(self, job_id: int) -> bool:
+        """All ranks have copied: the pins go. False if this wasn't a load."""
+        hit = self._loading.pop(job_id, None)
+        if hit is None:
+            return False
+        if hit.generation == self._session.generation:
+            self._session.send(p.Release(lookups=[hit.lookup_id]))
+        return True
+
+    def known(self, state: RequestState) -> Hit | None:
+        """The request's lookup, answered or not."""
+        return self._hits.get(state.request_id)
+
+    def drop(self, state: RequestState) -> None:
+        """Withdraws the request's lookup, or gives back what it pinned."""
+        hit = self._hits.pop(state.request_id, None)
+        if hit is not None:
+            self._release(hit)
+
+    def _release(self, hit: Hit) -> None:
+        self._by_lookup.pop(hit.lookup_id, None)
+        if hit.generation == self._session.generation and not _pins_nothing(hit):
+            self._session.send(p.Release(lookups=[hit.lookup_id]))
+        if hit.reply is not None:
+            hit.reply = _without_pins(hit.reply)
+
+    def node_lost(self) -> None:
+        """What was promised is gone. Loads under way go on: the ranks still have that memory."""
+        lost = [name for name, hit in self._hits.items() if hit.reply is None or hit.reply.offsets]
+        for name in lost:
+            hit = self._hits.pop(name)
+            self._by_lookup.pop(hit.lookup_id, None)
+
+
+def _pins_nothing(hit: Hit) -> bool:
+    return hit.reply is not None and not hit.reply.offsets
+
+
+def _without_pins(reply: p.LookupReply) -> p.LookupReply:
+    return p.LookupReply(
+        id=reply.id,
+        offsets=[],
+        num_stored=reply.num_stored,
+        from_files=reply.from_files,
+        head_stored=reply.head_stored,
+        reason=reply.reason,
+    )

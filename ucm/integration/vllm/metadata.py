@@ -1,0 +1,58 @@
+"""What the scheduler side tells the ranks each step, and what they answer.
+
+Both travel through vLLM's own messages: the metadata with the step, the answers added up over all
+ranks before the scheduler side sees them. So the ranks need no channel of their own.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+from vllm.distributed.kv_transfer.kv_connector.v1.base import (
+    KVConnectorMetadata,
+    KVConnectorWorkerMetadata,
+)
+
+from ucm.integration.vllm.copies import PagePart
+
+
+@dataclass(frozen=True)
+class CopyJob:
+    """Copies of one request, in the memory of node cache `generation`. Every rank copies its part
+    of every page and acknowledges the job once. `request_id` names the request that vLLM holds
+    back until a load has arrived."""
+
+    job_id: int
+    request_id: str
+    generation: int
+    parts: tuple[PagePart, ...]
+
+
+@dataclass(frozen=True)
+class StepMetadata(KVConnectorMetadata):
+    """One step. `loads` are asynchronous; `step_loads` feed this step's own forward pass, layer by
+    layer. The device blocks of the jobs in `fence` may be overwritten by this step. `released`
+    requests have no copies left: each rank reports them to vLLM as finished."""
+
+    generation: int = 0
+    loads: tuple[CopyJob, ...] = ()
+    step_loads: tuple[CopyJob, ...] = ()
+    dumps: tuple[CopyJob, ...] = ()
+    fence: tuple[int, ...] = ()
+    released: tuple[str, ...] = ()
+
+
+@dataclass
+class RankReport(KVConnectorWorkerMetadata):
+    """How many ranks have ended a job, and on how many it failed."""
+
+    ended: dict[int, int] = field(default_factory=dict)
+    failed: dict[int, int] = field(default_factory=dict)
+
+    def aggregate(self, other: KVConnectorWorkerMetadata) -> RankReport:
+        assert isinstance(other, RankReport)
+        return RankReport(_sum(self.ended, other.ended), _sum(self.failed, other.failed))
+
+
+def _sum(a: dict[int, int], b: dict[int, int]) -> dict[int, int]:
+    return {job_id: a.get(job_id, 0) + b.get(job_id, 0) for job_id in a.keys() | b.keys()}

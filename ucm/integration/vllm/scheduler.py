@@ -1,0 +1,184 @@
+"""The scheduler side: answers vLLM's scheduler and plans the copies of each step.
+
+Runs in the engine's process, on the engine's thread, and is the node cache's only client there. It
+does no I/O but messages to the node cache, and never waits for more than about a millisecond.
+"""
+
+from __future__ import annotations
+
+import logging
+from typing import Any
+
+from vllm.v1.request import RequestStatus
+
+from ucm.config import Settings
+from ucm.integration.vllm.dumps import Dumps
+from ucm.integration.vllm.engine_facts import AdapterDigests, EngineFacts
+from ucm.integration.vllm.hits import Hits
+from ucm.integration.vllm.metadata import RankReport, StepMetadata
+from ucm.integration.vllm.requests import RequestState, request_keys
+from ucm.integration.vllm.session import NodeSession
+from ucm.store.namespace import Manifest, fingerprint, to_json
+from ucm.store.node import protocol as p
+from ucm.store.node.link import NodeLink
+
+logger = logging.getLogger(__name__)
+
+
+class SchedulerSide:
+    """One engine's. Not thread-safe: vLLM calls everything from one thread."""
+
+    def __init__(self, settings: Settings, facts: EngineFacts, manifest: Manifest) -> None:
+        self._settings = settings
+        self._facts = facts
+        self._fingerprint = fingerprint(manifest)
+        self._adapters = AdapterDigests()
+        self._states: dict[str, RequestState] = {}
+        self._acks: dict[int, int] = {}
+        self._failed: set[int] = set()
+        opening = p.OpenNamespace(
+            ns=NodeSession.namespace,
+            fingerprint=self._fingerprint,
+            page_bytes=facts.geometry.page_bytes,
+            block_tokens=settings.block_tokens,
+            manifest=to_json(manifest),
+        )
+        self._session = NodeSession(
+            NodeLink(settings.store, engine_id=facts.engine_id),
+            opening,
+            world_size=facts.world_size,
+        )
+        self._hits = Hits(
+            self._session,
+            facts,
+            layerwise=settings.use_layerwise,
+            block_tokens=settings.block_tokens,
+            timeout_s=settings.lookup_timeout_ms / 1000,
+            max_lookups=settings.max_lookups,
+        )
+        self._dumps = Dumps(
+            self._session,
+            facts,
+            block_tokens=settings.block_tokens,
+            timeout_s=settings.dump_timeout_ms / 1000,
+        )
+        self._session.on_lookup = self._hits.on_reply
+        self._session.on_reserve = self._dumps.on_reply
+        self._session.on_lost = self._node_lost
+        logger.info("UCM namespace %s: %s", self._fingerprint.hex()[:16], manifest)
+
+    # -- hooks of vLLM's scheduler, in the order of a request's life -------------------------
+
+    def on_new_request(self, request: Any) -> None:
+        self._state_of(request)
+
+    def matched_tokens(self, request: Any, num_computed: int) -> tuple[int | None, bool]:
+        state = self._state_of(request)
+        self._session.poll()
+        if self._dumps.is_planned(state):
+            # vLLM asks anew because it has preempted the request.
+            self._dumps.preempted(state)
+        state.local_tokens = num_computed
+        return self._hits.matched_tokens(state, num_computed)
+
+    def allocated(self, request: Any, device_blocks: list[int], num_external: int) -> None:
+        state = self._state_of(request)
+        state.device_blocks = device_blocks
+        self._plan_dump(state)
+        if num_external > 0:
+            self._hits.allocated(state, state.local_tokens, num_external)
+        elif self._facts.loads:
+            self._hits.drop(state)
+
+    def step(self, output: Any) -> StepMetadata:
+        """Plans the copies of the step that vLLM has just scheduled."""
+        self._session.poll()
+        self._find_preempted()
+        block_state = output.kv_connector_block_state
+        for request_id, num_tokens in output.num_scheduled_tokens.items():
+            state = self._states.get(request_id)
+            if state is None:
+                continue
+            self._plan_dump(state)
+            if not self._dumps.is_planned(state):
+                continue
+            (state.device_blocks,) = block_state.get_block_ids(request_id)
+            computed = state.request.num_computed_tokens + num_tokens
+            self._dumps.computed(state, min(computed, state.request.num_prompt_tokens))
+        released = self._dumps.drain()
+        for request_id in released:
+            self._states.pop(request_id, None)
+        loads = self._hits.take_planned()
+        layerwise = self._settings.use_layerwise
+        return StepMetadata(
+            generation=self._session.generation,
+            loads=() if layerwise else loads,
+            step_loads=loads if layerwise else (),
+            dumps=self._dumps.take_planned(),
+            fence=self._dumps.take_fence(),
+            released=released,
+        )
+
+    def ranks_reported(self, report: RankReport) -> None:
+        """Adds up acknowledgements; a job has ended when every rank has ended it."""
+        self._failed.update(report.failed)
+        for job_id, count in report.ended.items():
+            acks = self._acks.pop(job_id, 0) + count
+            if acks < self._facts.world_size:
+                self._acks[job_id] = acks
+                continue
+            failed = job_id in self._failed
+            self._failed.discard(job_id)
+            if not self._hits.ended(job_id):
+                self._dumps.ended(job_id, failed=failed)
+
+    def finished(self, request: Any, device_blocks: list[int]) -> bool:
+        """True: vLLM must keep the device blocks until the ranks report the request."""
+        state = self._states.get(request.request_id)
+        if state is None:
+            return False
+        self._hits.drop(state)
+        state.device_blocks = device_blocks
+        if self._dumps.finished(state):
+            return True
+        del self._states[request.request_id]
+        return False
+
+    def close(self) -> None:
+        self._session.close()
+
+    # -- dumps follow lookups ----------------------------------------------------------------
+
+    def _plan_dump(self, state: RequestState) -> None:
+        """Everything that the lookup did not find in the store. A producer's lookup may still be
+        under way: then the step plans it."""
+        if not state.keys or self._dumps.is_planned(state) or not self._facts.dumps:
+            return
+        hit = self._hits.known(state)
+        if hit is None:
+            self._dumps.plan(state, range(len(state.keys)))
+        elif hit.reply is not None:
+            stored_to = hit.read_from + hit.reply.num_stored
+            head = range(hit.reply.head_stored, hit.read_from)
+            self._dumps.plan(state, [*head, *range(stored_to, len(state.keys))])
+
+    def _find_preempted(self) -> None:
+        for state in self._states.values():
+            if state.request.status == RequestStatus.PREEMPTED and self._dumps.is_planned(state):
+                self._dumps.preempted(state)
+
+    def _node_lost(self) -> None:
+        self._hits.node_lost()
+        self._dumps.node_lost()
+
+    def _state_of(self, request: Any) -> RequestState:
+        state = self._states.get(request.request_id)
+        if state is None:
+            keys = request_keys(
+                request,
+                fingerprint=self._fingerprint,
+                block_tokens=self._settings.block_tokens,
+                adapters=self._adapters,
+            )
+            state = self._states[request.request_id] = RequestState(request, keys)
+        return state

@@ -1,0 +1,85 @@
+"""The scheduler side's view of the node cache: one namespace, ids, and who hears of what.
+
+Wraps the lasting connection (`NodeLink`) so that lookups and dumps needn't know when it was made
+anew: they see `generation` change and are told through `on_lost`.
+"""
+
+from __future__ import annotations
+
+import itertools
+import logging
+from collections.abc import Callable
+
+from ucm.store.node import protocol as p
+from ucm.store.node.link import NodeLink
+
+logger = logging.getLogger(__name__)
+
+_NAMESPACE = 1
+
+
+class NodeSession:
+    """Owned by the engine's thread. The three handlers are set by the scheduler side."""
+
+    namespace = _NAMESPACE
+
+    def __init__(self, link: NodeLink, opening: p.OpenNamespace, *, world_size: int) -> None:
+        self.on_lookup: Callable[[p.LookupReply], None] = lambda reply: None
+        self.on_reserve: Callable[[p.ReserveReply], None] = lambda reply: None
+        self.on_lost: Callable[[], None] = lambda: None
+        self._link = link
+        self._opening = opening
+        self._world_size = world_size
+        self._ids = itertools.count(1)
+        self._seen_generation = link.generation
+        self._opened_generation = -1
+        self._refused = False
+
+    @property
+    def generation(self) -> int:
+        return self._link.generation
+
+    @property
+    def is_ready(self) -> bool:
+        """The namespace is open and every rank has mapped the memory: what is promised now can be
+        kept."""
+        return (
+            self._link.client is not None
+            and self._opened_generation == self._link.generation
+            and not self._refused
+            and self._link.ranks_ready >= self._world_size
+        )
+
+    def next_id(self) -> int:
+        return next(self._ids)
+
+    def send(self, message: p.ClientMessage) -> None:
+        """A message to a lost node cache is dropped: `on_lost` cleans up at the next poll."""
+        self._link.send(message)
+
+    def poll(self, timeout_s: float = 0.0) -> None:
+        """Hands out what has arrived; waits at most `timeout_s` for it."""
+        messages = self._link.poll(timeout_s)
+        if self._link.generation != self._seen_generation:
+            self._seen_generation = self._link.generation
+            self.on_lost()
+        if self._link.client is not None and self._opened_generation != self._link.generation:
+            self._opened_generation = self._link.generation
+            self._refused = False
+            self._link.send(self._opening)
+        for message in messages:
+            if isinstance(message, p.LookupReply):
+                self.on_lookup(message)
+            elif isinstance(message, p.ReserveReply):
+                self.on_reserve(message)
+            elif isinstance(message, p.NamespaceOpened):
+                self._on_opened(message)
+
+    def close(self) -> None:
+        self._link.close()
+
+    def _on_opened(self, message: p.NamespaceOpened) -> None:
+        if not message.error:
+            return
+        logger.warning("the store can't be used as it should: %s", message.error)
+        self._refused = message.refused

@@ -1,0 +1,178 @@
+"""UCMConnector: vLLM's connector interface, and nothing else.
+
+Each hook is handed to the scheduler side or to the worker side; what they do is in `scheduler` and
+`worker`. Nothing in vLLM is patched, and importing this module does nothing.
+"""
+
+from __future__ import annotations
+
+import logging
+from typing import TYPE_CHECKING, Any
+
+from vllm.distributed.kv_transfer.kv_connector.v1.base import (
+    KVConnectorBase_V1,
+    KVConnectorMetadata,
+    KVConnectorRole,
+    KVConnectorWorkerMetadata,
+)
+
+from ucm.config import load_settings
+from ucm.integration.vllm.engine_facts import engine_facts, manifest
+from ucm.integration.vllm.metadata import RankReport, StepMetadata
+from ucm.integration.vllm.scheduler import SchedulerSide
+from ucm.integration.vllm.worker import WorkerSide
+
+if TYPE_CHECKING:
+    import torch
+    from vllm.config import VllmConfig
+    from vllm.forward_context import ForwardContext
+    from vllm.v1.attention.backend import AttentionMetadata
+    from vllm.v1.core.kv_cache_manager import KVCacheBlocks
+    from vllm.v1.core.sched.output import SchedulerOutput
+    from vllm.v1.kv_cache_interface import KVCacheConfig
+    from vllm.v1.outputs import KVConnectorOutput
+    from vllm.v1.request import Request
+
+logger = logging.getLogger(__name__)
+
+
+class UCMConnector(KVConnectorBase_V1):
+    """One per process and role. vLLM makes and drives it."""
+
+    def __init__(
+        self, vllm_config: VllmConfig, role: KVConnectorRole, kv_cache_config: KVCacheConfig
+    ) -> None:
+        super().__init__(vllm_config, role, kv_cache_config)
+        _log_like_vllm()
+        settings = load_settings(vllm_config.kv_transfer_config.kv_connector_extra_config)
+        facts = engine_facts(vllm_config, kv_cache_config, settings)
+        self._scheduler: SchedulerSide | None = None
+        self._worker: WorkerSide | None = None
+        if role is KVConnectorRole.SCHEDULER:
+            for warning in settings.warnings:
+                logger.warning("%s", warning)
+            self._scheduler = SchedulerSide(settings, facts, manifest(vllm_config, facts, settings))
+        else:
+            from vllm.distributed import get_tensor_model_parallel_rank
+
+            self._worker = WorkerSide(
+                settings, facts, tp_rank=int(get_tensor_model_parallel_rank())
+            )
+
+    # -- before there is a connector ---------------------------------------------------------
+
+    @classmethod
+    def get_required_kvcache_layout(cls, vllm_config: VllmConfig) -> str | None:
+        """A layout in which a block of a layer is one run, as it is in a page. A preference: vLLM
+        drops it where the backend can't."""
+        from vllm.platforms import current_platform
+
+        return None if current_platform.device_type == "cpu" else "LBHNC"
+
+    @classmethod
+    def requires_piecewise_for_cudagraph(cls, extra_config: dict[str, Any]) -> bool:
+        """Layer by layer needs Python between the layers."""
+        return load_settings(extra_config).use_layerwise
+
+    @property
+    def requires_kv_delivery(self) -> bool:
+        """A dump that is dropped is a later miss, never a reason to compute again here."""
+        return False
+
+    # -- worker side -------------------------------------------------------------------------
+
+    def register_kv_caches(self, kv_caches: dict[str, torch.Tensor]) -> None:
+        self._rank.register(kv_caches)
+
+    def handle_preemptions(self, kv_connector_metadata: KVConnectorMetadata) -> None:
+        assert isinstance(kv_connector_metadata, StepMetadata)
+        self._rank.fence(kv_connector_metadata)
+
+    def start_load_kv(self, forward_context: ForwardContext, **kwargs: Any) -> None:
+        self._rank.start_loads(self._step)
+
+    def wait_for_layer_load(self, layer_name: str) -> None:
+        self._rank.wait_layer(layer_name)
+
+    def save_kv_layer(
+        self,
+        layer_name: str,
+        kv_layer: torch.Tensor,
+        attn_metadata: AttentionMetadata,
+        **kwargs: Any,
+    ) -> None:
+        self._rank.save_layer(self._step, layer_name)
+
+    def wait_for_save(self) -> None:
+        self._rank.end_of_forward(self._step)
+
+    def get_finished(self, finished_req_ids: set[str]) -> tuple[set[str] | None, set[str] | None]:
+        return self._rank.take_finished(self._step)
+
+    def get_block_ids_with_load_errors(self) -> set[int]:
+        return self._rank.take_bad_blocks()
+
+    def build_connector_worker_meta(self) -> KVConnectorWorkerMetadata | None:
+        return self._rank.take_report()
+
+    # -- scheduler side ----------------------------------------------------------------------
+
+    def on_new_request(self, request: Request) -> None:
+        self._engine.on_new_request(request)
+
+    def get_num_new_matched_tokens(
+        self, request: Request, num_computed_tokens: int
+    ) -> tuple[int | None, bool]:
+        return self._engine.matched_tokens(request, num_computed_tokens)
+
+    def update_state_after_alloc(
+        self, request: Request, blocks: KVCacheBlocks, num_external_tokens: int
+    ) -> None:
+        (device_blocks,) = blocks.get_block_ids()
+        self._engine.allocated(request, device_blocks, num_external_tokens)
+
+    def build_connector_meta(self, scheduler_output: SchedulerOutput) -> KVConnectorMetadata:
+        return self._engine.step(scheduler_output)
+
+    def update_connector_output(self, connector_output: KVConnectorOutput) -> None:
+        report = connector_output.kv_connector_worker_meta
+        if isinstance(report, RankReport):
+            self._engine.ranks_reported(report)
+
+    def request_finished(
+        self, request: Request, block_ids: list[int]
+    ) -> tuple[bool, dict[str, Any] | None]:
+        return self._engine.finished(request, block_ids), None
+
+    # -- both --------------------------------------------------------------------------------
+
+    def shutdown(self) -> None:
+        if self._worker is not None:
+            self._worker.close()
+        if self._scheduler is not None:
+            self._scheduler.close()
+
+    @property
+    def _step(self) -> StepMetadata:
+        step = self._get_connector_metadata()
+        assert isinstance(step, StepMetadata)
+        return step
+
+    @property
+    def _engine(self) -> SchedulerSide:
+        assert self._scheduler is not None, "a hook of the scheduler side on the worker side"
+        return self._scheduler
+
+    @property
+    def _rank(self) -> WorkerSide:
+        assert self._worker is not None, "a hook of the worker side on the scheduler side"
+        return self._worker
+
+
+def _log_like_vllm() -> None:
+    """vLLM configures its own loggers only; ours write where its do, at its level."""
+    ours, theirs = logging.getLogger("ucm"), logging.getLogger("vllm")
+    if not ours.handlers and theirs.handlers:
+        ours.handlers = list(theirs.handlers)
+        ours.setLevel(theirs.level)
+        ours.propagate = False

@@ -1,0 +1,287 @@
+"""The worker side: one per rank. Maps the node cache's memory and copies between it and the device.
+
+vLLM calls everything here from the rank's own thread, in the order of a step: `fence`,
+`start_loads`, per layer `wait_layer` and `save_layer`, `end_of_forward`, `take_finished`. A
+background thread keeps the connection to the node cache and brings its memory; nothing is sent on
+the data path.
+"""
+
+from __future__ import annotations
+
+import logging
+import mmap
+import threading
+from collections.abc import Iterable, Sequence
+from dataclasses import replace
+from typing import Any
+
+import torch
+
+from ucm.config import Settings
+from ucm.errors import UnsupportedEngine
+from ucm.integration.vllm.arena import Arena
+from ucm.integration.vllm.copies import CopyEngine, Direction, PagePart, make_copy_engine
+from ucm.integration.vllm.engine_facts import EngineFacts, layer_index
+from ucm.integration.vllm.metadata import CopyJob, RankReport, StepMetadata
+from ucm.integration.vllm.views import layer_view
+from ucm.store.node.link import MemoryTaker, RankLink
+from ucm.store.node.protocol import Welcome
+from ucm.store.page import RankShare, rank_share
+
+logger = logging.getLogger(__name__)
+
+
+class Memories(MemoryTaker):
+    """The memory of the current node cache, and of earlier ones while jobs still copy there.
+
+    Filled by the link's thread, used by the rank's; the lock guards the two dictionaries.
+    """
+
+    def __init__(self, device: Any) -> None:
+        self._device = device
+        self._lock = threading.Lock()
+        self._arenas: dict[int, Arena] = {}
+        self._jobs: dict[int, int] = {}
+        self._latest = -1
+
+    def memory_arrived(self, generation: int, memory_fd: int, welcome: Welcome) -> None:
+        mapped = mmap.mmap(memory_fd, welcome.capacity_bytes)
+        arena = Arena(mapped, device=self._device)
+        with self._lock:
+            self._arenas[generation] = arena
+            self._latest = generation
+        self._close_unused()
+
+    def span_in_use(self, generation: int, offset: int, nbytes: int) -> None:
+        with self._lock:
+            arena = self._arenas.get(generation)
+        if arena is not None:
+            arena.prepare(offset, nbytes)
+
+    def begin(self, job: CopyJob) -> Arena | None:
+        """The memory for this job, kept until `ended`. None: this rank doesn't have it."""
+        with self._lock:
+            arena = self._arenas.get(job.generation)
+            if arena is not None:
+                self._jobs[job.job_id] = job.generation
+            return arena
+
+    def ended(self, job_ids: Iterable[int]) -> None:
+        with self._lock:
+            generations = {self._jobs.pop(job_id, self._latest) for job_id in job_ids}
+        if generations - {self._latest}:
+            self._close_unused()
+
+    def close(self) -> None:
+        with self._lock:
+            arenas = list(self._arenas.values())
+            self._arenas.clear()
+        for arena in arenas:
+            arena.close()
+
+    def _close_unused(self) -> None:
+        with self._lock:
+            used = {self._latest, *self._jobs.values()}
+            unused = [self._arenas.pop(g) for g in list(self._arenas) if g not in used]
+        for arena in unused:
+            arena.close()
+
+
+class WorkerSide:
+    """One rank's. `register` is called once, before the first step."""
+
+    def __init__(self, settings: Settings, facts: EngineFacts, *, tp_rank: int) -> None:
+        self._settings = settings
+        self._facts = facts
+        first_layer = layer_index(facts.layer_names[0]) if facts.pp_size > 1 else 0
+        self._share: RankShare = rank_share(
+            facts.geometry,
+            tp_rank=tp_rank,
+            tp_size=facts.tp_size,
+            layers=range(first_layer, first_layer + len(facts.layer_names)),
+        )
+        self._layer_at = {name: i for i, name in enumerate(facts.layer_names)}
+        self._kernel_blocks = 1
+        self._engine: CopyEngine | None = None
+        self._memories: Memories | None = None
+        self._link: RankLink | None = None
+        self._report = RankReport()
+        self._loads: dict[int, CopyJob] = {}
+        self._received: set[str] = set()
+        self._bad_blocks: set[int] = set()
+        self._step_dumps: list[tuple[CopyJob, Arena]] = []
+        self._saved_layers: set[int] = set()
+
+    def register(self, kv_caches: dict[str, Any]) -> None:
+        """Takes the KV tensors of this rank. Raises UnsupportedEngine if they are not laid out as
+        the configuration says."""
+        facts = self._facts
+        missing = [name for name in facts.layer_names if name not in kv_caches]
+        if missing:
+            raise UnsupportedEngine(f"vLLM registered no KV cache for layer {missing[0]}")
+        tensors = [kv_caches[name] for name in facts.layer_names]
+        first = tensors[0][0] if isinstance(tensors[0], (tuple, list)) else tensors[0]
+        # Some kernels want smaller blocks than vLLM's manager hands out; ids then count those.
+        self._kernel_blocks = max(1, first.shape[0] // facts.num_blocks)
+        views = [
+            layer_view(
+                tensor,
+                kind=facts.layout,
+                geometry=facts.geometry,
+                num_heads=len(self._share.heads),
+                block_tokens=facts.block_tokens // self._kernel_blocks,
+            )
+            for tensor in tensors
+        ]
+        self._engine = make_copy_engine(
+            views,
+            geometry=facts.geometry,
+            share=self._share,
+            engine_block_tokens=facts.block_tokens // self._kernel_blocks,
+        )
+        self._memories = Memories(first.device)
+        self._link = RankLink(
+            self._settings.store, engine_id=facts.engine_id, on_memory=self._memories
+        )
+        self._link.start()
+
+    # -- a step, in order ------------------------------------------------------------------
+
+    def fence(self, step: StepMetadata) -> None:
+        """Before this step overwrites freed blocks: their copies must have ended."""
+        if self._link is not None:
+            self._link.follow(step.generation)
+        if self._engine is not None:
+            self._engine.order_before_forward()
+            if step.fence:
+                self._engine.fence(step.fence)
+
+    def start_loads(self, step: StepMetadata) -> None:
+        for job in step.loads:
+            self._loads[job.job_id] = job
+            if arena := self._begin(job):
+                self._copying.submit(job.job_id, Direction.LOAD, self._parts(job), arena)
+        for job in step.step_loads:
+            self._loads[job.job_id] = job
+            if arena := self._begin(job):
+                parts = self._parts(job)
+                for layer in range(len(self._facts.layer_names)):
+                    self._copying.submit_layer(job.job_id, Direction.LOAD, layer, parts, arena)
+
+    def wait_layer(self, layer_name: str) -> None:
+        """Before a layer's attention: its part of this step's loads must be there."""
+        layer = self._layer_at.get(layer_name)
+        if layer is not None and self._settings.use_layerwise and self._engine is not None:
+            self._engine.wait_layer(layer)
+
+    def save_layer(self, step: StepMetadata, layer_name: str) -> None:
+        """After a layer's attention. Only `use_layerwise` copies here."""
+        layer = self._layer_at.get(layer_name)
+        if layer is None or not self._settings.use_layerwise or not step.dumps:
+            return
+        if not self._saved_layers:
+            self._step_dumps = self._begin_dumps(step)
+        self._saved_layers.add(layer)
+        self._save(layer)
+
+    def end_of_forward(self, step: StepMetadata) -> None:
+        """Starts the dumps of this step, or what `save_layer` has left of them."""
+        if self._saved_layers:
+            for layer in range(len(self._facts.layer_names)):
+                if layer not in self._saved_layers:
+                    self._save(layer)
+        elif step.dumps:
+            self._order_after_forward()
+            for job, arena in self._begin_dumps(step):
+                self._copying.submit(job.job_id, Direction.DUMP, self._parts(job), arena)
+        self._step_dumps = []
+        self._saved_layers = set()
+
+    def take_finished(self, step: StepMetadata) -> tuple[set[str], set[str]]:
+        """Requests whose copies out have ended (vLLM may free their blocks) and whose loads have
+        arrived. Collects what the next report says."""
+        if self._engine is not None and self._memories is not None:
+            ended = self._engine.finished()
+            for job_id in self._engine.failed():
+                self._failed(job_id)
+            self._memories.ended(ended)
+            for job_id in ended:
+                self._ended(job_id)
+        received, self._received = self._received, set()
+        return set(step.released), received
+
+    def take_bad_blocks(self) -> set[int]:
+        bad, self._bad_blocks = self._bad_blocks, set()
+        return bad
+
+    def take_report(self) -> RankReport | None:
+        report, self._report = self._report, RankReport()
+        return report if report.ended else None
+
+    def close(self) -> None:
+        if self._link is not None:
+            self._link.close()
+        if self._engine is not None:
+            self._engine.close()
+        if self._memories is not None:
+            self._memories.close()
+
+    # -- parts of it -----------------------------------------------------------------------
+
+    @property
+    def _copying(self) -> CopyEngine:
+        assert self._engine is not None, "register comes first"
+        return self._engine
+
+    def _begin(self, job: CopyJob) -> Arena | None:
+        arena = self._memories.begin(job) if self._memories is not None else None
+        if arena is None:
+            # The scheduler side plans nothing before every rank has the memory; if it ever does,
+            # the job fails in the open.
+            logger.error("job %d is for memory that this rank does not have", job.job_id)
+            self._failed(job.job_id)
+            self._ended(job.job_id)
+        return arena
+
+    def _failed(self, job_id: int) -> None:
+        """A failed dump is not committed; the blocks of a failed load are reported to vLLM."""
+        self._report.failed[job_id] = 1
+        load = self._loads.get(job_id)
+        if load is not None:
+            self._bad_blocks.update(b for part in load.parts for b in part.block_ids)
+
+    def _begin_dumps(self, step: StepMetadata) -> list[tuple[CopyJob, Arena]]:
+        begun = []
+        for job in step.dumps:
+            if not self._share.dumps:
+                self._ended(job.job_id)  # another rank has the same bytes and copies them
+            elif arena := self._begin(job):
+                begun.append((job, arena))
+        return begun
+
+    def _order_after_forward(self) -> None:
+        if not self._settings.enable_event_sync and torch.accelerator.is_available():
+            torch.accelerator.synchronize()
+        self._copying.order_after_forward()
+
+    def _save(self, layer: int) -> None:
+        self._order_after_forward()
+        for job, arena in self._step_dumps:
+            self._copying.submit_layer(job.job_id, Direction.DUMP, layer, self._parts(job), arena)
+
+    def _ended(self, job_id: int) -> None:
+        self._report.ended[job_id] = 1
+        load = self._loads.pop(job_id, None)
+        if load is not None and not self._settings.use_layerwise:
+            self._received.add(load.request_id)  # vLLM holds the request back until then
+
+    def _parts(self, job: CopyJob) -> Sequence[PagePart]:
+        count = self._kernel_blocks
+        if count == 1:
+            return job.parts
+        return [
+            replace(
+                part, block_ids=tuple(b * count + i for b in part.block_ids for i in range(count))
+            )
+            for part in job.parts
+        ]

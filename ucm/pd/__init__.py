@@ -1,0 +1,1 @@
+"""The proxy between prefill and decode instances."""
