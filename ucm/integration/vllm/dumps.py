@@ -3,7 +3,7 @@
     todo ──reserve──► asked ──reply──► has a slot ──computed──► copying ──all ranks──► committed
 
 Slots are asked for one step ahead of the computation, so a long prompt holds no more memory than
-its next step can fill, and the step never waits for the answer. Blocks are copied and committed
+its next step can fill, and a step hardly ever waits for the answer. Blocks are copied and committed
 in prompt order. vLLM keeps a finished request's device blocks until its copies have ended.
 """
 
@@ -23,6 +23,9 @@ from ucm.store.keys import Key
 from ucm.store.node import protocol as p
 
 logger = logging.getLogger(__name__)
+
+# Answers take a tenth of this; a step that doesn't get one copies in the next.
+_STEP_WAIT_S = 0.001
 
 
 @dataclass(eq=False)
@@ -63,6 +66,7 @@ class Dumps:
         self._asked: dict[int, tuple[Dump, list[int]]] = {}
         self._planned: list[CopyJob] = []
         self._fence: list[int] = []
+        self._step_wait_s = _STEP_WAIT_S
         self._draining: dict[str, tuple[RequestState, float]] = {}
 
     # -- a request's life ------------------------------------------------------------------
@@ -70,7 +74,8 @@ class Dumps:
     def plan(self, state: RequestState, todo: Iterable[int]) -> None:
         """From now on these blocks of the request are dumped as they are computed."""
         if self._facts.dumps and state.request_id not in self._dumps:
-            self._dumps[state.request_id] = Dump(state.keys, deque(todo))
+            dump = self._dumps[state.request_id] = Dump(state.keys, deque(todo))
+            self._reserve(dump, state.local_tokens + self._facts.max_step_tokens)
 
     def is_planned(self, state: RequestState) -> bool:
         return state.request_id in self._dumps
@@ -81,7 +86,12 @@ class Dumps:
         if dump is None or not dump.todo:
             return
         self._reserve(dump, num_tokens + self._facts.max_step_tokens)
-        self._copy(state, dump, num_tokens // self._block_tokens)
+        num_blocks = num_tokens // self._block_tokens
+        if dump.todo[0] < min(num_blocks, dump.asked_to) and dump.todo[0] not in dump.slots:
+            started_s = time.monotonic()
+            self._session.poll(max(0.0, self._step_wait_s))
+            self._step_wait_s -= time.monotonic() - started_s
+        self._copy(state, dump, num_blocks)
 
     def preempted(self, state: RequestState) -> None:
         """vLLM has taken the request's device blocks away; this step may write into them. Copies
@@ -125,6 +135,7 @@ class Dumps:
 
     def take_planned(self) -> tuple[CopyJob, ...]:
         planned, self._planned = tuple(self._planned), []
+        self._step_wait_s = _STEP_WAIT_S
         return planned
 
     def take_fence(self) -> tuple[int, ...]:

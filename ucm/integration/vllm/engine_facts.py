@@ -64,7 +64,8 @@ def engine_facts(vllm_config: Any, kv_cache_config: Any, settings: Settings) -> 
         else int(vllm_config.model_config.hf_text_config.num_hidden_layers)
     )
     return EngineFacts(
-        engine_id=str(transfer.engine_id),
+        # People set engine_id, and set it alike; the instance makes it one of its kind.
+        engine_id=f"{transfer.engine_id}-{vllm_config.instance_id}",
         loads=bool(transfer.is_kv_consumer),
         dumps=bool(transfer.is_kv_producer),
         world_size=int(parallel.world_size),

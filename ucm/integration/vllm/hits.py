@@ -88,6 +88,7 @@ class Hits:
             if time.monotonic() - hit.asked_s <= self._timeout_s + _GRACE_S:
                 return None, False
             self.drop(state)
+            self._session.found_silent()
             state.no_loads = True
             return 0, False
         return self._offer(state, hit, num_computed)

@@ -28,7 +28,9 @@ logger = logging.getLogger(__name__)
 class SchedulerSide:
     """One engine's. Not thread-safe: vLLM calls everything from one thread."""
 
-    def __init__(self, settings: Settings, facts: EngineFacts, manifest: Manifest) -> None:
+    def __init__(
+        self, settings: Settings, facts: EngineFacts, manifest: Manifest, link: NodeLink
+    ) -> None:
         self._settings = settings
         self._facts = facts
         self._fingerprint = fingerprint(manifest)
@@ -43,11 +45,7 @@ class SchedulerSide:
             block_tokens=settings.block_tokens,
             manifest=to_json(manifest),
         )
-        self._session = NodeSession(
-            NodeLink(settings.store, engine_id=facts.engine_id),
-            opening,
-            world_size=facts.world_size,
-        )
+        self._session = NodeSession(link, opening, world_size=facts.world_size)
         self._hits = Hits(
             self._session,
             facts,

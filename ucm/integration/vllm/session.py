@@ -34,6 +34,7 @@ class NodeSession:
         self._seen_generation = link.generation
         self._opened_generation = -1
         self._refused = False
+        self._silent = False
 
     @property
     def generation(self) -> int:
@@ -47,8 +48,14 @@ class NodeSession:
             self._link.client is not None
             and self._opened_generation == self._link.generation
             and not self._refused
+            and not self._silent
             and self._link.ranks_ready >= self._world_size
         )
+
+    def found_silent(self) -> None:
+        """An answer is overdue: ask nothing more of this node cache until it says something."""
+        self._silent = True
+        self._link.send(p.GetStatus(id=0))
 
     def next_id(self) -> int:
         return next(self._ids)
@@ -65,8 +72,10 @@ class NodeSession:
             self.on_lost()
         if self._link.client is not None and self._opened_generation != self._link.generation:
             self._opened_generation = self._link.generation
-            self._refused = False
+            self._refused = self._silent = False
             self._link.send(self._opening)
+        if messages:
+            self._silent = False
         for message in messages:
             if isinstance(message, p.LookupReply):
                 self.on_lookup(message)

@@ -21,6 +21,7 @@ from ucm.integration.vllm.engine_facts import engine_facts, manifest
 from ucm.integration.vllm.metadata import RankReport, StepMetadata
 from ucm.integration.vllm.scheduler import SchedulerSide
 from ucm.integration.vllm.worker import WorkerSide
+from ucm.store.node.link import NodeLink
 
 if TYPE_CHECKING:
     import torch
@@ -51,7 +52,12 @@ class UCMConnector(KVConnectorBase_V1):
         if role is KVConnectorRole.SCHEDULER:
             for warning in settings.warnings:
                 logger.warning("%s", warning)
-            self._scheduler = SchedulerSide(settings, facts, manifest(vllm_config, facts, settings))
+            self._scheduler = SchedulerSide(
+                settings,
+                facts,
+                manifest(vllm_config, facts, settings),
+                NodeLink(settings.store, engine_id=facts.engine_id),
+            )
         else:
             from vllm.distributed import get_tensor_model_parallel_rank
 

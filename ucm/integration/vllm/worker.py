@@ -32,9 +32,10 @@ logger = logging.getLogger(__name__)
 
 
 class Memories(MemoryTaker):
-    """The memory of the current node cache, and of earlier ones while jobs still copy there.
+    """The memory of the current node cache, and of earlier ones that may still be needed: until the
+    scheduler side has gone on to a later generation, and the jobs in them have ended.
 
-    Filled by the link's thread, used by the rank's; the lock guards the two dictionaries.
+    Filled by the link's thread, used by the rank's; the lock guards everything.
     """
 
     def __init__(self, device: Any) -> None:
@@ -42,21 +43,28 @@ class Memories(MemoryTaker):
         self._lock = threading.Lock()
         self._arenas: dict[int, Arena] = {}
         self._jobs: dict[int, int] = {}
-        self._latest = -1
+        self._planned_from = 0
 
     def memory_arrived(self, generation: int, memory_fd: int, welcome: Welcome) -> None:
         mapped = mmap.mmap(memory_fd, welcome.capacity_bytes)
         arena = Arena(mapped, device=self._device)
         with self._lock:
+            replaced = self._arenas.pop(generation, None)
             self._arenas[generation] = arena
-            self._latest = generation
-        self._close_unused()
+        if replaced is not None:
+            replaced.close()
 
     def span_in_use(self, generation: int, offset: int, nbytes: int) -> None:
         with self._lock:
             arena = self._arenas.get(generation)
         if arena is not None:
             arena.prepare(offset, nbytes)
+
+    def planned_from(self, generation: int) -> None:
+        """No job for an earlier generation will come any more."""
+        if generation != self._planned_from:
+            self._planned_from = generation
+            self._close_unused()
 
     def begin(self, job: CopyJob) -> Arena | None:
         """The memory for this job, kept until `ended`. None: this rank doesn't have it."""
@@ -68,8 +76,8 @@ class Memories(MemoryTaker):
 
     def ended(self, job_ids: Iterable[int]) -> None:
         with self._lock:
-            generations = {self._jobs.pop(job_id, self._latest) for job_id in job_ids}
-        if generations - {self._latest}:
+            generations = {self._jobs.pop(job_id, self._planned_from) for job_id in job_ids}
+        if any(generation < self._planned_from for generation in generations):
             self._close_unused()
 
     def close(self) -> None:
@@ -81,8 +89,9 @@ class Memories(MemoryTaker):
 
     def _close_unused(self) -> None:
         with self._lock:
-            used = {self._latest, *self._jobs.values()}
-            unused = [self._arenas.pop(g) for g in list(self._arenas) if g not in used]
+            used = set(self._jobs.values())
+            past = [g for g in self._arenas if g < self._planned_from and g not in used]
+            unused = [self._arenas.pop(generation) for generation in past]
         for arena in unused:
             arena.close()
 
@@ -149,8 +158,9 @@ class WorkerSide:
 
     def fence(self, step: StepMetadata) -> None:
         """Before this step overwrites freed blocks: their copies must have ended."""
-        if self._link is not None:
+        if self._link is not None and self._memories is not None:
             self._link.follow(step.generation)
+            self._memories.planned_from(step.generation)
         if self._engine is not None:
             self._engine.order_before_forward()
             if step.fence:

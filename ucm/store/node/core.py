@@ -79,6 +79,8 @@ class NodeCore:
 
     def connect(self, hello: p.Hello, send: Callable[[p.NodeMessage], None]) -> Connection:
         session = self.sessions.setdefault(hello.session, Session(hello.session))
+        if hello.role == "scheduler" and any(c.role == "scheduler" for c in session.connections):
+            raise ProtocolError(f"session {hello.session} has a scheduler side already")
         connection = Connection(send=send, session=session, role=hello.role)
         session.connections.add(connection)
         if hello.role == "worker":

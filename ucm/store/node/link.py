@@ -24,6 +24,7 @@ logger = logging.getLogger(__name__)
 _START_S = 15.0
 _BACKOFF_FIRST_S = 0.05
 _BACKOFF_LAST_S = 5.0
+_AHEAD_S = 2.0
 
 
 def session_name(engine_id: str, generation: int) -> str:
@@ -177,10 +178,18 @@ class RankLink(threading.Thread):
         self._engine_id = engine_id
         self._on_memory = on_memory
         self._generation = 0
+        self._ahead_since_s: float | None = None
         self._closed = threading.Event()
 
     def follow(self, generation: int) -> None:
-        """The scheduler side is at `generation`: join it there."""
+        """The scheduler side is at `generation`: join it there. Not at once if this rank is ahead:
+        usually the scheduler side is about to notice the same loss."""
+        if generation < self._generation:
+            if self._ahead_since_s is None:
+                self._ahead_since_s = time.monotonic()
+            if time.monotonic() - self._ahead_since_s < _AHEAD_S:
+                return
+        self._ahead_since_s = None
         self._generation = generation
 
     def close(self) -> None:
