@@ -29,7 +29,9 @@ test: $(READY) ## unit tests, then real processes, then real vLLM (CPU); stops b
 test-gpu: ## copies between a GPU and slots; uses PYTHON's own torch, skipped without an accelerator
 	@python=$${PYTHON:-}
 	if [ -z "$$python" ]; then $(MAKE) --no-print-directory $(READY); python=$(BIN)/python; fi
-	exec "$$python" -m pytest tests/gpu -o addopts= -p no:cacheprovider -ra $(ARGS)
+	# Without the settings of pyproject.toml, whose plugins that interpreter need not have.
+	exec "$$python" -m pytest -c /dev/null --rootdir=. --import-mode=importlib -p no:asyncio \
+	    -ra tests/gpu $(ARGS)
 
 .PHONY: check
 check: $(READY) ## ruff, mypy --strict, architecture test

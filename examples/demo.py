@@ -89,7 +89,8 @@ class Cluster:
 
 def main() -> int:
     args = _parse_arguments()
-    signal.signal(signal.SIGTERM, _interrupt)
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, _interrupt)
     console = Console()
     started_at = time.monotonic()
     folder = run_folder()
@@ -236,7 +237,7 @@ def _cases() -> list[Case]:
         completion("one token", tokens(1)),
         completion("under a block", tokens(100)),
         completion("several blocks", tokens(700)),
-        completion("longer than a prefill chunk", tokens(3500)),
+        completion("over a prefill chunk", tokens(3500)),
         completion("prefix of 768, and more", shared + tokens(300)),
         completion("same prefix, decode alone", shared + tokens(200), through_proxy=False),
         Case(name="chat", ask=lambda client: client.chat(CHAT * 20, max_tokens=MAX_TOKENS)),

@@ -36,12 +36,12 @@ def outcome_table(outcomes: Sequence[Outcome]) -> Table:
     table = Table(
         box=SIMPLE_HEAD,
         title="decode loads what prefill has computed",
-        caption="TTFT: time to the first token. Same tokens: as a plain vLLM, cold.",
+        caption="TTFT: time to the first token. Same: the tokens of a plain vLLM, cold.",
     )
     table.add_column("prompt", no_wrap=True)
     for heading in ("tokens", "loaded", "TTFT cold", "from store"):
         table.add_column(heading, justify="right", no_wrap=True)
-    table.add_column("same tokens")
+    table.add_column("same", no_wrap=True)
     for outcome in outcomes:
         has_blocks = outcome.promised_tokens > 0
         table.add_row(

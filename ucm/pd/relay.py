@@ -46,6 +46,11 @@ _HOP_BY_HOP = frozenset(
 )
 # Said anew for each connection.
 _REQUEST_ONLY = frozenset({"host", "content-length", "expect"})
+_BROKEN_OFF = (
+    aiohttp.ClientPayloadError,
+    aiohttp.ClientOSError,
+    aiohttp.ServerDisconnectedError,
+)
 _NO_DEFAULTS = ("Accept", "Accept-Encoding", "Content-Type", "User-Agent")
 
 
@@ -149,7 +154,7 @@ async def _copy_body(
         async for chunk in upstream.content.iter_any():
             await response.write(chunk)
         await response.write_eof()
-    except aiohttp.ClientPayloadError as error:
+    except _BROKEN_OFF as error:
         # The status is long out. Ending the connection inside the body is what tells the client
         # that the answer is not whole.
         logger.warning("decode %s broke off its answer: %r", upstream.url, error)
