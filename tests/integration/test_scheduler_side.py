@@ -104,9 +104,6 @@ class Loopback:
             self.core.handle(self.client, message)
         return True
 
-    def close(self) -> None:
-        pass
-
 
 class Engine:
     """vLLM's scheduler as far as the connector sees it, with one rank."""

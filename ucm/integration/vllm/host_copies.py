@@ -3,20 +3,22 @@
 A task is some pages of one submission. A thread builds the pairs of views of a whole task and hands
 them to torch in one call, because every call that returns to Python waits for the interpreter lock,
 up to 5 ms each while the forward pass runs Python. Torch copies such a list one by one, without the
-lock and, with one OpenMP thread per copying thread, without the barriers that made some copies ten
-times slower as soon as the forward pass used the same cores.
+lock and, with one OpenMP thread per copying thread, without OpenMP's barriers: those wait for
+threads that have lost their core to the forward pass or to another process.
 
-Figures, 113 MB as 27 pages of 16 layers, 4 heads, 128 tokens, 128 + 128 bfloat16, K transposed in
-the block, two cores, median ms of a load / a dump:
+Figures: 113 MB as 27 pages of 16 layers, 4 heads, 128 tokens, 128 + 128 bfloat16, K transposed in
+the block, on two cores. Best and worst of 11 interleaved runs in ms, other processes now and then:
 
-    one call per task, 2 threads, loads in strips of 64 tokens     12 /  9   (this file)
-    the same without strips                                        14 /  9
-    one call per task, 1 thread                                    19 / 17
-    one copy_ per block, 2 OpenMP threads, otherwise idle machine  13 / 10
-    one copy_ per block, 2 OpenMP threads, cores shared        up to 400
-    one copy_ per layer and block, 2 OpenMP threads           18 to 60
-    pairs of bfloat16 as int32, transposed, then split apart       18 /  -
-    numpy, 1 thread                                                26 /  -
+                                              load          dump
+    this file, 2 threads                      12 -  27      10 -  22
+    the same without strips                   13 -  32      10 -  29
+    this file, 1 thread                       21 -  28      17 -  20
+    copy_ per block, 2 OpenMP threads         13 - 437      10 - 432
+    copy_ per block in strips, likewise       12 - 382      10 -  53
+    copy_ per block and layer, likewise       17 -  63      13 -  33
+    K as int32 pairs, then split apart        12 -  24
+    numpy, 1 thread                           22 -  33      18 -  20
+    one indexed copy of all blocks            22 -  56      52 - 100
 """
 
 from __future__ import annotations
@@ -50,13 +52,13 @@ from ucm.store.page import PageGeometry, RankShare
 
 logger = logging.getLogger(__name__)
 
-# Two copying threads fill the memory bus of small machines, four that of larger ones; more only
-# take cores from the forward pass.
+# One copying thread moves 5 GB/s transposed and 18 plain; more than a few only take cores from the
+# forward pass.
 _MAX_THREADS = 4
 # About 10 ms of one thread: the longest that a dump holds up a load.
 _TASK_BYTES = 64 << 20
 # A transposed load reads one cache line per token again and again. 128 lines that lie a power of
-# two apart don't fit into the first-level cache together, 64 do: 13 ms instead of 18 for K.
+# two apart don't fit into the first-level cache together, 64 do.
 _STRIP_UNITS = 64
 
 
@@ -228,18 +230,18 @@ class HostCopyEngine(CopyEngine):
 
     def _copy(self, task: _Task) -> None:
         submission = task.submission
+        placed = self._placed[submission.layer]
+        memories = [submission.arena.typed(p.tensor.dtype) for p in placed]
         device: list[Tensor] = []
         slots: list[Tensor] = []
-        for placed in self._placed[submission.layer]:
-            memory = submission.arena.typed(placed.tensor.dtype)
-            for part in task.parts:
-                check_blocks(part, num_blocks=placed.tensor.shape[1])
-                units = first_units(part, geometry=self._geometry, block_units=self._block_units)
-                for block_id, unit in zip(part.block_ids, units, strict=True):
-                    device.append(placed.tensor.select(1, block_id))
-                    slots.append(
-                        placed.in_slot(memory, slot_offset=part.slot_offset, first_unit=unit)
-                    )
+        # Page by page, K next to V: a tenth faster than all K and then all V.
+        for part in task.parts:
+            check_blocks(part, num_blocks=placed[0].tensor.shape[1])
+            units = first_units(part, geometry=self._geometry, block_units=self._block_units)
+            for block_id, unit in zip(part.block_ids, units, strict=True):
+                for p, memory in zip(placed, memories, strict=True):
+                    device.append(p.tensor.select(1, block_id))
+                    slots.append(p.in_slot(memory, slot_offset=part.slot_offset, first_unit=unit))
         if submission.direction is Direction.DUMP:
             _copy_all(into=slots, out_of=device)
         else:

@@ -93,7 +93,8 @@ class Memories(MemoryTaker):
             past = [g for g in self._arenas if g < self._planned_from and g not in used]
             unused = [self._arenas.pop(generation) for generation in past]
         for arena in unused:
-            arena.close()
+            # Unpinning takes long, and this may be the thread of the forward pass.
+            threading.Thread(target=arena.close, name="ucm-unmap", daemon=True).start()
 
 
 class WorkerSide:
