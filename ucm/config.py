@@ -95,10 +95,11 @@ VOCABULARY: Final = Vocabulary(
 )
 
 
-def load_settings(extra_config: Mapping[str, object] | None) -> Settings:
+def load_settings(
+    extra_config: Mapping[str, object] | None, *, source: str = "kv_connector_extra_config"
+) -> Settings:
     """The settings in vLLM's kv_connector_extra_config: {"UCM_CONFIG_FILE": path}, or the same
-    tree inline. Raises ConfigError."""
-    source = "kv_connector_extra_config"
+    tree inline. `source` is what messages call it. Raises ConfigError."""
     if not extra_config:
         raise ConfigError(f"{source}: is empty: give {CONFIG_FILE_KEY}, or the settings themselves")
     if CONFIG_FILE_KEY not in extra_config:

@@ -5,10 +5,12 @@
     ├── UnsupportedEngine  this engine can't be served correctly; the start stops
     ├── ProtocolError      the peer on the node cache's socket speaks nonsense; the connection ends
     ├── NodeUnavailable    no node cache to talk to; blocks are absent until there is one
-    └── TierError          storage failed; the block is absent
+    ├── TierError          storage failed; the block is absent
+    └── TaskFailed         a load or dump of the store API did not do what was asked
 
-The first two are for people and stop the start. The others never reach a request: whoever catches
-them counts them, and the engine recomputes. Foreign errors (OSError, YAMLError, ...) are
+The first two are for people and stop the start. The next three never reach a request: whoever
+catches them counts them, and the engine recomputes. The last is for users of the store API, who
+decide for themselves. Foreign errors (OSError, YAMLError, ...) are
 translated once, where they come in, and chained with `from`.
 """
 
@@ -37,6 +39,10 @@ class ProtocolError(UcmError):
 
 class NodeUnavailable(UcmError):
     """The node cache can't be reached, or did not start in time."""
+
+
+class TaskFailed(UcmError):
+    """A task of the store API ended without doing what was asked. Says which block, and why."""
 
 
 class TierError(UcmError):

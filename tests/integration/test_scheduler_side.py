@@ -49,7 +49,7 @@ class InlinePool:
 
     num_threads, depth, num_overdue, stalled = 1, 0, 0, False
 
-    def submit(self, call: Callable[[], object], on_done, *, on_overdue=None) -> None:
+    def submit(self, call: Callable[[], object], on_done, *, on_overdue=None, urgent=False) -> None:
         try:
             result = call()
         except TierError as error:

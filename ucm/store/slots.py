@@ -85,15 +85,26 @@ class SlotCounts:
 class SlotTable:
     """All slots of one arena. Not thread-safe: one thread owns it."""
 
-    def __init__(self, capacity_bytes: int, *, extent_bytes: int = EXTENT_BYTES) -> None:
+    def __init__(
+        self,
+        capacity_bytes: int,
+        *,
+        extent_bytes: int = EXTENT_BYTES,
+        keeps_unpinned: bool = True,
+    ) -> None:
+        """With `keeps_unpinned` false, a page is evicted with its last pin: memory only holds what
+        is under way."""
         if capacity_bytes <= 0 or extent_bytes <= 0:
             raise ValueError("capacity_bytes and extent_bytes must be positive")
         self.extent_bytes = min(extent_bytes, capacity_bytes)
         self.num_extents = capacity_bytes // self.extent_bytes
         self.capacity_bytes = self.num_extents * self.extent_bytes
         self.evictions = 0
+        self._keeps_unpinned = keeps_unpinned
         self._ahead_bytes = min(_AHEAD_BYTES, self.capacity_bytes // 4)
         self._free_extents = set(range(self.num_extents))
+        # No run of this many extents is free. In a full cache every reservation would look for one.
+        self._no_run_of = self.num_extents + 1
         self._classes: dict[int, _SizeClass] = {}
         self._index: dict[Key, Slot] = {}
         # Told of every span put into use, so that its memory can be taken and pinned ahead.
@@ -131,9 +142,8 @@ class SlotTable:
     def reserve(self, key: Key, slot_bytes: int) -> Slot | None:
         """A FILLING slot for `key`, which must not be in the table; None if there is no room."""
         assert key not in self._index, "a key has one slot"
-        self.prepare(slot_bytes)
-        size = self._classes[slot_bytes]
-        if not size.free and not self._evict_one(size):
+        size = self._classes.setdefault(slot_bytes, _SizeClass())
+        if not size.free and not self._add_span(size, slot_bytes) and not self._evict_one(size):
             self._take_over(size, slot_bytes)
         if not size.free:
             return None
@@ -144,13 +154,15 @@ class SlotTable:
         self._index[key] = slot
         return slot
 
-    def prepare(self, slot_bytes: int) -> None:
-        """Puts spans into use ahead of need, while extents are free: their memory is taken and
-        pinned in the background, so the first copies don't pay for it."""
-        size = self._classes.setdefault(slot_bytes, _SizeClass())
-        while len(size.free) * slot_bytes < self._ahead_bytes or not size.free:
-            if not self._add_span(size, slot_bytes):
-                return
+    def prepare(self, slot_bytes: int | None = None) -> None:
+        """Puts one more span into use ahead of need, if extents are free, for every size of slots
+        in use (and for `slot_bytes` from now on). Its memory is taken and mapped in the background:
+        worth it while nobody waits, because a first copy into fresh memory costs three copies."""
+        if slot_bytes is not None:
+            self._classes.setdefault(slot_bytes, _SizeClass())
+        for size_bytes, size in self._classes.items():
+            if len(size.free) * size_bytes < self._ahead_bytes:
+                self._add_span(size, size_bytes)
 
     def ready(self, slot: Slot) -> None:
         """FILLING -> READY, unpinned and most recently used."""
@@ -179,8 +191,13 @@ class SlotTable:
         """Gives back one pin. Unpin the tail of a prompt before its head: it is evicted first."""
         assert slot.state is SlotState.READY and slot.pins > 0
         slot.pins -= 1
-        if slot.pins == 0:
+        if slot.pins > 0:
+            return
+        if self._keeps_unpinned:
             self._class(slot).evictable[slot.offset] = slot
+        else:
+            self.evictions += 1
+            self._forget(slot)
 
     def touch(self, slot: Slot) -> None:
         if slot.state is SlotState.READY and slot.pins == 0:
@@ -204,13 +221,14 @@ class SlotTable:
         return True
 
     def _find_run(self, count: int) -> int | None:
-        if count == 0:
+        if count == 0 or count >= self._no_run_of:
             return None
         run = 0
         for extent in range(self.num_extents):
             run = run + 1 if extent in self._free_extents else 0
             if run == count:
                 return extent - count + 1
+        self._no_run_of = count
         return None
 
     def _evict_one(self, size: _SizeClass) -> bool:
@@ -243,6 +261,7 @@ class SlotTable:
         size.free = [slot for slot in size.free if slot.span is not span]
         size.spans.remove(span)
         self._free_extents.update(range(span.first_extent, span.first_extent + span.num_extents))
+        self._no_run_of = self.num_extents + 1
 
     def _forget(self, slot: Slot) -> None:
         if slot.key is not None:

@@ -107,6 +107,12 @@ class Tier(ABC):
         raises for anything that storage does.
         """
 
+    def read_all(
+        self, namespace: TierNamespace, keys: Sequence[Key], pages: Sequence[memoryview]
+    ) -> list[PageRead]:
+        """`read` for each, one after the other: one hand-over to an I/O thread for small pages."""
+        return [self.read(namespace, key, page) for key, page in zip(keys, pages, strict=True)]
+
     @abstractmethod
     def stage(
         self, namespace: TierNamespace, key: Key, page: memoryview, *, num_tokens: int

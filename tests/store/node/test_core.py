@@ -57,7 +57,7 @@ class HeldPool:
     num_overdue = property(lambda self: len(self.hung))
     stalled = property(lambda self: len(self.hung) * 2 >= self.num_threads)
 
-    def submit(self, call, on_done, *, on_overdue=None) -> None:
+    def submit(self, call, on_done, *, on_overdue=None, urgent=False) -> None:
         self.jobs.append((call, on_done, on_overdue))
 
     def tick(self) -> None:

@@ -161,7 +161,11 @@ class WorkerSide:
         """Before this step overwrites freed blocks: their copies must have ended."""
         if self._link is not None and self._memories is not None:
             self._link.follow(step.generation)
-            self._memories.planned_from(step.generation)
+            # A loss noticed between planning a job and sending it has raised the step's generation,
+            # not the job's.
+            jobs = (*step.loads, *step.step_loads, *step.dumps)
+            oldest = min([step.generation, *(job.generation for job in jobs)])
+            self._memories.planned_from(oldest)
         if self._engine is not None:
             self._engine.order_before_forward()
             if step.fence:

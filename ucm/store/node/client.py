@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING
 
 from ucm.errors import NodeUnavailable, ProtocolError
 from ucm.store.node import protocol as p
+from ucm.store.node.place import is_trusted, peer_uid
 
 if TYPE_CHECKING:
     from typing_extensions import Self
@@ -43,6 +44,9 @@ class NodeClient:
         try:
             sock.settimeout(timeout_s)
             sock.connect(socket_path)
+            uid = peer_uid(sock)
+            if not is_trusted(uid):
+                raise ProtocolError(f"uid {uid} serves at {socket_path}, and is not to be trusted")
             hello = p.Hello(version=p.VERSION, session=session, role=role, pid=os.getpid())
             sock.sendall(p.encode(hello))
             welcome, memory_fd = _receive_welcome(sock)
@@ -64,9 +68,21 @@ class NodeClient:
         self._flush()
         messages = self._receive()
         if not messages and timeout_s > 0:
-            select.select([self._sock], [], [], timeout_s)
+            # Not select.select: engines have more than 1024 files open.
+            poller = select.poll()
+            poller.register(self._sock, select.POLLIN)
+            poller.poll(timeout_s * 1000)
             messages = self._receive()
         return messages
+
+    def fileno(self) -> int:
+        """For owners that wait for several things at once."""
+        return self._sock.fileno()
+
+    @property
+    def has_unsent(self) -> bool:
+        """Whether something waits until the socket takes it."""
+        return bool(self._unsent)
 
     def close(self) -> None:
         if not self._closed:

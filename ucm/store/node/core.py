@@ -14,8 +14,10 @@ from functools import partial
 from ucm.errors import ProtocolError
 from ucm.store.keys import Key
 from ucm.store.node import protocol as p
+from ucm.store.node.finds import Finds
 from ucm.store.node.io import Pool
 from ucm.store.node.lookups import Lookups
+from ucm.store.node.notices import Notices
 from ucm.store.node.state import Connection, OpenedNamespace, Session
 from ucm.store.node.writeback import WriteBack
 from ucm.store.slots import Slot, SlotState, SlotTable, Span
@@ -41,6 +43,7 @@ class NodeCore:
         slots.on_span = self._span_in_use
         self.counters: Counter[str] = Counter()
         self.sessions: dict[str, Session] = {}
+        notices = Notices(clock)
         self.writeback: WriteBack | None = None
         if tier is not None:
             self.writeback = WriteBack(
@@ -49,6 +52,7 @@ class NodeCore:
                 slots=slots,
                 page_of=page_of,
                 count=self.count,
+                notices=notices,
                 max_pages=max_write_pages,
                 clock=clock,
             )
@@ -59,8 +63,14 @@ class NodeCore:
             writeback=self.writeback,
             page_of=page_of,
             count=self.count,
+            notices=notices,
             clock=clock,
         )
+        self.finds = Finds(
+            slots=slots, tier=tier, reads=reads, writeback=self.writeback, clock=clock
+        )
+        # Set when the process is about to end: what is queued is written, nothing new is begun.
+        self.leaving = False
         self._tier = tier
         self._reads = reads
         self._writes = writes
@@ -70,10 +80,13 @@ class NodeCore:
         self.counters[counter] += by
 
     def tick(self) -> None:
-        """Finds what is late. Called a few times a second."""
+        """Finds what is late; prepares memory while nobody waits. Called many times a second."""
         self._reads.tick()
         self._writes.tick()
         self.lookups.tick()
+        self.finds.tick()
+        if not self._reads.depth and not self.lookups.num_open:
+            self.slots.prepare()
 
     # -- connections -----------------------------------------------------------------------
 
@@ -93,7 +106,8 @@ class NodeCore:
         """Unanswered lookups end now. What ranks may still be copying is kept until the session's
         last connection has closed, which the kernel does when the last of its processes ends."""
         session = connection.session
-        self.lookups.withdraw(connection)
+        self.lookups.withdraw_all(connection)
+        self.finds.withdraw_all(connection)
         session.connections.discard(connection)
         if session.connections:
             self._tell_ranks_ready(session)
@@ -115,6 +129,8 @@ class NodeCore:
         if isinstance(message, p.Lookup):
             namespace = self._namespace(connection, message.ns)
             self.lookups.start(connection, namespace, message)
+        elif isinstance(message, p.Find):
+            self.finds.start(connection, self._namespace(connection, message.ns), message)
         elif isinstance(message, p.Release):
             self._release(connection, message)
         elif isinstance(message, p.Reserve):
@@ -182,12 +198,20 @@ class NodeCore:
         namespace = self._namespace(connection, message.ns)
         offsets: list[int] = []
         for key, parent in _with_parents(message.keys, message.parents):
-            if offsets and offsets[-1] == p.NO_ROOM:
+            offset = self._reserve_one(connection.session, namespace, key, parent)
+            offsets.append(offset)
+            if offset == p.NO_ROOM:
                 # Nothing leads to a block whose predecessor is missing.
-                offsets.append(p.NO_ROOM)
-            else:
-                offsets.append(self._reserve_one(connection.session, namespace, key, parent))
+                offsets += [p.NO_ROOM] * (len(message.keys) - len(offsets))
+                if not message.will_ask_again:
+                    self.count(f"dump_dropped_{self._why_no_room()}")
+                break
         connection.send(p.ReserveReply(id=message.id, offsets=offsets))
+
+    def _why_no_room(self) -> str:
+        if self.leaving:
+            return "leaving"
+        return "queue_full" if self.writeback is not None and self.writeback.is_full else "no_room"
 
     def _reserve_one(
         self, session: Session, namespace: OpenedNamespace, key: Key, parent: Key | None
@@ -200,12 +224,10 @@ class NodeCore:
                 # It was dropped from a full queue, or its file went bad: another try.
                 writeback.enqueue(namespace, key, parent, slot)
             return p.HAVE
-        if writeback is not None and writeback.is_full:
-            self.count("dump_dropped_queue_full")
+        if self.leaving or (writeback is not None and writeback.is_full):
             return p.NO_ROOM
         slot = self.slots.reserve(key, namespace.slot_bytes)
         if slot is None:
-            self.count("dump_dropped_no_room")
             return p.NO_ROOM
         session.filling[key] = slot
         return slot.offset
@@ -261,6 +283,7 @@ class NodeCore:
             "writes_overdue": self._writes.num_overdue,
             "write_pages": self.writeback.depth if self.writeback is not None else 0,
             "lookups": self.lookups.num_open,
+            "finds": self.finds.num_open,
         }
 
     def status(self, request_id: int, *, pid: int, arena: str) -> p.Status:

@@ -3,13 +3,15 @@
 `IoPool` runs blocking tier calls on daemon threads and reports back on the event loop. A call
 that runs longer than `timeout_s` is *overdue*: it can't be ended (a hung NFS read sleeps
 uninterruptibly), so its owner is told at once and again when it really returns. A pool in which
-half the threads are overdue is *stalled*; callers then do without storage instead of queueing.
+half the threads are overdue is *stalled*; callers then do without storage instead of queueing, and
+what a pool of reads had queued before is given back as timed out.
 """
 
 from __future__ import annotations
 
 import threading
 import time
+from collections import deque
 from collections.abc import Callable
 from queue import SimpleQueue
 from typing import Protocol
@@ -40,6 +42,7 @@ class Pool(Protocol):
         on_done: Callable[[object], None],
         *,
         on_overdue: Callable[[], None] | None = None,
+        urgent: bool = False,
     ) -> None: ...
     def tick(self) -> None: ...
 
@@ -63,20 +66,37 @@ class IoJob:
 
 
 class IoPool:
-    """`num_threads` daemon threads over one FIFO queue.
+    """`num_threads` daemon threads over one queue.
 
     `submit` and `tick` belong to the loop's thread; callbacks run there too. A call's `UcmError`
     is handed to `on_done` in place of a result; any other exception becomes a TierError with
     its type and text, because one odd file must not end a thread.
     """
 
-    def __init__(self, name: str, *, loop: Loop, num_threads: int, timeout_s: float) -> None:
+    def __init__(
+        self,
+        name: str,
+        *,
+        loop: Loop,
+        num_threads: int,
+        timeout_s: float,
+        keeps_queue_when_stalled: bool,
+    ) -> None:
         self.num_threads = num_threads
         self._loop = loop
         self._timeout_s = timeout_s
-        self._queue: SimpleQueue[IoJob | None] = SimpleQueue()
+        self._keeps_queue_when_stalled = keeps_queue_when_stalled
+        # One word per job, or None to leave; the jobs themselves lie in two queues.
+        self._words: SimpleQueue[bool | None] = SimpleQueue()
+        self._urgent: deque[IoJob] = deque()
+        self._others: deque[IoJob] = deque()
+        # A job is unclaimed until a thread, or `tick`, has popped it; one `pop` has one winner.
+        self._unclaimed: dict[IoJob, IoJob] = {}
         self._running: set[IoJob] = set()
+        self._done: deque[tuple[IoJob, object]] = deque()
+        self._is_waking_loop = False
         self._num_queued = 0
+        self._num_overdue = 0
         for i in range(num_threads):
             threading.Thread(target=self._work, name=f"ucm-{name}-{i}", daemon=True).start()
 
@@ -87,7 +107,7 @@ class IoPool:
 
     @property
     def num_overdue(self) -> int:
-        return sum(job.overdue for job in self._running)
+        return self._num_overdue
 
     @property
     def stalled(self) -> bool:
@@ -99,11 +119,15 @@ class IoPool:
         on_done: Callable[[object], None],
         *,
         on_overdue: Callable[[], None] | None = None,
+        urgent: bool = False,
     ) -> None:
+        """Queues a call; an `urgent` one goes before those that are not."""
         job = IoJob(call, on_done, on_overdue)
         self._num_queued += 1
         self._running.add(job)
-        self._queue.put(job)
+        self._unclaimed[job] = job
+        (self._urgent if urgent else self._others).append(job)
+        self._words.put(True)
 
     def tick(self) -> None:
         """Finds calls that have become overdue. Called a few times a second."""
@@ -113,16 +137,28 @@ class IoPool:
             if started_s is None or job.overdue or now_s - started_s < self._timeout_s:
                 continue
             job.overdue = True
+            self._num_overdue += 1
             if job.on_overdue is not None:
                 job.on_overdue()
+        if self.stalled and not self._keeps_queue_when_stalled:
+            self._give_back_queue()
+
+    def _give_back_queue(self) -> None:
+        late = TierError("storage hangs: not started in time", reason="timeout")
+        for job in list(self._unclaimed):
+            if self._unclaimed.pop(job, None) is not None:
+                self._finish(job, late)
 
     def close(self) -> None:
         """Asks the threads to leave after what is queued. Doesn't wait: one may hang."""
         for _ in range(self.num_threads):
-            self._queue.put(None)
+            self._words.put(None)
 
     def _work(self) -> None:
-        while (job := self._queue.get()) is not None:
+        while self._words.get() is not None:
+            job = self._next()
+            if self._unclaimed.pop(job, None) is None:
+                continue
             job.started_s = time.monotonic()
             result: object
             try:
@@ -131,12 +167,35 @@ class IoPool:
                 result = error
             except Exception as error:  # noqa: BLE001 - one odd file must not end a thread
                 result = TierError(f"{type(error).__name__}: {error}", reason="io_error")
-            try:
-                self._loop.call_soon_threadsafe(self._finish, job, result)
-            except RuntimeError:
-                return  # the loop has closed: the process is leaving
+            self._done.append((job, result))
+            # One wake-up for whatever has ended until the loop gets to it: a wake-up per page is a
+            # system call and a fight for the GIL, and cost a third of the speed of 256 KiB pages.
+            # The flag is cleared before the queue is emptied, so none is left lying.
+            if not self._is_waking_loop:
+                self._is_waking_loop = True
+                try:
+                    self._loop.call_soon_threadsafe(self._finish_done)
+                except RuntimeError:
+                    return  # the loop has closed: the process is leaving
+
+    def _next(self) -> IoJob:
+        try:
+            return self._urgent.popleft()
+        except IndexError:
+            return self._others.popleft()
+
+    def _finish_done(self) -> None:
+        self._is_waking_loop = False
+        while self._done:
+            self._finish(*self._done.popleft())
 
     def _finish(self, job: IoJob, result: object) -> None:
         self._num_queued -= 1
+        self._num_overdue -= job.overdue
         self._running.discard(job)
         job.on_done(result)
+
+
+def error_reason(error: object) -> str:
+    """Why a call into the tier failed, as lookups and counters call it."""
+    return error.reason if isinstance(error, TierError) else "io_error"

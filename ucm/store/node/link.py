@@ -38,6 +38,8 @@ class NodeLink:
     def __init__(self, settings: StoreSettings, *, engine_id: str, role: str = "scheduler") -> None:
         self.generation = 0
         self.ranks_ready = 0
+        # Why there is no connection; None while nothing has gone wrong.
+        self.problem: Exception | None = None
         self._settings = settings
         self._engine_id = engine_id
         self._role = role
@@ -106,6 +108,7 @@ class NodeLink:
 
     def _lost(self, error: UcmError) -> None:
         logger.warning("%s; serving without the store until there is one again", error)
+        self.problem = error
         if self._client is not None:
             self._client.close()
         self._client = None
@@ -116,6 +119,10 @@ class NodeLink:
     def _connect_in_background(self) -> None:
         if self._connecting is not None and self._connecting.is_alive():
             return
+        with self._lock:
+            # Its thread may have ended between the look at `_arrived` and now.
+            if self._arrived is not None:
+                return
         self._connecting = threading.Thread(
             target=self._connect, args=(self.generation,), name="ucm-link", daemon=True
         )
@@ -131,6 +138,7 @@ class NodeLink:
                 )
             except (UcmError, OSError) as error:
                 logger.warning("no node cache: %s; next try in %.2g s", error, backoff_s)
+                self.problem = error
                 time.sleep(backoff_s)
                 backoff_s = min(backoff_s * 2, _BACKOFF_LAST_S)
                 continue

@@ -8,78 +8,31 @@ before `end` is open.
     of the head [0, read_from):              OPEN ─► counted as stored, or not; never read
 
 Probes go out in growing groups, so a cold prompt costs one look at storage and a long hit is
-probed in parallel. Everything here runs on the event loop's thread.
+probed in parallel; reads follow, the earliest block first. Everything here runs on the event
+loop's thread.
 """
 
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterable
 from functools import partial
 
+from ucm.errors import ProtocolError
 from ucm.store.keys import Key
 from ucm.store.node import protocol as p
-from ucm.store.node.io import Pool
+from ucm.store.node.io import Pool, error_reason
+from ucm.store.node.lookup_job import LookupJob
+from ucm.store.node.notices import Notices
 from ucm.store.node.state import Connection, OpenedNamespace
 from ucm.store.node.writeback import WriteBack
 from ucm.store.slots import Slot, SlotState, SlotTable
-from ucm.store.tier import PageRead, ReadStatus, Tier
+from ucm.store.tier import ReadStatus, Tier
 
-FIRST_PROBE = 8
-PROBE_GROUP = 16
-
-
-@dataclass(eq=False, slots=True)
-class LookupJob:
-    """State of one lookup. `pinned` maps block index to slot; `waiting` holds blocks whose slot is
-    being filled; `unprobed` the blocks of the tail that storage must be asked about, in order."""
-
-    id: int
-    connection: Connection
-    namespace: OpenedNamespace
-    keys: Sequence[Key]
-    read_from: int
-    load: bool
-    deadline_s: float
-    end: int
-    head_stored: int = 0
-    head_open: bool = False
-    unprobed: list[int] = field(default_factory=list)
-    probes_running: int = 0
-    waiting: set[int] = field(default_factory=set)
-    pinned: dict[int, Slot] = field(default_factory=dict)
-    stored: set[int] = field(default_factory=set)
-    from_files: int = 0
-    reason: str = ""
-    closed: bool = False
-
-    def shorten(self, end: int, reason: str) -> None:
-        """Block `end` can't be had. Keeps the reason of the earliest such block."""
-        if end < self.end:
-            self.end = end
-            self.reason = reason
-
-    def first_open(self) -> int | None:
-        """The first block of the prefix that is neither here nor known to be absent."""
-        have = self.pinned if self.load else self.stored
-        return next((i for i in range(self.read_from, self.end) if i not in have), None)
-
-    def is_settled(self) -> bool:
-        return not self.head_open and self.first_open() is None
-
-    def next_probes(self, max_groups: int) -> list[list[int]]:
-        """The next groups of the tail to ask storage about; none while others are out."""
-        if self.probes_running or not self.unprobed or self.unprobed[0] >= self.end:
-            return []
-        if not self.stored and not self.pinned and not self.waiting:
-            groups = [self.unprobed[:FIRST_PROBE]]
-        else:
-            stop = min(len(self.unprobed), max_groups * PROBE_GROUP)
-            groups = [self.unprobed[i : i + PROBE_GROUP] for i in range(0, stop, PROBE_GROUP)]
-        del self.unprobed[: sum(len(group) for group in groups)]
-        self.probes_running += len(groups)
-        return groups
+# Small pages that only wait for a thread are read in groups of about this size.
+_READ_BYTES = 2 << 20
+# One lookup's reads at a time: one running, one next in line.
+_READS_PER_THREAD = 2
 
 
 class Lookups:
@@ -94,6 +47,7 @@ class Lookups:
         writeback: WriteBack | None,
         page_of: Callable[[Slot], memoryview],
         count: Callable[[str, int], None],
+        notices: Notices,
         clock: Callable[[], float],
     ) -> None:
         self._slots = slots
@@ -102,6 +56,7 @@ class Lookups:
         self._writeback = writeback
         self._page_of = page_of
         self._count = count
+        self._notices = notices
         self._clock = clock
         self._open: dict[tuple[Connection, int], LookupJob] = {}
         self._waiters: defaultdict[Slot, list[tuple[LookupJob, int]]] = defaultdict(list)
@@ -113,6 +68,11 @@ class Lookups:
     # -- start and end ---------------------------------------------------------------------
 
     def start(self, connection: Connection, namespace: OpenedNamespace, message: p.Lookup) -> None:
+        lookup = (connection, message.id)
+        if message.read_from > len(message.keys):
+            raise ProtocolError(f"lookup {message.id}: read_from is beyond its keys")
+        if lookup in self._open or lookup in connection.session.pinned:
+            raise ProtocolError(f"lookup {message.id} was not released")
         job = LookupJob(
             id=message.id,
             connection=connection,
@@ -123,7 +83,7 @@ class Lookups:
             deadline_s=self._clock() + message.timeout_ms / 1000,
             end=len(message.keys),
         )
-        self._open[connection, message.id] = job
+        self._open[lookup] = job
         self._count("lookups", 1)
         storage = self._tier is not None and not self._reads.stalled
         self._scan_head(job, storage=storage)
@@ -136,21 +96,22 @@ class Lookups:
         self._probe_tail(job)
         self._answer_if_settled(job)
 
-    def withdraw(self, connection: Connection, lookup_id: int | None = None) -> None:
-        """Ends unanswered lookups: one, or all of a connection. Reads under way go on; their pages
-        stay as hits for others."""
-        for owner, open_id in list(self._open):
-            if owner is connection and lookup_id in (None, open_id):
-                job = self._open.pop((owner, open_id))
-                job.closed = True
-                self._unpin(job, range(len(job.keys)))
+    def withdraw(self, connection: Connection, lookup_id: int) -> None:
+        """Ends a lookup that is not answered yet, if there is one. Reads under way go on; their
+        pages stay as hits for others."""
+        job = self._open.pop((connection, lookup_id), None)
+        if job is not None:
+            job.closed = True
+            self._unpin(job, range(len(job.keys)))
+
+    def withdraw_all(self, connection: Connection) -> None:
+        for lookup_id in [number for owner, number in self._open if owner is connection]:
+            self.withdraw(connection, lookup_id)
 
     def tick(self) -> None:
         """Settles lookups whose deadline has passed for what is there."""
         now_s = self._clock()
-        for job in list(self._open.values()):
-            if now_s < job.deadline_s:
-                continue
+        for job in [job for job in self._open.values() if job.deadline_s <= now_s]:
             first_open = job.first_open()
             if first_open is not None:
                 job.shorten(first_open, "timeout")
@@ -207,7 +168,7 @@ class Lookups:
             self._wait(job, i, slot)
 
     def _probe_tail(self, job: LookupJob) -> None:
-        if self._tier is None:
+        if self._tier is None or job.closed:
             return
         for group in job.next_probes(self._reads.num_threads):
             keys = [job.keys[i] for i in group]
@@ -224,57 +185,115 @@ class Lookups:
             return
         if leading < len(group):
             failed = isinstance(result, Exception)
-            job.shorten(group[leading], "io_error" if failed else "never_stored")
-        for i in group[:leading]:
-            if i >= job.end:
-                break
-            if job.load:
-                self._bring(job, i)
-            else:
-                job.stored.add(i)
+            if failed:
+                self._notices.warn("lookup_failed", result)
+            job.shorten(group[leading], error_reason(result) if failed else "never_stored")
+        if job.load:
+            job.add_unread(group[:leading])
+        else:
+            job.stored.update(group[:leading])
+        self._go_on(job)
+
+    def _go_on(self, job: LookupJob) -> None:
+        self._read_tail(job)
         self._probe_tail(job)
         self._answer_if_settled(job)
 
-    def _bring(self, job: LookupJob, i: int) -> None:
-        """Block `i` is in storage: pin it if somebody brought it meanwhile, else read it."""
-        key = job.keys[i]
-        slot = self._slots.find(key)
-        if slot is not None and slot.state is SlotState.READY:
-            self._pin(job, i, slot)
-            return
-        if slot is None:
-            slot = self._slots.reserve(key, job.namespace.slot_bytes)
+    def _read_tail(self, job: LookupJob) -> None:
+        """Keeps the threads busy with this lookup, and no more than that: others get their turn,
+        and what is late at the deadline was never started and has pushed nobody out."""
+        reads = self._reads
+        while job.unread and job.reads_running < _READS_PER_THREAD * reads.num_threads:
+            # While threads are idle, one page each. Small pages that only wait for a thread go in
+            # groups: handing over a job costs about as much as copying 64 KiB.
+            is_busy = reads.depth >= reads.num_threads
+            slot_bytes = job.namespace.slot_bytes
+            slots = self._next_slots(job, max(1, _READ_BYTES // slot_bytes) if is_busy else 1)
+            if slots:
+                self._read(job, slots)
+
+    def _next_slots(self, job: LookupJob, max_slots: int) -> list[Slot]:
+        """Slots for the next blocks to read; pins those that somebody has brought meanwhile."""
+        slots: list[Slot] = []
+        while len(slots) < max_slots and (i := job.next_unread()) is not None:
+            key = job.keys[i]
+            slot = self._slots.find(key)
+            if slot is not None and slot.state is SlotState.READY:
+                self._pin(job, i, slot)
+                continue
             if slot is None:
-                job.shorten(i, "no_room")
-                return
-            assert self._tier is not None
-            self._reads.submit(
-                partial(self._tier.read, job.namespace.tier, key, self._page_of(slot)),
-                partial(self._on_read, slot, key),
-                on_overdue=partial(self._on_read_overdue, slot),
-            )
-        self._wait(job, i, slot)
+                slot = self._reserve(job, i)
+                if slot is None:
+                    job.shorten(i, "no_room")
+                    break
+                slots.append(slot)
+            self._wait(job, i, slot)
+        return slots
 
-    def _on_read(self, slot: Slot, key: Key, result: object) -> None:
-        if slot.state is SlotState.ASIDE:
-            self._slots.abandon(slot)
-            return
-        if isinstance(result, PageRead) and result.status is ReadStatus.HIT:
-            self._count("read_hit", 1)
+    def _reserve(self, job: LookupJob, i: int) -> Slot | None:
+        """A slot for block `i`, if need be at the cost of this lookup's own tail: of a prompt that
+        is longer than the memory, the head is worth more."""
+        slot = self._slots.reserve(job.keys[i], job.namespace.slot_bytes)
+        while slot is None and job.pinned and (last := max(job.pinned)) > i:
+            job.shorten(last, "no_room")
+            self._unpin(job, range(last, last + 1))
+            slot = self._slots.reserve(job.keys[i], job.namespace.slot_bytes)
+        return slot
+
+    def _read(self, job: LookupJob, slots: list[Slot]) -> None:
+        assert self._tier is not None
+        keys = [slot.key for slot in slots if slot.key is not None]
+        pages = [self._page_of(slot) for slot in slots]
+        job.reads_running += 1
+        self._reads.submit(
+            partial(self._tier.read_all, job.namespace.tier, keys, pages),
+            partial(self._on_read, job, slots, keys),
+            on_overdue=partial(self._on_read_overdue, slots),
+        )
+
+    def _on_read(self, job: LookupJob, slots: list[Slot], keys: list[Key], result: object) -> None:
+        job.reads_running -= 1
+        if isinstance(result, list):
+            outcomes = [page_read.status.value for page_read in result]
+            for page_read in result:
+                if page_read.detail:
+                    self._notices.warn(f"read_{page_read.status.value}", page_read.detail)
+        else:
+            outcomes = [error_reason(result)] * len(slots)
+        for slot, key, outcome in zip(slots, keys, outcomes, strict=True):
+            if slot.state is SlotState.ASIDE:
+                self._slots.abandon(slot)
+            else:
+                self._on_page_read(slot, key, outcome)
+        if not job.closed:
+            self._go_on(job)
+
+    def _on_page_read(self, slot: Slot, key: Key, outcome: str) -> None:
+        self._count(f"read_{outcome}", 1)
+        is_hit = outcome == ReadStatus.HIT.value
+        if is_hit:
             self._slots.ready(slot)
-            self.resolve(slot, "", from_files=True)
-            return
-        reason = result.status.name.lower() if isinstance(result, PageRead) else "io_error"
-        self._count(f"read_{reason}", 1)
+        else:
+            self._slots.abandon(slot)
         if self._writeback is not None:
-            self._writeback.forget_stored(key)
-        self._slots.abandon(slot)
-        self.resolve(slot, "never_stored" if reason == "absent" else reason)
+            self._writeback.filled_from_tier(key, is_hit=is_hit)
+        if is_hit:
+            self.resolve(slot, "", from_files=True)
+        else:
+            absent = outcome == ReadStatus.ABSENT.value
+            self.resolve(slot, "never_stored" if absent else outcome)
 
-    def _on_read_overdue(self, slot: Slot) -> None:
-        self._count("read_overdue", 1)
-        self._slots.set_aside(slot)
-        self.resolve(slot, "timeout")
+    def _on_read_overdue(self, slots: list[Slot]) -> None:
+        self._notices.warn(
+            "read_overdue", "storage hangs; its slots are set aside until it returns"
+        )
+        for slot in slots:
+            self._count("read_overdue", 1)
+            key = slot.key
+            self._slots.set_aside(slot)
+            if self._writeback is not None and key is not None:
+                self._writeback.filled_from_tier(key, is_hit=False)
+            self.resolve(slot, "timeout")
 
     # -- slots that others fill ------------------------------------------------------------
 

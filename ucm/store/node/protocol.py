@@ -16,9 +16,10 @@ connection. Offsets are bytes into the shared memory.
 from __future__ import annotations
 
 import struct
-from typing import Final, TypeVar
+from typing import Annotated, Final, TypeVar
 
 import msgspec
+from msgspec import Meta
 
 from ucm.errors import ProtocolError
 
@@ -27,8 +28,18 @@ MAX_FRAME_BYTES: Final = 64 << 20
 _T = TypeVar("_T")
 _LENGTH = struct.Struct("<I")
 
+_Bytes32 = Annotated[bytes, Meta(min_length=32, max_length=32)]
+_Parent = Annotated[bytes, Meta(max_length=32)]
+_Count = Annotated[int, Meta(ge=0)]
+_Size = Annotated[int, Meta(gt=0, le=1 << 40)]
+
 HAVE: Final = -1
 NO_ROOM: Final = -2
+
+# Readable on this node, waiting to be written, and written.
+IN_MEMORY: Final = 1
+QUEUED: Final = 2
+IN_STORAGE: Final = 4
 
 
 # -- client to node cache ------------------------------------------------------------------
@@ -37,7 +48,9 @@ NO_ROOM: Final = -2
 class Hello(msgspec.Struct, frozen=True, kw_only=True, tag=True, array_like=True):
     version: int
     session: str
-    role: str  # "scheduler", "worker", "tool"
+    role: (
+        str  # "scheduler" and "worker" (of an engine), "store" (the store API), "tool" (only asks)
+    )
     pid: int
 
 
@@ -47,9 +60,9 @@ class MemoryReady(msgspec.Struct, frozen=True, kw_only=True, tag=True, array_lik
 
 class OpenNamespace(msgspec.Struct, frozen=True, kw_only=True, tag=True, array_like=True):
     ns: int
-    fingerprint: bytes
-    page_bytes: int
-    block_tokens: int
+    fingerprint: _Bytes32
+    page_bytes: _Size
+    block_tokens: _Size
     manifest: bytes
 
 
@@ -63,10 +76,22 @@ class Lookup(msgspec.Struct, frozen=True, kw_only=True, tag=True, array_like=Tru
 
     id: int
     ns: int
-    keys: list[bytes]
-    read_from: int
+    keys: list[_Bytes32]
+    read_from: _Count
     load: bool
-    timeout_ms: int
+    timeout_ms: _Count
+
+
+class Find(msgspec.Struct, frozen=True, kw_only=True, tag=True, array_like=True):
+    """Where is each of `keys`? Unlike in a lookup each stands for itself, and nothing is read or
+    pinned. Storage is asked about keys that memory lacks, with `storage` about all of them.
+    Answered after `timeout_ms` with what is known."""
+
+    id: int
+    ns: int
+    keys: list[_Bytes32]
+    storage: bool
+    timeout_ms: _Count
 
 
 class Release(msgspec.Struct, frozen=True, kw_only=True, tag=True, array_like=True):
@@ -77,27 +102,29 @@ class Release(msgspec.Struct, frozen=True, kw_only=True, tag=True, array_like=Tr
 
 class Reserve(msgspec.Struct, frozen=True, kw_only=True, tag=True, array_like=True):
     """Slots to dump into. Answered block by block: an offset, HAVE, or NO_ROOM. `parents[i]`
-    precedes `keys[i]` in the prompt (empty for the first block of a prompt)."""
+    precedes `keys[i]` in the prompt (empty for the first block of a prompt). A client that
+    `will_ask_again` where there is no room has not dropped its dump yet: it is not counted."""
 
     id: int
     ns: int
-    keys: list[bytes]
-    parents: list[bytes]
+    keys: list[_Bytes32]
+    parents: list[_Parent]
+    will_ask_again: bool = False
 
 
 class Commit(msgspec.Struct, frozen=True, kw_only=True, tag=True, array_like=True):
     """The slots of `keys` hold their pages. In prompt order, with parents as in `Reserve`."""
 
     ns: int
-    keys: list[bytes]
-    parents: list[bytes]
+    keys: list[_Bytes32]
+    parents: list[_Parent]
 
 
 class Abort(msgspec.Struct, frozen=True, kw_only=True, tag=True, array_like=True):
     """The slots reserved for `keys` won't be filled, and nobody writes into them any more."""
 
     ns: int
-    keys: list[bytes]
+    keys: list[_Bytes32]
 
 
 class GetStatus(msgspec.Struct, frozen=True, kw_only=True, tag=True, array_like=True):
@@ -142,6 +169,15 @@ class LookupReply(msgspec.Struct, frozen=True, kw_only=True, tag=True, array_lik
     reason: str
 
 
+class Found(msgspec.Struct, frozen=True, kw_only=True, tag=True, array_like=True):
+    """`places[i]` says where `keys[i]` is, as a sum of IN_MEMORY, QUEUED and IN_STORAGE; 0 is
+    nowhere. `reason` says why storage could not tell about some of them (empty: it could)."""
+
+    id: int
+    places: bytes
+    reason: str
+
+
 class ReserveReply(msgspec.Struct, frozen=True, kw_only=True, tag=True, array_like=True):
     id: int
     offsets: list[int]
@@ -176,6 +212,7 @@ ClientMessage = (
     | MemoryReady
     | OpenNamespace
     | Lookup
+    | Find
     | Release
     | Reserve
     | Commit
@@ -184,7 +221,7 @@ ClientMessage = (
     | Shutdown
 )
 NodeMessage = (
-    Welcome | NamespaceOpened | LookupReply | ReserveReply | SpanInUse | RanksReady | Status
+    Welcome | NamespaceOpened | LookupReply | Found | ReserveReply | SpanInUse | RanksReady | Status
 )
 
 _encoder = msgspec.msgpack.Encoder()
@@ -236,5 +273,5 @@ def decode_node(body: bytes) -> NodeMessage:
 def _decode(decoder: msgspec.msgpack.Decoder[_T], body: bytes) -> _T:
     try:
         return decoder.decode(body)
-    except (msgspec.DecodeError, msgspec.ValidationError) as error:
+    except (msgspec.DecodeError, ValueError, RecursionError) as error:
         raise ProtocolError(f"unreadable message on the node cache socket: {error}") from error

@@ -9,27 +9,25 @@ is queued, within a bound.
 from __future__ import annotations
 
 import asyncio
-import fcntl
 import logging
 import os
 import signal
 import socket
-import struct
 import time
 import uuid
 from functools import partial
-from pathlib import Path
 from typing import cast
 
 from ucm.config import StoreSettings
-from ucm.errors import NodeUnavailable, ProtocolError
+from ucm.errors import ProtocolError
 from ucm.store.node import protocol as p
 from ucm.store.node.core import NodeCore
 from ucm.store.node.io import IoPool
 from ucm.store.node.memory import SharedMemory, default_capacity_bytes
+from ucm.store.node.place import SocketLock, is_trusted, peer_uid
 from ucm.store.node.state import Connection
-from ucm.store.pipeline import build_tier
 from ucm.store.slots import SlotTable
+from ucm.store.tiers import build_tier, keeps_pages
 
 logger = logging.getLogger(__name__)
 
@@ -46,17 +44,19 @@ class NodeServer:
         self._settings = settings
         self._loop = loop
         capacity_bytes = settings.cache_capacity_bytes or default_capacity_bytes()
-        slots = SlotTable(capacity_bytes)
+        slots = SlotTable(capacity_bytes, keeps_unpinned=keeps_pages(settings))
         self.memory = SharedMemory(slots.capacity_bytes)
         self.tier = build_tier(settings)
         timeout_s = settings.io_timeout_ms / 1000
-        self._reads = IoPool(
-            "read", loop=loop, num_threads=settings.read_threads, timeout_s=timeout_s
+        pool = partial(IoPool, loop=loop, timeout_s=timeout_s)
+        self._reads = pool(
+            "read", num_threads=settings.read_threads, keeps_queue_when_stalled=False
         )
-        self._writes = IoPool(
-            "write", loop=loop, num_threads=settings.write_threads, timeout_s=timeout_s
+        # Pages that wait to be written can wait: there is a bound, and storage may come back.
+        self._writes = pool(
+            "write", num_threads=settings.write_threads, keeps_queue_when_stalled=True
         )
-        self._populate = IoPool("populate", loop=loop, num_threads=1, timeout_s=timeout_s)
+        self._populate = pool("populate", num_threads=1, keeps_queue_when_stalled=True)
         self.core = NodeCore(
             slots=slots,
             tier=self.tier,
@@ -68,6 +68,7 @@ class NodeServer:
             clock=time.monotonic,
         )
         self.arena = uuid.uuid4().hex
+        # Clients that have said Hello. Who doesn't, keeps no node cache from leaving.
         self.num_connections = 0
         self.leaving = asyncio.Event()
         logger.info(
@@ -95,6 +96,7 @@ class NodeServer:
                 break
         accepting.cancel()
         listener.close()
+        self.core.leaving = True
         await self._drain()
 
     async def _drain(self) -> None:
@@ -111,13 +113,23 @@ class NodeServer:
 
     async def _accept(self, listener: socket.socket) -> None:
         while True:
+            await self._accept_one(listener)
+
+    async def _accept_one(self, listener: socket.socket) -> None:
+        try:
             sock, _ = await self._loop.sock_accept(listener)
-            uid = _peer_uid(sock)
-            if uid not in (0, os.getuid()):
+            uid = peer_uid(sock)
+            if not is_trusted(uid):
                 logger.warning("refused a connection from uid %d", uid)
                 sock.close()
-                continue
-            await self._loop.connect_accepted_socket(partial(_Peer, self, sock), sock)
+                return
+            peer = _Peer(self, sock)
+            await self._loop.connect_accepted_socket(lambda: peer, sock)
+        except OSError as error:
+            # Out of descriptors, or a client that is gone already. Going on is better than serving
+            # nobody new, and not at once: the reason may last.
+            logger.warning("could not accept a connection: %s", error)
+            await asyncio.sleep(_TICK_S)
 
 
 class _Peer(asyncio.Protocol):
@@ -132,11 +144,10 @@ class _Peer(asyncio.Protocol):
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
         self._transport = cast(asyncio.Transport, transport)
-        self._server.num_connections += 1
 
     def connection_lost(self, exc: Exception | None) -> None:
-        self._server.num_connections -= 1
         if self._connection is not None:
+            self._server.num_connections -= 1
             self._server.core.closed(self._connection)
 
     def data_received(self, data: bytes) -> None:
@@ -182,6 +193,7 @@ class _Peer(asyncio.Protocol):
                 f"a client (pid {hello.pid}) speaks protocol {hello.version}, not {p.VERSION}"
             )
         self._connection = server.core.connect(hello, self._send)
+        server.num_connections += 1
 
     def _send(self, message: p.NodeMessage) -> None:
         transport = self._transport
@@ -195,44 +207,6 @@ class _Peer(asyncio.Protocol):
     def _close(self) -> None:
         if self._transport is not None:
             self._transport.abort()
-
-
-def _peer_uid(sock: socket.socket) -> int:
-    credentials = sock.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, struct.calcsize("3i"))
-    _, uid, _ = struct.unpack("3i", credentials)
-    return int(uid)
-
-
-class SocketLock:
-    """The right to serve at a socket path; held while the object lives, lost with the process."""
-
-    def __init__(self, socket_path: str) -> None:
-        """Raises NodeUnavailable when another process holds it."""
-        self.path = Path(socket_path)
-        self.path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
-        lock_path = f"{socket_path}.lock"
-        self._fd = os.open(lock_path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
-        try:
-            fcntl.flock(self._fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError as error:
-            os.close(self._fd)
-            raise NodeUnavailable(f"another node cache serves at {socket_path}") from error
-
-    def listen(self) -> socket.socket:
-        self.path.unlink(missing_ok=True)
-        listener = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM | socket.SOCK_CLOEXEC)
-        umask = os.umask(0o177)
-        try:
-            listener.bind(str(self.path))
-        finally:
-            os.umask(umask)
-        listener.listen(256)
-        listener.setblocking(False)
-        return listener
-
-    def release(self) -> None:
-        self.path.unlink(missing_ok=True)
-        os.close(self._fd)
 
 
 def run(settings: StoreSettings) -> None:

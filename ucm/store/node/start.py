@@ -7,6 +7,7 @@ others end at once.
 from __future__ import annotations
 
 import logging
+import math
 import os
 import subprocess
 import sys
@@ -19,10 +20,12 @@ from ucm.config import StoreSettings
 from ucm.errors import NodeUnavailable
 from ucm.store.node import server
 from ucm.store.node.client import NodeClient
+from ucm.store.node.place import ensure_private_directory
 
 logger = logging.getLogger(__name__)
 
 _RETRY_S = 0.02
+_START_AGAIN_S = 2.0
 _HANDSHAKE_S = 5.0
 _LOG_FORMAT = "%(asctime)s %(levelname)s %(name)s: %(message)s"
 
@@ -31,9 +34,11 @@ def connect_or_start(
     settings: StoreSettings, *, session: str, role: str, timeout_s: float
 ) -> NodeClient:
     """A connection to the node cache at `settings.socket_path`, which is started when nobody
-    answers. Blocks up to `timeout_s`; raises NodeUnavailable with where to look."""
+    answers. Blocks up to `timeout_s`; raises NodeUnavailable with where to look, or ConfigError for
+    a socket directory that somebody else controls."""
+    ensure_private_directory(settings.socket_path)
     deadline_s = time.monotonic() + timeout_s
-    started = False
+    started_s = -math.inf
     while True:
         try:
             return NodeClient.connect(
@@ -44,15 +49,16 @@ def connect_or_start(
                 raise NodeUnavailable(
                     f"{error}; see {log_path(settings)} for why it did not start"
                 ) from error
-        if not started:
+        # Again after a while: the one that was started may have found another that was leaving.
+        if time.monotonic() - started_s > _START_AGAIN_S:
             spawn(settings)
-            started = True
+            started_s = time.monotonic()
         time.sleep(_RETRY_S)
 
 
 def spawn(settings: StoreSettings) -> None:
     """Starts a node cache that outlives this process. It ends at once if one serves already."""
-    Path(settings.socket_path).parent.mkdir(mode=0o700, parents=True, exist_ok=True)
+    ensure_private_directory(settings.socket_path)
     with open(log_path(settings), "ab") as log:
         # The child forks again and its parent ends, so the node cache isn't ours: an engine that
         # ends its process tree doesn't take the unwritten pages with it.
@@ -82,6 +88,8 @@ def run_by_hand(settings: StoreSettings) -> None:
 def run_detached(settings_json: str) -> None:
     """What `spawn` runs, in the process that is to become the node cache."""
     logging.basicConfig(level=logging.INFO, format=_LOG_FORMAT)
+    # Engines bind their processes to cores; the node cache works for all of them.
+    os.sched_setaffinity(0, range(os.cpu_count() or 1))
     try:
         server.run(msgspec.json.decode(settings_json, type=StoreSettings))
     except NodeUnavailable as error:

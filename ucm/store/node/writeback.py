@@ -22,6 +22,7 @@ from typing import TypeVar
 from ucm.errors import TierError
 from ucm.store.keys import Key
 from ucm.store.node.io import Pool
+from ucm.store.node.notices import Notices
 from ucm.store.node.state import OpenedNamespace
 from ucm.store.slots import Slot, SlotState, SlotTable
 from ucm.store.tier import Staged, Tier
@@ -56,16 +57,18 @@ class WriteBack:
         count: Callable[[str], None],
         max_pages: int,
         clock: Callable[[], float],
+        notices: Notices | None = None,
     ) -> None:
         self._tier = tier
         self._pool = pool
         self._slots = slots
         self._page_of = page_of
         self._count = count
+        self._notices = notices or Notices(clock)
         self._max_pages = max_pages
         self._clock = clock
         self._writes: dict[Key, _Write] = {}
-        # Writes whose parent is still being filled by an engine: nothing to queue behind yet.
+        # Writes whose parent's slot is still being filled: nothing to queue behind yet.
         self._waiting: dict[Key, list[_Write]] = {}
         self._failed: OrderedDict[Key, None] = OrderedDict()
         self._stored_s: OrderedDict[Key, float] = OrderedDict()
@@ -90,9 +93,6 @@ class WriteBack:
     def note_stored(self, key: Key) -> None:
         self._failed.pop(key, None)
         _remember(self._stored_s, key, self._clock())
-
-    def forget_stored(self, key: Key) -> None:
-        self._stored_s.pop(key, None)
 
     def enqueue(self, namespace: OpenedNamespace, key: Key, parent: Key | None, slot: Slot) -> None:
         """Queues the READY page in `slot`. Drops it when the queue is full, or when the block
@@ -128,9 +128,19 @@ class WriteBack:
         for write in self._waiting.pop(key, []):
             self._fail(write, "dump_dropped_after_failed")
 
+    def filled_from_tier(self, key: Key, *, is_hit: bool) -> None:
+        """The slot of `key` was not filled by an engine but read: it is stored, or is not."""
+        if not is_hit:
+            self._stored_s.pop(key, None)
+            self.filling_ended(key)
+            return
+        self.note_stored(key)
+        for write in self._waiting.pop(key, []):
+            self._publish_in_order(write)
+
     def _on_staged(self, write: _Write, result: object) -> None:
         if isinstance(result, TierError):
-            self._fail(write, f"write_failed_{result.reason}")
+            self._fail_write(write, result)
             return
         write.is_staged = True
         write.staged = result if isinstance(result, Staged) else None
@@ -161,11 +171,13 @@ class WriteBack:
             partial(self._tier.publish, staged),
             partial(self._on_published, write),
             on_overdue=partial(self._count, "write_overdue"),
+            # Before more staging: the head of a long prompt is to be had while its tail is written.
+            urgent=True,
         )
 
     def _on_published(self, write: _Write, result: object) -> None:
         if isinstance(result, TierError):
-            self._fail(write, f"write_failed_{result.reason}")
+            self._fail_write(write, result)
         else:
             write.staged = None
             self._stored(write, "write_done")
@@ -176,6 +188,11 @@ class WriteBack:
         self._finish(write)
         for after in write.after:
             self._publish_in_order(after)
+
+    def _fail_write(self, write: _Write, error: TierError) -> None:
+        counter = f"write_failed_{error.reason}"
+        self._notices.warn(counter, error)
+        self._fail(write, counter)
 
     def _fail(self, write: _Write, counter: str) -> None:
         """Drops `write` and everything that waits behind it. Iterative: a prompt may be long."""
@@ -193,11 +210,14 @@ class WriteBack:
     def _discard(self, write: _Write) -> None:
         staged, write.staged = write.staged, None
         if staged is not None:
-            self._pool.submit(partial(self._tier.discard, staged), lambda _: None)
+            self._pool.submit(partial(self._tier.discard, staged), lambda _: None, urgent=True)
         self._finish(write)
 
     def _finish(self, write: _Write) -> None:
-        if self._writes.pop(write.key, None) is not None:
+        # A doomed write ends twice: when it fails, and when its staging returns. By then the queue
+        # may hold another write of the same key.
+        if self._writes.get(write.key) is write:
+            del self._writes[write.key]
             self._slots.unpin(write.slot)
 
     def _drop(self, key: Key, waiting: list[_Write], counter: str) -> None:

@@ -7,7 +7,7 @@ import pytest
 from tests.store.tier_contract import SMALL, dump, make_key, make_page
 from ucm.config import PIPELINES, STAGES, StoreSettings
 from ucm.store import paths
-from ucm.store.pipeline import NODE_CACHE_STAGE, TIER_STAGES, build_tier
+from ucm.store.tiers import NODE_CACHE_STAGE, TIER_STAGES, build_tier, keeps_pages
 
 
 def settings_for(pipeline: str, directory: Path) -> StoreSettings:
@@ -38,3 +38,9 @@ def test_a_posix_pipeline_stores_in_its_backends(pipeline: str, tmp_path: Path) 
     dump(tier, SMALL, make_key(1), make_page(SMALL, "a"))
 
     assert Path(paths.block_path(str(tmp_path), SMALL.fingerprint, make_key(1))).exists()
+
+
+def test_pages_stay_in_memory_where_there_is_a_cache(tmp_path: Path) -> None:
+    kept = {pipeline: keeps_pages(settings_for(pipeline, tmp_path)) for pipeline in PIPELINES}
+
+    assert kept == {"Cache|Posix": True, "Posix": False, "Cache": True}

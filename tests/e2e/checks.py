@@ -1,0 +1,100 @@
+"""What tests ask servers, and what must come back."""
+
+from __future__ import annotations
+
+import http.client
+import json
+import random
+import time
+from collections.abc import Callable, Iterable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from typing import TypeVar
+
+from examples.cluster.client import Client, Counters
+from tests.e2e.deployment import MAX_TOKENS, Engine
+
+LENGTHS = (1, 127, 128, 129, 1500, 3500)
+Prompt = tuple[int, ...]
+_T = TypeVar("_T")
+
+
+def make_prompt(length: int, name: str) -> Prompt:
+    """Random tokens, always the same for one name, and another prefix for another name."""
+    rng = random.Random(f"{name}/{length}")
+    return tuple(rng.randrange(3, 300) for _ in range(length))
+
+
+def check_answer(engine: Engine, prompt: Prompt, expected: Sequence[int]) -> None:
+    answer = engine.client.complete(prompt, max_tokens=len(expected))
+    assert answer.token_ids == tuple(expected), f"tokens of {engine.name}, {len(prompt)} tokens"
+
+
+def check_loaded(
+    engine: Engine, prompt: Prompt, expected: Sequence[int], *, hit_tokens: int | None = None
+) -> None:
+    """The identity test: the expected tokens, from a prompt of which all full blocks (or
+    `hit_tokens`) came from the store."""
+    before = engine.client.counters()
+    check_answer(engine, prompt, expected)
+    gained = counted(engine.client, before, len(prompt))
+    wanted = engine.full_hit_tokens(prompt) if hit_tokens is None else hit_tokens
+    assert gained.external_hits == wanted, f"hits of {engine.name}, {len(prompt)} tokens: {gained}"
+
+
+def counted(client: Client, before: Counters, num_tokens: int) -> Counters:
+    """What the counters gained, once they have counted prompts of `num_tokens` in all: vLLM
+    answers first and counts then."""
+    deadline_s = time.monotonic() + 10.0
+    while True:
+        gained = client.counters() - before
+        if gained.external_queries + gained.local_hits >= num_tokens:
+            return gained
+        assert time.monotonic() < deadline_s, f"counted {gained} of {num_tokens} tokens"
+        time.sleep(0.01)
+
+
+def at_once(calls: Iterable[Callable[[], _T]]) -> list[_T]:
+    """Runs all calls in threads of their own; raises what the first bad one raised."""
+    listed = list(calls)
+    with ThreadPoolExecutor(len(listed)) as pool:
+        futures = [pool.submit(call) for call in listed]
+        return [future.result() for future in futures]
+
+
+def wait_for_hit(engine: Engine, prompt: Prompt, *, timeout_s: float = 20.0) -> None:
+    """Asks a stored prompt until its blocks are loaded again, say after a new start of the node
+    cache."""
+    deadline_s = time.monotonic() + timeout_s
+    while True:
+        before = engine.client.counters()
+        engine.client.complete(prompt, max_tokens=1)
+        if counted(engine.client, before, len(prompt)).external_hits:
+            return
+        assert time.monotonic() < deadline_s, f"{engine.name} does not hit again"
+        time.sleep(0.2)
+
+
+def abandon(client: Client, prompt: Prompt, *, after_s: float) -> None:
+    """A client that asks, and goes away without a word."""
+    connection = http.client.HTTPConnection(client.host, client.port, timeout=60.0)
+    body = {"prompt": list(prompt), "max_tokens": 64, "ignore_eos": True, "stream": True}
+    try:
+        connection.request("POST", "/v1/completions", json.dumps(body), _JSON)
+        time.sleep(after_s)
+    finally:
+        connection.close()
+
+
+_JSON = {"Content-Type": "application/json"}
+__all__ = [
+    "LENGTHS",
+    "MAX_TOKENS",
+    "Prompt",
+    "abandon",
+    "at_once",
+    "check_answer",
+    "check_loaded",
+    "counted",
+    "make_prompt",
+    "wait_for_hit",
+]

@@ -1,0 +1,85 @@
+"""Servers for the tests of this folder. A server takes ten seconds and more to start, so tests
+share fleets of them; modules run in an order that starts each fleet once."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+
+from examples.cluster.models import make_model
+from tests.e2e.deployment import Deployment, Fleets, Oracle
+from tests.e2e.node import Node
+
+# Within a fleet the destructive ones come last.
+MODULES = (
+    *("test_identity", "test_sharing", "test_damaged_files", "test_crashes"),
+    *("test_layouts", "test_bfloat16", "test_files_only", "test_stress", "test_bad_settings"),
+    "test_nothing_left",
+)
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    places = [i for i, item in enumerate(items) if item.path.parent == Path(__file__).parent]
+    ordered = sorted((items[i] for i in places), key=lambda item: MODULES.index(item.path.stem))
+    for place, item in zip(places, ordered, strict=True):
+        items[place] = item
+
+
+@pytest.fixture(scope="session")
+def tiny_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return make_model(tmp_path_factory.mktemp("model"), "tiny")
+
+
+@pytest.fixture(scope="session")
+def fleets() -> Iterator[Fleets]:
+    fleets = Fleets()
+    yield fleets
+    fleets.end()
+
+
+@pytest.fixture(scope="session")
+def started_oracle(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Oracle]:
+    oracle = Oracle(tiny_model, tmp_path_factory.mktemp("oracle"))
+    yield oracle
+    oracle.server.kill()
+
+
+@pytest.fixture
+def oracle(started_oracle: Oracle) -> Oracle:
+    """What a cold monolith answers."""
+    started_oracle.server.wait_ready()
+    return started_oracle
+
+
+DeploymentMaker = Callable[..., Deployment]
+
+
+@pytest.fixture(scope="session")
+def deployment(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> DeploymentMaker:
+    """An empty deployment in a folder of its own."""
+
+    def make(name: str, dtype: str = "float32") -> Deployment:
+        return Deployment(tmp_path_factory.mktemp(name), tiny_model, dtype=dtype)
+
+    return make
+
+
+@pytest.fixture
+def float32_fleet(
+    fleets: Fleets, deployment: DeploymentMaker, started_oracle: Oracle
+) -> Deployment:
+    """Four float32 servers on two nodes: prefill chunks of 512 and 4096, copied after the forward
+    pass and layer by layer. None has a prefix cache of its own."""
+
+    def start() -> Deployment:
+        made = deployment("float32")
+        one, two = Node("f32-one"), Node("f32-two")
+        made.start("chunk512", one, chunk=512)
+        made.start("chunk512-layerwise", one, chunk=512, layerwise=True)
+        made.start("chunk4096", two, chunk=4096)
+        made.start("chunk4096-layerwise", two, chunk=4096, layerwise=True)
+        return made
+
+    return fleets.use("float32", start)

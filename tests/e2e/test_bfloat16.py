@@ -1,0 +1,74 @@
+"""In bfloat16 the measure is vLLM's own prefix hit: a cold run is cut into other chunks, and
+differs by itself now and then."""
+
+from __future__ import annotations
+
+import shutil
+
+import pytest
+
+from tests.e2e.checks import LENGTHS, MAX_TOKENS, check_loaded, counted, make_prompt
+from tests.e2e.conftest import DeploymentMaker
+from tests.e2e.deployment import Deployment, Fleets
+from tests.e2e.node import Node
+
+pytestmark = [pytest.mark.vllm, pytest.mark.timeout(600)]
+
+
+@pytest.fixture
+def bfloat16_fleet(fleets: Fleets, deployment: DeploymentMaker) -> Deployment:
+    """Two servers with prefix caches, on two nodes."""
+
+    def start() -> Deployment:
+        made = deployment("bfloat16", "bfloat16")
+        one, two = Node("bf16-one"), Node("bf16-two")
+        made.start("chunk512-layerwise", one, chunk=512, layerwise=True, prefix_caching=True)
+        made.start("chunk4096", two, chunk=4096, prefix_caching=True)
+        return made
+
+    return fleets.use("bfloat16", start)
+
+
+@pytest.mark.parametrize(
+    ("producer", "consumer"),
+    [("chunk512-layerwise", "chunk4096"), ("chunk4096", "chunk512-layerwise")],
+)
+def test_loaded_blocks_give_the_tokens_of_the_prefill_instances_own_prefix_hit(
+    bfloat16_fleet: Deployment, producer: str, consumer: str
+) -> None:
+    prefill, decode = bfloat16_fleet[producer], bfloat16_fleet[consumer]
+    for length in LENGTHS:
+        prompt = make_prompt(length, f"bfloat16 {producer}")
+        prefill.client.complete(prompt, max_tokens=1)
+        bfloat16_fleet.store.wait_stored(prompt)
+        before = prefill.client.counters()
+        own = prefill.client.complete(prompt, max_tokens=MAX_TOKENS)
+        gained = counted(prefill.client, before, length)
+        # vLLM computes at least one token, and so all of a prompt that is just one block.
+        assert gained.local_hits == (length - 1) // 128 * 128
+        check_loaded(decode, prompt, own.token_ids)
+    assert bfloat16_fleet.store.bad_files() == []
+
+
+@pytest.mark.parametrize("name", ["chunk512-layerwise", "chunk4096"])
+def test_blocks_that_vllm_has_in_its_prefix_cache_and_the_store_has_lost_are_stored_again(
+    bfloat16_fleet: Deployment, name: str
+) -> None:
+    engine, store = bfloat16_fleet[name], bfloat16_fleet.store
+    prompt = make_prompt(1500, f"lost {name}")
+    engine.client.complete(prompt)
+    store.wait_stored(prompt)
+    engine.node.leave()
+    shutil.rmtree(store.folder / store.namespace().fingerprint.hex())
+    # The first request after the loss may go by without a node cache.
+    for i in range(20):
+        before = engine.client.counters()
+        engine.client.complete((*prompt, 3 + i), max_tokens=1)
+        gained = counted(engine.client, before, len(prompt) + 1)
+        assert gained.local_hits == 11 * 128, "vLLM has them itself"
+        engine.node.wait("there again", lambda status: bool(status.sessions))
+        engine.node.wait_quiet()
+        if store.blocks():
+            break
+    store.wait_stored(prompt)
+    assert store.bad_files() == []

@@ -1,0 +1,49 @@
+"""After all of the others: no process of theirs lives, and nobody holds their memory."""
+
+from __future__ import annotations
+
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import msgspec
+import pytest
+
+from examples.cluster.processes import GuardedProcess, run_processes
+from tests.e2e import node
+from tests.e2e.conftest import DeploymentMaker
+from tests.e2e.deployment import Fleets, Oracle
+from tests.e2e.watch import holders
+from ucm.config import load_settings
+
+pytestmark = [pytest.mark.vllm, pytest.mark.timeout(600)]
+
+
+def test_node_caches_leave_when_they_are_idle_and_nobody_holds_their_memory(
+    fleets: Fleets, deployment: DeploymentMaker, started_oracle: Oracle
+) -> None:
+    # One more, so that this test stands by itself too: it is seen while it lives.
+    last = node.Node("last")
+    command = [sys.executable, "-m", "ucm.store.node", store_settings_json(deployment, last)]
+    with GuardedProcess(command, log=Path(f"{last.socket_path}.log")):
+        status = last.wait("started", lambda status: True)
+        assert status.pid in run_processes()
+        assert status.pid in holders(node.memories)
+    fleets.end()
+    started_oracle.server.kill()
+    wait_until(lambda: not run_processes(), f"{run_processes()} have ended")
+    assert holders(node.memories) == {}
+
+
+def store_settings_json(deployment: DeploymentMaker, last: node.Node) -> str:
+    settings: Any = load_settings(deployment("last").settings(last)).store
+    return msgspec.json.encode(settings).decode()
+
+
+def wait_until(condition: Callable[[], bool], what: str) -> None:
+    deadline_s = time.monotonic() + node.IDLE_EXIT_S + 20.0
+    while not condition():
+        assert time.monotonic() < deadline_s, f"not in time: {what}"
+        time.sleep(0.05)

@@ -1,0 +1,105 @@
+"""Several requests, several engines, one store: each block is computed, read and stored once."""
+
+from __future__ import annotations
+
+import itertools
+import time
+from functools import partial
+
+import pytest
+
+from examples.cluster.processes import ProxyServer
+from tests.e2e.checks import (
+    LENGTHS,
+    at_once,
+    check_answer,
+    check_loaded,
+    counted,
+    make_prompt,
+)
+from tests.e2e.deployment import MAX_TOKENS, Deployment, Oracle
+from tests.e2e.node import count
+from tests.e2e.watch import OpenFiles
+
+pytestmark = [pytest.mark.vllm, pytest.mark.timeout(600)]
+
+
+def test_requests_with_one_prefix_at_once_all_load_it_and_their_node_reads_each_block_once(
+    float32_fleet: Deployment, oracle: Oracle
+) -> None:
+    store, node = float32_fleet.store, float32_fleet["chunk4096"].node
+    prefix = make_prompt(9 * 128, "one prefix")
+    check_answer(float32_fleet["chunk512"], prefix, oracle.answer(prefix))
+    store.wait_stored(prefix)
+    prompts = [prefix + make_prompt(60, f"tail {i}") for i in range(8)]
+    expected = [oracle.answer(prompt) for prompt in prompts]
+    engines = [float32_fleet["chunk4096"], float32_fleet["chunk4096-layerwise"]]
+    before = [engine.client.counters() for engine in engines]
+    reads_before = count(node.status(), "read_hit")
+    at_once(
+        partial(check_answer, engine, prompt, tokens)
+        for engine, prompt, tokens in zip(itertools.cycle(engines), prompts, expected)
+    )
+    for engine, counters in zip(engines, before, strict=True):
+        gained = counted(engine.client, counters, 4 * len(prompts[0]))
+        assert gained.external_hits == 4 * len(prefix)
+    assert count(node.status(), "read_hit") - reads_before == 9
+    node.wait_quiet()
+
+
+def test_engines_of_a_node_that_compute_one_cold_prompt_at_once_store_each_block_once(
+    float32_fleet: Deployment, oracle: Oracle
+) -> None:
+    prompt = make_prompt(3500, "cold at once")
+    expected = oracle.answer(prompt)
+    engines = [float32_fleet["chunk512"], float32_fleet["chunk512-layerwise"]]
+    node = engines[0].node
+    before = count(node.wait_quiet(), "dump_committed")
+    at_once(partial(check_answer, engine, prompt, expected) for engine in engines * 2)
+    float32_fleet.store.wait_stored(prompt)
+    assert count(node.wait_quiet(), "dump_committed") - before == 3500 // 128
+    for engine in engines:
+        check_loaded(engine, prompt, expected)
+
+
+@pytest.mark.parametrize("decode", ["chunk512-layerwise", "chunk4096"])
+def test_through_the_proxy_decode_answers_with_what_prefill_has_just_stored(
+    float32_fleet: Deployment, oracle: Oracle, decode: str
+) -> None:
+    prefill, decoder = float32_fleet["chunk512"], float32_fleet[decode]
+    log = float32_fleet.folder / f"proxy-{decode}.log"
+    with ProxyServer(prefill.server, decoder.server, log=log) as proxy:
+        proxy.wait_ready()
+        for length in LENGTHS:
+            prompt = make_prompt(length, f"proxy {decode}")
+            before = decoder.client.counters()
+            answer = proxy.client.complete(prompt, max_tokens=MAX_TOKENS)
+            assert answer.token_ids == oracle.answer(prompt)
+            gained = counted(decoder.client, before, length)
+            if decoder.node is prefill.node:
+                # On another node the last files may not be there yet.
+                assert gained.external_hits == decoder.full_hit_tokens(prompt), gained
+        text = "A page that was computed once need not be computed again. " * 20
+        assert proxy.client.chat(text).token_ids == oracle.server.client.chat(text).token_ids
+
+
+def test_no_process_of_vllm_has_a_file_of_the_store_open_while_it_serves(
+    float32_fleet: Deployment,
+) -> None:
+    """That the node caches, which have them open for less than a millisecond each, are seen shows
+    that a process of vLLM would be."""
+    engines = list(float32_fleet.engines.values())
+    vllm = {process.pid for engine in engines for process in engine.server.processes()}
+    caches = {engine.node.status().pid for engine in engines}
+    assert len(vllm) >= 3 * len(engines), "an API server, an engine and a worker each"
+    assert not vllm & caches and len(caches) == 2
+    deadline_s = time.monotonic() + 60.0
+    with OpenFiles(float32_fleet.store.folder, vllm | caches) as files:
+        for i in itertools.count():
+            prompt = make_prompt(3500, f"open files {i}")
+            for engine in engines:
+                engine.client.complete(prompt, max_tokens=1)
+            if all(files.seen[pid] for pid in caches) or time.monotonic() > deadline_s:
+                break
+    assert all(files.seen[pid] for pid in caches), f"{files.num_looks} looks saw nothing"
+    assert set(files.seen) == caches

@@ -1,0 +1,108 @@
+"""Too little device memory, too little node cache, too many clients, and some that hang up."""
+
+from __future__ import annotations
+
+import random
+from functools import partial
+
+import pytest
+
+from examples.cluster.processes import MIB
+from tests.e2e.checks import Prompt, abandon, at_once, check_answer, check_loaded, make_prompt
+from tests.e2e.conftest import DeploymentMaker
+from tests.e2e.deployment import Deployment, Engine, Fleets, Oracle
+from tests.e2e.node import Node, engine_sessions
+from tests.e2e.watch import cpu_s
+
+pytestmark = [pytest.mark.vllm, pytest.mark.timeout(600)]
+
+NUM_CLIENTS = 16
+ASKED_BY_EACH = 7
+MAX_TOKENS = 24
+# Sixteen pages: fewer than a prompt of 3500 tokens has.
+NODE_MIB = 8
+# One prompt of --max-model-len, and little more: a third of the clients' prompts at once.
+KV_CACHE_BYTES = 24 * MIB
+
+
+@pytest.fixture
+def cramped(fleets: Fleets, deployment: DeploymentMaker, started_oracle: Oracle) -> Deployment:
+    def start() -> Deployment:
+        made = deployment("cramped")
+        node = Node("cramped", capacity_mib=NODE_MIB)
+        made.start("prefill", node, chunk=512, prefix_caching=True, kv_cache_bytes=KV_CACHE_BYTES)
+        made.start("decode", node, layerwise=True, kv_cache_bytes=KV_CACHE_BYTES)
+        return made
+
+    return fleets.use("cramped", start)
+
+
+def test_of_a_prompt_longer_than_the_node_cache_can_hold_a_shorter_prefix_is_loaded(
+    cramped: Deployment, oracle: Oracle
+) -> None:
+    prompt = make_prompt(3500, "longer than the node cache")
+    check_answer(cramped["prefill"], prompt, oracle.answer(prompt))
+    cramped["prefill"].node.wait_quiet()
+    num_stored = sum(file.exists() for file in cramped.store.files(prompt))
+    assert num_stored >= 16, "of what did not fit a part may be missing, from the end"
+    assert not any(file.exists() for file in cramped.store.files(prompt)[num_stored:])
+    check_loaded(cramped["decode"], prompt, oracle.answer(prompt), hit_tokens=16 * 128)
+    cramped["decode"].node.wait_quiet()
+
+
+def test_under_stress_every_answer_is_right_and_afterwards_nothing_is_held_and_nothing_moves(
+    cramped: Deployment, oracle: Oracle
+) -> None:
+    prompts = stress_prompts()
+    expected = {prompt: oracle.answer(prompt, max_tokens=MAX_TOKENS) for prompt in prompts}
+    engines = [cramped["prefill"], cramped["decode"]]
+
+    def client(number: int) -> None:
+        rng = random.Random(number)
+        for _ in range(ASKED_BY_EACH):
+            prompt = rng.choice(prompts)
+            if rng.random() < 0.3:
+                abandon(rng.choice(engines).client, prompt, after_s=rng.uniform(0.0, 0.8))
+                continue
+            for engine in rng.choice([engines, engines, engines[:1], engines[1:]]):
+                check_answer(engine, prompt, expected[prompt])
+
+    at_once(partial(client, number) for number in range(NUM_CLIENTS))
+    status = engines[0].node.wait_quiet()
+    assert len(engine_sessions(status)) == 2
+    for engine in engines:
+        check_idle(engine)
+    assert sum(preemptions(engine) for engine in engines) > 0, "the test must be harder"
+    assert cramped.store.bad_files() == []
+    for prompt in prompts[:4]:
+        for engine in engines:
+            check_answer(engine, prompt, expected[prompt])
+
+
+def stress_prompts() -> list[Prompt]:
+    """Families with common prefixes, loners, and one that fills the device by itself. Most end
+    just before a block does, so that their answers need another one."""
+    found: list[Prompt] = []
+    for family, num_blocks in enumerate((1, 3, 5, 8)):
+        prefix = make_prompt(num_blocks * 128, f"family {family}")
+        found += [prefix + make_prompt(120, f"member {family} {i}") for i in range(4)]
+    found += [make_prompt(128 * i + 118, f"loner {i}") for i in range(9)]
+    found.append(make_prompt(3500, "giant"))
+    return found
+
+
+def check_idle(engine: Engine) -> None:
+    """No request left in vLLM, and its engine sleeps: one that holds back device blocks wakes up
+    every millisecond."""
+    samples = engine.client.metrics()
+    for name in ("vllm:num_requests_running{", "vllm:num_requests_waiting{"):
+        assert sum(value for key, value in samples.items() if key.startswith(name)) == 0
+    cores = engine.server.processes("VLLM::EngineCore")
+    assert cores
+    assert cpu_s(cores, over_s=2.0) < 0.2
+
+
+def preemptions(engine: Engine) -> int:
+    samples = engine.client.metrics()
+    name = "vllm:num_preemptions_total{"
+    return int(sum(value for key, value in samples.items() if key.startswith(name)))

@@ -1,0 +1,103 @@
+"""Lookups: what they take from others, and who waits for the slots that they fill."""
+
+from __future__ import annotations
+
+from collections import Counter
+
+import pytest
+
+from tests.store.node.held import NAMESPACE, Node, key
+from ucm.errors import ProtocolError
+from ucm.store.node import protocol as p
+
+
+def test_a_long_lookup_leaves_threads_and_slots_to_others() -> None:
+    """It has a bounded number of reads under way; what is late at its deadline is never begun."""
+    node = Node(num_slots=64)
+    long, short = [key(i) for i in range(60)], [key(i) for i in range(1000, 1004)]
+    node.store(*long, *short)
+    node.look_up(long, number=1)
+    node.look_up(short, number=2)
+    node.reads.end_one()
+    node.reads.end_one()  # both are probed
+
+    most = 2 * node.reads.num_threads
+    assert node.core.slots.counts().filling <= most + len(short)
+    node.now_s += 2
+    node.core.tick()
+    node.reads.end_all()
+
+    ended = Counter(message.reason for message in node.inbox)  # type: ignore[union-attr]
+    assert ended == {"timeout": 2}
+    assert node.core.slots.counts().ready <= most + len(short)
+
+
+def test_a_page_that_waits_behind_one_being_read_is_published_when_that_was_read() -> None:
+    """Its parent's slot is being filled, but by a tier read: nobody will commit it."""
+    node = Node()
+    node.store(key(1))
+    node.look_up([key(1)], number=1)
+    node.reads.end_one()  # it is probed
+    node.reserve(key(2))
+    node.commit(key(2), parent=key(1))
+    node.writes.end_all()
+    assert node.core.queues()["write_pages"] == 1
+
+    node.reads.end_all()
+    node.writes.end_all()
+
+    assert node.core.queues()["write_pages"] == 0
+    assert node.tier.contains(NAMESPACE, [key(2)]) == 1
+
+
+def test_pages_that_only_wait_for_a_thread_are_read_in_groups() -> None:
+    """Handing over a job costs as much as copying a small page."""
+    node = Node(num_slots=512)
+    keys = [key(i) for i in range(400)]
+    node.store(*keys)
+    node.look_up(keys, number=1)
+
+    num_jobs = 0
+    while node.reads.jobs:
+        node.reads.end_one()
+        num_jobs += 1
+
+    (reply,) = node.inbox
+    assert len(reply.offsets) == 400  # type: ignore[union-attr]
+    assert num_jobs < 100
+
+
+def test_a_lookup_that_is_not_released_can_not_be_repeated() -> None:
+    """Its pins would be lost."""
+    node = Node()
+    node.store(key(1))
+    node.look_up([key(1)], number=1)
+    with pytest.raises(ProtocolError, match="lookup 1 was not released"):
+        node.look_up([key(1)], number=1)
+    node.reads.end_all()
+    with pytest.raises(ProtocolError, match="lookup 1 was not released"):
+        node.look_up([key(1)], number=1)
+
+    node.core.handle(node.connection, p.Release(lookups=[1]))
+
+    node.look_up([key(1)], number=1)
+    assert node.core.slots.counts().pins == 1
+
+
+def test_without_a_cache_stage_a_page_goes_with_its_last_reader() -> None:
+    node = Node(keeps_unpinned=False)
+    node.store(key(1))
+    node.look_up([key(1)], number=1)
+    node.look_up([key(1)], number=2)
+    node.reads.end_all()
+
+    node.core.handle(node.connection, p.Release(lookups=[1]))
+    assert node.core.slots.counts().ready == 1
+    node.core.handle(node.connection, p.Release(lookups=[2]))
+    assert node.core.slots.counts().ready == 0
+
+    node.reserve(key(2))
+    node.commit(key(2))
+    assert node.core.slots.counts().ready == 1
+    node.writes.end_all()
+    assert node.core.slots.counts().ready == 0

@@ -1,0 +1,293 @@
+"""Write-back against a plain model: whatever ends when and how, files appear in prompt order."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable
+from hashlib import sha256
+
+from hypothesis import given
+from hypothesis import strategies as st
+
+from ucm.errors import TierError
+from ucm.store.keys import Key
+from ucm.store.node.state import OpenedNamespace
+from ucm.store.node.writeback import WriteBack
+from ucm.store.slots import Slot, SlotTable
+from ucm.store.tier import MemoryTier, TierNamespace
+
+PAGE = 4096
+NUM_SLOTS = 32
+NAMESPACE = OpenedNamespace(
+    tier=TierNamespace(sha256(b"n").digest(), PAGE, b"{}"), slot_bytes=PAGE, block_tokens=1
+)
+FULL = TierError("no space left", reason="full")
+
+
+def prompt(name: str, num_blocks: int, *, after: list[Key] | None = None) -> list[Key]:
+    head = after or []
+    tail = [Key(sha256(f"{name} {i}".encode()).digest()) for i in range(num_blocks)]
+    return [*head, *tail]
+
+
+class HeldPool:
+    """Threads whose calls end when the test says so, and as it says."""
+
+    num_threads = 4
+    num_overdue = 0
+    stalled = False
+
+    def __init__(self) -> None:
+        self.jobs: list[tuple[Callable[[], object], Callable[[object], None], object]] = []
+
+    @property
+    def depth(self) -> int:
+        return len(self.jobs)
+
+    def submit(self, call, on_done, *, on_overdue=None, urgent=False) -> None:
+        self.jobs.append((call, on_done, on_overdue))
+
+    def tick(self) -> None:
+        pass
+
+    def end(self, index: int, *, error: TierError | None = None) -> None:
+        call, on_done, _ = self.jobs.pop(index % len(self.jobs))
+        on_done(error or call())
+
+    def end_all(self) -> None:
+        while self.jobs:
+            self.end(0)
+
+    def hang(self) -> None:
+        _, _, on_overdue = self.jobs[0]
+        on_overdue()
+
+
+class Bench:
+    """A write-back over a tier in memory, and engines that fill slots."""
+
+    def __init__(self, *, max_pages: int = 1000) -> None:
+        self.slots = SlotTable(PAGE * NUM_SLOTS, extent_bytes=PAGE * NUM_SLOTS)
+        self.memory = memoryview(bytearray(PAGE * NUM_SLOTS))
+        self.tier = MemoryTier()
+        self.tier.open_namespace(NAMESPACE.tier)
+        self.pool = HeldPool()
+        self.counters: Counter[str] = Counter()
+        self.parent: dict[Key, Key | None] = {}
+        self.writeback = WriteBack(
+            tier=self.tier,
+            pool=self.pool,
+            slots=self.slots,
+            page_of=self.page_of,
+            count=self.count,
+            max_pages=max_pages,
+            clock=lambda: 0.0,
+        )
+
+    def count(self, counter: str, by: int = 1) -> None:
+        self.counters[counter] += by
+
+    def page_of(self, slot: Slot) -> memoryview:
+        return self.memory[slot.offset : slot.offset + PAGE]
+
+    def reserve(self, key: Key) -> Slot:
+        slot = self.slots.reserve(key, PAGE)
+        assert slot is not None
+        return slot
+
+    def commit(self, key: Key, parent: Key | None, slot: Slot | None = None) -> None:
+        self.parent[key] = parent
+        slot = slot or self.slots.find(key) or self.reserve(key)
+        self.page_of(slot)[:] = key * (PAGE // len(key))
+        self.slots.ready(slot)
+        self.writeback.enqueue(NAMESPACE, key, parent, slot)
+
+    def dump(self, keys: list[Key]) -> None:
+        """Commits a prompt's blocks that are not here yet, in order."""
+        for i, key in enumerate(keys):
+            if self.slots.find(key) is None:
+                self.commit(key, keys[i - 1] if i else None)
+
+    def stored(self) -> set[Key]:
+        return {key for key in self.parent if self.tier.contains(NAMESPACE.tier, [key])}
+
+    def check_order(self) -> None:
+        """On storage, the last block of a prompt stands for all of them."""
+        stored = self.stored()
+        for key in stored:
+            assert self.parent[key] is None or self.parent[key] in stored
+
+    def check_nothing_is_held(self) -> None:
+        assert self.writeback.depth == 0
+        assert self.slots.counts().pins == 0
+        self.slots.check()
+
+
+A = prompt("a", 8)
+TREE = [A, prompt("b", 6, after=A[:3]), prompt("c", 4)]
+ORDER = st.lists(st.integers(0, 1000), min_size=60, max_size=60)
+
+
+@given(ORDER)
+def test_all_is_published_in_prompt_order_whichever_write_ends_first(order: list[int]) -> None:
+    bench = Bench()
+    for keys in TREE:
+        bench.dump(keys)
+    for index in order:
+        if bench.pool.jobs:
+            bench.pool.end(index)
+            bench.check_order()
+    bench.pool.end_all()
+
+    assert bench.stored() == {key for keys in TREE for key in keys}
+    assert bench.counters == {"write_done": 18}
+    bench.check_nothing_is_held()
+
+
+@given(st.permutations(range(8)), ORDER)
+def test_blocks_that_are_committed_out_of_order_are_published_in_prompt_order(
+    committed: list[int], order: list[int]
+) -> None:
+    """Ranks of two engines may finish in any order: what comes early waits for what is filling."""
+    bench = Bench()
+    slots = [bench.reserve(key) for key in A]
+    for i, index in zip(committed, order, strict=False):
+        bench.commit(A[i], A[i - 1] if i else None, slots[i])
+        if bench.pool.jobs:
+            bench.pool.end(index)
+        stored = {key for key in A if bench.tier.contains(NAMESPACE.tier, [key])}
+        assert stored == set(A[: len(stored)])
+    bench.pool.end_all()
+
+    assert bench.stored() == set(A)
+    bench.check_nothing_is_held()
+
+
+@given(ORDER, st.sets(st.integers(0, 59), min_size=1, max_size=6))
+def test_a_failed_write_drops_what_follows_it_and_nothing_else(
+    order: list[int], failing: set[int]
+) -> None:
+    bench = Bench()
+    for keys in TREE:
+        bench.dump(keys)
+    num_failed = 0
+    for step, index in enumerate(order):
+        if not bench.pool.jobs:
+            break
+        fails = step in failing
+        num_failed += fails
+        bench.pool.end(index, error=FULL if fails else None)
+        bench.check_order()
+    bench.pool.end_all()
+
+    stored = bench.stored()
+    lost = set(bench.parent) - stored
+    first_lost = {key for key in lost if bench.parent[key] not in lost}
+    # A failure that hits a block already lost, or its removal, costs nothing more.
+    assert len(first_lost) <= num_failed
+    assert bench.counters["write_done"] == len(stored)
+    dropped = bench.counters["write_failed_full"] + bench.counters["dump_dropped_after_failed"]
+    assert dropped >= len(lost)
+    bench.check_nothing_is_held()
+
+
+def test_a_failed_write_drops_the_rest_of_its_prompt_and_counts_each_page() -> None:
+    bench = Bench()
+    bench.dump(A)
+    bench.pool.end(2, error=FULL)
+    bench.pool.end_all()
+
+    assert bench.stored() == set(A[:2])
+    assert bench.counters == {
+        "write_done": 2,
+        "write_failed_full": 1,
+        "dump_dropped_after_failed": 5,
+    }
+    bench.check_nothing_is_held()
+
+
+def test_what_was_dropped_is_written_when_it_is_dumped_again() -> None:
+    bench = Bench()
+    bench.dump(A)
+    bench.pool.end(2, error=FULL)
+    bench.pool.end_all()
+
+    for i in range(2, 8):
+        slot = bench.slots.find(A[i])
+        assert slot is not None
+        assert not bench.writeback.is_safe(A[i])
+        bench.writeback.enqueue(NAMESPACE, A[i], A[i - 1], slot)
+    bench.pool.end_all()
+
+    assert bench.stored() == set(A)
+    bench.check_nothing_is_held()
+
+
+def test_what_a_full_queue_does_not_take_is_dropped_and_counted() -> None:
+    bench = Bench(max_pages=3)
+    bench.dump(A)
+
+    assert bench.writeback.is_full
+    assert bench.writeback.depth == 3
+    dropped = {"dump_dropped_queue_full": 1, "dump_dropped_after_failed": 4}
+    assert bench.counters == dropped
+    bench.pool.end_all()
+    assert bench.stored() == set(A[:3])
+    assert bench.counters == {"write_done": 3, **dropped}
+    bench.check_nothing_is_held()
+
+
+def test_a_write_that_hangs_keeps_its_page_and_what_follows_unpublished() -> None:
+    bench = Bench()
+    bench.dump(A[:3])
+    bench.pool.hang()
+    while len(bench.pool.jobs) > 1:
+        bench.pool.end(1)
+
+    assert bench.counters == {"write_overdue": 1}
+    assert bench.stored() == set()
+    assert bench.slots.counts().pins == 3
+    bench.pool.end_all()
+    assert bench.stored() == set(A[:3])
+    bench.check_nothing_is_held()
+
+
+def test_a_page_behind_a_slot_that_is_given_up_is_dropped() -> None:
+    bench = Bench()
+    slot = bench.reserve(A[0])
+    bench.parent[A[0]] = None
+    bench.commit(A[1], A[0])
+    bench.pool.end_all()
+    assert bench.stored() == set()
+
+    bench.slots.abandon(slot)
+    bench.writeback.filling_ended(A[0])
+    bench.pool.end_all()
+
+    assert bench.stored() == set()
+    assert bench.counters == {"dump_dropped_after_failed": 1}
+    bench.check_nothing_is_held()
+
+
+def test_a_page_that_is_there_already_counts_as_written_and_what_follows_goes_on() -> None:
+    bench = Bench()
+    staged = bench.tier.stage(NAMESPACE.tier, A[0], memoryview(A[0] * (PAGE // 32)), num_tokens=1)
+    assert staged is not None
+    bench.tier.publish(staged)
+    bench.dump(A[:3])
+    bench.pool.end_all()
+
+    assert bench.stored() == set(A[:3])
+    assert bench.counters == {"write_already_there": 1, "write_done": 2}
+    bench.check_nothing_is_held()
+
+
+def test_pages_are_written_as_they_were_committed() -> None:
+    bench = Bench()
+    bench.dump(A)
+    bench.pool.end_all()
+    page = memoryview(bytearray(PAGE))
+
+    for key in A:
+        bench.tier.read(NAMESPACE.tier, key, page)
+        assert bytes(page) == key * (PAGE // 32)

@@ -1,0 +1,91 @@
+"""What one lookup knows: a prefix that only ever shortens, and what of it is here. No I/O."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from heapq import heappop, heappush
+
+from ucm.store.keys import Key
+from ucm.store.node.state import Connection, OpenedNamespace
+from ucm.store.slots import Slot
+
+FIRST_PROBE = 8
+PROBE_GROUP = 16
+
+
+@dataclass(eq=False, slots=True)
+class LookupJob:
+    """State of one lookup. `pinned` maps block index to slot; `waiting` holds blocks whose slot is
+    being filled; `unprobed` the blocks of the tail that storage must be asked about, in order;
+    `unread` is a heap of those that it has."""
+
+    id: int
+    connection: Connection
+    namespace: OpenedNamespace
+    keys: Sequence[Key]
+    read_from: int
+    load: bool
+    deadline_s: float
+    end: int
+    head_stored: int = 0
+    head_open: bool = False
+    unprobed: list[int] = field(default_factory=list)
+    probes_running: int = 0
+    unread: list[int] = field(default_factory=list)
+    reads_running: int = 0
+    waiting: set[int] = field(default_factory=set)
+    pinned: dict[int, Slot] = field(default_factory=dict)
+    stored: set[int] = field(default_factory=set)
+    # Every block of [read_from, had) is pinned or stored. Only grows, so that the pages of a long
+    # prompt, which come in one by one, are not counted from the start each time.
+    had: int = field(init=False)
+    from_files: int = 0
+    reason: str = ""
+    closed: bool = False
+
+    def __post_init__(self) -> None:
+        self.had = self.read_from
+
+    def shorten(self, end: int, reason: str) -> None:
+        """Block `end` can't be had. Keeps the reason of the earliest such block."""
+        if end < self.end:
+            self.end = end
+            self.reason = reason
+
+    def first_open(self) -> int | None:
+        """The first block of the prefix that is neither here nor known to be absent."""
+        have = self.pinned if self.load else self.stored
+        while self.had < self.end and self.had in have:
+            self.had += 1
+        return self.had if self.had < self.end else None
+
+    def is_settled(self) -> bool:
+        return not self.head_open and self.first_open() is None
+
+    def next_probes(self, max_groups: int) -> list[list[int]]:
+        """The next groups of the tail to ask storage about; none while others are out, or while
+        there is plenty to read."""
+        if self.probes_running or not self.unprobed or self.unprobed[0] >= self.end:
+            return []
+        if len(self.unread) >= max_groups * PROBE_GROUP:
+            return []
+        if not (self.stored or self.pinned or self.waiting or self.unread):
+            groups = [self.unprobed[:FIRST_PROBE]]
+        else:
+            stop = min(len(self.unprobed), max_groups * PROBE_GROUP)
+            groups = [self.unprobed[i : i + PROBE_GROUP] for i in range(0, stop, PROBE_GROUP)]
+        del self.unprobed[: sum(len(group) for group in groups)]
+        self.probes_running += len(groups)
+        return groups
+
+    def add_unread(self, blocks: Sequence[int]) -> None:
+        for i in blocks:
+            heappush(self.unread, i)
+
+    def next_unread(self) -> int | None:
+        """The earliest block that storage has and that is still part of the prefix."""
+        if not self.unread or self.unread[0] >= self.end:
+            self.unread.clear()
+            return None
+        return heappop(self.unread)

@@ -1,0 +1,36 @@
+"""What people should hear of storage, without drowning in it: each kind of trouble once a minute.
+
+Counters say how often; a notice says what, with the file's name and the system's words.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections import Counter
+from collections.abc import Callable
+
+logger = logging.getLogger(__name__)
+
+_EVERY_S = 60.0
+
+
+class Notices:
+    """Owned by the event loop's thread."""
+
+    def __init__(self, clock: Callable[[], float]) -> None:
+        self._clock = clock
+        self._said_s: dict[str, float] = {}
+        self._unsaid: Counter[str] = Counter()
+
+    def warn(self, kind: str, text: object) -> None:
+        """Logs `text`, unless there was a notice of this kind a moment ago. Kinds are few and
+        fixed: they are remembered for good."""
+        now_s = self._clock()
+        said_s = self._said_s.get(kind)
+        if said_s is not None and now_s - said_s < _EVERY_S:
+            self._unsaid[kind] += 1
+            return
+        self._said_s[kind] = now_s
+        unsaid = self._unsaid.pop(kind, 0)
+        more = f" ({unsaid} more like it since the last notice)" if unsaid else ""
+        logger.warning("%s: %s%s", kind.replace("_", " "), text, more)
