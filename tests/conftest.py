@@ -30,6 +30,8 @@ def pytest_runtest_teardown(item: pytest.Item, nextitem: pytest.Item | None) -> 
 def pytest_sessionstart() -> None:
     # As Ctrl-C does: fixtures are torn down, servers stopped.
     signal.signal(signal.SIGTERM, lambda *_: _interrupt())
+    # A shell that starts us in the background has us ignore Ctrl-C, and so would all that we start.
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 def _interrupt() -> None:

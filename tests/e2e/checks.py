@@ -6,12 +6,13 @@ import http.client
 import json
 import random
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from typing import TypeVar
 
 from examples.cluster.client import Client, Counters
-from tests.e2e.deployment import MAX_TOKENS, Engine
+from tests.e2e.deployment import Engine
 
 LENGTHS = (1, 127, 128, 129, 1500, 3500)
 Prompt = tuple[int, ...]
@@ -74,27 +75,34 @@ def wait_for_hit(engine: Engine, prompt: Prompt, *, timeout_s: float = 20.0) -> 
         time.sleep(0.2)
 
 
-def abandon(client: Client, prompt: Prompt, *, after_s: float) -> None:
-    """A client that asks, and goes away without a word."""
+@contextmanager
+def asking(client: Client, prompt: Prompt, *, max_tokens: int = 64) -> Iterator[None]:
+    """A client that has asked, and at the end goes away without a word."""
     connection = http.client.HTTPConnection(client.host, client.port, timeout=60.0)
-    body = {"prompt": list(prompt), "max_tokens": 64, "ignore_eos": True, "stream": True}
+    body = {"prompt": prompt, "max_tokens": max_tokens, "ignore_eos": True, "stream": True}
     try:
         connection.request("POST", "/v1/completions", json.dumps(body), _JSON)
-        time.sleep(after_s)
+        yield
     finally:
         connection.close()
 
 
+def abandon(client: Client, prompt: Prompt, *, after_s: float) -> None:
+    with asking(client, prompt):
+        time.sleep(after_s)
+
+
+def metric(client: Client, name: str) -> int:
+    """The sum of a metric over its labels."""
+    samples = client.metrics().items()
+    return int(sum(value for key, value in samples if key.startswith(f"{name}{{")))
+
+
+def wait_until(condition: Callable[[], bool], what: str, *, timeout_s: float = 30.0) -> None:
+    deadline_s = time.monotonic() + timeout_s
+    while not condition():
+        assert time.monotonic() < deadline_s, f"not in {timeout_s:.0f} s: {what}"
+        time.sleep(0.05)
+
+
 _JSON = {"Content-Type": "application/json"}
-__all__ = [
-    "LENGTHS",
-    "MAX_TOKENS",
-    "Prompt",
-    "abandon",
-    "at_once",
-    "check_answer",
-    "check_loaded",
-    "counted",
-    "make_prompt",
-    "wait_for_hit",
-]

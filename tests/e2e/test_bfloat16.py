@@ -7,9 +7,9 @@ import shutil
 
 import pytest
 
-from tests.e2e.checks import LENGTHS, MAX_TOKENS, check_loaded, counted, make_prompt
+from tests.e2e.checks import LENGTHS, check_loaded, counted, make_prompt
 from tests.e2e.conftest import DeploymentMaker
-from tests.e2e.deployment import Deployment, Fleets
+from tests.e2e.deployment import MAX_TOKENS, Deployment, Fleets
 from tests.e2e.node import Node
 
 pytestmark = [pytest.mark.vllm, pytest.mark.timeout(600)]

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import signal
 import threading
 import time
 from collections.abc import Callable
@@ -14,6 +16,7 @@ import pytest
 from examples.cluster.client import RequestFailed
 from tests.e2e.checks import (
     Prompt,
+    abandon,
     at_once,
     check_answer,
     check_loaded,
@@ -54,6 +57,36 @@ def test_two_nodes_that_store_the_same_cold_prompts_at_once_leave_only_whole_fil
         for prompt, tokens in zip(prompts, expected, strict=True):
             check_loaded(decode, prompt, tokens)
         assert count(decode.node.status(), "read_hit") >= sum(len(p) // 128 for p in prompts)
+
+
+def test_a_node_cache_that_hangs_costs_seconds_and_no_answer_and_holds_nothing_afterwards(
+    float32_fleet: Deployment, oracle: Oracle
+) -> None:
+    engines = [float32_fleet["chunk512"], float32_fleet["chunk512-layerwise"]]
+    node = engines[0].node
+    stored = make_prompt(1500, "identity chunk512")
+    fresh = [make_prompt(1500, f"while it hangs {engine.name}") for engine in engines]
+    expected = {prompt: oracle.answer(prompt) for prompt in (stored, *fresh)}
+    for engine in engines:
+        wait_for_hit(engine, stored)
+    pid = node.status().pid
+    os.kill(pid, signal.SIGSTOP)
+    try:
+        for engine in engines:
+            # Gone while its lookup has no answer.
+            abandon(engine.client, stored, after_s=0.5)
+        at_once(
+            partial(check_answer, engine, prompt, expected[prompt])
+            for engine, prompt in zip(engines * 2, [stored, stored, *fresh], strict=True)
+        )
+    finally:
+        os.kill(pid, signal.SIGCONT)
+    node.wait_quiet()
+    assert node.status().pid == pid
+    for engine in engines:
+        wait_for_hit(engine, stored)
+        check_loaded(engine, stored, expected[stored])
+    assert float32_fleet.store.bad_files() == []
 
 
 def test_a_killed_node_cache_costs_no_answer_and_seconds_later_its_engines_hit_again(

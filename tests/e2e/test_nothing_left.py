@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import sys
-import time
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +11,7 @@ import pytest
 
 from examples.cluster.processes import GuardedProcess, run_processes
 from tests.e2e import node
+from tests.e2e.checks import wait_until
 from tests.e2e.conftest import DeploymentMaker
 from tests.e2e.deployment import Fleets, Oracle
 from tests.e2e.watch import holders
@@ -33,17 +32,10 @@ def test_node_caches_leave_when_they_are_idle_and_nobody_holds_their_memory(
         assert status.pid in holders(node.memories)
     fleets.end()
     started_oracle.server.kill()
-    wait_until(lambda: not run_processes(), f"{run_processes()} have ended")
+    wait_until(lambda: not run_processes(), "node caches that idle have left")
     assert holders(node.memories) == {}
 
 
 def store_settings_json(deployment: DeploymentMaker, last: node.Node) -> str:
     settings: Any = load_settings(deployment("last").settings(last)).store
     return msgspec.json.encode(settings).decode()
-
-
-def wait_until(condition: Callable[[], bool], what: str) -> None:
-    deadline_s = time.monotonic() + node.IDLE_EXIT_S + 20.0
-    while not condition():
-        assert time.monotonic() < deadline_s, f"not in time: {what}"
-        time.sleep(0.05)

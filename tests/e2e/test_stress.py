@@ -8,11 +8,22 @@ from functools import partial
 import pytest
 
 from examples.cluster.processes import MIB
-from tests.e2e.checks import Prompt, abandon, at_once, check_answer, check_loaded, make_prompt
+from tests.e2e.checks import (
+    Prompt,
+    abandon,
+    asking,
+    at_once,
+    check_answer,
+    check_loaded,
+    make_prompt,
+    metric,
+    wait_until,
+)
 from tests.e2e.conftest import DeploymentMaker
 from tests.e2e.deployment import Deployment, Engine, Fleets, Oracle
 from tests.e2e.node import Node, engine_sessions
 from tests.e2e.watch import cpu_s
+from ucm.store.node.protocol import Status
 
 pytestmark = [pytest.mark.vllm, pytest.mark.timeout(600)]
 
@@ -48,6 +59,32 @@ def test_of_a_prompt_longer_than_the_node_cache_can_hold_a_shorter_prefix_is_loa
     assert not any(file.exists() for file in cramped.store.files(prompt)[num_stored:])
     check_loaded(cramped["decode"], prompt, oracle.answer(prompt), hit_tokens=16 * 128)
     cramped["decode"].node.wait_quiet()
+
+
+def test_a_request_abandoned_while_it_waits_for_device_memory_gives_back_what_was_pinned_for_it(
+    cramped: Deployment, oracle: Oracle
+) -> None:
+    engine = cramped["decode"]
+    node = engine.node
+    prompt = make_prompt(1500, "waits for memory")
+    check_answer(engine, prompt, oracle.answer(prompt))
+    cramped.store.wait_stored(prompt)
+    node.wait_quiet()
+    # Of the device's 48 blocks 42 at first, for as long as the test takes.
+    first, second = (make_prompt(length, "takes the memory") for length in (3400, 1900))
+    with (
+        asking(engine.client, first, max_tokens=600),
+        asking(engine.client, second, max_tokens=600),
+    ):
+        wait_until(lambda: running(engine) == 2, "both are running")
+        node.wait("quiet but for them", lambda status: not pins(status))
+        with asking(engine.client, prompt):
+            node.wait("pinned", lambda status: pins(status) == len(prompt) // 128)
+        node.wait("given back", lambda status: not pins(status))
+        assert running(engine) == 2, "memory was not what it waited for"
+    node.wait_quiet()
+    wait_until(lambda: running(engine) == 0, "all have ended")
+    check_answer(engine, prompt, oracle.answer(prompt))
 
 
 def test_under_stress_every_answer_is_right_and_afterwards_nothing_is_held_and_nothing_moves(
@@ -91,18 +128,23 @@ def stress_prompts() -> list[Prompt]:
     return found
 
 
+def pins(status: Status) -> int:
+    return sum(fields["pins"] for fields in engine_sessions(status).values())
+
+
+def running(engine: Engine) -> int:
+    return metric(engine.client, "vllm:num_requests_running")
+
+
 def check_idle(engine: Engine) -> None:
     """No request left in vLLM, and its engine sleeps: one that holds back device blocks wakes up
     every millisecond."""
-    samples = engine.client.metrics()
-    for name in ("vllm:num_requests_running{", "vllm:num_requests_waiting{"):
-        assert sum(value for key, value in samples.items() if key.startswith(name)) == 0
+    assert running(engine) == 0
+    assert metric(engine.client, "vllm:num_requests_waiting") == 0
     cores = engine.server.processes("VLLM::EngineCore")
     assert cores
     assert cpu_s(cores, over_s=2.0) < 0.2
 
 
 def preemptions(engine: Engine) -> int:
-    samples = engine.client.metrics()
-    name = "vllm:num_preemptions_total{"
-    return int(sum(value for key, value in samples.items() if key.startswith(name)))
+    return metric(engine.client, "vllm:num_preemptions_total")
