@@ -99,6 +99,9 @@ def test_a_killed_node_cache_costs_no_answer_and_seconds_later_its_engines_hit_a
     expected = {prompt: oracle.answer(prompt) for prompt in [*stored, *fresh]}
     for engine in engines:
         wait_for_hit(engine, stored[0])
+    for prompt in stored:
+        check_answer(engines[0], prompt, expected[prompt])
+        float32_fleet.store.wait_stored(prompt)
     stop = threading.Event()
 
     def client(engine: Engine, offset: int) -> int:

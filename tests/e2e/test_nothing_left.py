@@ -2,40 +2,35 @@
 
 from __future__ import annotations
 
-import sys
-from pathlib import Path
-from typing import Any
-
-import msgspec
 import pytest
 
-from examples.cluster.processes import GuardedProcess, run_processes
+from examples.cluster import guard
+from examples.cluster.processes import run_folder, run_processes
 from tests.e2e import node
 from tests.e2e.checks import wait_until
 from tests.e2e.conftest import DeploymentMaker
 from tests.e2e.deployment import Fleets, Oracle
 from tests.e2e.watch import holders
 from ucm.config import load_settings
+from ucm.store.node.start import spawn
 
 pytestmark = [pytest.mark.vllm, pytest.mark.timeout(600)]
 
 
 def test_node_caches_leave_when_they_are_idle_and_nobody_holds_their_memory(
-    fleets: Fleets, deployment: DeploymentMaker, started_oracle: Oracle
+    fleets: Fleets,
+    deployment: DeploymentMaker,
+    started_oracle: Oracle,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     # One more, so that this test stands by itself too: it is seen while it lives.
     last = node.Node("last")
-    command = [sys.executable, "-m", "ucm.store.node", store_settings_json(deployment, last)]
-    with GuardedProcess(command, log=Path(f"{last.socket_path}.log")):
-        status = last.wait("started", lambda status: True)
-        assert status.pid in run_processes()
-        assert status.pid in holders(node.memories)
+    monkeypatch.setenv(guard.RUN_VARIABLE, str(run_folder()))
+    spawn(load_settings(deployment("last").settings(last)).store)
+    status = last.wait("started", lambda status: True)
+    assert status.pid in run_processes()
+    assert status.pid in holders(node.memories)
     fleets.end()
     started_oracle.server.kill()
     wait_until(lambda: not run_processes(), "node caches that idle have left")
     assert holders(node.memories) == {}
-
-
-def store_settings_json(deployment: DeploymentMaker, last: node.Node) -> str:
-    settings: Any = load_settings(deployment("last").settings(last)).store
-    return msgspec.json.encode(settings).decode()

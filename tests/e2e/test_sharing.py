@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import itertools
-import time
+import os
 from functools import partial
 
 import pytest
@@ -38,7 +38,7 @@ def test_requests_with_one_prefix_at_once_all_load_it_and_their_node_reads_each_
     reads_before = count(node.status(), "read_hit")
     at_once(
         partial(check_answer, engine, prompt, tokens)
-        for engine, prompt, tokens in zip(itertools.cycle(engines), prompts, expected)
+        for engine, prompt, tokens in zip(itertools.cycle(engines), prompts, expected, strict=False)
     )
     for engine, counters in zip(engines, before, strict=True):
         gained = counted(engine.client, counters, 4 * len(prompts[0]))
@@ -86,20 +86,17 @@ def test_through_the_proxy_decode_answers_with_what_prefill_has_just_stored(
 def test_no_process_of_vllm_has_a_file_of_the_store_open_while_it_serves(
     float32_fleet: Deployment,
 ) -> None:
-    """That the node caches, which have them open for less than a millisecond each, are seen shows
-    that a process of vLLM would be."""
+    """That this process, which holds one open, is seen shows that a process of vLLM would be."""
     engines = list(float32_fleet.engines.values())
     vllm = {process.pid for engine in engines for process in engine.server.processes()}
-    caches = {engine.node.status().pid for engine in engines}
     assert len(vllm) >= 3 * len(engines), "an API server, an engine and a worker each"
-    assert not vllm & caches and len(caches) == 2
-    deadline_s = time.monotonic() + 60.0
-    with OpenFiles(float32_fleet.store.folder, vllm | caches) as files:
-        for i in itertools.count():
+    folder = float32_fleet.store.folder
+    a_file = next(folder.rglob("*.kv"))
+    with a_file.open("rb"), OpenFiles(folder, {*vllm, os.getpid()}) as files:
+        # Each prompt is stored by the first engine and loaded by the others, from memory and files.
+        for i in range(3):
             prompt = make_prompt(3500, f"open files {i}")
             for engine in engines:
                 engine.client.complete(prompt, max_tokens=1)
-            if all(files.seen[pid] for pid in caches) or time.monotonic() > deadline_s:
-                break
-    assert all(files.seen[pid] for pid in caches), f"{files.num_looks} looks saw nothing"
-    assert set(files.seen) == caches
+    assert files.num_looks >= 50
+    assert set(files.seen) == {os.getpid()}
