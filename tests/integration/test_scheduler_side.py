@@ -108,7 +108,7 @@ class Loopback:
 class Engine:
     """vLLM's scheduler as far as the connector sees it, with one rank."""
 
-    def __init__(self, link: Loopback, *, timeout_ms: int = 2000, layerwise: bool = False) -> None:
+    def __init__(self, link: Loopback, *, timeout_ms=2000, layerwise=False, loads=True) -> None:
         self.link = link
         store = StoreSettings(socket_path="/nowhere")
         settings = Settings(
@@ -116,7 +116,7 @@ class Engine:
         )
         facts = EngineFacts(
             engine_id="e",
-            loads=True,
+            loads=loads,
             dumps=True,
             world_size=1,
             tp_size=1,

@@ -135,6 +135,8 @@ class SchedulerSide:
         state = self._states.get(request.request_id)
         if state is None:
             return False
+        if state.device_blocks:
+            self._plan_dump(state, is_last_chance=True)
         self._hits.drop(state)
         state.device_blocks = device_blocks
         if self._dumps.finished(state):
@@ -147,13 +149,14 @@ class SchedulerSide:
 
     # -- dumps follow lookups ----------------------------------------------------------------
 
-    def _plan_dump(self, state: RequestState) -> None:
+    def _plan_dump(self, state: RequestState, *, is_last_chance: bool = False) -> None:
         """Everything that the lookup did not find in the store. A producer's lookup may still be
-        under way: then the step plans it."""
+        under way: then a later step plans it, or the request's end, with every block, of which the
+        node cache then takes those it lacks."""
         if not state.keys or self._dumps.is_planned(state) or not self._facts.dumps:
             return
         hit = self._hits.known(state)
-        if hit is None:
+        if hit is None or (hit.reply is None and is_last_chance):
             self._dumps.plan(state, range(len(state.keys)))
         elif hit.reply is not None:
             stored_to = hit.read_from + hit.reply.num_stored
