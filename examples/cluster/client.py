@@ -15,7 +15,8 @@ Prompt = str | Sequence[int]
 
 
 class RequestFailed(Exception):
-    """The server answered with an error status, or with an error inside a stream."""
+    """The server answered with an error status, an error inside a stream, or a stream that
+    stopped before its end."""
 
     def __init__(self, status: int, body: str) -> None:
         super().__init__(f"HTTP {status}: {body[:2000]}")
@@ -185,5 +186,8 @@ def _fields(max_tokens: int) -> dict[str, Any]:
 
 def _events(lines: Iterable[bytes]) -> Iterator[dict[str, Any]]:
     for line in lines:
-        if line.startswith(b"data:") and line.strip() != b"data: [DONE]":
+        if line.strip() == b"data: [DONE]":
+            return
+        if line.startswith(b"data:"):
             yield json.loads(line[len(b"data:") :])
+    raise RequestFailed(200, "the stream stopped before data: [DONE]")

@@ -91,6 +91,9 @@ def test_no_process_of_vllm_has_a_file_of_the_store_open_while_it_serves(
     vllm = {process.pid for engine in engines for process in engine.server.processes()}
     assert len(vllm) >= 3 * len(engines), "an API server, an engine and a worker each"
     folder = float32_fleet.store.folder
+    stored = make_prompt(1500, "open files")
+    engines[0].client.complete(stored, max_tokens=1)
+    float32_fleet.store.wait_stored(stored)
     a_file = next(folder.rglob("*.kv"))
     with a_file.open("rb"), OpenFiles(folder, {*vllm, os.getpid()}) as files:
         # Each prompt is stored by the first engine and loaded by the others, from memory and files.

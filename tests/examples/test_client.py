@@ -23,6 +23,9 @@ vllm:external_prefix_cache_hits_total{engine="0",model_name="m"} 3456.0
 """
 
 
+DONE = b"data: [DONE]\n\n"
+
+
 def event(**fields: object) -> bytes:
     return b"data: " + json.dumps(fields).encode() + b"\n\n"
 
@@ -65,7 +68,7 @@ def test_an_answer_is_put_together_from_its_stream(serve):
         event(choices=[{"text": "a", "token_ids": [7]}])
         + event(choices=[{"text": "", "token_ids": [8], "finish_reason": "length"}])
         + event(choices=[], usage={"prompt_tokens": 3, "completion_tokens": 2})
-        + b"data: [DONE]\n\n",
+        + DONE,
     )
 
     answer = client.complete([1, 2, 3])
@@ -80,11 +83,18 @@ def test_an_answer_is_put_together_from_its_stream(serve):
 
 
 def test_a_chat_answer_is_in_deltas(serve):
-    client = serve(200, event(choices=[{"delta": {"content": "hi"}, "token_ids": [1, 2]}]))
+    client = serve(200, event(choices=[{"delta": {"content": "hi"}, "token_ids": [1, 2]}]) + DONE)
 
     answer = client.chat("hello")
 
     assert ("hi", (1, 2)) == (answer.text, answer.token_ids)
+
+
+def test_a_stream_that_stops_early_is_no_answer(serve):
+    client = serve(200, event(choices=[{"text": "a", "token_ids": [7]}]))
+
+    with pytest.raises(RequestFailed, match="stopped before"):
+        client.complete("hello")
 
 
 @pytest.mark.parametrize(

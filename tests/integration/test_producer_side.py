@@ -6,7 +6,7 @@ import pytest
 
 pytest.importorskip("vllm")
 
-from tests.integration.test_scheduler_side import Engine, Loopback
+from tests.integration.scheduler_parts import Engine, Loopback
 
 
 def test_a_producer_whose_lookup_is_not_answered_before_the_request_ends_still_dumps():

@@ -207,16 +207,18 @@ class Transfers:
     def _sleep(self) -> None:
         """Until there is something to do: a new task, a message, a timer, a deadline."""
         now_s = time.monotonic()
-        wait_s = _CONNECTING_POLL_S if self._client is None else _IDLE_POLL_S
+        # Not `_client`: a message that could not be sent has closed that one.
+        client = self._link.client
+        wait_s = _CONNECTING_POLL_S if client is None else _IDLE_POLL_S
         if self._timers:
             wait_s = min(wait_s, self._timers[0][0] - now_s)
         if self._tasks:
             wait_s = min(wait_s, next(iter(self._tasks)).deadline_s - now_s)
         poller = select.poll()
         poller.register(self._wake_fd, select.POLLIN)
-        if self._client is not None:
-            events = select.POLLIN | (select.POLLOUT if self._client.has_unsent else 0)
-            poller.register(self._client, events)
+        if client is not None:
+            events = select.POLLIN | (select.POLLOUT if client.has_unsent else 0)
+            poller.register(client, events)
         poller.poll(max(0.0, wait_s * 1000))
         try:
             os.eventfd_read(self._wake_fd)

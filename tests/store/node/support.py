@@ -114,10 +114,9 @@ class Place:
     def _is(self, pid: int) -> bool:
         try:
             command = Path(f"/proc/{pid}/cmdline").read_bytes()
-            state = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0]
         except (FileNotFoundError, ProcessLookupError):
             return False
-        return os.fsencode(self.directory) in command and state != "Z" and pid != os.getpid()
+        return os.fsencode(self.directory) in command and alive(pid) and pid != os.getpid()
 
     def close(self) -> None:
         def all_gone() -> bool:
@@ -258,11 +257,13 @@ def kill(pid: int) -> None:
 
 
 def alive(pid: int) -> bool:
+    """A process whose first thread is a zombie still has its files open until the others end."""
     try:
         stat = Path(f"/proc/{pid}/stat").read_text()
+        num_threads = len(os.listdir(f"/proc/{pid}/task"))
     except (FileNotFoundError, ProcessLookupError):
         return False
-    return stat.rpartition(")")[2].split()[0] != "Z"
+    return stat.rpartition(")")[2].split()[0] != "Z" or num_threads > 1
 
 
 def log_of(settings: StoreSettings) -> str:

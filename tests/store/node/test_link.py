@@ -214,14 +214,54 @@ def test_a_link_goes_on_to_the_next_generation_with_each_loss(
             assert link.client is not None
             hang_up.set()
             wait_until(lambda g=generation: link.poll(0.01) or link.generation > g, "it is lost")
-            assert (link.client, link.ranks_ready) == (None, 0)
-            assert not link.send(p.GetStatus(id=1))
-        wait_until(lambda: link.wait_connected(0.01), "it is connected")
+        assert link.wait_connected(SOON_S)
         link.close()
         hang_up.set()
 
     names = [session_name("engine", generation) for generation in range(4)]
     assert [decode_hello(each).session for each in hellos[:4]] == names
+
+
+def test_a_link_that_nobody_polls_has_the_next_connection_when_it_is_asked(place: Place) -> None:
+    hang_up = threading.Event()
+    hellos: list[bytes] = []
+
+    def serve(sock: socket.socket) -> None:
+        welcome(sock)
+        sock.sendall(p.encode(p.RanksReady(count=len(hellos))))
+        hang_up.wait(SOON_S)
+        hang_up.clear()
+
+    with (
+        peer(place, serve, hellos),
+        closing(NodeLink(place.settings(), engine_id="engine")) as link,
+    ):
+        assert link.wait_connected(SOON_S)
+        for losses in (1, 2):
+            hang_up.set()
+            wait_until(lambda n=losses: len(hellos) == n + 1, "it is connected again")
+        wait_until(lambda: link.poll() and link.ranks_ready == 3, "the third has spoken")
+        assert link.generation == 2
+        link.close()
+        hang_up.set()
+
+
+def test_a_connection_that_is_lost_is_not_used_again(
+    place: Place, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level(logging.CRITICAL, logger="ucm")
+    refuse = threading.Event()
+
+    def serve(sock: socket.socket) -> None:
+        if not refuse.is_set():
+            welcome(sock)
+        refuse.set()
+
+    with peer(place, serve), closing(NodeLink(place.settings(), engine_id="engine")) as link:
+        assert link.wait_connected(SOON_S)
+        wait_until(lambda: link.poll(0.01) or link.generation == 1, "it is lost")
+        assert (link.client, link.ranks_ready) == (None, 0)
+        assert not link.send(p.GetStatus(id=1))
 
 
 def decode_hello(data: bytes) -> p.Hello:

@@ -34,6 +34,7 @@ class Taker(MemoryTaker):
     def __init__(self) -> None:
         self.generations: list[int] = []
         self.spans: list[tuple[int, int]] = []
+        self.copying: set[int] = set()
 
     def memory_arrived(self, generation: int, memory_fd: int, welcome: p.Welcome) -> None:
         assert os.fstat(memory_fd).st_size == welcome.capacity_bytes
@@ -41,6 +42,9 @@ class Taker(MemoryTaker):
 
     def span_in_use(self, generation: int, offset: int, nbytes: int) -> None:
         self.spans.append((generation, nbytes))
+
+    def is_used(self, generation: int) -> bool:
+        return generation in self.copying
 
 
 class Rank:
@@ -121,6 +125,27 @@ def test_a_rank_that_saw_one_loss_more_comes_back_to_the_scheduler_side(place: P
 
         wait_until(followed, "the rank is back")
         assert rank.taker.generations == [0, 1, 0]
+
+
+def test_pages_stay_pinned_while_a_rank_copies_them_after_its_engine_lost_the_connection(
+    place: Place,
+) -> None:
+    settings = place.settings()
+    with engine(settings, "writer/0") as observer, closing(Rank(settings, "engine")) as rank:
+        observer.dump(KEYS)
+        link = NodeLink(settings, engine_id="engine")
+        wait_until(lambda: connected(link, num_ranks=1), "both are there")
+        assert len(look_up(link).offsets) == len(KEYS)
+        rank.taker.copying = {0}
+
+        link.close()
+        rank.link.follow(1)
+        wait_until(lambda: rank.taker.generations == [0, 1], "the rank has gone on")
+        assert observer.status().slots["pins"] == len(KEYS)
+
+        rank.taker.copying = set()
+        wait_until(lambda: not observer.status().slots["pins"], "the copies have ended")
+        assert "engine/0" not in observer.status().sessions
 
 
 def test_a_rank_is_told_which_memory_is_in_use(place: Place) -> None:

@@ -50,9 +50,12 @@ class Piece:
 
 
 class Arena:
-    """The memory of one node cache incarnation. `bytes` is all of it, as flat uint8."""
+    """The memory of one node cache incarnation, `name`. `bytes` is all of it, as flat uint8."""
 
-    def __init__(self, mapping: mmap.mmap, *, device: torch.device | None = None) -> None:
+    def __init__(
+        self, mapping: mmap.mmap, *, device: torch.device | None = None, name: str = ""
+    ) -> None:
+        self.name = name
         self.bytes: Tensor = torch.frombuffer(mapping, dtype=torch.uint8)
         self._device = device if device is not None and device.type != "cpu" else None
         self._as_dtype = {torch.uint8: self.bytes}

@@ -61,7 +61,7 @@ class Hits:
         self._hits: dict[str, Hit] = {}
         self._by_lookup: dict[int, Hit] = {}
         self._planned: list[CopyJob] = []
-        self._loading: dict[int, Hit] = {}
+        self._loading: dict[int, tuple[RequestState, Hit]] = {}
         self._step_wait_s = _STEP_WAIT_S
 
     # -- what vLLM asks --------------------------------------------------------------------
@@ -166,7 +166,7 @@ class Hits:
                 unit=self._facts.block_tokens,
             ),
         )
-        self._loading[job.job_id] = hit
+        self._loading[job.job_id] = state, hit
         self._planned.append(job)
 
     def take_planned(self) -> tuple[CopyJob, ...]:
@@ -175,11 +175,13 @@ class Hits:
         self._step_wait_s = _STEP_WAIT_S
         return planned
 
-    def ended(self, job_id: int) -> bool:
-        """All ranks have copied: the pins go. False if this wasn't a load."""
-        hit = self._loading.pop(job_id, None)
-        if hit is None:
+    def ended(self, job_id: int, *, failed: bool) -> bool:
+        """All ranks have copied: the pins go. False if this wasn't a load. After one that failed
+        vLLM computes the blocks, and asks anew if none is left: it must not be told the same."""
+        if job_id not in self._loading:
             return False
+        state, hit = self._loading.pop(job_id)
+        state.no_loads = state.no_loads or failed
         if hit.generation == self._session.generation:
             self._session.send(p.Release(lookups=[hit.lookup_id]))
         return True

@@ -127,7 +127,7 @@ class SchedulerSide:
                 continue
             failed = job_id in self._failed
             self._failed.discard(job_id)
-            if not self._hits.ended(job_id):
+            if not self._hits.ended(job_id, failed=failed):
                 self._dumps.ended(job_id, failed=failed)
 
     def finished(self, request: Any, device_blocks: list[int]) -> bool:

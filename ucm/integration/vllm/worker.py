@@ -9,6 +9,7 @@ the data path.
 from __future__ import annotations
 
 import logging
+import math
 import mmap
 import threading
 from collections.abc import Iterable, Sequence
@@ -43,11 +44,15 @@ class Memories(MemoryTaker):
         self._lock = threading.Lock()
         self._arenas: dict[int, Arena] = {}
         self._jobs: dict[int, int] = {}
-        self._planned_from = 0
+        self._planned_from: float = 0
 
     def memory_arrived(self, generation: int, memory_fd: int, welcome: Welcome) -> None:
+        with self._lock:
+            known = self._arenas.get(generation)
+        if known is not None and known.name == welcome.arena:
+            return  # only the connection is new
         mapped = mmap.mmap(memory_fd, welcome.capacity_bytes)
-        arena = Arena(mapped, device=self._device)
+        arena = Arena(mapped, device=self._device, name=welcome.arena)
         with self._lock:
             replaced = self._arenas.pop(generation, None)
             self._arenas[generation] = arena
@@ -59,6 +64,10 @@ class Memories(MemoryTaker):
             arena = self._arenas.get(generation)
         if arena is not None:
             arena.prepare(offset, nbytes)
+
+    def is_used(self, generation: int) -> bool:
+        with self._lock:
+            return generation >= self._planned_from or generation in self._jobs.values()
 
     def planned_from(self, generation: int) -> None:
         """No job for an earlier generation will come any more."""
@@ -81,7 +90,9 @@ class Memories(MemoryTaker):
             self._close_unused()
 
     def close(self) -> None:
+        """No job will come any more. Waits for those that run, bounded."""
         with self._lock:
+            self._planned_from = math.inf
             arenas = list(self._arenas.values())
             self._arenas.clear()
         for arena in arenas:
@@ -160,12 +171,12 @@ class WorkerSide:
     def fence(self, step: StepMetadata) -> None:
         """Before this step overwrites freed blocks: their copies must have ended."""
         if self._link is not None and self._memories is not None:
-            self._link.follow(step.generation)
             # A loss noticed between planning a job and sending it has raised the step's generation,
             # not the job's.
             jobs = (*step.loads, *step.step_loads, *step.dumps)
             oldest = min([step.generation, *(job.generation for job in jobs)])
             self._memories.planned_from(oldest)
+            self._link.follow(step.generation)
         if self._engine is not None:
             self._engine.order_before_forward()
             if step.fence:
@@ -234,12 +245,13 @@ class WorkerSide:
         return report if report.ended else None
 
     def close(self) -> None:
+        if self._engine is not None and self._memories is not None:
+            self._engine.close()
+            self._memories.ended(self._engine.finished())
+            self._memories.close()
+        # Last: with the connection the node cache takes back the slots that were copied into.
         if self._link is not None:
             self._link.close()
-        if self._engine is not None:
-            self._engine.close()
-        if self._memories is not None:
-            self._memories.close()
 
     # -- parts of it -----------------------------------------------------------------------
 

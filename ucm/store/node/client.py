@@ -9,6 +9,7 @@ from __future__ import annotations
 import os
 import select
 import socket
+from contextlib import suppress
 from types import TracebackType
 from typing import TYPE_CHECKING
 
@@ -84,9 +85,16 @@ class NodeClient:
         """Whether something waits until the socket takes it."""
         return bool(self._unsent)
 
+    def ending(self) -> Ending:
+        """To be made by the owner, for another thread that waits for the connection's end."""
+        return Ending(self._sock.dup())
+
     def close(self) -> None:
         if not self._closed:
             self._closed = True
+            with suppress(OSError):
+                # A duplicate would keep the connection open.
+                self._sock.shutdown(socket.SHUT_RDWR)
             self._sock.close()
             os.close(self.memory_fd)
 
@@ -131,6 +139,25 @@ class NodeClient:
     def _fail(self, why: str) -> None:
         self.close()
         raise NodeUnavailable(f"lost the node cache (pid {self.welcome.pid}): {why}")
+
+
+class Ending:
+    """The end of a connection, whichever side brings it about. Owned by the thread that waits."""
+
+    def __init__(self, sock: socket.socket) -> None:
+        self._sock = sock
+
+    def wait(self) -> None:
+        """Until the connection has ended. What it has brought before can still be polled."""
+        poller = select.poll()
+        poller.register(self._sock, select.POLLRDHUP)
+        poller.poll()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self._sock.close()
 
 
 def _receive_welcome(sock: socket.socket) -> tuple[p.Welcome, int]:

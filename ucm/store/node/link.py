@@ -1,8 +1,8 @@
 """A client's lasting tie to the node cache of its machine: connects, starts one, reconnects.
 
-The owner (one thread) calls `poll` often; it never blocks longer than told. Connecting happens on
-a background thread with backoff, so a node cache that dies costs its clients hits until the next
-one is there, and nothing else. Each connection is a new *generation*: what was promised in an
+The owner (one thread) calls `poll`; it never blocks longer than told. Connecting happens on a
+background thread with backoff, so a node cache that dies costs its clients hits until the next one
+is there, and nothing else. Each connection is a new *generation*: what was promised in an
 older one is gone.
 """
 
@@ -12,6 +12,7 @@ import logging
 import threading
 import time
 from abc import ABC, abstractmethod
+from collections import deque
 
 from ucm.config import StoreSettings
 from ucm.errors import UcmError
@@ -25,6 +26,7 @@ _START_S = 15.0
 _BACKOFF_FIRST_S = 0.05
 _BACKOFF_LAST_S = 5.0
 _AHEAD_S = 2.0
+_LISTEN_S = 0.2
 
 
 def session_name(engine_id: str, generation: int) -> str:
@@ -33,7 +35,11 @@ def session_name(engine_id: str, generation: int) -> str:
 
 
 class NodeLink:
-    """The scheduler side's connection. `generation` counts connections that were lost."""
+    """The scheduler side's connection. `generation` counts connections that were lost.
+
+    Its thread connects, one generation after the other, and watches for the end of each connection,
+    so that the next one is there before an owner who is idle asks for it.
+    """
 
     def __init__(self, settings: StoreSettings, *, engine_id: str, role: str = "scheduler") -> None:
         self.generation = 0
@@ -44,11 +50,11 @@ class NodeLink:
         self._engine_id = engine_id
         self._role = role
         self._client: NodeClient | None = None
-        self._arrived: NodeClient | None = None
+        # Guards `_arrived`: a connection for each generation, in their order.
         self._lock = threading.Lock()
-        self._connecting: threading.Thread | None = None
-        self._closed = False
-        self._connect_in_background()
+        self._arrived: deque[NodeClient] = deque()
+        self._closed = threading.Event()
+        threading.Thread(target=self._keep_connected, name="ucm-link", daemon=True).start()
 
     @property
     def client(self) -> NodeClient | None:
@@ -57,19 +63,17 @@ class NodeLink:
 
     def poll(self, timeout_s: float = 0.0) -> list[p.NodeMessage]:
         """What has arrived. A new or lost connection shows in `client` and `generation`."""
-        if self._client is None:
-            self._take_arrived()
-        if self._client is None:
-            return []
-        try:
-            messages = self._client.poll(timeout_s)
-        except UcmError as error:
-            self._lost(error)
-            return []
-        for message in messages:
-            if isinstance(message, p.RanksReady):
-                self.ranks_ready = message.count
-        return messages
+        while (client := self._current()) is not None:
+            try:
+                messages = client.poll(timeout_s)
+            except UcmError as error:
+                self._lost(error)
+                continue
+            for message in messages:
+                if isinstance(message, p.RanksReady):
+                    self.ranks_ready = message.count
+            return messages
+        return []
 
     def send(self, message: p.ClientMessage) -> bool:
         """False when there is no connection (any more)."""
@@ -85,26 +89,24 @@ class NodeLink:
     def wait_connected(self, timeout_s: float) -> bool:
         """For owners that may block, such as scripts: waits until there is a connection."""
         deadline_s = time.monotonic() + timeout_s
-        while self._client is None and time.monotonic() < deadline_s:
-            self._take_arrived()
-            if self._client is None:
-                time.sleep(0.005)
+        while self._current() is None and time.monotonic() < deadline_s:
+            time.sleep(0.005)
         return self._client is not None
 
     def close(self) -> None:
         with self._lock:
-            self._closed = True
-            arrived, self._arrived = self._arrived, None
-        for client in (arrived, self._client):
-            if client is not None:
-                client.close()
+            self._closed.set()
+            clients = [*self._arrived, *([self._client] if self._client is not None else [])]
+            self._arrived.clear()
+        for client in clients:
+            client.close()
         self._client = None
 
-    def _take_arrived(self) -> None:
-        with self._lock:
-            self._client, self._arrived = self._arrived, None
-        if self._client is None and not self._closed:
-            self._connect_in_background()
+    def _current(self) -> NodeClient | None:
+        if self._client is None:
+            with self._lock:
+                self._client = self._arrived.popleft() if self._arrived else None
+        return self._client
 
     def _lost(self, error: UcmError) -> None:
         logger.warning("%s; serving without the store until there is one again", error)
@@ -114,44 +116,38 @@ class NodeLink:
         self._client = None
         self.ranks_ready = 0
         self.generation += 1
-        self._connect_in_background()
 
-    def _connect_in_background(self) -> None:
-        if self._connecting is not None and self._connecting.is_alive():
-            return
-        with self._lock:
-            # Its thread may have ended between the look at `_arrived` and now.
-            if self._arrived is not None:
-                return
-        self._connecting = threading.Thread(
-            target=self._connect, args=(self.generation,), name="ucm-link", daemon=True
-        )
-        self._connecting.start()
+    # -- the link's thread -----------------------------------------------------------------
 
-    def _connect(self, generation: int) -> None:
+    def _keep_connected(self) -> None:
         backoff_s = _BACKOFF_FIRST_S
-        session = session_name(self._engine_id, generation)
-        while not self._closed:
+        generation = 0
+        while not self._closed.is_set():
             try:
                 client = connect_or_start(
-                    self._settings, session=session, role=self._role, timeout_s=_START_S
+                    self._settings,
+                    session=session_name(self._engine_id, generation),
+                    role=self._role,
+                    timeout_s=_START_S,
                 )
             except (UcmError, OSError) as error:
                 logger.warning("no node cache: %s; next try in %.2g s", error, backoff_s)
                 self.problem = error
-                time.sleep(backoff_s)
+                self._closed.wait(backoff_s)
                 backoff_s = min(backoff_s * 2, _BACKOFF_LAST_S)
                 continue
-            with self._lock:
-                late = self._is_closed()
-                if not late:
-                    self._arrived = client
-            if late:
-                client.close()
-            return
+            backoff_s = _BACKOFF_FIRST_S
+            with client.ending() as ending:
+                self._hand_over(client)
+                ending.wait()
+            generation += 1
 
-    def _is_closed(self) -> bool:
-        return self._closed
+    def _hand_over(self, client: NodeClient) -> None:
+        with self._lock:
+            if self._closed.is_set():
+                client.close()
+            else:
+                self._arrived.append(client)
 
 
 class MemoryTaker(ABC):
@@ -165,6 +161,10 @@ class MemoryTaker(ABC):
     def span_in_use(self, generation: int, offset: int, nbytes: int) -> None:
         """Pin or populate this part ahead of the first copy."""
 
+    @abstractmethod
+    def is_used(self, generation: int) -> bool:
+        """Whether copies in this generation's memory are running or may still come."""
+
 
 class RankLink(threading.Thread):
     """A rank's connection: brings the memory, and news of which parts of it are in use.
@@ -172,6 +172,9 @@ class RankLink(threading.Thread):
     Its thread connects, hands the memory to `on_memory`, says that the rank is ready, and then
     listens. When the node cache is lost it goes on to the next generation by itself, as the
     scheduler side does; `follow` corrects it where the two saw different losses.
+
+    A session that the rank leaves may be one of a node cache that lives on, and this connection the
+    last one that keeps its slots from being used anew. So it is held until no copy needs them.
     """
 
     def __init__(
@@ -188,6 +191,8 @@ class RankLink(threading.Thread):
         self._generation = 0
         self._ahead_since_s: float | None = None
         self._closed = threading.Event()
+        # Connections of generations that the scheduler side has left. Only the thread's own.
+        self._held: list[tuple[int, NodeClient]] = []
 
     def follow(self, generation: int) -> None:
         """The scheduler side is at `generation`: join it there. Not at once if this rank is ahead:
@@ -201,6 +206,7 @@ class RankLink(threading.Thread):
         self._generation = generation
 
     def close(self) -> None:
+        """Ends the thread soon. What is still held then stays open until the process ends."""
         self._closed.set()
 
     def run(self) -> None:
@@ -208,29 +214,45 @@ class RankLink(threading.Thread):
         while not self._closed.is_set():
             generation = self._generation
             try:
-                with connect_or_start(
+                client = connect_or_start(
                     self._settings,
                     session=session_name(self._engine_id, generation),
                     role="worker",
                     timeout_s=_START_S,
-                ) as client:
-                    backoff_s = _BACKOFF_FIRST_S
-                    self._serve(client, generation)
+                )
+                backoff_s = _BACKOFF_FIRST_S
+                self._serve(client, generation)
             except (UcmError, OSError) as error:
                 logger.info("this rank has no node cache: %s", error)
+            self._let_go()
             self._closed.wait(backoff_s)
             backoff_s = min(backoff_s * 2, _BACKOFF_LAST_S)
+        self._let_go()
 
     def _serve(self, client: NodeClient, generation: int) -> None:
-        self._on_memory.memory_arrived(generation, client.memory_fd, client.welcome)
-        client.send(p.MemoryReady())
-        while not self._closed.is_set() and self._generation == generation:
-            try:
-                messages = client.poll(0.2)
-            except UcmError:
-                if self._generation == generation:
-                    self._generation += 1
-                raise
-            for message in messages:
-                if isinstance(message, p.SpanInUse):
-                    self._on_memory.span_in_use(generation, message.offset, message.nbytes)
+        """Until told to close, or the scheduler side has left `generation`: `client` is then held.
+        Raises when the connection is lost."""
+        try:
+            self._on_memory.memory_arrived(generation, client.memory_fd, client.welcome)
+            client.send(p.MemoryReady())
+            while not self._closed.is_set() and self._generation == generation:
+                for message in client.poll(_LISTEN_S):
+                    if isinstance(message, p.SpanInUse):
+                        self._on_memory.span_in_use(generation, message.offset, message.nbytes)
+                self._let_go()
+        except (UcmError, OSError):
+            client.close()
+            if self._generation == generation:
+                self._generation += 1
+            raise
+        self._held.append((generation, client))
+
+    def _let_go(self) -> None:
+        """Closes the held connections that no copy needs any more."""
+        still_held = []
+        for generation, client in self._held:
+            if self._on_memory.is_used(generation):
+                still_held.append((generation, client))
+            else:
+                client.close()
+        self._held = still_held
