@@ -75,7 +75,8 @@ class Loopback:
             reads=InlinePool(),
             writes=InlinePool(),
             page_of=lambda slot: memory[slot.offset : slot.offset + GEOMETRY.slot_bytes],
-            populate=lambda offset, nbytes: None,
+            populate=lambda offset, nbytes, on_done: None,
+            ahead_bytes=0,
             max_write_pages=1000,
             clock=lambda: 0.0,
         )

@@ -28,7 +28,6 @@ def memory(name: str) -> Iterator[tuple[int, p.Welcome]]:
         version=p.VERSION,
         arena=name,
         capacity_bytes=CAPACITY_BYTES,
-        extent_bytes=CAPACITY_BYTES,
         pid=1,
     )
     yield fd, welcome

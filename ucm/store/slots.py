@@ -34,7 +34,6 @@ from ucm.store.keys import Key
 EXTENT_BYTES = 32 << 20
 _MAX_SPAN_EXTENTS = 8
 _MAX_WASTE = 1 / 8
-_AHEAD_BYTES = 256 << 20
 
 
 class SlotState(Enum):
@@ -101,7 +100,6 @@ class SlotTable:
         self.capacity_bytes = self.num_extents * self.extent_bytes
         self.evictions = 0
         self._keeps_unpinned = keeps_unpinned
-        self._ahead_bytes = min(_AHEAD_BYTES, self.capacity_bytes // 4)
         self._free_extents = set(range(self.num_extents))
         # No run of this many extents is free. In a full cache every reservation would look for one.
         self._no_run_of = self.num_extents + 1
@@ -153,16 +151,6 @@ class SlotTable:
         slot.key = key
         self._index[key] = slot
         return slot
-
-    def prepare(self, slot_bytes: int | None = None) -> None:
-        """Puts one more span into use ahead of need, if extents are free, for every size of slots
-        in use (and for `slot_bytes` from now on). Its memory is taken and mapped in the background:
-        worth it while nobody waits, because a first copy into fresh memory costs three copies."""
-        if slot_bytes is not None:
-            self._classes.setdefault(slot_bytes, _SizeClass())
-        for size_bytes, size in self._classes.items():
-            if len(size.free) * size_bytes < self._ahead_bytes:
-                self._add_span(size, size_bytes)
 
     def ready(self, slot: Slot) -> None:
         """FILLING -> READY, unpinned and most recently used."""

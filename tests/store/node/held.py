@@ -61,7 +61,8 @@ class Node:
             reads=self.reads,
             writes=self.writes,
             page_of=self.page_of,
-            populate=lambda offset, nbytes: None,
+            populate=lambda offset, nbytes, on_done: None,
+            ahead_bytes=0,
             max_write_pages=100,
             clock=lambda: self.now_s,
         )

@@ -114,7 +114,8 @@ class NodeMachine(RuleBasedStateMachine):
             reads=self.reads,
             writes=self.writes,
             page_of=self.page_of,
-            populate=lambda offset, nbytes: None,
+            populate=lambda offset, nbytes, on_done: None,
+            ahead_bytes=0,
             max_write_pages=6,
             clock=lambda: self.now,
         )

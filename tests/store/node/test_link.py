@@ -19,9 +19,7 @@ from ucm.store.node import protocol as p
 from ucm.store.node.client import NodeClient
 from ucm.store.node.link import NodeLink, session_name
 
-WELCOME = p.Welcome(
-    version=p.VERSION, arena="x", capacity_bytes=4096, extent_bytes=4096, pid=os.getpid()
-)
+WELCOME = p.Welcome(version=p.VERSION, arena="x", capacity_bytes=4096, pid=os.getpid())
 
 
 @contextmanager

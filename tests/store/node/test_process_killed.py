@@ -33,15 +33,15 @@ class Taker(MemoryTaker):
 
     def __init__(self) -> None:
         self.generations: list[int] = []
-        self.spans: list[tuple[int, int]] = []
+        self.in_use: list[tuple[int, int]] = []
         self.copying: set[int] = set()
 
     def memory_arrived(self, generation: int, memory_fd: int, welcome: p.Welcome) -> None:
         assert os.fstat(memory_fd).st_size == welcome.capacity_bytes
         self.generations.append(generation)
 
-    def span_in_use(self, generation: int, offset: int, nbytes: int) -> None:
-        self.spans.append((generation, nbytes))
+    def memory_in_use(self, generation: int, offset: int, nbytes: int) -> None:
+        self.in_use.append((offset, nbytes))
 
     def is_used(self, generation: int) -> bool:
         return generation in self.copying
@@ -148,12 +148,15 @@ def test_pages_stay_pinned_while_a_rank_copies_them_after_its_engine_lost_the_co
         assert "engine/0" not in observer.status().sessions
 
 
-def test_a_rank_is_told_which_memory_is_in_use(place: Place) -> None:
+def test_a_rank_is_told_of_all_the_memory_while_nobody_waits_for_the_node_cache(
+    place: Place,
+) -> None:
     settings = place.settings()
     with engine(settings, "engine/0") as client, closing(Rank(settings, "engine")) as rank:
-        client.dump(KEYS)
-        wait_until(lambda: rank.taker.spans, "it was told")
-        assert sum(nbytes for _, nbytes in rank.taker.spans) >= len(KEYS) * PAGE_BYTES
+        capacity_bytes = client.client.welcome.capacity_bytes
+        wait_until(lambda: rank.taker.in_use == [(0, capacity_bytes)], "it was told")
+        with closing(Rank(settings, "engine")) as late:
+            wait_until(lambda: late.taker.in_use == [(0, capacity_bytes)], "it was told as well")
 
 
 @pytest.mark.parametrize("num_writes", [0, 1, 20])

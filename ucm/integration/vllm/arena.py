@@ -19,7 +19,6 @@ runs out the last holder to let go unpins.
 from __future__ import annotations
 
 import bisect
-import ctypes
 import logging
 import mmap
 import threading
@@ -30,9 +29,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ucm.store.node.memory import populate
+
 logger = logging.getLogger(__name__)
 
-_MADV_POPULATE_WRITE = 23
 _CLOSE_S = 10.0
 
 
@@ -67,6 +67,11 @@ class Arena:
         self._closed = False
         self._can_register = self._device is not None and self._device.type == "cuda"
 
+    @property
+    def pins(self) -> bool:
+        """Whether `prepare` pins memory for an accelerator."""
+        return self._device is not None
+
     def typed(self, dtype: torch.dtype) -> Tensor:
         """All of the memory as one flat tensor of another dtype (a tail that doesn't fit is left
         out)."""
@@ -77,12 +82,12 @@ class Arena:
         return view
 
     def prepare(self, start: int, nbytes: int) -> None:
-        """Makes [start, start + nbytes), whole pages of memory, fast to copy to and from. Takes
-        long; may be called again for what overlaps."""
+        """Makes [start, start + nbytes), whole pages of memory, fast to copy to and from. For a
+        thread of its own; may be called again for what overlaps."""
         if self._device is not None:
             self.register_extent(start, nbytes)
         else:
-            self.populate(start, nbytes)
+            populate(self._address(start), nbytes)
 
     def register_extent(self, start: int, nbytes: int) -> bool:
         """Pins what isn't pinned yet. False: not (all of it) possible here."""
@@ -99,10 +104,6 @@ class Arena:
                     pinned = Piece(piece.start, piece.nbytes, pinned=True)
                     bisect.insort(self._registered, pinned, key=lambda p: p.start)
         return True
-
-    def populate(self, start: int, nbytes: int) -> bool:
-        """Fills this process's page table. False: the kernel can't (before 5.14)."""
-        return populate_memory(self._address(start), nbytes)
 
     def pieces(self, start: int, nbytes: int) -> list[Piece]:
         """[start, start + nbytes) cut where pinning changes: no copy by a device may cross that."""
@@ -166,14 +167,6 @@ class Arena:
                 pinned, self._registered = self._registered, []
             for piece in pinned:
                 _unpin(self._address(piece.start), self._device)
-
-
-def populate_memory(address: int, nbytes: int) -> bool:
-    """Has the kernel map [address, address + nbytes), page-aligned, before anybody touches it."""
-    libc = ctypes.CDLL(None, use_errno=True)
-    madvise = libc.madvise
-    madvise.argtypes = (ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int)
-    return bool(madvise(address, nbytes, _MADV_POPULATE_WRITE) == 0)
 
 
 # The one place that names an accelerator's own call. Torch has no generic one for memory that it

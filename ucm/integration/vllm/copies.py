@@ -68,16 +68,75 @@ class PagePart:
     block_ids: tuple[int, ...]
 
 
+class JobLedger:
+    """What is left of every job. A job is a number of submissions, one or one per layer.
+
+    Thread-safe. Invariant: a job is either open (in `_left`) or was put into `_ended` once.
+    """
+
+    def __init__(self) -> None:
+        self._cond = threading.Condition()
+        self._left: dict[int, int] = {}
+        self._ended: list[int] = []
+        self._failing: set[int] = set()
+        self._failed: list[int] = []
+
+    def open(self, job_id: int, *, submissions: int) -> None:
+        """Expects so many. A job that is open already stays as it is."""
+        with self._cond:
+            self._left.setdefault(job_id, submissions)
+
+    def close_one(self, job_id: int, *, ok: bool) -> None:
+        with self._cond:
+            if not ok:
+                self._failing.add(job_id)
+            self._left[job_id] -= 1
+            if self._left[job_id] == 0:
+                del self._left[job_id]
+                self._ended.append(job_id)
+                self._cond.notify_all()
+
+    def take_ended(self) -> list[int]:
+        with self._cond:
+            ended, self._ended = self._ended, []
+            self._failed += [job_id for job_id in ended if job_id in self._failing]
+            self._failing.difference_update(ended)
+            return ended
+
+    def take_failed(self) -> list[int]:
+        with self._cond:
+            failed, self._failed = self._failed, []
+            return failed
+
+    def wait_for_news(self, timeout_s: float) -> None:
+        """Until a job has ended that was not taken, or none is open, or the time is over."""
+        with self._cond:
+            self._cond.wait_for(lambda: self._ended or not self._left, timeout_s)
+
+    def wait(self, job_ids: Iterable[int], *, timeout_s: float) -> None:
+        """Until these jobs have ended."""
+        waited = set(job_ids)
+        with self._cond:
+            if not self._cond.wait_for(lambda: waited.isdisjoint(self._left), timeout_s):
+                late = sorted(waited & self._left.keys())
+                raise UcmError(f"the copies of jobs {late} have not ended within {timeout_s:.0f} s")
+
+
 class CopyEngine(ABC):
     """See the module. Made by `make_copy_engine`."""
 
-    @abstractmethod
+    def __init__(self, num_layers: int) -> None:
+        self._num_layers = num_layers
+        self._ledger = JobLedger()
+
     def submit(
         self, job_id: int, direction: Direction, parts: Sequence[PagePart], arena: Arena
     ) -> None:
         """Copies all layers of `parts`."""
+        arena.hold()
+        self._ledger.open(job_id, submissions=1)
+        self._enqueue(job_id, direction, None, parts, arena)
 
-    @abstractmethod
     def submit_layer(
         self,
         job_id: int,
@@ -88,6 +147,32 @@ class CopyEngine(ABC):
     ) -> None:
         """Copies one layer, a position in the rank's share. The job ends when each of the rank's
         layers was submitted once and copied."""
+        arena.hold()
+        self._ledger.open(job_id, submissions=self._num_layers)
+        self._enqueue(job_id, direction, layer, parts, arena)
+
+    def finished(self) -> list[int]:
+        """The jobs that ended since the last call, failed ones too."""
+        return self._ledger.take_ended()
+
+    def failed(self) -> list[int]:
+        """The jobs that `finished` has named since the last call and that did not copy it all."""
+        return self._ledger.take_failed()
+
+    def wait_for_news(self, timeout_s: float) -> None:
+        """Until `finished` has a job to name, or none is open, or the time is over."""
+        self._ledger.wait_for_news(timeout_s)
+
+    @abstractmethod
+    def _enqueue(
+        self,
+        job_id: int,
+        direction: Direction,
+        layer: int | None,
+        parts: Sequence[PagePart],
+        arena: Arena,
+    ) -> None:
+        """When the copies have ended, releases the arena and tells the ledger."""
 
     @abstractmethod
     def order_after_forward(self) -> None:
@@ -108,14 +193,6 @@ class CopyEngine(ABC):
     @abstractmethod
     def fence(self, job_ids: Iterable[int]) -> None:
         """Waits for the copies of these jobs. Jobs that have ended are no error."""
-
-    @abstractmethod
-    def finished(self) -> list[int]:
-        """The jobs that ended since the last call, failed ones too."""
-
-    @abstractmethod
-    def failed(self) -> list[int]:
-        """The jobs that `finished` has named since the last call and that did not copy it all."""
 
     @abstractmethod
     def close(self) -> None:
@@ -162,52 +239,3 @@ def check_blocks(part: PagePart, *, num_blocks: int) -> None:
     is too large would end the process's use of the device."""
     if not all(0 <= block_id < num_blocks for block_id in part.block_ids):
         raise UcmError(f"blocks {part.block_ids} are not all among the engine's {num_blocks}")
-
-
-class JobLedger:
-    """What is left of every job. A job is a number of submissions, one or one per layer.
-
-    Thread-safe. Invariant: a job is either open (in `_left`) or was put into `_ended` once.
-    """
-
-    def __init__(self) -> None:
-        self._cond = threading.Condition()
-        self._left: dict[int, int] = {}
-        self._ended: list[int] = []
-        self._failing: set[int] = set()
-        self._failed: list[int] = []
-
-    def open(self, job_id: int, *, submissions: int) -> None:
-        """Expects so many. A job that is open already stays as it is."""
-        with self._cond:
-            self._left.setdefault(job_id, submissions)
-
-    def close_one(self, job_id: int, *, ok: bool) -> None:
-        with self._cond:
-            if not ok:
-                self._failing.add(job_id)
-            self._left[job_id] -= 1
-            if self._left[job_id] == 0:
-                del self._left[job_id]
-                self._ended.append(job_id)
-                self._cond.notify_all()
-
-    def take_ended(self) -> list[int]:
-        with self._cond:
-            ended, self._ended = self._ended, []
-            self._failed += [job_id for job_id in ended if job_id in self._failing]
-            self._failing.difference_update(ended)
-            return ended
-
-    def take_failed(self) -> list[int]:
-        with self._cond:
-            failed, self._failed = self._failed, []
-            return failed
-
-    def wait(self, job_ids: Iterable[int], *, timeout_s: float) -> None:
-        """Until these jobs have ended."""
-        waited = set(job_ids)
-        with self._cond:
-            if not self._cond.wait_for(lambda: waited.isdisjoint(self._left), timeout_s):
-                late = sorted(waited & self._left.keys())
-                raise UcmError(f"the copies of jobs {late} have not ended within {timeout_s:.0f} s")

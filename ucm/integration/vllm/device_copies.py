@@ -111,10 +111,9 @@ class DeviceCopyEngine(CopyEngine):
         staging_bytes: int = _STAGING_BYTES,
         direct_run_bytes: int = _DIRECT_RUN_BYTES,
     ) -> None:
+        super().__init__(len(views))
         device = views[0].parts[0].device
         self._accelerator = accelerator or Accelerator(device)
-        self._num_layers = len(views)
-        self._ledger = JobLedger()
         self._after_forward: Event | None = None
         self._before_forward: Event | None = None
         # The last submission of each open job, and of each layer's loads by layer.
@@ -134,23 +133,6 @@ class DeviceCopyEngine(CopyEngine):
         for lane in self._lanes.values():
             lane.start()
 
-    def submit(
-        self, job_id: int, direction: Direction, parts: Sequence[PagePart], arena: Arena
-    ) -> None:
-        self._enqueue(job_id, direction, None, parts, arena)
-
-    def submit_layer(
-        self,
-        job_id: int,
-        direction: Direction,
-        layer: int,
-        parts: Sequence[PagePart],
-        arena: Arena,
-    ) -> None:
-        submission = self._enqueue(job_id, direction, layer, parts, arena)
-        if direction is Direction.LOAD:
-            self._layer_loads[layer] = submission
-
     def order_after_forward(self) -> None:
         self._after_forward = self._accelerator.record()
 
@@ -168,13 +150,10 @@ class DeviceCopyEngine(CopyEngine):
                 self._wait(submission)
 
     def finished(self) -> list[int]:
-        ended = self._ledger.take_ended()
+        ended = super().finished()
         for job_id in ended:
             self._open.pop(job_id, None)
         return ended
-
-    def failed(self) -> list[int]:
-        return self._ledger.take_failed()
 
     def close(self) -> None:
         deadline = time.monotonic() + CLOSE_TIMEOUT_S
@@ -192,15 +171,14 @@ class DeviceCopyEngine(CopyEngine):
         layer: int | None,
         parts: Sequence[PagePart],
         arena: Arena,
-    ) -> _Submission:
+    ) -> None:
         is_load = direction is Direction.LOAD
         after = self._before_forward if is_load else self._after_forward
-        arena.hold()
-        self._ledger.open(job_id, submissions=1 if layer is None else self._num_layers)
         submission = _Submission(job_id, layer, parts, arena, after or self._accelerator.record())
         self._open[job_id] = submission
+        if is_load and layer is not None:
+            self._layer_loads[layer] = submission
         self._lanes[direction].put(submission)
-        return submission
 
     def _wait(self, submission: _Submission) -> None:
         if not submission.queued.wait(COPY_TIMEOUT_S):

@@ -24,9 +24,6 @@ from ucm.store.node import protocol as p
 
 logger = logging.getLogger(__name__)
 
-# Answers take a tenth of this; a step that doesn't get one copies in the next.
-_STEP_WAIT_S = 0.001
-
 
 @dataclass(eq=False)
 class DumpJob:
@@ -66,7 +63,6 @@ class Dumps:
         self._asked: dict[int, tuple[Dump, list[int]]] = {}
         self._planned: list[CopyJob] = []
         self._fence: list[int] = []
-        self._step_wait_s = _STEP_WAIT_S
         self._draining: dict[str, tuple[RequestState, float]] = {}
 
     # -- a request's life ------------------------------------------------------------------
@@ -88,9 +84,8 @@ class Dumps:
         self._reserve(dump, num_tokens + self._facts.max_step_tokens)
         num_blocks = num_tokens // self._block_tokens
         if dump.todo[0] < min(num_blocks, dump.asked_to) and dump.todo[0] not in dump.slots:
-            started_s = time.monotonic()
-            self._session.poll(max(0.0, self._step_wait_s))
-            self._step_wait_s -= time.monotonic() - started_s
+            # Answers take a tenth of the time; a step that doesn't get one copies in the next.
+            self._session.wait_for(lambda: dump.todo[0] in dump.slots)
         self._copy(state, dump, num_blocks)
 
     def preempted(self, state: RequestState) -> None:
@@ -135,7 +130,6 @@ class Dumps:
 
     def take_planned(self) -> tuple[CopyJob, ...]:
         planned, self._planned = tuple(self._planned), []
-        self._step_wait_s = _STEP_WAIT_S
         return planned
 
     def take_fence(self) -> tuple[int, ...]:

@@ -3,8 +3,8 @@
     none ──lookup──► asked ──reply──► answered (pinned) ──allocated──► loading ──all ranks──► none
 
 A promise is kept or not made: vLLM hears of tokens only when their pages are pinned in memory that
-every rank has mapped, so a load can't fail on storage. A lookup without an answer costs a step
-about a millisecond at most, all lookups of the step together.
+every rank has mapped, so a load can't fail on storage. While a lookup has no answer vLLM is told to
+ask again at its next step.
 """
 
 from __future__ import annotations
@@ -12,14 +12,14 @@ from __future__ import annotations
 import time
 from dataclasses import dataclass
 
+import msgspec
+
 from ucm.integration.vllm.engine_facts import EngineFacts
 from ucm.integration.vllm.metadata import CopyJob
 from ucm.integration.vllm.requests import RequestState, parts_of_tokens
 from ucm.integration.vllm.session import NodeSession
 from ucm.store.node import protocol as p
 
-# vLLM asks again at its next step; without one it polls every millisecond.
-_STEP_WAIT_S = 0.001
 # The node cache settles a lookup by its deadline; an answer later than this will never come.
 _GRACE_S = 0.5
 
@@ -62,7 +62,6 @@ class Hits:
         self._by_lookup: dict[int, Hit] = {}
         self._planned: list[CopyJob] = []
         self._loading: dict[int, tuple[RequestState, Hit]] = {}
-        self._step_wait_s = _STEP_WAIT_S
 
     # -- what vLLM asks --------------------------------------------------------------------
 
@@ -82,8 +81,7 @@ class Hits:
             hit = self._ask(state, num_computed, load=self._facts.loads)
         if not self._facts.loads:
             return 0, False  # a producer only wants to know what is stored, and doesn't wait
-        if hit.reply is None:
-            self._wait(hit)
+        self._session.wait_for(lambda: hit.reply is not None)
         if hit.reply is None:
             if time.monotonic() - hit.asked_s <= self._timeout_s + _GRACE_S:
                 return None, False
@@ -118,14 +116,6 @@ class Hits:
             )
         )
         return hit
-
-    def _wait(self, hit: Hit) -> None:
-        """Polls for the answer within what is left of this step's millisecond."""
-        self._session.poll(0.0)
-        while hit.reply is None and self._step_wait_s > 0 and self._session.is_ready:
-            start_s = time.monotonic()
-            self._session.poll(self._step_wait_s)
-            self._step_wait_s -= time.monotonic() - start_s
 
     def _offer(self, state: RequestState, hit: Hit, num_computed: int) -> tuple[int, bool]:
         num_prompt = state.request.num_prompt_tokens
@@ -170,9 +160,8 @@ class Hits:
         self._planned.append(job)
 
     def take_planned(self) -> tuple[CopyJob, ...]:
-        """The loads for this step's metadata. Starts the next step's allowance of waiting."""
+        """The loads for this step's metadata."""
         planned, self._planned = tuple(self._planned), []
-        self._step_wait_s = _STEP_WAIT_S
         return planned
 
     def ended(self, job_id: int, *, failed: bool) -> bool:
@@ -201,7 +190,7 @@ class Hits:
         if hit.generation == self._session.generation and not _pins_nothing(hit):
             self._session.send(p.Release(lookups=[hit.lookup_id]))
         if hit.reply is not None:
-            hit.reply = _without_pins(hit.reply)
+            hit.reply = msgspec.structs.replace(hit.reply, offsets=[])
 
     def node_lost(self) -> None:
         """What was promised is gone. Loads under way go on: the ranks still have that memory."""
@@ -213,14 +202,3 @@ class Hits:
 
 def _pins_nothing(hit: Hit) -> bool:
     return hit.reply is not None and not hit.reply.offsets
-
-
-def _without_pins(reply: p.LookupReply) -> p.LookupReply:
-    return p.LookupReply(
-        id=reply.id,
-        offsets=[],
-        num_stored=reply.num_stored,
-        from_files=reply.from_files,
-        head_stored=reply.head_stored,
-        reason=reply.reason,
-    )

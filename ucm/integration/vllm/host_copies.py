@@ -42,7 +42,6 @@ from ucm.integration.vllm.copies import (
     COPY_TIMEOUT_S,
     CopyEngine,
     Direction,
-    JobLedger,
     PagePart,
     check_blocks,
     first_units,
@@ -91,9 +90,9 @@ class HostCopyEngine(CopyEngine):
         share: RankShare,
         num_threads: int | None = None,
     ) -> None:
+        super().__init__(len(views))
         self._geometry = geometry
         self._block_units = views[0].num_units
-        self._num_layers = len(views)
         placed = placed_parts(views, geometry=geometry, share=share)
         self._placed: dict[int | None, tuple[PlacedPart, ...]] = {None: placed}
         for layer in range(len(views)):
@@ -103,7 +102,6 @@ class HostCopyEngine(CopyEngine):
         share_bytes = len(share.layers) * len(share.heads) * geometry.head_bytes
         self._task_pages = max(1, _TASK_BYTES // share_bytes)
 
-        self._ledger = JobLedger()
         # Guards the queues, the submissions' counts and `_layer_loads`.
         self._cond = threading.Condition()
         self._queues: dict[Direction, deque[_Task]] = {d: deque() for d in Direction}
@@ -120,21 +118,6 @@ class HostCopyEngine(CopyEngine):
 
     # -- the rank's thread -----------------------------------------------------------------
 
-    def submit(
-        self, job_id: int, direction: Direction, parts: Sequence[PagePart], arena: Arena
-    ) -> None:
-        self._enqueue(job_id, direction, None, parts, arena)
-
-    def submit_layer(
-        self,
-        job_id: int,
-        direction: Direction,
-        layer: int,
-        parts: Sequence[PagePart],
-        arena: Arena,
-    ) -> None:
-        self._enqueue(job_id, direction, layer, parts, arena)
-
     def order_after_forward(self) -> None:
         """Nothing to order: the forward pass has computed what it has returned from."""
 
@@ -148,12 +131,6 @@ class HostCopyEngine(CopyEngine):
 
     def fence(self, job_ids: Iterable[int]) -> None:
         self._ledger.wait(job_ids, timeout_s=COPY_TIMEOUT_S)
-
-    def finished(self) -> list[int]:
-        return self._ledger.take_ended()
-
-    def failed(self) -> list[int]:
-        return self._ledger.take_failed()
 
     def close(self) -> None:
         with self._cond:
@@ -178,8 +155,6 @@ class HostCopyEngine(CopyEngine):
         wanted = -(-len(parts) // (2 * len(self._threads)))
         size = max(1, min(wanted, self._task_pages))
         chunks = [parts[i : i + size] for i in range(0, len(parts), size)] or [()]
-        arena.hold()
-        self._ledger.open(job_id, submissions=1 if layer is None else self._num_layers)
         submission = _Submission(job_id, direction, layer, arena, len(chunks))
         with self._cond:
             if direction is Direction.LOAD and layer is not None:

@@ -15,6 +15,12 @@ from vllm.distributed.kv_transfer.kv_connector.v1.base import (
 
 from ucm.integration.vllm.copies import PagePart
 
+# How long the connector may wait for news in a step. One that computes nothing has nobody to hold
+# up, and vLLM steps as fast as it can while all its requests wait: on a machine with few cores that
+# takes one from whoever brings what they wait for.
+STEP_WAIT_S = 0.001
+IDLE_WAIT_S = 0.005
+
 
 @dataclass(frozen=True)
 class CopyJob:
@@ -32,9 +38,11 @@ class CopyJob:
 class StepMetadata(KVConnectorMetadata):
     """One step. `loads` are asynchronous; `step_loads` feed this step's own forward pass, layer by
     layer. The device blocks of the jobs in `fence` may be overwritten by this step. `released`
-    requests have no copies left: each rank reports them to vLLM as finished."""
+    requests have no copies left: each rank reports them to vLLM as finished. A step that is `idle`
+    computes nothing."""
 
     generation: int = 0
+    idle: bool = False
     loads: tuple[CopyJob, ...] = ()
     step_loads: tuple[CopyJob, ...] = ()
     dumps: tuple[CopyJob, ...] = ()

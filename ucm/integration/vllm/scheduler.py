@@ -1,7 +1,8 @@
 """The scheduler side: answers vLLM's scheduler and plans the copies of each step.
 
 Runs in the engine's process, on the engine's thread, and is the node cache's only client there. It
-does no I/O but messages to the node cache, and never waits for more than about a millisecond.
+does no I/O but messages to the node cache, and waits for those about a millisecond per step, a few
+while nothing is computed.
 """
 
 from __future__ import annotations
@@ -15,7 +16,7 @@ from ucm.config import Settings
 from ucm.integration.vllm.dumps import Dumps
 from ucm.integration.vllm.engine_facts import AdapterDigests, EngineFacts
 from ucm.integration.vllm.hits import Hits
-from ucm.integration.vllm.metadata import RankReport, StepMetadata
+from ucm.integration.vllm.metadata import IDLE_WAIT_S, STEP_WAIT_S, RankReport, StepMetadata
 from ucm.integration.vllm.requests import RequestState, request_keys
 from ucm.integration.vllm.session import NodeSession
 from ucm.store.namespace import Manifest, fingerprint, to_json
@@ -107,9 +108,13 @@ class SchedulerSide:
         for request_id in released:
             self._states.pop(request_id, None)
         loads = self._hits.take_planned()
+        idle = not output.num_scheduled_tokens
+        # For what vLLM asks before its next step.
+        self._session.may_wait(IDLE_WAIT_S if idle else STEP_WAIT_S)
         layerwise = self._settings.use_layerwise
         return StepMetadata(
             generation=self._session.generation,
+            idle=idle,
             loads=() if layerwise else loads,
             step_loads=loads if layerwise else (),
             dumps=self._dumps.take_planned(),

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import itertools
 import logging
+import time
 from collections.abc import Callable
 
 from ucm.store.node import protocol as p
@@ -35,6 +36,7 @@ class NodeSession:
         self._opened_generation = -1
         self._refused = False
         self._silent = False
+        self._allowance_s = 0.0
 
     @property
     def generation(self) -> int:
@@ -83,6 +85,18 @@ class NodeSession:
                 self.on_reserve(message)
             elif isinstance(message, p.NamespaceOpened):
                 self._on_opened(message)
+
+    def may_wait(self, allowance_s: float) -> None:
+        """How long `wait_for` may wait from now on, in all."""
+        self._allowance_s = allowance_s
+
+    def wait_for(self, answered: Callable[[], bool]) -> None:
+        """Polls until `answered` or until the step's allowance is used up."""
+        self.poll()
+        while not answered() and self._allowance_s > 0 and self.is_ready:
+            started_s = time.monotonic()
+            self.poll(self._allowance_s)
+            self._allowance_s -= time.monotonic() - started_s
 
     def close(self) -> None:
         self._link.close()

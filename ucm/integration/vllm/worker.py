@@ -23,9 +23,10 @@ from ucm.errors import UnsupportedEngine
 from ucm.integration.vllm.arena import Arena
 from ucm.integration.vllm.copies import CopyEngine, Direction, PagePart, make_copy_engine
 from ucm.integration.vllm.engine_facts import EngineFacts, layer_index
-from ucm.integration.vllm.metadata import CopyJob, RankReport, StepMetadata
+from ucm.integration.vllm.metadata import IDLE_WAIT_S, CopyJob, RankReport, StepMetadata
 from ucm.integration.vllm.views import layer_view
 from ucm.store.node.link import MemoryTaker, RankLink
+from ucm.store.node.memory import give_way
 from ucm.store.node.protocol import Welcome
 from ucm.store.page import RankShare, rank_share
 
@@ -59,11 +60,14 @@ class Memories(MemoryTaker):
         if replaced is not None:
             replaced.close()
 
-    def span_in_use(self, generation: int, offset: int, nbytes: int) -> None:
+    def memory_in_use(self, generation: int, offset: int, nbytes: int) -> None:
         with self._lock:
             arena = self._arenas.get(generation)
         if arena is not None:
-            arena.prepare(offset, nbytes)
+            # Takes long, and this thread has a connection to watch.
+            threading.Thread(
+                target=_prepare, args=(arena, offset, nbytes), name="ucm-prepare", daemon=True
+            ).start()
 
     def is_used(self, generation: int) -> bool:
         with self._lock:
@@ -106,6 +110,12 @@ class Memories(MemoryTaker):
         for arena in unused:
             # Unpinning takes long, and this may be the thread of the forward pass.
             threading.Thread(target=arena.close, name="ucm-unmap", daemon=True).start()
+
+
+def _prepare(arena: Arena, offset: int, nbytes: int) -> None:
+    if not arena.pins:
+        give_way()  # but not where others may wait for the accelerator's driver meanwhile
+    arena.prepare(offset, nbytes)
 
 
 class WorkerSide:
@@ -227,6 +237,8 @@ class WorkerSide:
         """Requests whose copies out have ended (vLLM may free their blocks) and whose loads have
         arrived. Collects what the next report says."""
         if self._engine is not None and self._memories is not None:
+            if step.idle and self._loads:
+                self._engine.wait_for_news(IDLE_WAIT_S)
             ended = self._engine.finished()
             for job_id in self._engine.failed():
                 self._failed(job_id)

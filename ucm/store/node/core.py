@@ -14,13 +14,14 @@ from functools import partial
 from ucm.errors import ProtocolError
 from ucm.store.keys import Key
 from ucm.store.node import protocol as p
+from ucm.store.node.ahead import MemoryAhead, Populate
 from ucm.store.node.finds import Finds
 from ucm.store.node.io import Pool
 from ucm.store.node.lookups import Lookups
 from ucm.store.node.notices import Notices
 from ucm.store.node.state import Connection, OpenedNamespace, Session
 from ucm.store.node.writeback import WriteBack
-from ucm.store.slots import Slot, SlotState, SlotTable, Span
+from ucm.store.slots import Slot, SlotState, SlotTable
 from ucm.store.tier import Tier, TierNamespace, padded_bytes
 
 
@@ -35,12 +36,12 @@ class NodeCore:
         reads: Pool,
         writes: Pool,
         page_of: Callable[[Slot], memoryview],
-        populate: Callable[[int, int], None],
+        populate: Populate,
+        ahead_bytes: int,
         max_write_pages: int,
         clock: Callable[[], float],
     ) -> None:
         self.slots = slots
-        slots.on_span = self._span_in_use
         self.counters: Counter[str] = Counter()
         self.sessions: dict[str, Session] = {}
         notices = Notices(clock)
@@ -74,19 +75,26 @@ class NodeCore:
         self._tier = tier
         self._reads = reads
         self._writes = writes
-        self._populate = populate
+        self._ahead = MemoryAhead(
+            slots,
+            up_to_bytes=ahead_bytes,
+            populate=populate,
+            announce=self._tell_workers,
+            clock=clock,
+        )
 
     def count(self, counter: str, by: int = 1) -> None:
         self.counters[counter] += by
 
     def tick(self) -> None:
-        """Finds what is late; prepares memory while nobody waits. Called many times a second."""
+        """Finds what is late; takes memory while nobody waits. Called many times a second."""
         self._reads.tick()
         self._writes.tick()
         self.lookups.tick()
         self.finds.tick()
-        if not self._reads.depth and not self.lookups.num_open:
-            self.slots.prepare()
+        if self._reads.depth or self.lookups.num_open:
+            self._ahead.is_busy()
+        self._ahead.tick()
 
     # -- connections -----------------------------------------------------------------------
 
@@ -97,8 +105,8 @@ class NodeCore:
         connection = Connection(send=send, session=session, role=hello.role)
         session.connections.add(connection)
         if hello.role == "worker":
-            for span in self.slots.spans():
-                send(self._span_message(span))
+            for message in self._ahead.in_use():
+                send(message)
         self._tell_ranks_ready(session)
         return connection
 
@@ -126,6 +134,7 @@ class NodeCore:
 
     def handle(self, connection: Connection, message: p.ClientMessage) -> None:
         """Acts on one message. Raises ProtocolError on one that makes no sense here."""
+        self._ahead.is_busy()
         if isinstance(message, p.Lookup):
             namespace = self._namespace(connection, message.ns)
             self.lookups.start(connection, namespace, message)
@@ -177,7 +186,6 @@ class NodeCore:
             page_bytes=message.page_bytes,
             manifest_json=message.manifest,
         )
-        self.slots.prepare(slot_bytes)
         connection.namespaces[message.ns] = OpenedNamespace(
             tier=namespace, slot_bytes=slot_bytes, block_tokens=message.block_tokens
         )
@@ -260,19 +268,11 @@ class NodeCore:
 
     # -- what everybody may know -----------------------------------------------------------
 
-    def _span_in_use(self, span: Span) -> None:
-        message = self._span_message(span)
-        self._populate(message.offset, message.nbytes)
+    def _tell_workers(self, message: p.MemoryInUse) -> None:
         for session in self.sessions.values():
             for connection in session.connections:
                 if connection.role == "worker":
                     connection.send(message)
-
-    def _span_message(self, span: Span) -> p.SpanInUse:
-        extent_bytes = self.slots.extent_bytes
-        return p.SpanInUse(
-            offset=span.first_extent * extent_bytes, nbytes=span.num_extents * extent_bytes
-        )
 
     def queues(self) -> dict[str, int]:
         """Depths of everything that waits."""

@@ -158,7 +158,7 @@ class MemoryTaker(ABC):
         """Map it before returning; the descriptor is closed with the connection."""
 
     @abstractmethod
-    def span_in_use(self, generation: int, offset: int, nbytes: int) -> None:
+    def memory_in_use(self, generation: int, offset: int, nbytes: int) -> None:
         """Pin or populate this part ahead of the first copy."""
 
     @abstractmethod
@@ -237,8 +237,8 @@ class RankLink(threading.Thread):
             client.send(p.MemoryReady())
             while not self._closed.is_set() and self._generation == generation:
                 for message in client.poll(_LISTEN_S):
-                    if isinstance(message, p.SpanInUse):
-                        self._on_memory.span_in_use(generation, message.offset, message.nbytes)
+                    if isinstance(message, p.MemoryInUse):
+                        self._on_memory.memory_in_use(generation, message.offset, message.nbytes)
                 self._let_go()
         except (UcmError, OSError):
             client.close()

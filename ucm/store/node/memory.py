@@ -10,12 +10,16 @@ import ctypes
 import mmap
 import os
 import sys
+import threading
 from collections.abc import Iterator
+from contextlib import suppress
+from functools import cache
 from pathlib import Path
 
 from ucm.errors import ConfigError
 
 _MADV_POPULATE_WRITE = 23
+_STEP_BYTES = 1 << 20
 _MEMINFO = Path("/proc/meminfo")
 _CGROUPS = Path("/sys/fs/cgroup")
 _NAMES_V1 = ("memory.limit_in_bytes", "memory.usage_in_bytes", "total_inactive_file")
@@ -37,7 +41,7 @@ class MappedMemory:
         return self._view[offset : offset + nbytes]
 
     def populate(self, offset: int, nbytes: int) -> None:
-        """Takes the pages of a range now, off the critical path. Best effort; threads may race."""
+        """Takes the pages of a range now. Best effort; threads may race."""
         populate(self.address + offset, nbytes)
 
 
@@ -53,23 +57,36 @@ class SharedMemory(MappedMemory):
 
 def populate(address: int, nbytes: int) -> None:
     """Asks the kernel for a range's pages and page-table entries. Old kernels refuse: no harm, the
-    first use pays instead. ctypes gives up the GIL meanwhile, which mmap.madvise would not."""
+    first use pays instead. ctypes gives up the GIL meanwhile, which mmap.madvise would not. In
+    steps, because the kernel holds the process's memory map meanwhile, which others want to
+    change."""
+    end = address + nbytes
+    for start in range(address // _PAGE_BYTES * _PAGE_BYTES, end, _STEP_BYTES):
+        _libc().madvise(start, min(_STEP_BYTES, end - start), _MADV_POPULATE_WRITE)
+
+
+def give_way() -> None:
+    """The calling thread gets hardly more than the time that nobody else wants. A forward pass on
+    the CPU waits for the slowest of its threads, so whoever takes a core from it slows down all of
+    it. Not SCHED_IDLE: a killed process holds its files until all its threads got to run."""
+    with suppress(OSError):
+        os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), 19)
+
+
+@cache
+def _libc() -> ctypes.CDLL:
     libc = ctypes.CDLL(None, use_errno=True)
     libc.madvise.argtypes = [ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int]
-    start = address // _PAGE_BYTES * _PAGE_BYTES
-    libc.madvise(start, address + nbytes - start, _MADV_POPULATE_WRITE)
+    return libc
 
 
-def default_capacity_bytes() -> int:
-    """A quarter of the memory that is available now, on this machine and in this container."""
+def available_bytes() -> int:
+    """The memory that is available now, on this machine and in this container."""
     for line in _MEMINFO.read_text().splitlines():
         if line.startswith("MemAvailable:"):
-            available_bytes = int(line.split()[1]) * 1024
-            return min([available_bytes, *_left_in_cgroups()]) // 4
-    raise ConfigError(
-        f"cache_buffer_capacity_gb: not set, and {_MEMINFO} does not say how much memory is "
-        f"available on this {sys.platform} machine; set it"
-    )
+            on_machine_bytes = int(line.split()[1]) * 1024
+            return min([on_machine_bytes, *_left_in_cgroups()])
+    raise ConfigError(f"{_MEMINFO} does not say how much memory this {sys.platform} machine has")
 
 
 def _left_in_cgroups() -> list[int]:

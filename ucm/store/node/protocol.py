@@ -142,7 +142,6 @@ class Welcome(msgspec.Struct, frozen=True, kw_only=True, tag=True, array_like=Tr
     version: int
     arena: str
     capacity_bytes: int
-    extent_bytes: int
     pid: int
 
 
@@ -183,8 +182,8 @@ class ReserveReply(msgspec.Struct, frozen=True, kw_only=True, tag=True, array_li
     offsets: list[int]
 
 
-class SpanInUse(msgspec.Struct, frozen=True, kw_only=True, tag=True, array_like=True):
-    """To workers: this part of the memory holds slots from now on; pin or map it ahead."""
+class MemoryInUse(msgspec.Struct, frozen=True, kw_only=True, tag=True, array_like=True):
+    """To workers: this part of the memory holds slots or soon will; pin or map it ahead."""
 
     offset: int
     nbytes: int
@@ -221,7 +220,14 @@ ClientMessage = (
     | Shutdown
 )
 NodeMessage = (
-    Welcome | NamespaceOpened | LookupReply | Found | ReserveReply | SpanInUse | RanksReady | Status
+    Welcome
+    | NamespaceOpened
+    | LookupReply
+    | Found
+    | ReserveReply
+    | MemoryInUse
+    | RanksReady
+    | Status
 )
 
 _encoder = msgspec.msgpack.Encoder()

@@ -15,6 +15,7 @@ import signal
 import socket
 import time
 import uuid
+from collections.abc import Callable
 from functools import partial
 from typing import cast
 
@@ -23,7 +24,7 @@ from ucm.errors import ProtocolError
 from ucm.store.node import protocol as p
 from ucm.store.node.core import NodeCore
 from ucm.store.node.io import IoPool
-from ucm.store.node.memory import SharedMemory, default_capacity_bytes
+from ucm.store.node.memory import SharedMemory, available_bytes, give_way
 from ucm.store.node.place import SocketLock, is_trusted, peer_uid
 from ucm.store.node.state import Connection
 from ucm.store.slots import SlotTable
@@ -43,7 +44,15 @@ class NodeServer:
     def __init__(self, settings: StoreSettings, loop: asyncio.AbstractEventLoop) -> None:
         self._settings = settings
         self._loop = loop
-        capacity_bytes = settings.cache_capacity_bytes or default_capacity_bytes()
+        available = available_bytes()
+        capacity_bytes = settings.cache_capacity_bytes or available // 4
+        if capacity_bytes > available:
+            logger.warning(
+                "cache_buffer_capacity_gb: %.2f GiB, and %.2f GiB of memory are available here: "
+                "set it to less, or the system will run out of memory as the cache fills",
+                capacity_bytes / _GIB,
+                available / _GIB,
+            )
         slots = SlotTable(capacity_bytes, keeps_unpinned=keeps_pages(settings))
         self.memory = SharedMemory(slots.capacity_bytes)
         self.tier = build_tier(settings)
@@ -63,7 +72,8 @@ class NodeServer:
             reads=self._reads,
             writes=self._writes,
             page_of=lambda slot: self.memory.page(slot.offset, slot.span.slot_bytes),
-            populate=self._populate_span,
+            populate=self._populate_soon,
+            ahead_bytes=available // 2,
             max_write_pages=settings.write_queue_pages,
             clock=time.monotonic,
         )
@@ -79,8 +89,12 @@ class NodeServer:
             else "a quarter of what is available; set cache_buffer_capacity_gb to choose",
         )
 
-    def _populate_span(self, offset: int, nbytes: int) -> None:
-        self._populate.submit(lambda: self.memory.populate(offset, nbytes), lambda _: None)
+    def _populate_soon(self, offset: int, nbytes: int, on_done: Callable[[], None]) -> None:
+        def populate() -> None:
+            give_way()
+            self.memory.populate(offset, nbytes)
+
+        self._populate.submit(populate, lambda _: on_done())
 
     async def serve(self, listener: socket.socket) -> None:
         """Serves until told to leave or idle. Writes that are queued then are finished, bounded."""
@@ -179,7 +193,6 @@ class _Peer(asyncio.Protocol):
             version=p.VERSION,
             arena=server.arena,
             capacity_bytes=server.core.slots.capacity_bytes,
-            extent_bytes=server.core.slots.extent_bytes,
             pid=os.getpid(),
         )
         try:
