@@ -21,7 +21,7 @@ from ucm.store.blockfile import (
 )
 from ucm.store.keys import Key, block_keys, root_key
 from ucm.store.namespace import from_json
-from ucm.store.tier import padded_bytes
+from ucm.store.page import padded_bytes
 
 BLOCK_TOKENS = 128
 

@@ -14,7 +14,7 @@ from ucm.errors import TierError
 from ucm.store import blockfile
 from ucm.store.blockfile import HEADER_BYTES, BlockId, Scratch, decode_header, encode_header
 from ucm.store.keys import Key
-from ucm.store.tier import padded_bytes
+from ucm.store.page import padded_bytes
 
 MIB = 1 << 20
 KEY = Key(bytes(range(32)))

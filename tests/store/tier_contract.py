@@ -15,7 +15,8 @@ import pytest
 
 from ucm.errors import TierError
 from ucm.store.keys import Key
-from ucm.store.tier import ReadStatus, Tier, TierNamespace, padded_bytes
+from ucm.store.page import padded_bytes
+from ucm.store.tier import ReadStatus, Tier, TierNamespace
 
 BLOCK_TOKENS = 128
 

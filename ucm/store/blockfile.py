@@ -35,7 +35,7 @@ from xxhash import xxh3_64_intdigest
 
 from ucm.errors import TierError
 from ucm.store.keys import Key
-from ucm.store.tier import PAGE_ALIGNMENT_BYTES, padded_bytes
+from ucm.store.page import PAGE_ALIGNMENT_BYTES, padded_bytes
 
 MAGIC = b"UCMBLOCK"
 VERSION = 1

@@ -17,7 +17,12 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 # What a slot's start and size are rounded up to: the page size of memory, and what O_DIRECT takes.
-SLOT_ALIGN_BYTES = 4096
+PAGE_ALIGNMENT_BYTES = 4096
+
+
+def padded_bytes(page_bytes: int) -> int:
+    """Length of the buffer that holds a page, in slots and on disk."""
+    return -(-page_bytes // PAGE_ALIGNMENT_BYTES) * PAGE_ALIGNMENT_BYTES
 
 
 @dataclass(frozen=True, slots=True)
@@ -88,7 +93,7 @@ class PageGeometry:
 
     @property
     def slot_bytes(self) -> int:
-        return -(-self.page_bytes // SLOT_ALIGN_BYTES) * SLOT_ALIGN_BYTES
+        return padded_bytes(self.page_bytes)
 
     def offset(self, layer: int, head: int, unit: int = 0) -> int:
         """Where one unit of one head of one layer starts."""

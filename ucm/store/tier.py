@@ -27,8 +27,8 @@ from enum import Enum
 
 from ucm.errors import TierError
 from ucm.store.keys import Key
+from ucm.store.page import PAGE_ALIGNMENT_BYTES, padded_bytes
 
-PAGE_ALIGNMENT_BYTES = 4096
 _ZEROS = bytes(PAGE_ALIGNMENT_BYTES)
 
 
@@ -68,11 +68,6 @@ class Staged:
     namespace: TierNamespace
     key: Key
     ticket: str
-
-
-def padded_bytes(page_bytes: int) -> int:
-    """Length of the buffer that holds a page, in slots and on disk."""
-    return -(-page_bytes // PAGE_ALIGNMENT_BYTES) * PAGE_ALIGNMENT_BYTES
 
 
 class Tier(ABC):

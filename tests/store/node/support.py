@@ -26,8 +26,9 @@ from ucm.store.keys import Key
 from ucm.store.node import protocol as p
 from ucm.store.node.client import NodeClient
 from ucm.store.node.start import connect_or_start, log_path
+from ucm.store.page import padded_bytes
 from ucm.store.posix import PosixTier
-from ucm.store.tier import TierNamespace, padded_bytes
+from ucm.store.tier import TierNamespace
 
 ROOT = Path(__file__).parents[3]
 # A bound for what takes well under a second on an idle machine.

@@ -21,8 +21,6 @@ if TYPE_CHECKING:
     from typing_extensions import Self
 
 _RECEIVE_BYTES = 1 << 18
-# A node cache that doesn't read for this long a backlog is as good as gone.
-_MAX_UNSENT_BYTES = 64 << 20
 
 
 class NodeClient:
@@ -116,7 +114,7 @@ class NodeClient:
             while self._unsent:
                 del self._unsent[: self._sock.send(self._unsent)]
         except BlockingIOError:
-            if len(self._unsent) > _MAX_UNSENT_BYTES:
+            if len(self._unsent) > p.MAX_UNSENT_BYTES:
                 self._fail("it has stopped reading")
         except OSError as error:
             self._fail(str(error))

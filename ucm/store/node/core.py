@@ -21,8 +21,9 @@ from ucm.store.node.lookups import Lookups
 from ucm.store.node.notices import Notices
 from ucm.store.node.state import Connection, OpenedNamespace, Session
 from ucm.store.node.writeback import WriteBack
+from ucm.store.page import padded_bytes
 from ucm.store.slots import Slot, SlotState, SlotTable
-from ucm.store.tier import Tier, TierNamespace, padded_bytes
+from ucm.store.tier import Tier, TierNamespace
 
 
 class NodeCore:

@@ -24,6 +24,8 @@ from msgspec import Meta
 from ucm.errors import ProtocolError
 
 VERSION: Final = 1
+# A peer with so long a backlog that it does not read is as good as gone.
+MAX_UNSENT_BYTES: Final = 64 << 20
 MAX_FRAME_BYTES: Final = 64 << 20
 _T = TypeVar("_T")
 _LENGTH = struct.Struct("<I")

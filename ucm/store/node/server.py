@@ -34,7 +34,6 @@ logger = logging.getLogger(__name__)
 
 _TICK_S = 0.05
 _DRAIN_S = 30.0
-_MAX_UNSENT_BYTES = 64 << 20
 _GIB = 1 << 30
 
 
@@ -213,7 +212,7 @@ class _Peer(asyncio.Protocol):
         if transport is None or transport.is_closing():
             return
         transport.write(p.encode(message))
-        if transport.get_write_buffer_size() > _MAX_UNSENT_BYTES:
+        if transport.get_write_buffer_size() > p.MAX_UNSENT_BYTES:
             logger.warning("dropped a client that does not read its answers")
             self._close()
 
