@@ -15,7 +15,8 @@ from aiohttp.test_utils import TestServer
 from multidict import CIMultiDictProxy
 from yarl import URL
 
-from ucm.pd.relay import Instances, make_app
+from ucm.pd.flags import ProxySettings
+from ucm.pd.proxy import make_app
 
 Answer = Callable[[web.Request], Awaitable[web.StreamResponse]]
 
@@ -79,10 +80,94 @@ def answering(body: bytes, *, status: int = 200, content_type: str = "applicatio
     return answer
 
 
+async def until(condition: Callable[[], Awaitable[bool]]) -> None:
+    for _ in range(1000):
+        if await condition():
+            return
+        await asyncio.sleep(0.01)
+    raise AssertionError("it did not come true within 10 s")
+
+
 async def _serve(app: web.Application) -> TestServer:
     server = TestServer(app)
     await server.start_server()
     return server
+
+
+@dataclass
+class Fleet:
+    """A proxy before as many engines as a test wants. Closes what it has started."""
+
+    prefill: list[Engine] = field(default_factory=list)
+    decode: list[Engine] = field(default_factory=list)
+    servers: dict[str, TestServer] = field(default_factory=dict)
+    client: aiohttp.ClientSession = field(
+        default_factory=lambda: aiohttp.ClientSession(
+            auto_decompress=False, connector=aiohttp.TCPConnector(limit=0)
+        )
+    )
+    proxy: URL = field(default_factory=URL)
+
+    async def start(self, num_prefill: int, num_decode: int, **settings: Any) -> None:
+        for role, engines, count in (
+            ("prefill", self.prefill, num_prefill),
+            ("decode", self.decode, num_decode),
+        ):
+            for i in range(count):
+                engines.append(await self.engine(f"{role}{i}"))
+        urls = {
+            "prefillers": tuple(engine.url.origin() for engine in self.prefill),
+            "decoders": tuple(engine.url.origin() for engine in self.decode),
+        }
+        defaults = {"min_prefill_tokens": 0, "health_interval_s": 1000.0, **urls}
+        app = make_app(ProxySettings(**{**defaults, **settings}))
+        self.servers["proxy"] = await _serve(app)
+        self.proxy = self.servers["proxy"].make_url("/")
+
+    async def engine(self, name: str) -> Engine:
+        engine = Engine(name, answering(json.dumps({"from": name}).encode()))
+        app = web.Application(client_max_size=1 << 30)
+        app.router.add_route("*", "/{path:.*}", engine.handle)
+        self.servers[name] = await _serve(app)
+        engine.url = self.servers[name].make_url("/")
+        return engine
+
+    async def kill(self, engine: Engine) -> None:
+        await self.servers[engine.name].close()
+
+    async def post(self, path: str = "v1/completions", **fields: Any) -> aiohttp.ClientResponse:
+        return await self.client.post(self.proxy / path, json=fields)
+
+    async def ask(self, **fields: Any) -> tuple[int, str, str]:
+        """Status, who has answered, and the path."""
+        async with await self.post(**{"prompt": "hi", **fields}) as response:
+            answer = await response.json(content_type=None)
+            path = response.headers["x-ucm-pd-path"]
+            return response.status, answer.get("from", ""), path
+
+    async def metric(self, line: str) -> float:
+        """The value of the line that begins so; 0 if there is none."""
+        async with self.client.get(self.proxy / "metrics") as response:
+            text = await response.text()
+        return sum(float(each.split()[-1]) for each in text.splitlines() if each.startswith(line))
+
+    async def until_metric(self, line: str, at_least: float) -> None:
+        async def is_there() -> bool:
+            return await self.metric(line) >= at_least
+
+        await until(is_there)
+
+    async def close(self) -> None:
+        await self.client.close()
+        for server in reversed(self.servers.values()):
+            await server.close()
+
+
+@pytest_asyncio.fixture
+async def fleet() -> AsyncIterator[Fleet]:
+    fleet = Fleet()
+    yield fleet
+    await fleet.close()
 
 
 @pytest_asyncio.fixture
@@ -97,8 +182,13 @@ async def bench() -> AsyncIterator[Bench]:
         app.router.add_route("*", "/{path:.*}", engine.handle)
         servers[name] = await _serve(app)
         engine.url = servers[name].make_url("/")
-    instances = Instances(prefill=engines["prefill"].url, decode=engines["decode"].url)
-    servers["proxy"] = await _serve(make_app(instances))
+    settings = ProxySettings(
+        prefillers=(engines["prefill"].url.origin(),),
+        decoders=(engines["decode"].url.origin(),),
+        min_prefill_tokens=0,
+        health_interval_s=1000.0,
+    )
+    servers["proxy"] = await _serve(make_app(settings))
     proxy = servers["proxy"].make_url("/")
     async with aiohttp.ClientSession(auto_decompress=False) as client:
         yield Bench(engines["prefill"], engines["decode"], proxy, client, servers)

@@ -9,6 +9,7 @@ from io import BytesIO
 import aiohttp
 import pytest
 from aiohttp import web
+from yarl import URL
 
 from tests.pd.conftest import Bench, answering
 
@@ -54,11 +55,11 @@ async def test_headers_of_the_client_reach_both_and_those_of_one_connection_neit
     headers["X-Hop"] = "mine"
 
     async with bench.client.post(bench.proxy / "v1/completions", json={}, headers=headers) as got:
-        assert 200 == got.status
+        assert (200, "7") == (got.status, got.headers["X-Request-Id"])
 
-    for engine in (bench.prefill, bench.decode):
+    for engine, request_id in ((bench.prefill, "7-p"), (bench.decode, "7")):
         seen = engine.asked[0].headers
-        assert ("Bearer key", "7") == (seen["Authorization"], seen["X-Request-Id"])
+        assert ("Bearer key", request_id) == (seen["Authorization"], seen["X-Request-Id"])
         assert "X-Hop" not in seen
         assert f"{engine.url.host}:{engine.url.port}" == seen["Host"]
 
@@ -119,7 +120,8 @@ async def test_without_a_prefill_instance_decode_answers(bench: Bench, caplog):
 
     async with await bench.post(prompt="hi") as response:
         assert (200, {"from": "decode"}) == (response.status, await response.json())
-    assert "decode computes the prompt" in caplog.text
+        assert "decode-only" == response.headers["x-ucm-pd-path"]
+    assert "refused" in caplog.text
 
 
 async def test_a_prefill_that_dies_in_its_answer_does_not_matter(bench: Bench):
@@ -141,12 +143,13 @@ async def test_without_a_decode_instance_the_client_gets_502_and_the_reason(benc
     assert str(bench.decode.url.origin()) in error["message"]
 
 
-async def test_what_is_not_json_goes_to_decode_alone_which_says_what_is_wrong(bench: Bench):
-    bench.decode.answer = answering(b"bad JSON", status=400)
-
-    async with bench.client.post(bench.proxy / "v1/completions", data=b"{") as response:
-        assert (400, b"bad JSON") == (response.status, await response.read())
-    assert [] == bench.prefill.asked
+@pytest.mark.parametrize("body", [b"{", b"", b"[]", b'"text"', b"\xff"])
+async def test_what_is_no_json_object_is_a_400_in_openais_words(bench: Bench, body: bytes):
+    async with bench.client.post(bench.proxy / "v1/completions", data=body) as response:
+        error = (await response.json())["error"]
+    assert 400 == response.status == error["code"]
+    assert "JSON" in error["message"]
+    assert [] == bench.prefill.asked == bench.decode.asked
 
 
 async def test_a_client_that_leaves_during_prefill_cancels_it_and_never_reaches_decode(
@@ -203,13 +206,16 @@ async def test_a_decode_that_dies_in_a_stream_does_not_look_like_a_whole_answer(
             await response.read()
 
 
-async def test_models_and_health_are_those_of_decode(bench: Bench):
+async def test_everything_that_does_not_generate_is_decodes(bench: Bench):
     bench.decode.answer = answering(b"whatever decode says", status=203)
 
-    for path in ("v1/models", "health"):
-        async with bench.client.get(bench.proxy / path) as response:
+    for method, path in (("GET", "v1/models"), ("POST", "tokenize"), ("DELETE", "v1/x?a=%2F")):
+        url = URL(f"{bench.proxy}{path}", encoded=True)
+        async with bench.client.request(method, url, data=b"as it is") as response:
             assert (203, b"whatever decode says") == (response.status, await response.read())
-    assert ["/v1/models", "/health"] == [asked.path for asked in bench.decode.asked]
+    asked = [(asked.method, asked.path) for asked in bench.decode.asked]
+    assert [("GET", "/v1/models"), ("POST", "/tokenize"), ("DELETE", "/v1/x?a=%2F")] == asked
+    assert b"as it is" == bench.decode.asked[1].body
     assert [] == bench.prefill.asked
 
 

@@ -1,4 +1,4 @@
-"""The prefill leg's body."""
+"""The prefill leg's body, and which requests have none."""
 
 from __future__ import annotations
 
@@ -8,13 +8,43 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from ucm.pd.rewrite import prefill_body
+from ucm.pd.rewrite import (
+    guess_tokens,
+    most_tokens,
+    parse_body,
+    prefill_body,
+    why_not_prefill,
+)
+
+COMPLETIONS = "/v1/completions"
+OUTPUT_ONLY = [
+    "stream_options",
+    "min_tokens",
+    "min_completion_tokens",
+    "best_of",
+    "use_beam_search",
+    "logprobs",
+    "top_logprobs",
+    "response_format",
+    "structured_outputs",
+    "guided_json",
+    "guided_regex",
+    "guided_choice",
+    "guided_grammar",
+    "kv_transfer_params",
+]
+CHANGED = {
+    "max_tokens",
+    "max_completion_tokens",
+    "max_output_tokens",
+    "n",
+    "stream",
+    *OUTPUT_ONLY,
+}
 
 
-def rewritten(**fields):
-    body = prefill_body(json.dumps(fields).encode())
-    assert body is not None
-    return json.loads(body)
+def rewritten(path=COMPLETIONS, **fields):
+    return json.loads(prefill_body(fields, path=path))
 
 
 def test_prefill_is_asked_for_one_token_that_is_not_streamed():
@@ -27,19 +57,45 @@ def test_a_request_without_max_tokens_still_asks_for_one_token():
     assert 1 == rewritten(prompt="hi")["max_tokens"]
 
 
-def test_max_completion_tokens_is_capped_where_the_client_has_set_it():
-    assert 1 == rewritten(messages=[], max_completion_tokens=100)["max_completion_tokens"]
-    assert "max_completion_tokens" not in rewritten(messages=[])
+@pytest.mark.parametrize("name", ["max_completion_tokens", "n"])
+def test_what_asks_for_more_output_is_brought_to_one_where_the_client_has_set_it(name):
+    assert 1 == rewritten(messages=[], **{name: 100})[name]
+    assert name not in rewritten(messages=[])
 
 
-@pytest.mark.parametrize("name", ["stream_options", "min_tokens"])
-def test_fields_that_contradict_one_unstreamed_token_are_left_out(name):
+def test_a_response_is_limited_by_its_own_name_and_not_kept():
+    got = rewritten("/v1/responses", input="hi", max_output_tokens=100)
+    assert {"input": "hi", "max_output_tokens": 1, "store": False, "stream": False} == got
+
+
+@pytest.mark.parametrize("name", OUTPUT_ONLY)
+def test_fields_about_the_output_alone_are_left_out(name):
     assert name not in rewritten(prompt="hi", **{name: 10})
 
 
-@pytest.mark.parametrize("body", [b"", b"{", b"[1]", b'"text"', b"null", b"\xff\xfe"])
-def test_what_is_no_json_object_is_not_for_prefill(body):
-    assert prefill_body(body) is None
+def test_what_shapes_the_prompt_stays():
+    image = {"type": "image_url", "image_url": {"url": "data:image/png;base64,AAAA"}}
+    fields = {
+        "messages": [{"role": "user", "content": [{"type": "text", "text": "what?"}, image]}],
+        "tools": [{"type": "function", "function": {"z": 1, "a": {"y": 2, "b": 3}}}],
+        "tool_choice": "required",
+        "cache_salt": "mine",
+        "chat_template_kwargs": {"enable_thinking": False},
+        "truncate_prompt_tokens": 100,
+        "model": "adapter",
+    }
+    got = rewritten("/v1/chat/completions", **fields)
+    assert json.dumps(fields) == json.dumps({k: v for k, v in got.items() if k not in CHANGED})
+
+
+@pytest.mark.parametrize("body", [b"", b"{", b"[1]", b'"text"', b"null", b"\xff\xfe", b"[" * 9999])
+def test_what_is_no_json_object_has_no_fields(body):
+    assert parse_body(body) is None
+
+
+@pytest.mark.parametrize("body", [b'{"a": NaN}', b'{"a": "\\ud800"}'])
+def test_what_vllm_reads_the_proxy_reads_too(body):
+    assert parse_body(body) is not None
 
 
 json_values = st.recursive(
@@ -53,7 +109,37 @@ json_values = st.recursive(
 def test_everything_else_stays_as_it_is_and_in_its_order(fields):
     """Tools are rendered into the prompt in the order of their keys: sorting them would make
     prefill compute another prompt than decode looks up."""
-    changed = {"max_tokens", "max_completion_tokens", "stream", "stream_options", "min_tokens"}
-    kept = [(name, value) for name, value in fields.items() if name not in changed]
+    kept = [(name, value) for name, value in fields.items() if name not in CHANGED]
 
-    assert kept == [(k, v) for k, v in rewritten(**fields).items() if k not in changed]
+    assert kept == [(k, v) for k, v in rewritten(**fields).items() if k not in CHANGED]
+
+
+@pytest.mark.parametrize(
+    ("fields", "why"),
+    [
+        ({"prompt": "x" * 126}, "short"),
+        ({"prompt": "x" * 127}, None),
+        ({"prompt": [1] * 127}, "short"),
+        ({"prompt": [1] * 128}, None),
+        ({"prompt": ["a", "b"]}, None),
+        ({"prompt": [[1, 2], [3]]}, None),
+        ({"messages": [{"role": "user", "content": "hi"}]}, None),
+        ({"prompt": "x" * 500, "prompt_logprobs": 1}, "about_prompt"),
+        ({"prompt": "x" * 500, "prompt_logprobs": 0}, "about_prompt"),
+        ({"prompt": "x" * 500, "echo": True}, "about_prompt"),
+        ({"prompt": "x" * 500, "echo": False}, None),
+        ({"prompt": "x" * 500, "truncate_prompt_tokens": -1}, "truncated"),
+    ],
+)
+def test_prefill_is_skipped_only_where_it_is_surely_of_no_use(fields, why):
+    assert why == why_not_prefill(fields, min_tokens=128)
+
+
+@given(st.text())
+def test_a_token_of_text_is_at_least_a_byte(text):
+    assert most_tokens({"prompt": text}) > len(text.encode(errors="replace"))
+
+
+@given(st.dictionaries(st.sampled_from(["prompt", "messages", "input", "tools"]), json_values))
+def test_any_prompt_has_a_size(fields):
+    assert guess_tokens(fields) >= 1

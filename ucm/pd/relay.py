@@ -1,173 +1,178 @@
-"""One client request: first its prompt to prefill, then its own bytes to decode.
+"""The decode leg: the client's own bytes to an instance, and its answer back, byte by byte.
 
-Prefill is a hint: decode can compute anything that the store lacks. So whatever happens there is
-logged and forgotten, and decode's status, headers and body are what the client gets, byte by byte.
-Decode's status is known before the client sees any header. A client that goes away cancels the
-handler, and with it the upstream request, so the engine stops as well.
+Decode's status, headers and body are the truth. An answer that has a length is read whole before
+the client sees any of it, of a stream the first piece: until then another instance can be asked. A
+client that goes away cancels the handler, and with it the upstream request, so the engine stops.
 """
 
 from __future__ import annotations
 
-import asyncio
 import logging
-from collections.abc import AsyncIterator
 from dataclasses import dataclass
-from io import BytesIO
 
 import aiohttp
+import msgspec
 from aiohttp import web
-from multidict import CIMultiDict, CIMultiDictProxy
 from yarl import URL
 
-from ucm.pd.rewrite import prefill_body
+from ucm.pd import upstream
+from ucm.pd.instances import Instance, NoInstance, Pool, QueueFull
+from ucm.pd.journey import Journey
 
 logger = logging.getLogger(__name__)
 
-CONNECT_TIMEOUT_S = 5.0
-# vLLM's server closes idle connections after 5 s: let go before it does, or a request now and then
-# goes out on a connection that is just being closed.
-IDLE_CONNECTION_S = 3.0
-# A prompt of several images may be large; something has to end one that never ends.
-MAX_BODY_BYTES = 512 << 20
-
-# About one connection, not about the message (RFC 9110, 7.6.1).
-_HOP_BY_HOP = frozenset(
-    {
-        "connection",
-        "keep-alive",
-        "proxy-authenticate",
-        "proxy-authorization",
-        "proxy-connection",
-        "te",
-        "trailer",
-        "transfer-encoding",
-        "upgrade",
-    }
-)
-# Said anew for each connection.
-_REQUEST_ONLY = frozenset({"host", "content-length", "expect"})
-_BROKEN_OFF = (
-    aiohttp.ClientPayloadError,
-    aiohttp.ClientOSError,
-    aiohttp.ServerDisconnectedError,
-)
-_NO_DEFAULTS = ("Accept", "Accept-Encoding", "Content-Type", "User-Agent")
+_EVENT_STREAM = "text/event-stream"
+# The instance is well and has no room: another may have.
+_TRY_ANOTHER = frozenset({429, 503})
+_RETRY_AFTER_S = 1
 
 
-@dataclass(frozen=True, kw_only=True)
-class Instances:
-    """The two sides of one deployment."""
+@dataclass(frozen=True)
+class _Answer:
+    """`first` is the whole body, or the first piece of a stream that has more."""
 
-    prefill: URL
-    decode: URL
+    upstream: aiohttp.ClientResponse
+    first: bytes
+    is_whole: bool
 
-
-def make_app(instances: Instances) -> web.Application:
-    """The proxy as an aiohttp application; run it with handler_cancellation=True."""
-    app = web.Application(client_max_size=MAX_BODY_BYTES)
-    app[_INSTANCES] = instances
-    app.cleanup_ctx.append(_client_session)
-    app.router.add_post("/v1/completions", _prefill_then_decode)
-    app.router.add_post("/v1/chat/completions", _prefill_then_decode)
-    app.router.add_get("/v1/models", _ask_decode)
-    app.router.add_get("/health", _ask_decode)
-    app.router.add_get("/healthcheck", _healthcheck)
-    return app
+    @property
+    def is_event_stream(self) -> bool:
+        return self.upstream.content_type == _EVENT_STREAM
 
 
-_INSTANCES = web.AppKey("instances", Instances)
-_SESSION = web.AppKey("session", aiohttp.ClientSession)
+class Relay:
+    """Sends requests to one pool. Owned by the event loop's thread."""
+
+    def __init__(self, session: aiohttp.ClientSession, pool: Pool) -> None:
+        self._session = session
+        self._pool = pool
+
+    async def answer(
+        self, request: web.Request, body: bytes | None, journey: Journey
+    ) -> web.StreamResponse:
+        """The client's response, sent. Never raises but for a client that has left."""
+        tried: list[Instance] = []
+        problem = ""
+        while True:
+            try:
+                with journey.stage("queue"):
+                    instance = await self._pool.admit(tokens=journey.tokens, but=tried)
+            except NoInstance as error:
+                return _error(journey, 502 if tried else 503, problem or str(error))
+            except QueueFull as error:
+                return _error(journey, 503, str(error))
+            try:
+                tried.append(instance)
+                found = await self._ask(tried, request, body, journey)
+                if isinstance(found, _Answer):
+                    async with found.upstream:
+                        return await _send(request, found, journey)
+            finally:
+                self._pool.leave(instance, tokens=journey.tokens)
+            problem = found
+            if self._pool.has_another(tried):
+                journey.retried(self._pool.role.value)
+
+    async def _ask(
+        self, tried: list[Instance], request: web.Request, body: bytes | None, journey: Journey
+    ) -> _Answer | str:
+        """The beginning of the answer of the last of `tried`, or what is wrong with it."""
+        instance = tried[-1]
+        request_id = journey.request_id + (f"-r{len(tried)}" if len(tried) > 1 else "")
+        headers = upstream.request_headers(request.headers, request_id=request_id)
+        url = instance.url.join(URL(request.raw_path, encoded=True))
+        try:
+            with journey.stage("decode_ttft"):
+                response = await upstream.ask(
+                    self._session, request.method, url, body=body, headers=headers
+                )
+                answer = await _begin(response)
+        except upstream.UNREACHABLE as error:
+            instance.breaker.failed()
+            problem = f"{upstream.failure_reason(error)} ({error})"
+            logger.warning("%s %s: %s", self._pool.role.value, instance.url, problem)
+            return f"the {self._pool.role.value} instance at {instance.url}: {problem}"
+        instance.breaker.succeeded()
+        if response.status in _TRY_ANOTHER and self._pool.has_another(tried):
+            response.close()
+            return f"the {self._pool.role.value} instance at {instance.url} is too busy"
+        return answer
 
 
-async def _client_session(app: web.Application) -> AsyncIterator[None]:
-    # No limit and no total timeout: a decode may stream for an hour, and thousands of them at once.
-    connector = aiohttp.TCPConnector(limit=0, keepalive_timeout=IDLE_CONNECTION_S)
-    timeout = aiohttp.ClientTimeout(total=None, sock_connect=CONNECT_TIMEOUT_S)
-    async with aiohttp.ClientSession(
-        connector=connector,
-        timeout=timeout,
-        auto_decompress=False,
-        cookie_jar=aiohttp.DummyCookieJar(),
-        skip_auto_headers=_NO_DEFAULTS,
-    ) as session:
-        app[_SESSION] = session
-        yield
-
-
-async def _prefill_then_decode(request: web.Request) -> web.StreamResponse:
-    body = await request.read()
-    first = prefill_body(body)
-    if first is not None:
-        await _prefill(request, first)
-    return await _relay(request, body)
-
-
-async def _ask_decode(request: web.Request) -> web.StreamResponse:
-    return await _relay(request, None)
-
-
-async def _healthcheck(request: web.Request) -> web.Response:
-    del request
-    return web.json_response({"status": "ok", "prefill_instances": 1, "decode_instances": 1})
-
-
-async def _prefill(request: web.Request, body: bytes) -> None:
-    url = request.app[_INSTANCES].prefill.join(request.rel_url)
-    headers = _end_to_end(request.headers, but=_REQUEST_ONLY)
+async def _begin(response: aiohttp.ClientResponse) -> _Answer:
     try:
-        async with request.app[_SESSION].post(url, data=BytesIO(body), headers=headers) as response:
-            answer = await response.read()
-    except (aiohttp.ClientError, OSError, asyncio.TimeoutError) as error:
-        logger.warning("prefill %s failed, decode computes the prompt: %r", url, error)
-        return
-    if response.status >= web.HTTPBadRequest.status_code:
-        logger.warning("prefill %s answered %d: %s", url, response.status, answer[:500])
+        if response.content_length is not None:
+            return _Answer(response, await response.read(), is_whole=True)
+        return _Answer(response, await response.content.readany(), is_whole=False)
+    except BaseException:
+        response.close()
+        raise
 
 
-async def _relay(request: web.Request, body: bytes | None) -> web.StreamResponse:
-    url = request.app[_INSTANCES].decode.join(request.rel_url)
-    headers = _end_to_end(request.headers, but=_REQUEST_ONLY)
-    # A file object is sent in pieces; bytes of many MiB at once would hold up every other stream.
-    data = None if body is None else BytesIO(body)
+async def _send(request: web.Request, answer: _Answer, journey: Journey) -> web.StreamResponse:
+    headers = upstream.response_headers(answer.upstream.headers)
+    headers.update(journey.headers())
+    status, reason = answer.upstream.status, answer.upstream.reason
+    journey.status = status
+    if answer.is_whole:
+        return web.Response(status=status, reason=reason, headers=headers, body=answer.first)
+    response = web.StreamResponse(status=status, reason=reason, headers=headers)
+    await response.prepare(request)
+    await response.write(answer.first)
     try:
-        upstream = await request.app[_SESSION].request(
-            request.method, url, data=data, headers=headers, allow_redirects=False
-        )
-    except (aiohttp.ClientError, OSError, asyncio.TimeoutError) as error:
-        logger.warning("decode %s failed: %r", url, error)
-        return _bad_gateway(f"the decode instance at {url.origin()} failed to answer: {error}")
-    async with upstream:
-        response = web.StreamResponse(
-            status=upstream.status,
-            reason=upstream.reason,
-            headers=_end_to_end(upstream.headers, but=frozenset()),
-        )
-        await response.prepare(request)
-        await _copy_body(request, upstream, response)
+        async for piece in answer.upstream.content.iter_any():
+            await response.write(piece)
+    except upstream.UNREACHABLE as error:
+        await _break_off(request, response, answer, error, journey)
         return response
+    await response.write_eof()
+    return response
 
 
-async def _copy_body(
-    request: web.Request, upstream: aiohttp.ClientResponse, response: web.StreamResponse
+async def _break_off(
+    request: web.Request,
+    response: web.StreamResponse,
+    answer: _Answer,
+    error: BaseException,
+    journey: Journey,
 ) -> None:
-    try:
-        async for chunk in upstream.content.iter_any():
-            await response.write(chunk)
+    """The status is long out: an error event says that the answer is not whole; where there are no
+    events, the connection ends inside the body."""
+    if request.transport is None or request.transport.is_closing():
+        return  # it is the client that has gone
+    logger.warning("%s broke off its answer: %r", answer.upstream.url, error)
+    journey.failed("broken_off")
+    if answer.is_event_stream:
+        text = f"the instance at {answer.upstream.url.origin()} broke off its answer: {error!r}"
+        # It may have stopped inside an event.
+        await response.write(b"\n\ndata: " + error_body(502, text) + b"\n\n")
         await response.write_eof()
-    except _BROKEN_OFF as error:
-        # The status is long out. Ending the connection inside the body is what tells the client
-        # that the answer is not whole.
-        logger.warning("decode %s broke off its answer: %r", upstream.url, error)
-        if request.transport is not None:
-            request.transport.close()
+    else:
+        request.transport.close()
 
 
-def _end_to_end(headers: CIMultiDictProxy[str], *, but: frozenset[str]) -> CIMultiDict[str]:
-    named = {name.strip().lower() for name in headers.get("Connection", "").split(",")}
-    left_out = _HOP_BY_HOP | but | named
-    return CIMultiDict((k, v) for k, v in headers.items() if k.lower() not in left_out)
+def error_body(code: int, message: str) -> bytes:
+    """As OpenAI's API has it."""
+    kinds = {400: "BadRequestError", 403: "PermissionDeniedError", 404: "NotFoundError"}
+    kind = kinds.get(code, "ServiceUnavailableError" if code == 503 else "BadGatewayError")
+    error = {"message": message, "type": kind, "param": None, "code": code}
+    return msgspec.json.encode({"error": error})
 
 
-def _bad_gateway(message: str) -> web.Response:
-    error = {"message": message, "type": "BadGatewayError", "param": None, "code": 502}
-    return web.json_response({"error": error}, status=502)
+def error_response(code: int, message: str, **headers: str) -> web.Response:
+    return web.Response(
+        status=code,
+        body=error_body(code, message),
+        content_type="application/json",
+        headers=headers,
+    )
+
+
+def _error(journey: Journey, code: int, message: str) -> web.Response:
+    journey.status = code
+    journey.failed("turned_away" if code == 503 else "unreachable")
+    response = error_response(code, message)
+    response.headers.update(journey.headers())
+    if code == 503:
+        response.headers["Retry-After"] = str(_RETRY_AFTER_S)
+    return response

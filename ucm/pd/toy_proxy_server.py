@@ -6,7 +6,6 @@ python3 toy_proxy_server.py --pd-disaggregation --host localhost --port 7802 \\
 
 from __future__ import annotations
 
-import argparse
 import logging
 import sys
 from collections.abc import Sequence
@@ -19,11 +18,11 @@ if not __package__:
 
 try:
     from aiohttp import web
-    from yarl import URL
+
+    from ucm.pd.flags import parse_flags
+    from ucm.pd.proxy import make_app
 except ModuleNotFoundError as error:
     raise SystemExit(f"the proxy needs {error.name}: pip install 'ucm[proxy]'") from None
-
-from ucm.pd.relay import Instances, make_app
 
 logger = logging.getLogger("ucm.pd")
 
@@ -33,46 +32,18 @@ SHUTDOWN_TIMEOUT_S = 10.0
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """Serve until SIGINT or SIGTERM."""
-    args = _parser().parse_args(arguments)
+    settings = parse_flags(arguments, description=(__doc__ or "").splitlines()[0])
     logging.basicConfig(level=logging.INFO, format="%(levelname)s %(asctime)s %(message)s")
-    instances = Instances(
-        prefill=URL.build(scheme="http", host=args.prefiller_host, port=args.prefiller_port),
-        decode=URL.build(scheme="http", host=args.decoder_host, port=args.decoder_port),
-    )
-    logger.info("prefill %s, decode %s", instances.prefill, instances.decode)
+    logger.info(settings.mode)
     web.run_app(
-        make_app(instances),
-        host=args.host,
-        port=args.port,
+        make_app(settings),
+        host=settings.host,
+        port=settings.port,
         handler_cancellation=True,
         shutdown_timeout=SHUTDOWN_TIMEOUT_S,
         access_log=None,
         print=lambda line: logger.info("%s", line.splitlines()[0]),
     )
-
-
-def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        prog="toy_proxy_server.py", description=(__doc__ or "").splitlines()[0]
-    )
-    parser.add_argument("--host", default="localhost", help="address to listen on")
-    parser.add_argument("--port", type=_port, default=8000)
-    parser.add_argument(
-        "--pd-disaggregation",
-        action="store_true",
-        help="the only mode so far, so it may be left out",
-    )
-    parser.add_argument("--prefiller-host", default="localhost")
-    parser.add_argument("--prefiller-port", type=_port, default=8100)
-    parser.add_argument("--decoder-host", default="localhost")
-    parser.add_argument("--decoder-port", type=_port, default=8200)
-    return parser
-
-
-def _port(text: str) -> int:
-    if not text.isdecimal() or not 0 < int(text) < 1 << 16:
-        raise argparse.ArgumentTypeError(f"{text!r} is no port: a number from 1 to 65535 is")
-    return int(text)
 
 
 if __name__ == "__main__":

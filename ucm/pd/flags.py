@@ -1,0 +1,238 @@
+"""The proxy's flags, in every spelling of the documents, and what they mean.
+
+A document may name one host and several ports, several hosts and one port, or one port for each
+host; a host may come with its port, as a whole URL, or as an IPv6 address.
+"""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Sequence
+from dataclasses import dataclass
+from itertools import chain
+from typing import Any, NoReturn
+
+from yarl import URL
+
+from ucm.errors import ConfigError
+
+POLICIES = ("least-loaded", "round-robin")
+DEFAULT_PREFILL_PORT = 8100
+DEFAULT_DECODE_PORT = 8200
+DEFAULT_WORKER_PORT = 8100
+
+
+@dataclass(frozen=True, kw_only=True)
+class ProxySettings:
+    """Either `prefillers` and `decoders`, or `workers` that do both, or neither yet."""
+
+    host: str = "localhost"
+    port: int = 8000
+    prefillers: tuple[URL, ...] = ()
+    decoders: tuple[URL, ...] = ()
+    workers: tuple[URL, ...] = ()
+    policy: str = "least-loaded"
+    min_prefill_tokens: int = 128
+    max_running: int = 1024
+    max_queued: int = 4096
+    queue_timeout_s: float = 60.0
+    connect_timeout_s: float = 5.0
+    prefill_timeout_s: float = 600.0
+    idle_timeout_s: float = 600.0
+    health_interval_s: float = 2.0
+    breaker_failures: int = 3
+    breaker_open_s: float = 5.0
+    admin_key: str | None = None
+
+    @property
+    def mode(self) -> str:
+        """What the log says at the start."""
+        if self.workers:
+            return f"[Mixed Mode] Initialized {len(self.workers)} PD-mixed workers."
+        return (
+            f"[PD Mode] Initialized {len(self.prefillers)} prefillers and "
+            f"{len(self.decoders)} decoders."
+        )
+
+
+def parse_flags(arguments: Sequence[str] | None, *, description: str) -> ProxySettings:
+    """Exits with status 2 and one line on stderr for flags that can't be meant."""
+    parser = _parser(description)
+    args = parser.parse_args(arguments)
+    try:
+        return _settings(args)
+    except ConfigError as error:
+        parser.error(str(error))
+
+
+def instance_urls(
+    hosts: Sequence[str] | None, ports: Sequence[int] | None, *, flag: str, default_port: int
+) -> tuple[URL, ...]:
+    """The instances that `--<flag>-hosts` and `--<flag>-ports` name. Raises ConfigError."""
+    if hosts is None and ports is None:
+        return ()
+    hosts = hosts or ["localhost"]
+    if ports is None:
+        ports = [default_port]
+    elif all(_names_its_port(host) for host in hosts):
+        raise ConfigError(f"--{flag}-hosts has the ports already: leave out --{flag}-ports")
+    if len(hosts) == 1:
+        hosts = [hosts[0]] * len(ports)
+    elif len(ports) == 1:
+        ports = [ports[0]] * len(hosts)
+    if len(hosts) != len(ports):
+        raise ConfigError(
+            f"--{flag}-hosts names {len(hosts)} hosts and --{flag}-ports {len(ports)} ports: give "
+            f"as many of each, or one of either"
+        )
+    urls = tuple(_url(host, port, flag=flag) for host, port in zip(hosts, ports, strict=True))
+    for i, url in enumerate(urls):
+        if url in urls[:i]:
+            raise ConfigError(f"--{flag}-hosts: {url} is there twice")
+    return urls
+
+
+def instance_url(text: str) -> URL:
+    """One instance as a whole URL or host:port. Raises ConfigError."""
+    if not _names_its_port(text):
+        raise ConfigError(f"{text!r} is no instance: give it as http://host:port")
+    return _url(text, 0, flag="instance")
+
+
+def _settings(args: argparse.Namespace) -> ProxySettings:
+    def urls(role: str, default_port: int) -> tuple[URL, ...]:
+        hosts = _flat(getattr(args, f"{role}_hosts"))
+        ports = _flat(getattr(args, f"{role}_ports"))
+        return instance_urls(hosts, ports, flag=role, default_port=default_port)
+
+    prefillers = urls("prefiller", DEFAULT_PREFILL_PORT)
+    decoders = urls("decoder", DEFAULT_DECODE_PORT)
+    workers = urls("worker", DEFAULT_WORKER_PORT)
+    if workers and (prefillers or decoders):
+        raise ConfigError(
+            "--worker-hosts are for instances that do both: give either those, or prefillers and "
+            "decoders"
+        )
+    if bool(prefillers) != bool(decoders):
+        missing = "decoder" if prefillers else "prefiller"
+        raise ConfigError(f"a {missing} is missing: give --{missing}-hosts and --{missing}-ports")
+    if not (prefillers or workers):
+        prefillers = (URL.build(scheme="http", host="localhost", port=DEFAULT_PREFILL_PORT),)
+        decoders = (URL.build(scheme="http", host="localhost", port=DEFAULT_DECODE_PORT),)
+    if args.pd_disaggregation and workers:
+        raise ConfigError("--pd-disaggregation needs prefillers and decoders, not --worker-hosts")
+    plain = {
+        name: value
+        for name, value in vars(args).items()
+        if name != "pd_disaggregation" and not name.endswith(("_hosts", "_ports"))
+    }
+    return ProxySettings(prefillers=prefillers, decoders=decoders, workers=workers, **plain)
+
+
+class _Parser(argparse.ArgumentParser):
+    """One line for a mistake; argparse prints all flags first."""
+
+    def error(self, message: str) -> NoReturn:
+        self.exit(2, f"{self.prog}: {message}\n")
+
+
+def _parser(description: str) -> argparse.ArgumentParser:
+    parser = _Parser(
+        prog="toy_proxy_server.py",
+        description=description,
+        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+    )
+    add, defaults = parser.add_argument, ProxySettings()
+    add("--host", default=defaults.host, help="address to listen on")
+    add("--port", type=_port, default=defaults.port, help="port to listen on")
+    add(
+        "--pd-disaggregation",
+        action="store_true",
+        help="may be left out: prefillers and decoders say so",
+    )
+    for role, alias, what in (
+        ("prefiller", "prefiller", "compute prompts"),
+        ("decoder", "decoder", "answer"),
+        ("worker", "work", "do both"),
+    ):
+        # Given twice, they add up. The singular is what half of the documents use.
+        names = dict.fromkeys((f"--{role}", f"--{alias}"))
+        more = {"nargs": "+", "action": "append"}
+        hosts = list(chain.from_iterable((f"{n}-hosts", f"{n}-host") for n in names))
+        ports = list(chain.from_iterable((f"{n}-ports", f"{n}-port") for n in names))
+        add(*hosts, dest=f"{role}_hosts", help=f"instances that {what}", **more)  # type: ignore[arg-type]
+        add(*ports, dest=f"{role}_ports", type=_port, help="their ports", **more)  # type: ignore[arg-type]
+    add("--policy", choices=POLICIES, default=defaults.policy, help="how an instance is chosen")
+    for name, kind, text in (
+        ("min-prefill-tokens", _count, "prompts that are surely shorter go to decode alone"),
+        ("max-running", _positive, "requests at one instance; more wait in the proxy"),
+        ("max-queued", _count, "requests that wait in the proxy; more are turned away (503)"),
+        ("queue-timeout-s", _seconds, "how long one waits before it is turned away (503)"),
+        ("connect-timeout-s", _seconds, "for a connection to an instance"),
+        ("prefill-timeout-s", _seconds, "for a prefill; then decode computes the prompt"),
+        ("idle-timeout-s", _seconds, "without a byte from an instance that answers"),
+        ("health-interval-s", _seconds, "between two looks at an instance's /health"),
+        ("breaker-failures", _positive, "failed connections before an instance is left alone"),
+        ("breaker-open-s", _seconds, "how long it is left alone"),
+    ):
+        default = getattr(defaults, name.replace("-", "_"))
+        add(f"--{name}", type=kind, default=default, help=text)
+    add("--admin-key", help="turns on POST /instances, for those who send it as a bearer token")
+    return parser
+
+
+def _flat(given: list[list[Any]] | None) -> list[Any] | None:
+    return None if given is None else [each for group in given for each in group]
+
+
+def _names_its_port(host: str) -> bool:
+    try:
+        url = URL(host if "://" in host else f"http://{host}")
+    except ValueError:
+        return False
+    return "://" in host or (url.explicit_port is not None and host.count(":") == 1) or "]:" in host
+
+
+def _url(host: str, port: int, *, flag: str) -> URL:
+    try:
+        if "://" in host:
+            url = URL(host)
+        elif _names_its_port(host):
+            url = URL(f"http://{host}")
+        else:
+            url = URL.build(scheme="http", host=host.strip("[]"), port=port)
+    except ValueError as error:
+        raise ConfigError(f"--{flag}-hosts: {host!r} is no host: {error}") from error
+    if url.scheme not in ("http", "https") or not url.host or url.path not in ("", "/"):
+        raise ConfigError(f"--{flag}-hosts: {host!r} is no host, host:port or http://host:port")
+    if url.host.replace(".", "").isdecimal() and url.host.count(".") != 3:
+        raise ConfigError(f"--{flag}-hosts: {host!r} looks like several addresses in one")
+    return url.origin()
+
+
+def _port(text: str) -> int:
+    if not text.isdecimal() or not 0 < int(text) < 1 << 16:
+        raise argparse.ArgumentTypeError(f"{text!r} is no port: a number from 1 to 65535 is")
+    return int(text)
+
+
+def _count(text: str) -> int:
+    if not text.isdecimal():
+        raise argparse.ArgumentTypeError(f"{text!r} is no number from 0 on")
+    return int(text)
+
+
+def _positive(text: str) -> int:
+    if _count(text) < 1:
+        raise argparse.ArgumentTypeError("must be at least 1")
+    return int(text)
+
+
+def _seconds(text: str) -> float:
+    try:
+        seconds = float(text)
+    except ValueError:
+        seconds = 0.0
+    if not 0 < seconds < float("inf"):
+        raise argparse.ArgumentTypeError(f"{text!r} is no time in seconds")
+    return seconds

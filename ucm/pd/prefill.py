@@ -1,0 +1,135 @@
+"""The prefill leg: a hint, whose failure costs time and nothing else.
+
+Requests for the same prompt that are in flight together share one prefill. It goes on for as long
+as one of them waits for it.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import aiohttp
+from multidict import CIMultiDict
+from xxhash import xxh3_128_digest
+from yarl import URL
+
+from ucm.pd import upstream
+from ucm.pd.instances import Instance, NoInstance, Pool, QueueFull
+
+logger = logging.getLogger(__name__)
+
+_SHOWN_BYTES = 500
+
+
+@dataclass(frozen=True)
+class PrefillOutcome:
+    """`failure` is a reason for counters; None when the prompt is computed. `shared` means that
+    another request had asked for it."""
+
+    failure: str | None
+    shared: bool
+
+
+@dataclass(frozen=True)
+class Leg:
+    """What is asked of the prefill instance. `path` has the client's query."""
+
+    path: URL
+    headers: CIMultiDict[str]
+    body: bytes
+    tokens: int
+
+    @property
+    def digest(self) -> bytes:
+        """The same for legs that one prefill can serve: same prompt, for the same client."""
+        parts = (str(self.path), self.headers.get("Authorization", ""))
+        return xxh3_128_digest(b"\0".join([*map(str.encode, parts), self.body]))
+
+
+@dataclass(eq=False)
+class _Running:
+    task: asyncio.Task[str | None]
+    waiters: int = 0
+
+
+class Prefills:
+    """Owned by the event loop's thread."""
+
+    def __init__(
+        self,
+        session: aiohttp.ClientSession,
+        pool: Pool,
+        *,
+        timeout_s: float,
+        on_retry: Callable[[], None],
+    ) -> None:
+        self._session = session
+        self._pool = pool
+        self._timeout_s = timeout_s
+        self._on_retry = on_retry
+        self._running: dict[bytes, _Running] = {}
+
+    async def run(self, leg: Leg) -> PrefillOutcome:
+        """Until the prompt is computed, or it is clear that it will not be."""
+        digest = leg.digest
+        running = self._running.get(digest)
+        shared = running is not None
+        if running is None:
+            running = self._running[digest] = _Running(asyncio.create_task(self._send(leg)))
+            running.task.add_done_callback(lambda _: self._running.pop(digest, None))
+        running.waiters += 1
+        try:
+            failure = await asyncio.shield(running.task)
+        finally:
+            running.waiters -= 1
+            if running.waiters == 0 and not running.task.done():
+                # Nobody joins what is being cancelled.
+                self._running.pop(digest, None)
+                running.task.cancel()
+        return PrefillOutcome(failure, shared)
+
+    async def _send(self, leg: Leg) -> str | None:
+        tried: list[Instance] = []
+        failure = "no_prefiller"
+        while True:
+            try:
+                instance = await self._pool.admit(tokens=leg.tokens, but=tried)
+            except NoInstance:
+                return failure
+            except QueueFull as error:
+                logger.warning("not prefilled: %s", error)
+                return "queue_full"
+            try:
+                return await asyncio.wait_for(self._ask(instance, leg), self._timeout_s)
+            except upstream.UNREACHABLE as error:
+                failure = upstream.failure_reason(error)
+                logger.warning("prefill %s: %s (%s)", instance.url, failure, error)
+                if failure == "timeout":
+                    return failure  # another one would take as long
+                instance.breaker.failed()
+            finally:
+                self._pool.leave(instance, tokens=leg.tokens)
+            tried.append(instance)
+            if self._pool.has_another(tried):
+                self._on_retry()
+
+    async def _ask(self, instance: Instance, leg: Leg) -> str | None:
+        response = await upstream.ask(
+            self._session,
+            "POST",
+            instance.url.join(leg.path),
+            body=leg.body,
+            headers=leg.headers,
+        )
+        async with response:
+            answer = await response.read()
+        instance.breaker.succeeded()
+        if response.ok:
+            return None
+        logger.warning(
+            "prefill %s answered %d: %s", instance.url, response.status, answer[:_SHOWN_BYTES]
+        )
+        return f"{response.status // 100}xx"

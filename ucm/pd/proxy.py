@@ -1,0 +1,266 @@
+"""The proxy as an aiohttp application: which request goes which way."""
+
+from __future__ import annotations
+
+import asyncio
+import hmac
+import logging
+from collections.abc import AsyncIterator, Awaitable, Callable
+from contextlib import suppress
+from functools import partial
+
+import aiohttp
+from aiohttp import web
+from yarl import URL
+
+from ucm.errors import ConfigError
+from ucm.pd import upstream
+from ucm.pd.flags import ProxySettings, instance_url
+from ucm.pd.instances import Breaker, Instance, Pool, Role, all_instances
+from ucm.pd.journey import Journey
+from ucm.pd.metrics import ProxyMetrics
+from ucm.pd.prefill import Leg, Prefills
+from ucm.pd.relay import Relay, error_response
+from ucm.pd.rewrite import guess_tokens, parse_body, prefill_body, why_not_prefill
+
+logger = logging.getLogger(__name__)
+
+# A prompt of several images may be large; something has to end one that never ends.
+MAX_BODY_BYTES = 512 << 20
+GENERATING = ("/v1/completions", "/v1/chat/completions", "/v1/responses")
+
+
+def make_app(settings: ProxySettings) -> web.Application:
+    """Run it with handler_cancellation=True: a client that leaves then cancels both legs."""
+    app = web.Application(client_max_size=MAX_BODY_BYTES)
+    proxy = Proxy(settings)
+    app.cleanup_ctx.append(proxy.running)
+    for path in GENERATING:
+        app.router.add_post(path, proxy.generate)
+    app.router.add_get("/health", proxy.health)
+    app.router.add_get("/healthcheck", proxy.healthcheck)
+    app.router.add_get("/ready", proxy.ready)
+    app.router.add_get("/metrics", proxy.metrics_page)
+    app.router.add_get("/instances", proxy.list_instances)
+    app.router.add_post("/instances/{change:add|remove|drain}", proxy.change_instances)
+    app.router.add_route("*", "/{path:.*}", proxy.pass_on)
+    return app
+
+
+class Proxy:
+    """All state of one proxy. Owned by the event loop's thread."""
+
+    def __init__(self, settings: ProxySettings) -> None:
+        self._settings = settings
+        roles = [Role.WORKER] if settings.workers else [Role.PREFILL, Role.DECODE]
+        self._pools = {role: self._make_pool(role) for role in roles}
+        urls = {
+            Role.PREFILL: settings.prefillers,
+            Role.DECODE: settings.decoders,
+            Role.WORKER: settings.workers,
+        }
+        for role, pool in self._pools.items():
+            for url in urls[role]:
+                pool.add(url)
+        self._metrics = ProxyMetrics(self._pools.values)
+        self._prefills: Prefills | None = None
+        self._relay: Relay | None = None
+
+    def _make_pool(self, role: Role) -> Pool:
+        settings = self._settings
+        return Pool(
+            role,
+            policy=settings.policy,
+            max_running=settings.max_running,
+            max_queued=settings.max_queued,
+            queue_timeout_s=settings.queue_timeout_s,
+            make_breaker=partial(
+                Breaker, max_failures=settings.breaker_failures, open_s=settings.breaker_open_s
+            ),
+        )
+
+    async def running(self, app: web.Application) -> AsyncIterator[None]:
+        """For the application's life: connections, and looks at the instances' health."""
+        del app
+        settings = self._settings
+        async with upstream.client_session(
+            connect_timeout_s=settings.connect_timeout_s, idle_timeout_s=settings.idle_timeout_s
+        ) as session:
+            self._relay = Relay(session, self._answering)
+            if Role.PREFILL in self._pools:
+                self._prefills = Prefills(
+                    session,
+                    self._pools[Role.PREFILL],
+                    timeout_s=settings.prefill_timeout_s,
+                    on_retry=self._metrics.retries.labels(Role.PREFILL.value).inc,
+                )
+            checks = asyncio.create_task(self._check_health(session))
+            yield
+            checks.cancel()
+            with suppress(asyncio.CancelledError):
+                await checks
+
+    # -- requests --------------------------------------------------------------------------
+
+    async def generate(self, request: web.Request) -> web.StreamResponse:
+        body = await request.read()
+        fields = parse_body(body)
+        if fields is None:
+            return error_response(400, "the body is not a JSON object")
+
+        async def go(journey: Journey) -> web.StreamResponse:
+            journey.tokens = guess_tokens(fields)
+            if self._prefills is None:
+                journey.path = "mixed"
+            elif why := why_not_prefill(fields, min_tokens=self._settings.min_prefill_tokens):
+                journey.not_prefilled(why)
+            else:
+                await self._prefill(self._prefills, request, fields, journey)
+            return await self._relaying.answer(request, body, journey)
+
+        return await self._journey(request, go)
+
+    async def pass_on(self, request: web.Request) -> web.StreamResponse:
+        """Everything else is for an instance that answers."""
+        body = await request.read() if request.can_read_body else None
+
+        async def go(journey: Journey) -> web.StreamResponse:
+            if self._prefills is None:
+                journey.path = "mixed"
+            return await self._relaying.answer(request, body, journey)
+
+        return await self._journey(request, go)
+
+    async def _journey(
+        self, request: web.Request, go: Callable[[Journey], Awaitable[web.StreamResponse]]
+    ) -> web.StreamResponse:
+        journey = Journey(
+            self._metrics,
+            route=f"{request.method} {request.path}",
+            request_id=request.headers.get(upstream.REQUEST_ID),
+        )
+        try:
+            return await go(journey)
+        finally:
+            journey.end()
+
+    async def _prefill(
+        self,
+        prefills: Prefills,
+        request: web.Request,
+        fields: dict[str, object],
+        journey: Journey,
+    ) -> None:
+        headers = upstream.request_headers(request.headers, request_id=f"{journey.request_id}-p")
+        leg = Leg(
+            path=URL(request.raw_path, encoded=True),
+            headers=headers,
+            body=prefill_body(fields, path=request.path),
+            tokens=journey.tokens,
+        )
+        with journey.stage("prefill"):
+            outcome = await prefills.run(leg)
+        if outcome.failure is not None:
+            journey.not_prefilled(outcome.failure)
+        else:
+            journey.path = "shared-prefill" if outcome.shared else "pd"
+
+    @property
+    def _relaying(self) -> Relay:
+        assert self._relay is not None, "requests come after the start"
+        return self._relay
+
+    @property
+    def _answering(self) -> Pool:
+        return self._pools.get(Role.DECODE) or self._pools[Role.WORKER]
+
+    # -- about the proxy itself ------------------------------------------------------------
+
+    async def health(self, request: web.Request) -> web.Response:
+        """The proxy lives, whatever its instances do."""
+        return web.Response()
+
+    async def healthcheck(self, request: web.Request) -> web.Response:
+        if Role.WORKER in self._pools:
+            counts = {"worker_instances": len(self._pools[Role.WORKER].instances)}
+        else:
+            counts = {
+                "prefill_instances": len(self._pools[Role.PREFILL].instances),
+                "decode_instances": len(self._pools[Role.DECODE].instances),
+            }
+        return web.json_response({"status": "ok", **counts})
+
+    async def ready(self, request: web.Request) -> web.Response:
+        """Whether a request would find somebody to answer it."""
+        well = [each for each in self._answering.instances if each.state in ("closed", "half-open")]
+        if well:
+            return web.json_response({"status": "ready"})
+        return error_response(503, f"no {self._answering.role.value} instance is well")
+
+    async def metrics_page(self, request: web.Request) -> web.Response:
+        return web.Response(body=self._metrics.text(), content_type="text/plain", charset="utf-8")
+
+    async def list_instances(self, request: web.Request) -> web.Response:
+        return web.json_response({"instances": list(map(_described, self._instances()))})
+
+    async def change_instances(self, request: web.Request) -> web.Response:
+        if not self._is_admin(request):
+            return error_response(403, "needs the --admin-key of this proxy as a bearer token")
+        fields = parse_body(await request.read()) or {}
+        try:
+            pool = self._pools[Role(str(fields.get("role")))]
+            url = instance_url(str(fields.get("url")))
+        except (ValueError, KeyError):
+            roles = " or ".join(role.value for role in self._pools)
+            return error_response(400, f"role: expected {roles}")
+        except ConfigError as error:
+            return error_response(400, f"url: {error}")
+        change = request.match_info["change"]
+        changed = getattr(pool, change)(url)
+        if not changed and change != "add":
+            return error_response(404, f"{url} is no {pool.role.value} instance here")
+        logger.info("%s %s %s", change, pool.role.value, url)
+        return await self.list_instances(request)
+
+    def _instances(self) -> list[Instance]:
+        return all_instances(self._pools.values())
+
+    def _is_admin(self, request: web.Request) -> bool:
+        key = self._settings.admin_key
+        given = request.headers.get("Authorization", "").removeprefix("Bearer ")
+        return key is not None and hmac.compare_digest(given.encode(), key.encode())
+
+    # -- health ----------------------------------------------------------------------------
+
+    async def _check_health(self, session: aiohttp.ClientSession) -> None:
+        interval_s = self._settings.health_interval_s
+        while True:
+            await asyncio.sleep(interval_s)
+            await asyncio.gather(*(_check(session, each, interval_s) for each in self._instances()))
+
+
+async def _check(session: aiohttp.ClientSession, instance: Instance, timeout_s: float) -> None:
+    before = instance.breaker.state
+    try:
+        timeout = aiohttp.ClientTimeout(total=timeout_s)
+        async with session.get(instance.url / "health", timeout=timeout) as response:
+            is_well = response.ok
+    except upstream.UNREACHABLE:
+        is_well = False
+    if is_well:
+        instance.breaker.succeeded()
+    else:
+        instance.breaker.failed()
+    if (after := instance.breaker.state) != before:
+        logger.warning("%s %s: %s -> %s", instance.role.value, instance.url, before, after)
+
+
+def _described(instance: Instance) -> dict[str, object]:
+    return {
+        "role": instance.role.value,
+        "url": str(instance.url),
+        "state": instance.state,
+        "running": instance.running,
+        "prompt_tokens": instance.tokens,
+        "served": instance.served,
+    }

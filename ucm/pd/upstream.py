@@ -1,0 +1,98 @@
+"""What goes to an engine and what comes back: headers, and the ways in which it can fail."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+from collections.abc import AsyncIterator
+from io import BytesIO
+
+import aiohttp
+from multidict import CIMultiDict, CIMultiDictProxy
+from yarl import URL
+
+# vLLM's server closes idle connections after 5 s: let go before it does, or a request now and then
+# goes out on a connection that is just being closed.
+IDLE_CONNECTION_S = 3.0
+REQUEST_ID = "X-Request-Id"
+
+# About one connection, not about the message (RFC 9110, 7.6.1).
+_HOP_BY_HOP = frozenset(
+    {
+        "connection",
+        "keep-alive",
+        "proxy-authenticate",
+        "proxy-authorization",
+        "proxy-connection",
+        "te",
+        "trailer",
+        "transfer-encoding",
+        "upgrade",
+    }
+)
+# Said anew for each connection.
+_REQUEST_ONLY = frozenset({"host", "content-length", "expect"})
+_NO_DEFAULTS = ("Accept", "Accept-Encoding", "Content-Type", "User-Agent")
+
+# The engine can't be reached, or has gone, or is silent: another one may do.
+UNREACHABLE = (aiohttp.ClientError, OSError, asyncio.TimeoutError)
+
+
+@contextlib.asynccontextmanager
+async def client_session(
+    *, connect_timeout_s: float, idle_timeout_s: float
+) -> AsyncIterator[aiohttp.ClientSession]:
+    """No limit and no total timeout: a decode may stream for an hour, and thousands at once."""
+    connector = aiohttp.TCPConnector(limit=0, keepalive_timeout=IDLE_CONNECTION_S)
+    timeout = aiohttp.ClientTimeout(
+        total=None, sock_connect=connect_timeout_s, sock_read=idle_timeout_s
+    )
+    async with aiohttp.ClientSession(
+        connector=connector,
+        timeout=timeout,
+        auto_decompress=False,
+        cookie_jar=aiohttp.DummyCookieJar(),
+        skip_auto_headers=_NO_DEFAULTS,
+    ) as session:
+        yield session
+
+
+async def ask(
+    session: aiohttp.ClientSession,
+    method: str,
+    url: URL,
+    *,
+    body: bytes | None,
+    headers: CIMultiDict[str],
+) -> aiohttp.ClientResponse:
+    """The answer once its headers are there; the caller releases it. Raises UNREACHABLE."""
+    # A file object is sent in pieces; bytes of many MiB at once would hold up every other stream.
+    data = None if body is None else BytesIO(body)
+    return await session.request(method, url, data=data, headers=headers, allow_redirects=False)
+
+
+def request_headers(headers: CIMultiDictProxy[str], *, request_id: str) -> CIMultiDict[str]:
+    """The client's, for an engine, under this request id."""
+    sent = _end_to_end(headers, but=_REQUEST_ONLY)
+    sent[REQUEST_ID] = request_id
+    return sent
+
+
+def response_headers(headers: CIMultiDictProxy[str]) -> CIMultiDict[str]:
+    """The engine's, for the client."""
+    return _end_to_end(headers, but=frozenset())
+
+
+def failure_reason(error: BaseException) -> str:
+    """What counters call it."""
+    if isinstance(error, aiohttp.ClientConnectorError):
+        return "refused"
+    if isinstance(error, asyncio.TimeoutError):
+        return "timeout"
+    return "broken_off"
+
+
+def _end_to_end(headers: CIMultiDictProxy[str], *, but: frozenset[str]) -> CIMultiDict[str]:
+    named = {name.strip().lower() for name in headers.get("Connection", "").split(",")}
+    left_out = _HOP_BY_HOP | but | named
+    return CIMultiDict((k, v) for k, v in headers.items() if k.lower() not in left_out)
