@@ -42,6 +42,7 @@ class ProxySettings:
     health_interval_s: float = 2.0
     breaker_failures: int = 3
     breaker_open_s: float = 5.0
+    resume: bool = True
     admin_key: str | None = None
 
     @property
@@ -177,6 +178,12 @@ def _parser(description: str) -> argparse.ArgumentParser:
     ):
         default = getattr(defaults, name.replace("-", "_"))
         add(f"--{name}", type=kind, default=default, help=text)
+    add(
+        "--no-resume",
+        dest="resume",
+        action="store_false",
+        help="a stream that breaks off ends with an error event, instead of on another instance",
+    )
     add("--admin-key", help="turns on POST /instances, for those who send it as a bearer token")
     return parser
 

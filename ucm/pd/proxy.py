@@ -15,19 +15,24 @@ from yarl import URL
 
 from ucm.errors import ConfigError
 from ucm.pd import upstream
+from ucm.pd.errors import error_response
 from ucm.pd.flags import ProxySettings, instance_url
 from ucm.pd.instances import Breaker, Instance, Pool, Role, all_instances
 from ucm.pd.journey import Journey
 from ucm.pd.metrics import ProxyMetrics
 from ucm.pd.prefill import Leg, Prefills
-from ucm.pd.relay import Relay, error_response
+from ucm.pd.relay import Relay
+from ucm.pd.resume import Tracker
 from ucm.pd.rewrite import guess_tokens, parse_body, prefill_body, why_not_prefill
 
 logger = logging.getLogger(__name__)
 
 # A prompt of several images may be large; something has to end one that never ends.
 MAX_BODY_BYTES = 512 << 20
-GENERATING = ("/v1/completions", "/v1/chat/completions", "/v1/responses")
+_COMPLETIONS = "/v1/completions"
+_CHAT = "/v1/chat/completions"
+_RESUMABLE = (_COMPLETIONS, _CHAT)
+GENERATING = (_COMPLETIONS, _CHAT, "/v1/responses")
 
 
 def make_app(settings: ProxySettings) -> web.Application:
@@ -116,7 +121,10 @@ class Proxy:
                 journey.not_prefilled(why)
             else:
                 await self._prefill(self._prefills, request, fields, journey)
-            return await self._relaying.answer(request, body, journey)
+            tracker = None
+            if self._settings.resume and request.path in _RESUMABLE and fields.get("stream"):
+                tracker = Tracker(fields, is_chat=request.path == _CHAT)
+            return await self._relaying.answer(request, body, journey, tracker)
 
         return await self._journey(request, go)
 

@@ -1,43 +1,31 @@
 """The decode leg: the client's own bytes to an instance, and its answer back, byte by byte.
 
 Decode's status, headers and body are the truth. An answer that has a length is read whole before
-the client sees any of it, of a stream the first piece: until then another instance can be asked. A
-client that goes away cancels the handler, and with it the upstream request, so the engine stops.
+the client sees any of it, of a stream the first piece: until then another instance can be asked,
+and later one that goes on with the stream. A client that goes away cancels the handler, and with it
+the upstream request, so the engine stops.
 """
 
 from __future__ import annotations
 
 import logging
-from dataclasses import dataclass
 
 import aiohttp
-import msgspec
 from aiohttp import web
 from yarl import URL
 
 from ucm.pd import upstream
+from ucm.pd.delivery import Answer, Delivery
+from ucm.pd.errors import error_response
 from ucm.pd.instances import Instance, NoInstance, Pool, QueueFull
 from ucm.pd.journey import Journey
+from ucm.pd.resume import Tracker
 
 logger = logging.getLogger(__name__)
 
-_EVENT_STREAM = "text/event-stream"
 # The instance is well and has no room: another may have.
 _TRY_ANOTHER = frozenset({429, 503})
 _RETRY_AFTER_S = 1
-
-
-@dataclass(frozen=True)
-class _Answer:
-    """`first` is the whole body, or the first piece of a stream that has more."""
-
-    upstream: aiohttp.ClientResponse
-    first: bytes
-    is_whole: bool
-
-    @property
-    def is_event_stream(self) -> bool:
-        return self.upstream.content_type == _EVENT_STREAM
 
 
 class Relay:
@@ -48,9 +36,14 @@ class Relay:
         self._pool = pool
 
     async def answer(
-        self, request: web.Request, body: bytes | None, journey: Journey
+        self,
+        request: web.Request,
+        body: bytes | None,
+        journey: Journey,
+        tracker: Tracker | None = None,
     ) -> web.StreamResponse:
         """The client's response, sent. Never raises but for a client that has left."""
+        delivery = Delivery(request, journey, tracker)
         tried: list[Instance] = []
         problem = ""
         while True:
@@ -58,29 +51,37 @@ class Relay:
                 with journey.stage("queue"):
                     instance = await self._pool.admit(tokens=journey.tokens, but=tried)
             except NoInstance as error:
-                return _error(journey, 502 if tried else 503, problem or str(error))
+                return await _give_up(delivery, journey, 502 if tried else 503, problem or error)
             except QueueFull as error:
-                return _error(journey, 503, str(error))
+                return await _give_up(delivery, journey, 503, error)
             try:
                 tried.append(instance)
-                found = await self._ask(tried, request, body, journey)
-                if isinstance(found, _Answer):
+                found = await self._ask(tried, request, delivery.body(body), journey)
+                if isinstance(found, str):
+                    problem = found
+                else:
                     async with found.upstream:
-                        return await _send(request, found, journey)
+                        broken = await delivery.take(found)
+                    if delivery.response is not None and broken is None:
+                        return delivery.response
+                    problem = broken or problem
+                    if not delivery.can_resume:
+                        return await _give_up(delivery, journey, 502, problem)
+                    logger.warning("%s; another goes on with it", problem)
             finally:
                 self._pool.leave(instance, tokens=journey.tokens)
-            problem = found
             if self._pool.has_another(tried):
                 journey.retried(self._pool.role.value)
 
     async def _ask(
         self, tried: list[Instance], request: web.Request, body: bytes | None, journey: Journey
-    ) -> _Answer | str:
+    ) -> Answer | str:
         """The beginning of the answer of the last of `tried`, or what is wrong with it."""
         instance = tried[-1]
         request_id = journey.request_id + (f"-r{len(tried)}" if len(tried) > 1 else "")
         headers = upstream.request_headers(request.headers, request_id=request_id)
         url = instance.url.join(URL(request.raw_path, encoded=True))
+        role = self._pool.role.value
         try:
             with journey.stage("decode_ttft"):
                 response = await upstream.ask(
@@ -90,88 +91,34 @@ class Relay:
         except upstream.UNREACHABLE as error:
             instance.breaker.failed()
             problem = f"{upstream.failure_reason(error)} ({error})"
-            logger.warning("%s %s: %s", self._pool.role.value, instance.url, problem)
-            return f"the {self._pool.role.value} instance at {instance.url}: {problem}"
+            logger.warning("%s %s: %s", role, instance.url, problem)
+            return f"the {role} instance at {instance.url}: {problem}"
         instance.breaker.succeeded()
         if response.status in _TRY_ANOTHER and self._pool.has_another(tried):
             response.close()
-            return f"the {self._pool.role.value} instance at {instance.url} is too busy"
+            return f"the {role} instance at {instance.url} is too busy"
         return answer
 
 
-async def _begin(response: aiohttp.ClientResponse) -> _Answer:
+async def _begin(response: aiohttp.ClientResponse) -> Answer:
     try:
         if response.content_length is not None:
-            return _Answer(response, await response.read(), is_whole=True)
-        return _Answer(response, await response.content.readany(), is_whole=False)
+            return Answer(response, await response.read(), is_whole=True)
+        return Answer(response, await response.content.readany(), is_whole=False)
     except BaseException:
         response.close()
         raise
 
 
-async def _send(request: web.Request, answer: _Answer, journey: Journey) -> web.StreamResponse:
-    headers = upstream.response_headers(answer.upstream.headers)
-    headers.update(journey.headers())
-    status, reason = answer.upstream.status, answer.upstream.reason
-    journey.status = status
-    if answer.is_whole:
-        return web.Response(status=status, reason=reason, headers=headers, body=answer.first)
-    response = web.StreamResponse(status=status, reason=reason, headers=headers)
-    await response.prepare(request)
-    await response.write(answer.first)
-    try:
-        async for piece in answer.upstream.content.iter_any():
-            await response.write(piece)
-    except upstream.UNREACHABLE as error:
-        await _break_off(request, response, answer, error, journey)
-        return response
-    await response.write_eof()
-    return response
-
-
-async def _break_off(
-    request: web.Request,
-    response: web.StreamResponse,
-    answer: _Answer,
-    error: BaseException,
-    journey: Journey,
-) -> None:
-    """The status is long out: an error event says that the answer is not whole; where there are no
-    events, the connection ends inside the body."""
-    if request.transport is None or request.transport.is_closing():
-        return  # it is the client that has gone
-    logger.warning("%s broke off its answer: %r", answer.upstream.url, error)
-    journey.failed("broken_off")
-    if answer.is_event_stream:
-        text = f"the instance at {answer.upstream.url.origin()} broke off its answer: {error!r}"
-        # It may have stopped inside an event.
-        await response.write(b"\n\ndata: " + error_body(502, text) + b"\n\n")
-        await response.write_eof()
-    else:
-        request.transport.close()
-
-
-def error_body(code: int, message: str) -> bytes:
-    """As OpenAI's API has it."""
-    kinds = {400: "BadRequestError", 403: "PermissionDeniedError", 404: "NotFoundError"}
-    kind = kinds.get(code, "ServiceUnavailableError" if code == 503 else "BadGatewayError")
-    error = {"message": message, "type": kind, "param": None, "code": code}
-    return msgspec.json.encode({"error": error})
-
-
-def error_response(code: int, message: str, **headers: str) -> web.Response:
-    return web.Response(
-        status=code,
-        body=error_body(code, message),
-        content_type="application/json",
-        headers=headers,
-    )
-
-
-def _error(journey: Journey, code: int, message: str) -> web.Response:
+async def _give_up(
+    delivery: Delivery, journey: Journey, code: int, problem: str | Exception
+) -> web.StreamResponse:
+    if delivery.response is not None:
+        await delivery.break_off(str(problem))
+        return delivery.response
     journey.status = code
     journey.failed("turned_away" if code == 503 else "unreachable")
-    response = error_response(code, message)
+    response = error_response(code, str(problem))
     response.headers.update(journey.headers())
     if code == 503:
         response.headers["Retry-After"] = str(_RETRY_AFTER_S)

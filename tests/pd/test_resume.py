@@ -1,0 +1,198 @@
+"""Streams that go on with another decoder, and those that can't."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from typing import Any
+
+import pytest
+from aiohttp import web
+from hypothesis import given
+from hypothesis import strategies as st
+
+from tests.pd.conftest import Answer, Fleet
+from ucm.pd.resume import Events, Tracker
+
+CHAT, COMPLETIONS = "v1/chat/completions", "v1/completions"
+
+
+def frames(events: Sequence[dict[str, Any]], *, ident: str) -> list[bytes]:
+    return [b"data: " + json.dumps({"id": ident, **event}).encode() + b"\n\n" for event in events]
+
+
+def tokens(first: int, end: int, *, chat: bool) -> list[dict[str, Any]]:
+    """An event for each of the words first..end-1."""
+    found = []
+    for i in range(first, end):
+        said = {"delta": {"content": f"w{i} "}} if chat else {"text": f"w{i} ", "token_ids": [i]}
+        found.append({"created": 1, "choices": [{"index": 0, "finish_reason": None, **said}]})
+    return found
+
+
+def streaming(pieces: list[bytes], *, dies: bool) -> Answer:
+    async def answer(request: web.Request) -> web.StreamResponse:
+        response = web.StreamResponse(headers={"Content-Type": "text/event-stream"})
+        await response.prepare(request)
+        for piece in pieces:
+            await response.write(piece)
+        if dies:
+            assert request.transport is not None
+            request.transport.close()
+        return response
+
+    return answer
+
+
+def end(num_prompt: int, num_tokens: int) -> list[dict[str, Any]]:
+    usage = {"prompt_tokens": num_prompt, "completion_tokens": num_tokens, "total_tokens": 20}
+    return [
+        {"created": 2, "choices": [{"index": 0, "finish_reason": "length"}]},
+        {"created": 2, "choices": [], "usage": usage},
+    ]
+
+
+def events_of(body: bytes) -> list[dict[str, Any]]:
+    found = [line.removeprefix(b"data: ") for line in body.split(b"\n\n") if line]
+    assert b"[DONE]" == found.pop()
+    return [json.loads(line) for line in found]
+
+
+@pytest.mark.parametrize("torn", [False, True], ids=["between-events", "inside-an-event"])
+@pytest.mark.parametrize("path", [COMPLETIONS, CHAT])
+async def test_a_stream_that_breaks_off_goes_on_with_another_decoder(
+    fleet: Fleet, path: str, torn: bool
+):
+    chat = path == CHAT
+    await fleet.start(1, 2, policy="round-robin")
+    head = frames(tokens(0, 5, chat=chat), ident="first")
+    if torn:
+        head.append(frames(tokens(5, 6, chat=chat), ident="first")[0][:30])
+    tail = frames([*tokens(5, 9, chat=chat), *end(15, 4)], ident="second")
+    fleet.decode[0].answer = streaming(head, dies=True)
+    fleet.decode[1].answer = streaming([*tail, b"data: [DONE]\n\n"], dies=False)
+    prompt = {"messages": [{"role": "user", "content": "hi"}]} if chat else {"prompt": "hi "}
+    fields = {**prompt, "stream": True, "max_tokens": 9, "min_tokens": 6}
+
+    async with await fleet.post(path, **fields) as response:
+        events = events_of(await response.read())
+
+    said = [choice for event in events for choice in event["choices"]]
+    texts = [(c.get("text") or c.get("delta", {}).get("content") or "").strip() for c in said]
+    assert [f"w{i}" for i in range(9)] == [text for text in texts if text]
+    assert {"first"} == {event["id"] for event in events}
+    assert (10, 9) == (
+        events[-1]["usage"]["prompt_tokens"],
+        events[-1]["usage"]["completion_tokens"],
+    )
+    asked = fleet.decode[1].asked[0].fields
+    assert (4, 1) == (asked["max_tokens"], asked["min_tokens"])
+    if chat:
+        said_before = {"role": "assistant", "content": "w0 w1 w2 w3 w4 "}
+        assert [*fields["messages"], said_before] == asked["messages"]
+        assert (True, False) == (asked["continue_final_message"], asked["add_generation_prompt"])
+    else:
+        assert "hi w0 w1 w2 w3 w4 " == asked["prompt"]
+    assert 1 == await fleet.metric('ucm_pd_requests_total{path="resumed"}')
+
+
+async def test_a_prompt_of_token_ids_goes_on_with_the_ids_that_came(fleet: Fleet):
+    await fleet.start(1, 2, policy="round-robin")
+    fleet.decode[0].answer = streaming(frames(tokens(5, 8, chat=False), ident="a"), dies=True)
+    fleet.decode[1].answer = streaming([b"data: [DONE]\n\n"], dies=False)
+
+    fields = {"prompt": [1, 2], "stream": True, "return_token_ids": True}
+    async with await fleet.post(**fields) as response:
+        await response.read()
+    assert [1, 2, 5, 6, 7] == fleet.decode[1].asked[0].fields["prompt"]
+
+
+async def test_a_stream_may_break_off_more_than_once(fleet: Fleet):
+    await fleet.start(1, 3, policy="round-robin")
+    prompts: list[str] = []
+
+    async def two_more(request: web.Request) -> web.StreamResponse:
+        asked = [each.asked for each in fleet.decode]
+        prompts[:] = sorted((a.fields["prompt"] for each in asked for a in each), key=len)
+        first, is_last = 2 * len(prompts) - 2, len(prompts) == 3
+        pieces = frames(tokens(first, first + 2, chat=False), ident=str(first))
+        done = [b"data: [DONE]\n\n"] if is_last else []
+        return await streaming([*pieces, *done], dies=not is_last)(request)
+
+    for engine in fleet.decode:
+        engine.answer = two_more
+
+    async with await fleet.post(prompt="", stream=True, max_tokens=6) as response:
+        events = events_of(await response.read())
+    assert [[i] for i in range(6)] == [event["choices"][0]["token_ids"] for event in events]
+    assert ["", "w0 w1 ", "w0 w1 w2 w3 "] == prompts
+
+
+UNFIT: dict[str, dict[str, Any]] = {
+    "several sequences": {"n": 2},
+    "a grammar": {"response_format": {"type": "json_object"}},
+    "token ids that nobody says": {"prompt": [1, 2]},
+    "several prompts": {"prompt": ["a", "b"]},
+}
+
+
+@pytest.mark.parametrize("fields", UNFIT.values(), ids=UNFIT.keys())
+async def test_what_can_not_be_resumed_ends_with_an_error_event(
+    fleet: Fleet, fields: dict[str, Any]
+):
+    await fleet.start(1, 2, policy="round-robin")
+    head = frames(tokens(0, 2, chat=False), ident="a")
+    fleet.decode[0].answer = streaming(head, dies=True)
+
+    async with await fleet.post(**{"prompt": "hi", "stream": True, **fields}) as response:
+        body = await response.read()
+    assert body.startswith(b"".join(head))
+    assert 502 == json.loads(body.strip().split(b"\n\n")[-1][6:])["error"]["code"]
+    assert b"[DONE]" not in body
+    assert [] == fleet.decode[1].asked
+
+
+async def test_with_no_resume_a_stream_ends_where_it_broke_off(fleet: Fleet):
+    await fleet.start(1, 2, policy="round-robin", resume=False)
+    fleet.decode[0].answer = streaming(frames(tokens(0, 2, chat=False), ident="a"), dies=True)
+
+    async with await fleet.post(prompt="hi", stream=True) as response:
+        assert b'"code":502' in await response.read()
+    assert [] == fleet.decode[1].asked
+
+
+async def test_when_nobody_can_go_on_the_client_hears_it(fleet: Fleet):
+    await fleet.start(1, 2)
+    for engine in fleet.decode:
+        engine.answer = streaming(frames(tokens(0, 2, chat=False), ident="a"), dies=True)
+
+    async with await fleet.post(prompt="hi", stream=True) as response:
+        body = await response.read()
+    assert b'"code":502' in body and b"[DONE]" not in body
+    assert [1, 1] == [len(engine.asked) for engine in fleet.decode]
+
+
+async def test_a_connection_that_breaks_behind_the_last_event_is_a_whole_answer(fleet: Fleet):
+    await fleet.start(1, 2, policy="round-robin")
+    pieces = [*frames(tokens(0, 2, chat=False), ident="a"), b"data: [DONE]\n\n"]
+    fleet.decode[0].answer = streaming(pieces, dies=True)
+
+    async with await fleet.post(prompt="hi", stream=True) as response:
+        assert b"".join(pieces) == await response.read()
+    assert [] == fleet.decode[1].asked
+
+
+@given(st.lists(st.sampled_from([b"a", b"\n", b"\r", b"\n\n", b"\r\n\r\n", b"data: \xff"])))
+def test_a_stream_cut_into_events_is_the_same_bytes(pieces: list[bytes]):
+    events = Events()
+    out = [events.feed(piece) for piece in pieces]
+    assert all(part.endswith((b"\n\n", b"\r\n\r\n")) for part in out if part)
+    assert b"".join(pieces) == b"".join(out) + events.rest()
+
+
+def test_a_tool_call_or_reasoning_can_not_be_resumed():
+    for delta in ({"tool_calls": [{"index": 0}]}, {"reasoning": "hm"}, {"reasoning_content": "hm"}):
+        tracker = Tracker({"messages": []}, is_chat=True)
+        assert tracker.can_resume
+        tracker.add(b"".join(frames([{"choices": [{"delta": delta}]}], ident="a")))
+        assert not tracker.can_resume

@@ -1,0 +1,126 @@
+"""What one client gets: an answer as it is, or a stream, perhaps of several instances in turn."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import AsyncIterator
+from dataclasses import dataclass
+
+import aiohttp
+from aiohttp import web
+
+from ucm.pd import upstream
+from ucm.pd.errors import error_body
+from ucm.pd.journey import Journey
+from ucm.pd.resume import Events, Tracker
+
+logger = logging.getLogger(__name__)
+
+_EVENT_STREAM = "text/event-stream"
+
+
+@dataclass(frozen=True)
+class Answer:
+    """An engine's, from its first bytes on. `first` is the whole body, or the first piece of a
+    stream that has more."""
+
+    upstream: aiohttp.ClientResponse
+    first: bytes
+    is_whole: bool
+
+    @property
+    def is_event_stream(self) -> bool:
+        return self.upstream.content_type == _EVENT_STREAM
+
+    async def pieces(self) -> AsyncIterator[bytes]:
+        yield self.first
+        async for piece in self.upstream.content.iter_any():
+            yield piece
+
+
+class Delivery:
+    """`tracker` is for requests whose stream may be resumed. Owned by the request's task."""
+
+    def __init__(self, request: web.Request, journey: Journey, tracker: Tracker | None) -> None:
+        self.response: web.StreamResponse | None = None
+        self._request = request
+        self._journey = journey
+        self._tracker = tracker
+        self._is_event_stream = False
+
+    @property
+    def can_resume(self) -> bool:
+        return self._tracker is not None and self._tracker.can_resume and self._is_event_stream
+
+    def body(self, first: bytes | None) -> bytes | None:
+        """What to ask an instance: the client's own bytes, or for the rest of the answer."""
+        if self.response is None:
+            return first
+        assert self._tracker is not None
+        return self._tracker.body()
+
+    async def take(self, answer: Answer) -> str | None:
+        """Sends it on. Returns what is wrong if it was broken off, None when the client has all.
+        `response` is the client's from now on."""
+        if self.response is not None:
+            return await self._go_on(answer)
+        headers = upstream.response_headers(answer.upstream.headers)
+        headers.update(self._journey.headers())
+        status, reason = answer.upstream.status, answer.upstream.reason
+        self._journey.status = status
+        if answer.is_whole:
+            body = answer.first
+            self.response = web.Response(status=status, reason=reason, headers=headers, body=body)
+            return None
+        self.response = web.StreamResponse(status=status, reason=reason, headers=headers)
+        self._is_event_stream = answer.is_event_stream
+        await self.response.prepare(self._request)
+        return await self._pump(answer, is_first=True)
+
+    async def _go_on(self, answer: Answer) -> str | None:
+        if answer.upstream.status != web.HTTPOk.status_code or not answer.is_event_stream:
+            return f"{answer.upstream.url.origin()} answered {answer.upstream.status}"
+        self._journey.path = "resumed"
+        return await self._pump(answer, is_first=False)
+
+    async def _pump(self, answer: Answer, *, is_first: bool) -> str | None:
+        assert self.response is not None
+        events = Events()
+        tracker = self._tracker if self._is_event_stream else None
+        try:
+            async for piece in answer.pieces():
+                if tracker is None:
+                    await self.response.write(piece)
+                elif whole := events.feed(piece):
+                    # In this order: what the client may have got is never asked for again.
+                    tracker.add(whole)
+                    await self.response.write(whole if is_first else tracker.continued(whole))
+        except upstream.UNREACHABLE as error:
+            if self._request.transport is None or self._request.transport.is_closing():
+                return None  # it is the client that has gone
+            if tracker is not None and tracker.is_done:
+                await self.response.write_eof()
+                return None  # all that was missing is the end of the connection
+            if not self.can_resume:
+                await self._write_rest(events.rest())
+            return f"{answer.upstream.url.origin()} broke off its answer: {error!r}"
+        await self._write_rest(events.rest())
+        await self.response.write_eof()
+        return None
+
+    async def _write_rest(self, rest: bytes) -> None:
+        if rest and self.response is not None:
+            await self.response.write(rest)
+
+    async def break_off(self, problem: str) -> None:
+        """The status is long out: an error event says that the answer is not whole; where there are
+        no events, the connection ends inside the body."""
+        assert self.response is not None
+        logger.warning("%s", problem)
+        self._journey.failed("broken_off")
+        if self._is_event_stream:
+            # It may have stopped inside an event.
+            await self.response.write(b"\n\ndata: " + error_body(502, problem) + b"\n\n")
+            await self.response.write_eof()
+        elif self._request.transport is not None:
+            self._request.transport.close()
