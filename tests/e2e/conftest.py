@@ -14,7 +14,7 @@ from tests.e2e.node import Node
 
 # Within a fleet the destructive ones come last.
 MODULES = (
-    *("test_identity", "test_sharing", "test_damaged_files", "test_crashes"),
+    *("test_identity", "test_sharing", "test_proxy", "test_damaged_files", "test_crashes"),
     *("test_layouts", "test_bfloat16", "test_files_only", "test_stress", "test_bad_settings"),
     "test_nothing_left",
 )

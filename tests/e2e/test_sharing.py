@@ -8,16 +8,14 @@ from functools import partial
 
 import pytest
 
-from examples.cluster.processes import ProxyServer
 from tests.e2e.checks import (
-    LENGTHS,
     at_once,
     check_answer,
     check_loaded,
     counted,
     make_prompt,
 )
-from tests.e2e.deployment import MAX_TOKENS, Deployment, Oracle
+from tests.e2e.deployment import Deployment, Oracle
 from tests.e2e.node import count
 from tests.e2e.watch import OpenFiles
 
@@ -60,27 +58,6 @@ def test_engines_of_a_node_that_compute_one_cold_prompt_at_once_store_each_block
     assert count(node.wait_quiet(), "dump_committed") - before == 3500 // 128
     for engine in engines:
         check_loaded(engine, prompt, expected)
-
-
-@pytest.mark.parametrize("decode", ["chunk512-layerwise", "chunk4096"])
-def test_through_the_proxy_decode_answers_with_what_prefill_has_just_stored(
-    float32_fleet: Deployment, oracle: Oracle, decode: str
-) -> None:
-    prefill, decoder = float32_fleet["chunk512"], float32_fleet[decode]
-    log = float32_fleet.folder / f"proxy-{decode}.log"
-    with ProxyServer(prefill.server, decoder.server, log=log) as proxy:
-        proxy.wait_ready()
-        for length in LENGTHS:
-            prompt = make_prompt(length, f"proxy {decode}")
-            before = decoder.client.counters()
-            answer = proxy.client.complete(prompt, max_tokens=MAX_TOKENS)
-            assert answer.token_ids == oracle.answer(prompt)
-            gained = counted(decoder.client, before, length)
-            if decoder.node is prefill.node:
-                # On another node the last files may not be there yet.
-                assert gained.external_hits == decoder.full_hit_tokens(prompt), gained
-        text = "A page that was computed once need not be computed again. " * 20
-        assert proxy.client.chat(text).token_ids == oracle.server.client.chat(text).token_ids
 
 
 def test_no_process_of_vllm_has_a_file_of_the_store_open_while_it_serves(
