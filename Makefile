@@ -9,7 +9,7 @@ SHELL := bash
 
 PYTHON ?=
 ARGS ?=
-BENCH ?= store handoff
+BENCH ?= store handoff proxy
 BIN := .venv/bin
 READY := .venv/.ready
 
@@ -41,7 +41,7 @@ check: $(READY) ## ruff, mypy --strict, architecture test
 	$(BIN)/python -m pytest tests/test_architecture.py
 
 .PHONY: bench
-bench: $(READY) ## benchmarks/store.py and benchmarks/handoff.py; BENCH=store runs one of them
+bench: $(READY) ## all of benchmarks/ that runs here; BENCH=store runs one of them
 	@for name in $(BENCH); do
 	    echo "== benchmarks/$$name.py"
 	    $(BIN)/python "benchmarks/$$name.py" $(ARGS)

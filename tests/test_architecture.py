@@ -49,6 +49,7 @@ BELOW_NODE = {
 ENTRY_POINTS = {
     "ucm.cli.main",
     "ucm.integration.vllm.ucm_connector",
+    "ucm.pd.register",
     "ucm.pd.toy_proxy_server",
     "ucm.store.pipeline",
 }

@@ -20,7 +20,7 @@ def read_yaml(path: str) -> object:
     except UnicodeDecodeError as error:
         raise ConfigError(f"{path}: is not UTF-8 text: {error.reason}") from error
     if not text.strip():
-        raise ConfigError(f"{path}: is empty: expected a YAML mapping with ucm_connectors")
+        raise ConfigError(f"{path}: is empty")
     try:
         # Our loader is yaml's safe one with one more check.
         return yaml.load(text, Loader=_StrictLoader)

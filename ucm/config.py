@@ -20,7 +20,7 @@ from msgspec import Meta
 
 from ucm._config_check import convert_tree, show
 from ucm._config_keys import CONFIG_FILE_KEY, Vocabulary, did_you_mean
-from ucm._config_yaml import read_yaml
+from ucm._config_yaml import read_yaml as read_yaml
 from ucm.errors import ConfigError
 
 CONNECTOR_NAME: Final = "UcmPipelineStore"

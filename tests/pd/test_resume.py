@@ -190,9 +190,15 @@ def test_a_stream_cut_into_events_is_the_same_bytes(pieces: list[bytes]):
     assert b"".join(pieces) == b"".join(out) + events.rest()
 
 
+def test_an_answer_that_goes_on_with_the_clients_own_message_can_not_be_resumed():
+    said = {"role": "assistant", "content": "I"}
+    fields = {"messages": [said], "continue_final_message": True}
+    assert not Tracker(fields, is_chat=True).can_resume
+
+
 def test_a_tool_call_or_reasoning_can_not_be_resumed():
     for delta in ({"tool_calls": [{"index": 0}]}, {"reasoning": "hm"}, {"reasoning_content": "hm"}):
-        tracker = Tracker({"messages": []}, is_chat=True)
+        tracker = Tracker({"messages": [{"role": "user"}]}, is_chat=True)
         assert tracker.can_resume
         tracker.add(b"".join(frames([{"choices": [{"delta": delta}]}], ident="a")))
         assert not tracker.can_resume

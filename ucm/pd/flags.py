@@ -44,6 +44,8 @@ class ProxySettings:
     breaker_open_s: float = 5.0
     resume: bool = True
     admin_key: str | None = None
+    instances_file: str | None = None
+    etcd_addr: str | None = None
 
     @property
     def mode(self) -> str:
@@ -114,10 +116,11 @@ def _settings(args: argparse.Namespace) -> ProxySettings:
             "--worker-hosts are for instances that do both: give either those, or prefillers and "
             "decoders"
         )
-    if bool(prefillers) != bool(decoders):
+    elsewhere = args.instances_file or args.etcd_addr
+    if bool(prefillers) != bool(decoders) and not elsewhere:
         missing = "decoder" if prefillers else "prefiller"
         raise ConfigError(f"a {missing} is missing: give --{missing}-hosts and --{missing}-ports")
-    if not (prefillers or workers):
+    if not (prefillers or decoders or workers or elsewhere):
         prefillers = (URL.build(scheme="http", host="localhost", port=DEFAULT_PREFILL_PORT),)
         decoders = (URL.build(scheme="http", host="localhost", port=DEFAULT_DECODE_PORT),)
     if args.pd_disaggregation and workers:
@@ -184,7 +187,9 @@ def _parser(description: str) -> argparse.ArgumentParser:
         action="store_false",
         help="a stream that breaks off ends with an error event, instead of on another instance",
     )
-    add("--admin-key", help="turns on POST /instances, for those who send it as a bearer token")
+    add("--instances-file", help="instances in a YAML file, which is read anew when it changes")
+    add("--etcd-addr", help="host:port of an etcd in which instances register themselves")
+    add("--admin-key", type=_secret, help="who sends it as a bearer token may change /instances")
     return parser
 
 
@@ -210,8 +215,10 @@ def _url(host: str, port: int, *, flag: str) -> URL:
             url = URL.build(scheme="http", host=host.strip("[]"), port=port)
     except ValueError as error:
         raise ConfigError(f"--{flag}-hosts: {host!r} is no host: {error}") from error
-    if url.scheme not in ("http", "https") or not url.host or url.path not in ("", "/"):
+    is_host = bool(url.host) and not any(char.isspace() for char in host)
+    if url.scheme not in ("http", "https") or not is_host or url.path not in ("", "/"):
         raise ConfigError(f"--{flag}-hosts: {host!r} is no host, host:port or http://host:port")
+    assert url.host is not None
     if url.host.replace(".", "").isdecimal() and url.host.count(".") != 3:
         raise ConfigError(f"--{flag}-hosts: {host!r} looks like several addresses in one")
     return url.origin()
@@ -221,6 +228,12 @@ def _port(text: str) -> int:
     if not text.isdecimal() or not 0 < int(text) < 1 << 16:
         raise argparse.ArgumentTypeError(f"{text!r} is no port: a number from 1 to 65535 is")
     return int(text)
+
+
+def _secret(text: str) -> str:
+    if not text:
+        raise argparse.ArgumentTypeError("is empty: leave it out, or give a key")
+    return text
 
 
 def _count(text: str) -> int:

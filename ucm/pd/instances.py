@@ -17,7 +17,7 @@ import itertools
 import time
 from collections import deque
 from collections.abc import Callable, Collection, Iterable
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from enum import Enum
 
 from yarl import URL
@@ -95,9 +95,9 @@ class NoInstance(Exception):
 
 @dataclass(eq=False)
 class _Waiter:
-    future: asyncio.Future[None] = field(
-        default_factory=lambda: asyncio.get_running_loop().create_future()
-    )
+    tokens: int
+    but: tuple[Instance, ...]
+    future: asyncio.Future[Instance]
 
 
 class Pool:
@@ -132,10 +132,10 @@ class Pool:
         known = self.find(url)
         if known is not None:
             known.draining = False
-            self._wake()
+            self.dispatch()
             return False
         self.instances.append(Instance(url, self.role, self._make_breaker()))
-        self._wake()
+        self.dispatch()
         return True
 
     def remove(self, url: URL) -> bool:
@@ -144,14 +144,14 @@ class Pool:
         if known is None:
             return False
         self.instances.remove(known)
-        self._wake()
+        self.dispatch()
         return True
 
     def drain(self, url: URL) -> bool:
         known = self.find(url)
         if known is not None:
             known.draining = True
-            self._wake()
+            self.dispatch()
         return known is not None
 
     def find(self, url: URL) -> Instance | None:
@@ -170,57 +170,63 @@ class Pool:
         Raises NoInstance when all were tried (`but`) or none is there, QueueFull when it would have
         to wait longer than it may.
         """
-        instance = await self._admit(but)
-        instance.running += 1
-        instance.tokens += tokens
-        instance.served += 1
-        instance.breaker.begin()
-        return instance
+        future: asyncio.Future[Instance] = asyncio.get_running_loop().create_future()
+        waiter = _Waiter(tokens, tuple(but), future)
+        self._waiting.append(waiter)
+        self.dispatch()
+        if not future.done() and len(self._waiting) > self._max_queued:
+            self._waiting.remove(waiter)
+            raise QueueFull(f"{self._max_queued} requests wait for {self.role.value} already")
+        try:
+            # Not wait_for: before Python 3.12 it may swallow that its caller was cancelled.
+            done, _ = await asyncio.wait([future], timeout=self._queue_timeout_s)
+        except asyncio.CancelledError:
+            self._withdraw(waiter)
+            raise
+        if not done:
+            self._withdraw(waiter)
+            raise QueueFull(
+                f"no {self.role.value} instance was free within {self._queue_timeout_s:g} s"
+            )
+        return future.result()
+
+    def _withdraw(self, waiter: _Waiter) -> None:
+        if waiter in self._waiting:
+            self._waiting.remove(waiter)
+            waiter.future.cancel()
+        elif waiter.future.done() and waiter.future.exception() is None:
+            self.leave(waiter.future.result(), tokens=waiter.tokens)
+
+    def dispatch(self) -> None:
+        """Gives those who wait what is free, in order; one whom nothing free suits lets others go
+        first. To be called when something may have become free."""
+        passed_over: list[_Waiter] = []
+        while self._waiting and self._may_suit_somebody():
+            waiter = self._waiting.popleft()
+            try:
+                chosen = self._choose(waiter.but)
+            except NoInstance as error:
+                waiter.future.set_exception(error)
+                continue
+            if chosen is None:
+                passed_over.append(waiter)
+                continue
+            chosen.running += 1
+            chosen.tokens += waiter.tokens
+            chosen.served += 1
+            chosen.breaker.begin()
+            waiter.future.set_result(chosen)
+        self._waiting.extendleft(reversed(passed_over))
+
+    def _may_suit_somebody(self) -> bool:
+        there = [each for each in self.instances if not each.draining]
+        return not there or any(each.running < self._max_running for each in there)
 
     def leave(self, instance: Instance, *, tokens: int) -> None:
         instance.running -= 1
         instance.tokens -= tokens
         instance.breaker.ended()
-        self._wake()
-
-    async def _admit(self, but: Collection[Instance]) -> Instance:
-        deadline_s = time.monotonic() + self._queue_timeout_s
-        first = True
-        while True:
-            # Those that wait already are before a new one, not before one whose turn it is.
-            if not (first and self._waiting):
-                chosen = self._choose(but)
-                if chosen is not None:
-                    return chosen
-            if first and len(self._waiting) >= self._max_queued:
-                raise QueueFull(f"{len(self._waiting)} requests wait for {self.role.value} already")
-            await self._wait(deadline_s - time.monotonic(), in_front=not first)
-            first = False
-
-    async def _wait(self, timeout_s: float, *, in_front: bool) -> None:
-        waiter = _Waiter()
-        if in_front:
-            self._waiting.appendleft(waiter)
-        else:
-            self._waiting.append(waiter)
-        try:
-            await asyncio.wait_for(waiter.future, timeout_s)
-        except BaseException as error:
-            if waiter in self._waiting:
-                self._waiting.remove(waiter)
-            else:
-                self._wake()  # it was this one's turn, and it has left
-            if isinstance(error, asyncio.TimeoutError):
-                raise QueueFull(
-                    f"no {self.role.value} instance was free within {self._queue_timeout_s:g} s"
-                ) from None
-            raise
-
-    def _wake(self) -> None:
-        if self._waiting:
-            future = self._waiting.popleft().future
-            if not future.done():
-                future.set_result(None)
+        self.dispatch()
 
     def _choose(self, but: Collection[Instance]) -> Instance | None:
         """None: all of them are full. Raises NoInstance."""

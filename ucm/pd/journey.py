@@ -70,8 +70,6 @@ class Journey:
         return {REQUEST_ID: self.request_id, PATH: self.path, "Server-Timing": timing}
 
     def end(self) -> None:
-        if not self.status:
-            self._failure = "client_left"
         total_s = time.monotonic() - self._started_s
         self._metrics.open_requests.dec()
         self._metrics.requests.labels(self.path).inc()

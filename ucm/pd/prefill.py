@@ -14,7 +14,6 @@ from dataclasses import dataclass
 import aiohttp
 from multidict import CIMultiDict
 from xxhash import xxh3_128_digest
-from yarl import URL
 
 from ucm.pd import upstream
 from ucm.pd.instances import Instance, NoInstance, Pool, QueueFull
@@ -35,9 +34,9 @@ class PrefillOutcome:
 
 @dataclass(frozen=True)
 class Leg:
-    """What is asked of the prefill instance. `path` has the client's query."""
+    """What is asked of the prefill instance. `path` is the client's, with its query."""
 
-    path: URL
+    path: str
     headers: CIMultiDict[str]
     body: bytes
     tokens: int
@@ -45,8 +44,9 @@ class Leg:
     @property
     def digest(self) -> bytes:
         """The same for legs that one prefill can serve: same prompt, for the same client."""
-        parts = (str(self.path), self.headers.get("Authorization", ""))
-        return xxh3_128_digest(b"\0".join([*map(str.encode, parts), self.body]))
+        parts = (self.path, self.headers.get("Authorization", ""))
+        heads = [part.encode(errors="surrogateescape") for part in parts]
+        return xxh3_128_digest(b"\0".join([*heads, self.body]))
 
 
 @dataclass(eq=False)
@@ -79,7 +79,7 @@ class Prefills:
         shared = running is not None
         if running is None:
             running = self._running[digest] = _Running(asyncio.create_task(self._send(leg)))
-            running.task.add_done_callback(lambda _: self._running.pop(digest, None))
+            running.task.add_done_callback(lambda task: self._forget(digest, task))
         running.waiters += 1
         try:
             failure = await asyncio.shield(running.task)
@@ -87,9 +87,14 @@ class Prefills:
             running.waiters -= 1
             if running.waiters == 0 and not running.task.done():
                 # Nobody joins what is being cancelled.
-                self._running.pop(digest, None)
+                self._forget(digest, running.task)
                 running.task.cancel()
         return PrefillOutcome(failure, shared)
+
+    def _forget(self, digest: bytes, task: asyncio.Task[str | None]) -> None:
+        running = self._running.get(digest)
+        if running is not None and running.task is task:
+            del self._running[digest]
 
     async def _send(self, leg: Leg) -> str | None:
         tried: list[Instance] = []
@@ -120,7 +125,7 @@ class Prefills:
         response = await upstream.ask(
             self._session,
             "POST",
-            instance.url.join(leg.path),
+            upstream.target(instance.url, leg.path),
             body=leg.body,
             headers=leg.headers,
         )

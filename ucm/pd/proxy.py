@@ -6,12 +6,10 @@ import asyncio
 import hmac
 import logging
 from collections.abc import AsyncIterator, Awaitable, Callable
-from contextlib import suppress
 from functools import partial
 
 import aiohttp
 from aiohttp import web
-from yarl import URL
 
 from ucm.errors import ConfigError
 from ucm.pd import upstream
@@ -19,6 +17,7 @@ from ucm.pd.errors import error_response
 from ucm.pd.flags import ProxySettings, instance_url
 from ucm.pd.instances import Breaker, Instance, Pool, Role, all_instances
 from ucm.pd.journey import Journey
+from ucm.pd.members import Members
 from ucm.pd.metrics import ProxyMetrics
 from ucm.pd.prefill import Leg, Prefills
 from ucm.pd.relay import Relay
@@ -99,16 +98,24 @@ class Proxy:
                     timeout_s=settings.prefill_timeout_s,
                     on_retry=self._metrics.retries.labels(Role.PREFILL.value).inc,
                 )
-            checks = asyncio.create_task(self._check_health(session))
+            followed = Members(self._pools).sources(settings, session)
+            background = [
+                asyncio.create_task(each) for each in (self._check_health(session), *followed)
+            ]
+            for task in background:
+                task.add_done_callback(_log_failure)
             yield
-            checks.cancel()
-            with suppress(asyncio.CancelledError):
-                await checks
+            for task in background:
+                task.cancel()
+            await asyncio.gather(*background, return_exceptions=True)
 
     # -- requests --------------------------------------------------------------------------
 
     async def generate(self, request: web.Request) -> web.StreamResponse:
-        body = await request.read()
+        try:
+            body = await request.read()
+        except web.RequestPayloadError as error:
+            return error_response(400, f"the body can't be read: {error}")
         fields = parse_body(body)
         if fields is None:
             return error_response(400, "the body is not a JSON object")
@@ -130,7 +137,10 @@ class Proxy:
 
     async def pass_on(self, request: web.Request) -> web.StreamResponse:
         """Everything else is for an instance that answers."""
-        body = await request.read() if request.can_read_body else None
+        try:
+            body = await request.read() if request.can_read_body else None
+        except web.RequestPayloadError as error:
+            return error_response(400, f"the body can't be read: {error}")
 
         async def go(journey: Journey) -> web.StreamResponse:
             if self._prefills is None:
@@ -149,6 +159,9 @@ class Proxy:
         )
         try:
             return await go(journey)
+        except asyncio.CancelledError:
+            journey.failed("client_left")
+            raise
         finally:
             journey.end()
 
@@ -161,7 +174,7 @@ class Proxy:
     ) -> None:
         headers = upstream.request_headers(request.headers, request_id=f"{journey.request_id}-p")
         leg = Leg(
-            path=URL(request.raw_path, encoded=True),
+            path=request.raw_path,
             headers=headers,
             body=prefill_body(fields, path=request.path),
             tokens=journey.tokens,
@@ -236,7 +249,9 @@ class Proxy:
     def _is_admin(self, request: web.Request) -> bool:
         key = self._settings.admin_key
         given = request.headers.get("Authorization", "").removeprefix("Bearer ")
-        return key is not None and hmac.compare_digest(given.encode(), key.encode())
+        if not key:
+            return False
+        return hmac.compare_digest(given.encode(errors="surrogateescape"), key.encode())
 
     # -- health ----------------------------------------------------------------------------
 
@@ -245,6 +260,13 @@ class Proxy:
         while True:
             await asyncio.sleep(interval_s)
             await asyncio.gather(*(_check(session, each, interval_s) for each in self._instances()))
+            for pool in self._pools.values():
+                pool.dispatch()
+
+
+def _log_failure(task: asyncio.Task[None]) -> None:
+    if not task.cancelled() and (error := task.exception()) is not None:
+        logger.error("a background task of the proxy has failed", exc_info=error)
 
 
 async def _check(session: aiohttp.ClientSession, instance: Instance, timeout_s: float) -> None:

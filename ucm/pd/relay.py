@@ -12,7 +12,6 @@ import logging
 
 import aiohttp
 from aiohttp import web
-from yarl import URL
 
 from ucm.pd import upstream
 from ucm.pd.delivery import Answer, Delivery
@@ -80,7 +79,7 @@ class Relay:
         instance = tried[-1]
         request_id = journey.request_id + (f"-r{len(tried)}" if len(tried) > 1 else "")
         headers = upstream.request_headers(request.headers, request_id=request_id)
-        url = instance.url.join(URL(request.raw_path, encoded=True))
+        url = upstream.target(instance.url, request.raw_path)
         role = self._pool.role.value
         try:
             with journey.stage("decode_ttft"):

@@ -197,7 +197,14 @@ def _can_be_resumed(fields: Mapping[str, Any], *, is_chat: bool) -> bool:
     if fields.get("n", 1) != 1 or fields.get("best_of") not in (None, 1):
         return False
     if is_chat:
-        return isinstance(fields.get("messages"), list) and not fields.get("tools")
+        messages = fields.get("messages")
+        if not isinstance(messages, list) or not messages or fields.get("tools"):
+            return False
+        # Where the answer goes on with a message of the client's, there is no place for a second.
+        last = messages[-1]
+        return not fields.get("continue_final_message") and (
+            isinstance(last, dict) and last.get("role") != "assistant"
+        )
     prompt = fields.get("prompt")
     if isinstance(prompt, list):
         # Without the ids of what was generated nothing can be put behind ids.

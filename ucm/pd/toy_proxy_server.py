@@ -19,7 +19,9 @@ if not __package__:
 try:
     from aiohttp import web
 
+    from ucm.errors import ConfigError
     from ucm.pd.flags import parse_flags
+    from ucm.pd.instances_file import read_instances
     from ucm.pd.proxy import make_app
 except ModuleNotFoundError as error:
     raise SystemExit(f"the proxy needs {error.name}: pip install 'ucm[proxy]'") from None
@@ -33,6 +35,12 @@ SHUTDOWN_TIMEOUT_S = 10.0
 def main(arguments: Sequence[str] | None = None) -> None:
     """Serve until SIGINT or SIGTERM."""
     settings = parse_flags(arguments, description=(__doc__ or "").splitlines()[0])
+    if settings.instances_file is not None:
+        try:
+            read_instances(settings.instances_file)
+        except ConfigError as error:
+            print(f"toy_proxy_server.py: --instances-file: {error}", file=sys.stderr)
+            raise SystemExit(2) from None
     logging.basicConfig(level=logging.INFO, format="%(levelname)s %(asctime)s %(message)s")
     logger.info(settings.mode)
     web.run_app(

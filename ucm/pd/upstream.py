@@ -32,6 +32,8 @@ _HOP_BY_HOP = frozenset(
 )
 # Said anew for each connection.
 _REQUEST_ONLY = frozenset({"host", "content-length", "expect"})
+# aiohttp unpacks such bodies as it reads them.
+_UNPACKED = frozenset({"gzip", "deflate", "br"})
 _NO_DEFAULTS = ("Accept", "Accept-Encoding", "Content-Type", "User-Agent")
 
 # The engine can't be reached, or has gone, or is silent: another one may do.
@@ -57,6 +59,14 @@ async def client_session(
         yield session
 
 
+def target(instance: URL, raw_path: str) -> URL:
+    """Where a client's request goes at an instance: its path and query as they came, and never
+    another host, whatever the request line names."""
+    if not raw_path.startswith("/"):
+        raw_path = URL(raw_path, encoded=True).raw_path_qs if "://" in raw_path else "/"
+    return URL(f"{instance.origin()}{raw_path}", encoded=True)
+
+
 async def ask(
     session: aiohttp.ClientSession,
     method: str,
@@ -74,6 +84,8 @@ async def ask(
 def request_headers(headers: CIMultiDictProxy[str], *, request_id: str) -> CIMultiDict[str]:
     """The client's, for an engine, under this request id."""
     sent = _end_to_end(headers, but=_REQUEST_ONLY)
+    if sent.get("Content-Encoding", "").lower() in _UNPACKED:
+        del sent["Content-Encoding"]
     sent[REQUEST_ID] = request_id
     return sent
 
@@ -85,7 +97,7 @@ def response_headers(headers: CIMultiDictProxy[str]) -> CIMultiDict[str]:
 
 def failure_reason(error: BaseException) -> str:
     """What counters call it."""
-    if isinstance(error, aiohttp.ClientConnectorError):
+    if isinstance(error, (aiohttp.ClientConnectorError, aiohttp.ConnectionTimeoutError)):
         return "refused"
     if isinstance(error, asyncio.TimeoutError):
         return "timeout"

@@ -1,0 +1,116 @@
+"""A real etcd, registrars beside engines, and a proxy's view of them."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import shutil
+import subprocess
+import sys
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from examples.cluster.processes import free_port
+from tests.pd.conftest import Engine, Fleet, until
+from ucm.pd.etcd import PREFIX, Etcd, EtcdError, Registration
+
+# The shortest that etcd grants.
+TTL_S = 2
+RETRY_S = 0.05
+# With the 1 s of a watch it is less than a lease.
+FOLLOW_TIMEOUT_S = 0.5
+# Longer than a registrar needs to be back after an outage.
+GRACE_S = 6.0
+PATIENCE_S = 30.0
+
+
+@dataclass
+class EtcdServer:
+    """One etcd that may be killed and started again on the same ports."""
+
+    folder: Path
+    port: int = field(default_factory=free_port)
+    peer_port: int = field(default_factory=free_port)
+    process: subprocess.Popen[bytes] | None = None
+
+    @property
+    def address(self) -> str:
+        return f"127.0.0.1:{self.port}"
+
+    def start(self) -> None:
+        client, peer = f"http://{self.address}", f"http://127.0.0.1:{self.peer_port}"
+        command = [
+            *["etcd", "--name", "one", "--data-dir", str(self.folder / "data")],
+            *["--listen-client-urls", client, "--advertise-client-urls", client],
+            *["--listen-peer-urls", peer, "--initial-advertise-peer-urls", peer],
+            *["--initial-cluster", f"one={peer}"],
+        ]
+        with (self.folder / "etcd.log").open("ab") as log:
+            self.process = subprocess.Popen(command, stdout=log, stderr=log)
+
+    def kill(self) -> None:
+        if self.process is not None:
+            self.process.kill()
+            self.process.wait()
+            self.process = None
+
+    def lose_data(self) -> None:
+        shutil.rmtree(self.folder / "data")
+
+
+@dataclass
+class World:
+    """An etcd, a proxy's view of it, and registrars beside engines."""
+
+    server: EtcdServer
+    etcd: Etcd
+    fleet: Fleet
+    registrars: list[subprocess.Popen[bytes]] = field(default_factory=list)
+    # Each set of which on_change was told.
+    seen: list[dict[str, Registration]] = field(default_factory=list)
+
+    @property
+    def now(self) -> dict[str, Registration]:
+        return self.seen[-1] if self.seen else {}
+
+    def see(self, instances: Mapping[str, Registration]) -> None:
+        self.seen.append(dict(instances))
+
+    def register(self, engine: Engine, role: str = "prefill") -> subprocess.Popen[bytes]:
+        url = str(engine.url.origin())
+        command = [
+            *[sys.executable, "-m", "ucm.pd.register", "--role", role, "--url", url],
+            *["--etcd-addr", self.server.address],
+            *["--lease-ttl-s", str(TTL_S), "--interval-s", "0.2"],
+        ]
+        self.registrars.append(subprocess.Popen(command))
+        return self.registrars[-1]
+
+    async def registered(self, name: str) -> tuple[Engine, Registration]:
+        """An engine and its registration, once it is seen."""
+        engine = await self.fleet.engine(name)
+        self.register(engine)
+        key = key_of(engine)
+        await self.until(lambda: key in self.now)
+        return engine, self.now[key]
+
+    async def until(self, condition: Callable[[], bool]) -> None:
+        for _ in range(int(PATIENCE_S / 0.01)):
+            if condition():
+                return
+            await asyncio.sleep(0.01)
+        raise AssertionError(f"it did not come true within {PATIENCE_S:g} s: {self.seen}")
+
+    async def until_etcd_answers(self) -> None:
+        async def answers() -> bool:
+            with contextlib.suppress(EtcdError):
+                await self.etcd.range(PREFIX)
+                return True
+            return False
+
+        await until(answers)
+
+
+def key_of(engine: Engine, role: str = "prefill") -> str:
+    return f"/ucm/instances/{role}/{engine.url.host}:{engine.url.port}"

@@ -1,0 +1,119 @@
+"""Instances that come and go by a file, while requests run."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import pytest
+from yarl import URL
+
+from tests.pd.conftest import Fleet, until
+from ucm.errors import ConfigError
+from ucm.pd import toy_proxy_server
+from ucm.pd.etcd import Registration
+from ucm.pd.flags import ProxySettings
+from ucm.pd.instances import Breaker, Pool, Role
+from ucm.pd.instances_file import read_instances
+from ucm.pd.members import Members
+
+
+def write(path: Path, text: str) -> None:
+    """As an editor does it: never half a file."""
+    temp = path.with_suffix(".new")
+    temp.write_text(text)
+    os.replace(temp, path)
+
+
+async def test_a_file_of_instances_is_followed_and_a_bad_one_changes_nothing(
+    fleet: Fleet, tmp_path: Path, caplog: pytest.LogCaptureFixture
+):
+    path = tmp_path / "instances.yaml"
+    new = await fleet.engine("new")
+    write(path, f"decode: [{new.url.origin()}]")
+    await fleet.start(1, 1, instances_file=str(path))
+
+    async def decoders() -> set[str]:
+        return {(await fleet.ask(prompt=f"{i}"))[1] for i in range(4)}
+
+    async def are_two() -> bool:
+        return await decoders() == {"decode0", "new"}
+
+    async def is_one() -> bool:
+        return await decoders() == {"decode0"}
+
+    async def is_said() -> bool:
+        return "the instances stay as they are" in caplog.text
+
+    await until(are_two)
+    write(path, "decode: [http://a b:1]")
+    await until(is_said)
+    assert await are_two()
+    write(path, "decode: []")
+    await until(is_one)
+
+
+@pytest.mark.parametrize(
+    ("text", "says"),
+    [
+        ("", "is empty"),
+        ("- a", "expected lists of URLs under some of: prefill, decode, worker"),
+        ("cook: []", "expected lists of URLs under some of: prefill, decode, worker"),
+        ("decode: http://a:1", "decode: expected a list of URLs"),
+        ("decode: [nowhere]", "decode: 'nowhere' is no instance"),
+        ("decode: [http://a:1", "bad YAML"),
+    ],
+)
+def test_a_bad_file_is_one_line_at_the_start(tmp_path: Path, text: str, says: str, capsys):
+    path = tmp_path / "instances.yaml"
+    path.write_text(text)
+    with pytest.raises(ConfigError, match=says):
+        read_instances(str(path))
+
+    with pytest.raises(SystemExit) as exited:
+        toy_proxy_server.main([f"--instances-file={path}"])
+    error = capsys.readouterr().err
+    assert (2, 1) == (exited.value.code, error.count("\n"))
+    assert str(path) in error and says in error
+
+
+def pools() -> dict[Role, Pool]:
+    settings = ProxySettings()
+    return {
+        role: Pool(
+            role,
+            policy=settings.policy,
+            max_running=1,
+            max_queued=1,
+            queue_timeout_s=1.0,
+            make_breaker=lambda: Breaker(max_failures=1, open_s=1000.0),
+        )
+        for role in (Role.PREFILL, Role.DECODE)
+    }
+
+
+def test_an_instance_that_was_restarted_begins_anew():
+    found = pools()
+    members = Members(found)
+    url = "http://a:1"
+    members.registered({"k": Registration(role="decode", url=url, incarnation="one")})
+    (first,) = found[Role.DECODE].instances
+    first.breaker.failed()
+    assert "open" == first.state
+
+    members.registered({"k": Registration(role="decode", url=url, incarnation="one")})
+    assert [first] == found[Role.DECODE].instances
+    members.registered({"k": Registration(role="decode", url=url, incarnation="two")})
+    (second,) = found[Role.DECODE].instances
+    assert ("closed", URL(url)) == (second.state, second.url)
+    members.registered({})
+    assert [] == found[Role.DECODE].instances
+
+
+def test_a_source_takes_away_only_what_it_has_brought():
+    found = pools()
+    members = Members(found)
+    found[Role.PREFILL].add(URL("http://flags:1"))
+    members.listed({Role.PREFILL: (URL("http://file:1"),)})
+    members.listed({})
+    assert ["http://flags:1"] == [str(each.url) for each in found[Role.PREFILL].instances]
