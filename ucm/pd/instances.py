@@ -174,7 +174,9 @@ class Pool:
         waiter = _Waiter(tokens, tuple(but), future)
         self._waiting.append(waiter)
         self.dispatch()
-        if not future.done() and len(self._waiting) > self._max_queued:
+        if future.done():
+            return future.result()
+        if len(self._waiting) > self._max_queued:
             self._waiting.remove(waiter)
             raise QueueFull(f"{self._max_queued} requests wait for {self.role.value} already")
         try:
