@@ -133,7 +133,7 @@ def _settings(args: argparse.Namespace) -> ProxySettings:
     return ProxySettings(prefillers=prefillers, decoders=decoders, workers=workers, **plain)
 
 
-class _Parser(argparse.ArgumentParser):
+class OneLineParser(argparse.ArgumentParser):
     """One line for a mistake; argparse prints all flags first."""
 
     def error(self, message: str) -> NoReturn:
@@ -141,7 +141,7 @@ class _Parser(argparse.ArgumentParser):
 
 
 def _parser(description: str) -> argparse.ArgumentParser:
-    parser = _Parser(
+    parser = OneLineParser(
         prog="toy_proxy_server.py",
         description=description,
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,
@@ -171,13 +171,13 @@ def _parser(description: str) -> argparse.ArgumentParser:
         ("min-prefill-tokens", _count, "prompts that are surely shorter go to decode alone"),
         ("max-running", _positive, "requests at one instance; more wait in the proxy"),
         ("max-queued", _count, "requests that wait in the proxy; more are turned away (503)"),
-        ("queue-timeout-s", _seconds, "how long one waits before it is turned away (503)"),
-        ("connect-timeout-s", _seconds, "for a connection to an instance"),
-        ("prefill-timeout-s", _seconds, "for a prefill; then decode computes the prompt"),
-        ("idle-timeout-s", _seconds, "without a byte from an instance that answers"),
-        ("health-interval-s", _seconds, "between two looks at an instance's /health"),
+        ("queue-timeout-s", seconds_flag, "how long one waits before it is turned away (503)"),
+        ("connect-timeout-s", seconds_flag, "for a connection to an instance"),
+        ("prefill-timeout-s", seconds_flag, "for a prefill; then decode computes the prompt"),
+        ("idle-timeout-s", seconds_flag, "without a byte from an instance that answers"),
+        ("health-interval-s", seconds_flag, "between two looks at an instance's /health"),
         ("breaker-failures", _positive, "failed connections before an instance is left alone"),
-        ("breaker-open-s", _seconds, "how long it is left alone"),
+        ("breaker-open-s", seconds_flag, "how long it is left alone"),
     ):
         default = getattr(defaults, name.replace("-", "_"))
         add(f"--{name}", type=kind, default=default, help=text)
@@ -248,7 +248,8 @@ def _positive(text: str) -> int:
     return int(text)
 
 
-def _seconds(text: str) -> float:
+def seconds_flag(text: str) -> float:
+    """For argparse: a time that passes and ends."""
     try:
         seconds = float(text)
     except ValueError:

@@ -112,21 +112,16 @@ class Proxy:
     # -- requests --------------------------------------------------------------------------
 
     async def generate(self, request: web.Request) -> web.StreamResponse:
-        try:
-            body = await request.read()
-        except web.RequestPayloadError as error:
-            return error_response(400, f"the body can't be read: {error}")
+        body = await _read(request)
+        if isinstance(body, web.Response):
+            return body
         fields = parse_body(body)
         if fields is None:
             return error_response(400, "the body is not a JSON object")
 
         async def go(journey: Journey) -> web.StreamResponse:
             journey.tokens = guess_tokens(fields)
-            if self._prefills is None:
-                journey.path = "mixed"
-            elif why := why_not_prefill(fields, min_tokens=self._settings.min_prefill_tokens):
-                journey.not_prefilled(why)
-            else:
+            if self._prefills is not None:
                 await self._prefill(self._prefills, request, fields, journey)
             tracker = None
             if self._settings.resume and request.path in _RESUMABLE and fields.get("stream"):
@@ -137,14 +132,11 @@ class Proxy:
 
     async def pass_on(self, request: web.Request) -> web.StreamResponse:
         """Everything else is for an instance that answers."""
-        try:
-            body = await request.read() if request.can_read_body else None
-        except web.RequestPayloadError as error:
-            return error_response(400, f"the body can't be read: {error}")
+        body = await _read(request) if request.can_read_body else None
+        if isinstance(body, web.Response):
+            return body
 
         async def go(journey: Journey) -> web.StreamResponse:
-            if self._prefills is None:
-                journey.path = "mixed"
             return await self._relaying.answer(request, body, journey)
 
         return await self._journey(request, go)
@@ -157,6 +149,8 @@ class Proxy:
             route=f"{request.method} {request.path}",
             request_id=request.headers.get(upstream.REQUEST_ID),
         )
+        if self._prefills is None:
+            journey.path = "mixed"
         try:
             return await go(journey)
         except asyncio.CancelledError:
@@ -172,6 +166,9 @@ class Proxy:
         fields: dict[str, object],
         journey: Journey,
     ) -> None:
+        if why := why_not_prefill(fields, min_tokens=self._settings.min_prefill_tokens):
+            journey.not_prefilled(why)
+            return
         headers = upstream.request_headers(request.headers, request_id=f"{journey.request_id}-p")
         leg = Leg(
             path=request.raw_path,
@@ -262,6 +259,14 @@ class Proxy:
             await asyncio.gather(*(_check(session, each, interval_s) for each in self._instances()))
             for pool in self._pools.values():
                 pool.dispatch()
+
+
+async def _read(request: web.Request) -> bytes | web.Response:
+    """The body, or the answer to one that can't be unpacked."""
+    try:
+        return await request.read()
+    except web.RequestPayloadError as error:
+        return error_response(400, f"the body can't be read: {error}")
 
 
 def _log_failure(task: asyncio.Task[None]) -> None:

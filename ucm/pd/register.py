@@ -15,7 +15,6 @@ import time
 import uuid
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import NoReturn
 
 try:
     import aiohttp
@@ -23,7 +22,7 @@ try:
 
     from ucm.errors import ConfigError
     from ucm.pd.etcd import Etcd, EtcdError, Registration, etcd_url
-    from ucm.pd.flags import instance_url
+    from ucm.pd.flags import OneLineParser, instance_url, seconds_flag
     from ucm.pd.instances import Role
     from ucm.pd.upstream import IDLE_CONNECTION_S
 except ModuleNotFoundError as error:
@@ -197,15 +196,8 @@ async def _run(settings: RegisterSettings) -> None:
         await Registrar(session, settings).run(stop)
 
 
-class _Parser(argparse.ArgumentParser):
-    """One line for a mistake; argparse prints all flags first."""
-
-    def error(self, message: str) -> NoReturn:
-        self.exit(2, f"{self.prog}: {message}\n")
-
-
 def _parser() -> argparse.ArgumentParser:
-    parser = _Parser(
+    parser = OneLineParser(
         prog="python -m ucm.pd.register",
         description=(__doc__ or "").splitlines()[0],
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,
@@ -224,7 +216,7 @@ def _parser() -> argparse.ArgumentParser:
     )
     add(
         "--interval-s",
-        type=_seconds,
+        type=seconds_flag,
         default=RegisterSettings.interval_s,
         help="between two looks at the instance, and between two renewals",
     )
@@ -248,16 +240,6 @@ def _whole_seconds(text: str) -> int:
     if not text.isdecimal() or int(text) < 1:
         raise argparse.ArgumentTypeError(f"{text!r} is no whole number of seconds from 1 on")
     return int(text)
-
-
-def _seconds(text: str) -> float:
-    try:
-        seconds = float(text)
-    except ValueError:
-        seconds = 0.0
-    if not 0 < seconds < float("inf"):
-        raise argparse.ArgumentTypeError(f"{text!r} is no time in seconds")
-    return seconds
 
 
 if __name__ == "__main__":

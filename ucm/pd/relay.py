@@ -61,9 +61,10 @@ class Relay:
                 else:
                     async with found.upstream:
                         broken = await delivery.take(found)
-                    if delivery.response is not None and broken is None:
+                    if broken is None:
+                        assert delivery.response is not None
                         return delivery.response
-                    problem = broken or problem
+                    problem = broken
                     if not delivery.can_resume:
                         return await _give_up(delivery, journey, 502, problem)
                     logger.warning("%s; another goes on with it", problem)

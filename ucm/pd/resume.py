@@ -17,18 +17,15 @@ from typing import Any
 
 import msgspec
 
+from ucm.pd.rewrite import GRAMMARS, asks_for_any
+
 _DONE = b"[DONE]"
 _DATA = b"data:"
 # An event that is longer than this is passed on as it comes; the stream can't be resumed then.
 MAX_EVENT_BYTES = 4 << 20
 # The state of a grammar, and of whatever else is not in the text, would start anew.
 _STATEFUL = (
-    "response_format",
-    "structured_outputs",
-    "guided_json",
-    "guided_regex",
-    "guided_choice",
-    "guided_grammar",
+    *GRAMMARS,
     "use_beam_search",
     "echo",
     "suffix",
@@ -192,7 +189,7 @@ class Tracker:
 
 
 def _can_be_resumed(fields: Mapping[str, Any], *, is_chat: bool) -> bool:
-    if any(fields.get(name) not in (None, False) for name in _STATEFUL):
+    if asks_for_any(fields, _STATEFUL):
         return False
     if fields.get("n", 1) != 1 or fields.get("best_of") not in (None, 1):
         return False

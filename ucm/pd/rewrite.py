@@ -8,11 +8,19 @@ it would cost the prefill instance time, or contradict an answer of one token.
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import msgspec
 
+GRAMMARS = (
+    "response_format",
+    "structured_outputs",
+    "guided_json",
+    "guided_regex",
+    "guided_choice",
+    "guided_grammar",
+)
 # Only about the output; with one token that is not streamed they are errors or useless work.
 _DROPPED = (
     "stream_options",
@@ -22,12 +30,7 @@ _DROPPED = (
     "use_beam_search",
     "logprobs",
     "top_logprobs",
-    "response_format",
-    "structured_outputs",
-    "guided_json",
-    "guided_regex",
-    "guided_choice",
-    "guided_grammar",
+    *GRAMMARS,
     # Whatever a client puts there is not for the engines.
     "kv_transfer_params",
 )
@@ -71,15 +74,19 @@ def prefill_body(fields: Mapping[str, Any], *, path: str) -> bytes:
 
 def why_not_prefill(fields: Mapping[str, Any], *, min_tokens: int) -> str | None:
     """A reason to send the request to decode alone, if there is one."""
-    # `prompt_logprobs: 0` asks for something, `echo: false` doesn't.
-    asked = (fields.get(name) for name in _ABOUT_THE_PROMPT)
-    if any(value is not None and value is not False for value in asked):
+    if asks_for_any(fields, _ABOUT_THE_PROMPT):
         return "about_prompt"
     if fields.get("truncate_prompt_tokens") == -1:
         # To what is left beside max_tokens: the legs would keep different ends of the prompt.
         return "truncated"
     most = most_tokens(fields)
     return "short" if most is not None and most < min_tokens else None
+
+
+def asks_for_any(fields: Mapping[str, Any], names: Iterable[str]) -> bool:
+    """`prompt_logprobs: 0` asks for something, `echo: false` doesn't."""
+    values = (fields.get(name) for name in names)
+    return any(value is not None and value is not False for value in values)
 
 
 def most_tokens(fields: Mapping[str, Any]) -> int | None:

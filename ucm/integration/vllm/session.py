@@ -92,6 +92,8 @@ class NodeSession:
 
     def wait_for(self, answered: Callable[[], bool]) -> None:
         """Polls until `answered` or until the step's allowance is used up."""
+        if answered():
+            return
         self.poll()
         while not answered() and self._allowance_s > 0 and self.is_ready:
             started_s = time.monotonic()
