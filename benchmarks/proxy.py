@@ -6,6 +6,9 @@ has sent before, so both legs are sent: added latency includes a whole prefill l
 nothing. Only the proxy's CPU time is its own; requests/s are what proxy, engines and clients reach
 together on the cores of this machine.
 
+Clients that leave note the time, and so does the engine when it hears of it: a real one would go on
+computing for nobody until then.
+
     python benchmarks/proxy.py [--repeats 3] [--requests 2000]
 
 Measures nothing but noise while something else runs on the machine.
@@ -24,23 +27,28 @@ from collections import defaultdict
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Final
+from typing import Any, Final
 
 import aiohttp
-from aiohttp import web
 from rich.console import Console
 from rich.table import Table
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
+from benchmarks import mock_engine
+from benchmarks.mock_engine import (
+    ANSWER,
+    DECODE,
+    DELAY_HEADER,
+    HELD_PATH,
+    HOLD_HEADER,
+    PREFILL,
+    STREAM,
+)
 from examples.cluster.processes import GuardedProcess, HttpServer, end_run, free_port, run_folder
 
 PATH: Final = "/v1/completions"
-# Headers of the client reach both legs.
-DELAY_HEADER: Final = "x-bench-delay-s"
-ANSWER: Final = b'{"id":"cmpl-1","object":"text_completion","choices":[{"index":0,"text":" yes"}]}'
 PROMPT_CHARS: Final = 4096
-BACKLOG: Final = 4096
 START_TIMEOUT_S: Final = 30.0
 LOAD_TIMEOUT_S: Final = 110.0
 NUM_WARM_UP: Final = 200
@@ -50,6 +58,9 @@ SLOW_LEG_S: Final = 1.0
 ADDED_AIM_MS: Final = 1.0
 CPU_AIM_MS: Final = 0.5
 SLOW_AIM_S: Final = 6.0
+LEAVING_AIM_MS: Final = 200.0
+NUM_LEAVING: Final = 20
+POLL_S: Final = 0.005
 
 Samples = defaultdict[str, list[float]]
 
@@ -66,30 +77,36 @@ class Load:
 @dataclass(frozen=True)
 class Bench:
     proxy: HttpServer
+    prefill: HttpServer
     decode: HttpServer
 
     def load(
         self, server: HttpServer, *, clients: int, requests: int, delay_s: float = 0.0
     ) -> Load:
         """Clients in a process of their own, each with one request at a time."""
-        log = run_folder() / "clients.log"
-        log.unlink(missing_ok=True)
         numbers = {"clients": clients, "requests": requests, "delay-s": delay_s}
         # In decode's answer there is no path; in the proxy's it says that both legs were sent.
         expected = "pd" if server is self.proxy else ""
         options = [f"--{name}={value}" for name, value in numbers.items()]
-        command = [
-            sys.executable,
-            __file__,
-            f"--load={server.port}",
-            *options,
-            f"--path={expected}",
-        ]
-        with GuardedProcess(command, log=log) as process:
+        found = self._clients(f"--load={server.port}", *options, f"--path={expected}")
+        return Load(**found)
+
+    def leave(self, stage: str) -> list[float]:
+        """For each of some clients, how long after it had left the engine heard of it, in ms."""
+        engine = self.prefill if stage == PREFILL else self.decode
+        ports = (f"--leave={self.proxy.port}", f"--held-at={engine.port}")
+        found: list[float] = self._clients(*ports, f"--stage={stage}")
+        return found
+
+    def _clients(self, *options: str) -> Any:
+        """What this script, run as a process of its own, prints as JSON."""
+        log = run_folder() / "clients.log"
+        log.unlink(missing_ok=True)
+        with GuardedProcess([sys.executable, __file__, *options], log=log) as process:
             failed = process.wait(LOAD_TIMEOUT_S)
         if failed:
             raise SystemExit(f"the clients failed\n{process.log_tail()}")
-        return Load(**json.loads(process.log_text().splitlines()[-1]))
+        return json.loads(process.log_text().splitlines()[-1])
 
     def proxy_cpu_s(self) -> float:
         (process,) = self.proxy.processes()
@@ -99,22 +116,6 @@ class Bench:
 
 
 # -- processes of their own ---------------------------------------------------------------------
-
-
-async def serve_engine(port: int) -> None:
-    """Until it is killed. aiohttp's low-level server: engines should cost as little as can be."""
-
-    async def answer(request: web.BaseRequest) -> web.StreamResponse:
-        await request.read()
-        delay_s = float(request.headers.get(DELAY_HEADER, "0"))
-        if delay_s:
-            await asyncio.sleep(delay_s)
-        return web.Response(body=ANSWER, content_type="application/json")
-
-    server = web.Server(answer, access_log=None)
-    loop = asyncio.get_running_loop()
-    await loop.create_server(server, "127.0.0.1", port, backlog=BACKLOG)
-    await asyncio.Event().wait()
 
 
 async def send_load(
@@ -151,28 +152,62 @@ async def send_load(
     return {"wall_s": wall_s, "p50_ms": 1000 * hundredths[49], "p99_ms": 1000 * hundredths[98]}
 
 
+async def leave(url: str, held_url: str, *, stage: str) -> list[float]:
+    """See Bench.leave. One after another, each as soon as its request has come to that stage."""
+
+    async def ask(session: aiohttp.ClientSession, number: int, comes: asyncio.Event) -> None:
+        fields = {"prompt": f"{os.getpid()} {number}", "stream": stage == STREAM}
+        async with session.post(url, json=fields, headers={HOLD_HEADER: stage}) as response:
+            async for _ in response.content.iter_any():
+                comes.set()
+        raise SystemExit("it was answered")
+
+    async def held(session: aiohttp.ClientSession, *, count: int) -> list[float]:
+        while True:
+            async with session.get(held_url) as response:
+                found = await response.json()
+            if found["held"] == count:
+                heard_s: list[float] = found["heard_s"]
+                return heard_s
+            await asyncio.sleep(POLL_S)
+
+    took_ms: list[float] = []
+    async with aiohttp.ClientSession() as session:
+        for number in range(NUM_LEAVING):
+            comes = asyncio.Event()
+            client = asyncio.create_task(ask(session, number, comes))
+            await held(session, count=1)
+            if stage == STREAM:
+                await comes.wait()
+            left_s = time.monotonic()
+            client.cancel()
+            heard_s = (await held(session, count=0))[-1]
+            took_ms.append(1000 * (heard_s - left_s))
+    return took_ms
+
+
 # -- the run ------------------------------------------------------------------------------------
 
 
 def start(stack: ExitStack) -> Bench:
     """Everything that is started ends with `stack`, or with this process, however it ends."""
     engines = {}
-    for role in ("prefill", "decode"):
+    for role in (PREFILL, DECODE):
         port = free_port()
-        command = [sys.executable, __file__, f"--engine={port}"]
+        command = [sys.executable, mock_engine.__file__, f"--port={port}", f"--role={role}"]
         log = run_folder() / f"{role}.log"
         engines[role] = stack.enter_context(HttpServer(command, port=port, log=log))
     port = free_port()
     command = [sys.executable, "-m", "ucm.pd.toy_proxy_server", "--host=127.0.0.1"]
     command += [f"--port={port}", "--min-prefill-tokens=0"]
-    command += ["--prefiller-host=127.0.0.1", f"--prefiller-port={engines['prefill'].port}"]
-    command += ["--decoder-host=127.0.0.1", f"--decoder-port={engines['decode'].port}"]
+    command += ["--prefiller-host=127.0.0.1", f"--prefiller-port={engines[PREFILL].port}"]
+    command += ["--decoder-host=127.0.0.1", f"--decoder-port={engines[DECODE].port}"]
     # A line for each request goes there: what one would have in production too.
     log = run_folder() / "proxy.log"
     proxy = stack.enter_context(HttpServer(command, port=port, log=log))
     for server in (*engines.values(), proxy):
         server.wait_ready(START_TIMEOUT_S)
-    return Bench(proxy, engines["decode"])
+    return Bench(proxy, engines[PREFILL], engines[DECODE])
 
 
 def measure_latency(bench: Bench, requests: int, taken: Samples) -> None:
@@ -203,7 +238,16 @@ def measure(bench: Bench, *, repeats: int, requests: int) -> Samples:
             measure_load(bench, clients, requests, taken)
         slow = bench.load(bench.proxy, clients=512, requests=SLOW_REQUESTS, delay_s=SLOW_LEG_S)
         taken["slow"].append(slow.wall_s)
+    for stage in LEAVING:
+        taken[f"leave {stage}"] += bench.leave(stage)
     return taken
+
+
+LEAVING: Final = {
+    PREFILL: "in prefill",
+    DECODE: "before decode's first byte",
+    STREAM: "in a stream",
+}
 
 
 ROWS: Final = (
@@ -225,6 +269,17 @@ ROWS: Final = (
         SLOW_AIM_S,
         "under",
     ),
+    *(
+        (
+            "1 client",
+            f"leaves {where}: engine hears after",
+            f"leave {stage}",
+            "ms",
+            LEAVING_AIM_MS,
+            "under",
+        )
+        for stage, where in LEAVING.items()
+    ),
 )
 
 
@@ -234,7 +289,10 @@ def verdict(value: float, aim: float, how: str) -> str:
 
 
 def make_table(taken: Samples, *, repeats: int, requests: int) -> Table:
-    table = Table(title=f"medians of {repeats} repeats, {requests} requests each (1 client: half)")
+    table = Table(
+        title=f"medians of {repeats} repeats, {requests} requests each (1 client: half), or of "
+        f"{NUM_LEAVING} clients that leave"
+    )
     for column in ("load", "what", "median", "least", "most", "aim"):
         table.add_column(
             column, justify="right" if column in ("median", "least", "most") else "left"
@@ -253,16 +311,20 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--requests", type=int, default=2000, help="of one load")
     # For the processes that this one starts.
-    for name, kind in (("engine", int), ("load", int), ("clients", int), ("delay-s", float)):
+    ports = ("load", "leave", "held-at")
+    numbers = [*((name, int) for name in (*ports, "clients")), ("delay-s", float)]
+    for name, kind in numbers:
         parser.add_argument(f"--{name}", type=kind, help=argparse.SUPPRESS)
-    parser.add_argument("--path", help=argparse.SUPPRESS)
+    for name in ("path", "stage"):
+        parser.add_argument(f"--{name}", help=argparse.SUPPRESS)
     return parser.parse_args()
 
 
 def main() -> None:
     args = parse()
-    if args.engine:
-        asyncio.run(serve_engine(args.engine))
+    if args.leave:
+        url, held_url = f"http://127.0.0.1:{args.leave}{PATH}", f"http://127.0.0.1:{args.held_at}"
+        print(json.dumps(asyncio.run(leave(url, held_url + HELD_PATH, stage=args.stage))))
     elif args.load:
         load = send_load(
             f"http://127.0.0.1:{args.load}{PATH}",

@@ -7,9 +7,11 @@ import contextlib
 import shutil
 import subprocess
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
+
+import pytest
 
 from examples.cluster.processes import free_port
 from tests.pd.conftest import Engine, Fleet, until
@@ -59,6 +61,28 @@ class EtcdServer:
         shutil.rmtree(self.folder / "data")
 
 
+@contextlib.contextmanager
+def running_etcd(folder: Path) -> Iterator[EtcdServer]:
+    """For a fixture: skips the test where there is no etcd."""
+    if shutil.which("etcd") is None:
+        pytest.skip("etcd is not installed (Debian: etcd-server)")
+    server = EtcdServer(folder)
+    server.start()
+    try:
+        yield server
+    finally:
+        server.kill()
+
+
+def registrar_command(
+    url: str, role: str, etcd: EtcdServer, *, lease_ttl_s: int = TTL_S
+) -> list[str]:
+    return [
+        *[sys.executable, "-m", "ucm.pd.register", "--role", role, "--url", url],
+        *["--etcd-addr", etcd.address, "--lease-ttl-s", str(lease_ttl_s), "--interval-s", "0.2"],
+    ]
+
+
 @dataclass
 class World:
     """An etcd, a proxy's view of it, and registrars beside engines."""
@@ -78,12 +102,7 @@ class World:
         self.seen.append(dict(instances))
 
     def register(self, engine: Engine, role: str = "prefill") -> subprocess.Popen[bytes]:
-        url = str(engine.url.origin())
-        command = [
-            *[sys.executable, "-m", "ucm.pd.register", "--role", role, "--url", url],
-            *["--etcd-addr", self.server.address],
-            *["--lease-ttl-s", str(TTL_S), "--interval-s", "0.2"],
-        ]
+        command = registrar_command(str(engine.url.origin()), role, self.server)
         self.registrars.append(subprocess.Popen(command))
         return self.registrars[-1]
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import logging
-import shutil
 import signal
 import subprocess
 import sys
@@ -25,6 +24,7 @@ from tests.pd.etcd_parts import (
     EtcdServer,
     World,
     key_of,
+    running_etcd,
 )
 from ucm.errors import ConfigError
 from ucm.pd import register
@@ -34,12 +34,8 @@ from ucm.pd.etcd import PREFIX, Etcd, EtcdError, Event, Registration, etcd_url
 
 @pytest.fixture
 def server(tmp_path: Path) -> Iterator[EtcdServer]:
-    if shutil.which("etcd") is None:
-        pytest.skip("etcd is not installed (Debian: etcd-server)")
-    server = EtcdServer(tmp_path)
-    server.start()
-    yield server
-    server.kill()
+    with running_etcd(tmp_path) as server:
+        yield server
 
 
 @pytest_asyncio.fixture

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+from dataclasses import dataclass, field
 from io import BytesIO
 
 import aiohttp
@@ -11,7 +12,7 @@ import pytest
 from aiohttp import web
 from yarl import URL
 
-from tests.pd.conftest import Bench, answering
+from tests.pd.conftest import Bench, Fleet, answering, until
 
 PATIENCE_S = 10.0
 
@@ -153,44 +154,138 @@ async def test_what_is_no_json_object_is_a_400_in_openais_words(bench: Bench, bo
     assert [] == bench.prefill.asked == bench.decode.asked
 
 
-async def test_a_client_that_leaves_during_prefill_cancels_it_and_never_reaches_decode(
-    bench: Bench,
+@dataclass
+class Halting:
+    """An answer that halts behind these pieces, or without even a head, and never goes on."""
+
+    pieces: tuple[bytes, ...] | None
+    streams: bool = True
+    dies: bool = False
+    halted: asyncio.Event = field(default_factory=asyncio.Event)
+
+    async def __call__(self, request: web.Request) -> web.StreamResponse:
+        whole, streamed = {"Content-Length": "1000"}, {"Content-Type": "text/event-stream"}
+        response = web.StreamResponse(headers=streamed if self.streams else whole)
+        if self.pieces is not None:
+            await response.prepare(request)
+            for piece in self.pieces:
+                await response.write(piece)
+        self.halted.set()
+        if not self.dies:
+            await asyncio.Event().wait()
+        assert request.transport is not None
+        request.transport.close()
+        return response
+
+
+async def until_nothing_runs(fleet: Fleet) -> None:
+    """Neither at an instance nor in the proxy."""
+
+    async def nothing_runs() -> bool:
+        async with fleet.client.get(fleet.proxy / "instances") as response:
+            running = [each["running"] for each in (await response.json())["instances"]]
+        open_or_queued = await fleet.metric("ucm_pd_open") + await fleet.metric("ucm_pd_queued")
+        return not any(running) and not open_or_queued
+
+    await until(nothing_runs)
+
+
+def count_asked(fleet: Fleet) -> tuple[int, int]:
+    """Prefillers, decoders."""
+    prefill, decode = (
+        sum(len(engine.asked) for engine in engines) for engines in (fleet.prefill, fleet.decode)
+    )
+    return prefill, decode
+
+
+def event(word: str) -> bytes:
+    return b"data: " + json.dumps({"choices": [{"index": 0, "text": word}]}).encode() + b"\n\n"
+
+
+@pytest.mark.parametrize("stream", [True, False])
+@pytest.mark.parametrize(
+    ("role", "pieces", "asked"),
+    [
+        ("prefill", None, (1, 0)),
+        ("prefill", (), (1, 0)),
+        ("decode", None, (1, 1)),
+        ("decode", (), (1, 1)),
+        ("decode", (event("a"), event("b")), (1, 1)),
+    ],
+    ids=["in-prefill", "after-prefills-head", "before-the-head", "after-the-head", "in-the-body"],
+)
+async def test_a_client_that_leaves_cancels_what_runs_for_it_and_nothing_is_asked_after_it(
+    fleet: Fleet,
+    role: str,
+    pieces: tuple[bytes, ...] | None,
+    asked: tuple[int, int],
+    stream: bool,
 ):
-    bench.prefill.answer = bench.prefill.never
-    request = asyncio.create_task(bench.post(prompt="hi"))
-    await bench.prefill.started.wait()
+    await fleet.start(2, 2, policy="round-robin")
+    engine = (fleet.prefill if role == "prefill" else fleet.decode)[0]
+    engine.answer = halting = Halting(pieces, streams=stream)
+    received, expected = b"", b"".join(pieces or ()) if stream else b""
 
-    request.cancel()
+    async def client() -> None:
+        nonlocal received
+        async with await fleet.post(prompt="hi", stream=stream) as response:
+            async for piece in response.content.iter_any():
+                received += piece
 
-    await asyncio.wait_for(bench.prefill.cancelled.wait(), PATIENCE_S)
-    assert [] == bench.decode.asked
+    async def has_received() -> bool:
+        return received == expected
+
+    leaving = asyncio.create_task(client())
+    await asyncio.wait_for(halting.halted.wait(), PATIENCE_S)
+    await until(has_received)
+    leaving.cancel()
+
+    await asyncio.wait_for(engine.cancelled.wait(), PATIENCE_S)
+    await until_nothing_runs(fleet)
+    assert asked == count_asked(fleet)
 
 
-async def test_a_client_that_leaves_before_the_first_token_cancels_decode(bench: Bench):
-    bench.decode.answer = bench.decode.never
-    request = asyncio.create_task(bench.post(prompt="hi"))
-    await bench.decode.started.wait()
+async def test_a_client_that_leaves_a_resumed_stream_cancels_who_goes_on_with_it(fleet: Fleet):
+    await fleet.start(1, 3, policy="round-robin")
+    fleet.decode[0].answer = Halting((event("a"),), dies=True)
+    for engine in fleet.decode[1:]:
+        engine.answer = Halting((event("b"),))
 
-    request.cancel()
-
-    await asyncio.wait_for(bench.decode.cancelled.wait(), PATIENCE_S)
-
-
-async def test_a_client_that_leaves_in_the_middle_of_a_stream_cancels_decode(bench: Bench):
-    async def endless(request):
-        response = web.StreamResponse()
-        await response.prepare(request)
-        while True:
-            await response.write(b"data: {}\n\n")
-            await asyncio.sleep(0.01)
-
-    bench.decode.answer = endless
-    response = await bench.post(prompt="hi", stream=True)
-    await response.content.readany()
-
+    response = await fleet.post(prompt="hi", stream=True)
+    received = b""
+    while b'"b"' not in received:
+        received += await asyncio.wait_for(response.content.readany(), PATIENCE_S)
     response.close()
 
-    await asyncio.wait_for(bench.decode.cancelled.wait(), PATIENCE_S)
+    (second,) = [engine for engine in fleet.decode[1:] if engine.asked]
+    await asyncio.wait_for(second.cancelled.wait(), PATIENCE_S)
+    await until_nothing_runs(fleet)
+    assert (1, 2) == count_asked(fleet)
+
+
+@pytest.mark.parametrize("role", ["prefill", "decode"])
+async def test_for_a_client_that_leaves_a_queue_nothing_is_asked_when_its_turn_comes(
+    fleet: Fleet, role: str
+):
+    await fleet.start(1, 1, max_running=1)
+    engine = (fleet.prefill if role == "prefill" else fleet.decode)[0]
+    engine.answer = engine.never
+    queued = f'ucm_pd_queued{{role="{role}"}}'
+
+    async def is_left() -> bool:
+        return 0 == await fleet.metric(queued)
+
+    running = asyncio.create_task(fleet.ask(prompt="a"))
+    await asyncio.wait_for(engine.started.wait(), PATIENCE_S)
+    leaving = asyncio.create_task(fleet.ask(prompt="b"))
+    await fleet.until_metric(queued, 1)
+    before = count_asked(fleet)
+    leaving.cancel()
+    await until(is_left)
+    running.cancel()
+
+    await until_nothing_runs(fleet)
+    assert before == count_asked(fleet)
 
 
 async def test_a_decode_that_dies_in_a_stream_does_not_look_like_a_whole_answer(bench: Bench):

@@ -98,6 +98,9 @@ class Delivery:
         except upstream.UNREACHABLE as error:
             if self._request.transport is None or self._request.transport.is_closing():
                 return None  # it is the client that has gone
+            if tracker is not None and tracker.lacks_only_the_end:
+                tracker.is_done = True
+                await self.response.write(b"data: [DONE]\n\n")
             if tracker is not None and tracker.is_done:
                 await self.response.write_eof()
                 return None  # all that was missing is the end of the connection

@@ -111,6 +111,13 @@ class Tracker:
     def can_resume(self) -> bool:
         return self._resumable and not self._has_finished and not self.is_done
 
+    @property
+    def lacks_only_the_end(self) -> bool:
+        """Nothing that the client has asked for is missing but [DONE]."""
+        options = self._fields.get("stream_options")
+        wants_usage = isinstance(options, dict) and options.get("include_usage")
+        return self._resumable and self._has_finished and not self.is_done and not wants_usage
+
     def add(self, events: bytes) -> None:
         """Notes whole events of the stream."""
         for line in events.splitlines():
