@@ -12,7 +12,7 @@ import math
 import os
 import shutil
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -27,7 +27,8 @@ Size = Literal["tiny", "small", "mid"]
 MAX_POSITION = 8192
 
 _SENTENCE = "A page that one machine has computed need not be computed by another machine again. "
-_SPECIAL_TOKENS = ["<|end|>", "<|user|>", "<|assistant|>"]
+END = "<|end|>"
+SPECIAL_TOKENS = (END, "<|user|>", "<|assistant|>")
 _CHAT_TEMPLATE = (
     "{% for message in messages %}<|{{ message['role'] }}|>{{ message['content'] }}<|end|>"
     "{% endfor %}{% if add_generation_prompt %}<|assistant|>{% endif %}"
@@ -65,19 +66,28 @@ SHAPES: dict[Size, Shape] = {
 
 
 def make_model(directory: Path | str, size: Size = "tiny", *, seed: int = 0) -> Path:
-    """Make the model under `directory`, or find the one made earlier; return its folder.
+    """Make the model under `directory`, or find the one made earlier; return its folder."""
 
-    The folder appears with one rename, so an interrupted or concurrent call leaves no half model.
+    def write(folder: Path) -> None:
+        _write_model(folder, SHAPES[size], seed=seed)
+
+    return made_once(Path(directory), f"{size}-seed{seed}", write)
+
+
+def made_once(directory: Path, name: str, write: Callable[[Path], None]) -> Path:
+    """The folder `name` of `directory`; `write` fills it if it isn't there yet.
+
+    It appears with one rename, so an interrupted or concurrent call leaves no half model.
     """
-    directory = Path(directory).absolute()
-    target = directory / f"{size}-seed{seed}"
+    directory = directory.absolute()
+    target = directory / name
     directory.mkdir(parents=True, exist_ok=True)
     with _locked(directory / ".lock"):
         if not target.is_dir():
             scratch = Path(tempfile.mkdtemp(prefix=f".{target.name}.", dir=directory))
             try:
                 scratch.chmod(0o755)
-                _write_model(scratch, SHAPES[size], seed=seed)
+                write(scratch)
                 scratch.rename(target)
             finally:
                 shutil.rmtree(scratch, ignore_errors=True)
@@ -97,33 +107,44 @@ def _locked(path: Path) -> Iterator[None]:
 def _write_model(folder: Path, shape: Shape, *, seed: int) -> None:
     from safetensors.torch import save_file
 
-    tokenizer = _train_tokenizer()
-    vocab_size = tokenizer.get_vocab_size()
-    tokenizer.save(str(folder / "tokenizer.json"))
-    _write_json(
-        folder / "tokenizer_config.json",
-        {
-            "tokenizer_class": "PreTrainedTokenizerFast",
-            "eos_token": _SPECIAL_TOKENS[0],
-            "pad_token": _SPECIAL_TOKENS[0],
-            "model_max_length": MAX_POSITION,
-            "clean_up_tokenization_spaces": False,
-            "chat_template": _CHAT_TEMPLATE,
-        },
-    )
-    end_id = tokenizer.token_to_id(_SPECIAL_TOKENS[0])
-    assert end_id is not None
-    _write_json(folder / "config.json", _model_config(shape, vocab_size=vocab_size, end_id=end_id))
-    _write_json(folder / "generation_config.json", {"eos_token_id": end_id})
-    weights = _random_weights(shape, vocab_size=vocab_size, seed=seed)
+    tokenizer = write_tokenizer(folder, chat_template=_CHAT_TEMPLATE)
+    vocab_size, end_id = tokenizer.get_vocab_size(), token_id(tokenizer, END)
+    write_json(folder / "config.json", model_config(shape, vocab_size=vocab_size, end_id=end_id))
+    write_json(folder / "generation_config.json", {"eos_token_id": end_id})
+    weights = random_weights(shape, vocab_size=vocab_size, seed=seed)
     save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
 
 
-def _write_json(path: Path, value: object) -> None:
+def write_tokenizer(
+    folder: Path, *, chat_template: str, special_tokens: Sequence[str] = SPECIAL_TOKENS
+) -> Tokenizer:
+    tokenizer = _train_tokenizer(special_tokens)
+    tokenizer.save(str(folder / "tokenizer.json"))
+    write_json(
+        folder / "tokenizer_config.json",
+        {
+            "tokenizer_class": "PreTrainedTokenizerFast",
+            "eos_token": END,
+            "pad_token": END,
+            "model_max_length": MAX_POSITION,
+            "clean_up_tokenization_spaces": False,
+            "chat_template": chat_template,
+        },
+    )
+    return tokenizer
+
+
+def token_id(tokenizer: Tokenizer, token: str) -> int:
+    found = tokenizer.token_to_id(token)
+    assert found is not None
+    return found
+
+
+def write_json(path: Path, value: object) -> None:
     path.write_text(json.dumps(value, indent=2) + "\n", encoding="utf-8")
 
 
-def _train_tokenizer() -> Tokenizer:
+def _train_tokenizer(special_tokens: Sequence[str]) -> Tokenizer:
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
     tokenizer = Tokenizer(models.BPE())
@@ -131,7 +152,7 @@ def _train_tokenizer() -> Tokenizer:
     tokenizer.decoder = decoders.ByteLevel()
     trainer = trainers.BpeTrainer(
         vocab_size=320,
-        special_tokens=_SPECIAL_TOKENS,
+        special_tokens=list(special_tokens),
         initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
         show_progress=False,
     )
@@ -140,7 +161,7 @@ def _train_tokenizer() -> Tokenizer:
     return tokenizer
 
 
-def _model_config(shape: Shape, *, vocab_size: int, end_id: int) -> dict[str, object]:
+def model_config(shape: Shape, *, vocab_size: int, end_id: int) -> dict[str, object]:
     return {
         "architectures": ["Qwen2ForCausalLM"],
         "model_type": "qwen2",
@@ -163,7 +184,7 @@ def _model_config(shape: Shape, *, vocab_size: int, end_id: int) -> dict[str, ob
     }
 
 
-def _random_weights(shape: Shape, *, vocab_size: int, seed: int) -> dict[str, Tensor]:
+def random_weights(shape: Shape, *, vocab_size: int, seed: int) -> dict[str, Tensor]:
     import torch
 
     generator = torch.Generator().manual_seed(seed)

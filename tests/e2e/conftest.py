@@ -15,8 +15,8 @@ from tests.e2e.node import Node
 # Within a fleet the destructive ones come last.
 MODULES = (
     *("test_identity", "test_sharing", "test_proxy", "test_damaged_files", "test_crashes"),
-    *("test_layouts", "test_bfloat16", "test_files_only", "test_stress", "test_bad_settings"),
-    "test_nothing_left",
+    *("test_layouts", "test_bfloat16", "test_images", "test_files_only", "test_stress"),
+    *("test_bad_settings", "test_nothing_left"),
 )
 
 
@@ -53,6 +53,9 @@ def oracle(started_oracle: Oracle) -> Oracle:
     return started_oracle
 
 
+# vLLM refuses a required tool call without them.
+TOOLS = ("--enable-auto-tool-choice", "--tool-call-parser", "pythonic")
+
 DeploymentMaker = Callable[..., Deployment]
 
 
@@ -71,13 +74,13 @@ def float32_fleet(
     fleets: Fleets, deployment: DeploymentMaker, started_oracle: Oracle
 ) -> Deployment:
     """Four float32 servers on two nodes: prefill chunks of 512 and 4096, copied after the forward
-    pass and layer by layer. None has a prefix cache of its own."""
+    pass and layer by layer. None has a prefix cache of its own. The first two take tools."""
 
     def start() -> Deployment:
         made = deployment("float32")
         one, two = Node("f32-one"), Node("f32-two")
-        made.start("chunk512", one, chunk=512)
-        made.start("chunk512-layerwise", one, chunk=512, layerwise=True)
+        made.start("chunk512", one, chunk=512, args=TOOLS)
+        made.start("chunk512-layerwise", one, chunk=512, layerwise=True, args=TOOLS)
         made.start("chunk4096", two, chunk=4096)
         made.start("chunk4096-layerwise", two, chunk=4096, layerwise=True)
         return made

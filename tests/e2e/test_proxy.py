@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shlex
 import subprocess
 import sys
-from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager
 from functools import partial
 from pathlib import Path
 from string import Template
@@ -16,18 +16,16 @@ from string import Template
 import pytest
 
 from examples.cluster.client import Client
-from examples.cluster.processes import VLLM_ENVIRONMENT, HttpServer, free_port
-from tests.e2e.checks import LENGTHS, Prompt, at_once, counted, make_prompt
+from examples.cluster.processes import VLLM_ENVIRONMENT, HttpServer
+from tests.e2e import proxies
+from tests.e2e.checks import LENGTHS, Prompt, at_once, counted, make_prompt, metric, wait_until
 from tests.e2e.deployment import MAX_TOKENS, Deployment, Oracle
-from ucm.pd import toy_proxy_server
+from tests.e2e.proxies import ONE_TO_ONE
 
 pytestmark = [pytest.mark.vllm, pytest.mark.timeout(600)]
 
-ONE_TO_ONE = {
-    "1p1d": (
-        "--pd-disaggregation --host localhost --port $port --prefiller-host 127.0.0.1"
-        " --prefiller-port $p1 --decoder-host 127.0.0.1 --decoder-port $d1"
-    ),
+DOCUMENTS = {
+    "1p1d": ONE_TO_ONE,
     "cross-platform": (
         "--host localhost --port $port --prefiller-host 127.0.0.1 --prefiller-port $p1"
         " --decoder-host 127.0.0.1 --decoder-port $d2"
@@ -42,6 +40,35 @@ X_TO_Y = (
     " --prefiller-port $p1 $p2 --decoder-hosts 127.0.0.1 127.0.0.1 --decoder-ports $d1 $d2"
 )
 
+PLACES = {
+    "p1": "chunk512",
+    "p2": "chunk4096",
+    "d1": "chunk512-layerwise",
+    "d2": "chunk4096-layerwise",
+}
+
+TEXT = "A page that was computed once need not be computed again. " * 20
+TOOL = {
+    "type": "function",
+    "function": {
+        "name": "look_up",
+        "parameters": {"type": "object", "properties": {"page": {"type": "integer"}}},
+    },
+}
+AS_DECODE_SAYS: dict[str, tuple[str, dict[str, object]]] = {
+    "best_of": ("/v1/completions", {"prompt": TEXT, "best_of": 2}),
+    # Decode refuses it; the prefill request is a right one.
+    "n at temperature 0": ("/v1/completions", {"prompt": TEXT, "n": 4}),
+    "required tool": (
+        "/v1/chat/completions",
+        {
+            "messages": [{"role": "user", "content": TEXT}],
+            "tools": [TOOL],
+            "tool_choice": "required",
+        },
+    ),
+}
+
 # `vllm bench serve`, whose command line asks for a package called vllm: the CPU build has another
 # name.
 BENCH_SERVE = """\
@@ -53,20 +80,8 @@ main(parser.parse_args())
 """
 
 
-@contextmanager
-def proxy(fleet: Deployment, flags: str) -> Iterator[HttpServer]:
-    """Started with its script's name in its own folder, as the documents do."""
-    port = free_port()
-    places = {"p1": "chunk512", "p2": "chunk4096", "d1": "chunk512-layerwise"}
-    places["d2"] = "chunk4096-layerwise"
-    ports = {name: fleet[engine].server.port for name, engine in places.items()}
-    line = Template(flags).substitute(ports, port=port)
-    command = [sys.executable, "toy_proxy_server.py", *shlex.split(line)]
-    cwd = Path(toy_proxy_server.__file__).parent
-    log = fleet.folder / f"proxy-{port}.log"
-    with HttpServer(command, port=port, log=log, cwd=cwd) as server:
-        server.wait_ready()
-        yield server
+def proxy(fleet: Deployment, flags: str) -> AbstractContextManager[HttpServer]:
+    return proxies.proxy(fleet, flags, PLACES)
 
 
 def seed_curl(client: Client, model: str) -> dict[str, object]:
@@ -78,14 +93,14 @@ def seed_curl(client: Client, model: str) -> dict[str, object]:
     return answer
 
 
-@pytest.mark.parametrize("document", ONE_TO_ONE)
+@pytest.mark.parametrize("document", DOCUMENTS)
 def test_behind_a_documents_line_decode_answers_with_what_prefill_has_just_stored(
     float32_fleet: Deployment, oracle: Oracle, document: str
 ) -> None:
     decoder = float32_fleet[
-        "chunk4096-layerwise" if "$d2" in ONE_TO_ONE[document] else "chunk512-layerwise"
+        "chunk4096-layerwise" if "$d2" in DOCUMENTS[document] else "chunk512-layerwise"
     ]
-    with proxy(float32_fleet, ONE_TO_ONE[document]) as server:
+    with proxy(float32_fleet, DOCUMENTS[document]) as server:
         # All lengths behind one of them: what differs between the documents is how they say it.
         for length in LENGTHS if document == "1p1d" else (129, 1500):
             prompt = make_prompt(length, f"proxy {document}")
@@ -96,11 +111,60 @@ def test_behind_a_documents_line_decode_answers_with_what_prefill_has_just_store
             if decoder.node is float32_fleet["chunk512"].node:
                 # On another node the last files may not be there yet.
                 assert gained.external_hits == decoder.full_hit_tokens(prompt), gained
-        text = "A page that was computed once need not be computed again. " * 20
-        assert server.client.chat(text).token_ids == oracle.server.client.chat(text).token_ids
+        assert server.client.chat(TEXT).token_ids == oracle.server.client.chat(TEXT).token_ids
         models = json.loads(server.client.get("/v1/models")[1])
         answer_of_seed = seed_curl(server.client, models["data"][0]["id"])
         assert answer_of_seed["usage"]["completion_tokens"] == 20  # type: ignore[index]
+
+
+def one_prefill(fleet: Deployment, path: str, body: dict[str, object]) -> tuple[int, str]:
+    """What the client gets. The prefill server has generated one token for it."""
+    prefill = fleet["chunk512"].client
+    before = metric(prefill, "vllm:generation_tokens_total")
+    with proxy(fleet, ONE_TO_ONE) as server:
+        answer = server.client.post(path, body)
+    # vLLM counts a little after it answers, and in order.
+    prefill.complete(make_prompt(1, "fence"), max_tokens=1)
+
+    def generated() -> int:
+        return metric(prefill, "vllm:generation_tokens_total") - before
+
+    wait_until(lambda: generated() >= 2, "prefill's token and the fence's are counted")
+    assert generated() == 2
+    return answer
+
+
+def test_for_a_client_who_wants_four_answers_prefill_computes_one_token_of_one(
+    float32_fleet: Deployment, oracle: Oracle
+) -> None:
+    prompt = make_prompt(300, "four answers")
+    # vLLM refuses several answers at temperature 0; among one token, nothing is left to chance.
+    likeliest = {"n": 4, "temperature": 1, "top_k": 1}
+    asked = {"prompt": prompt, "max_tokens": MAX_TOKENS, "ignore_eos": True, **likeliest}
+    status, text = one_prefill(
+        float32_fleet, "/v1/completions", {**asked, "return_token_ids": True}
+    )
+    assert status == 200, text
+    choices = json.loads(text)["choices"]
+    assert [tuple(choice["token_ids"]) for choice in choices] == [oracle.answer(prompt)] * 4
+
+
+def said(answer: tuple[int, str]) -> tuple[int, object]:
+    """Status and choices, or the error, without what vLLM makes up for each answer."""
+    status, text = answer
+    body = json.loads(re.sub(r"chatcmpl-tool-\w+", "an id", text))
+    return status, body["choices"] if status == 200 else body["error"]
+
+
+@pytest.mark.parametrize("case", AS_DECODE_SAYS)
+def test_the_client_gets_what_decode_says_and_prefill_computes_one_token(
+    float32_fleet: Deployment, case: str
+) -> None:
+    path, fields = AS_DECODE_SAYS[case]
+    body = {"max_tokens": MAX_TOKENS, "temperature": 0, "return_token_ids": True, **fields}
+    answer = one_prefill(float32_fleet, path, body)
+    decode = float32_fleet["chunk512-layerwise"].client
+    assert said(answer) == said(decode.post(path, body))
 
 
 def test_two_prefillers_and_two_decoders_answer_32_clients_rightly_and_all_have_work(

@@ -1,0 +1,142 @@
+"""Images through the proxy. To the tokens all images are alike: only the keys, and what a page
+holds, tell one from another."""
+
+from __future__ import annotations
+
+import base64
+import io
+import json
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+
+from examples.cluster.client import Client, Counters
+from examples.cluster.models import SPECIAL_TOKENS
+from examples.cluster.multimodal import IMAGE_SIZE, IMAGE_TOKENS, SERVER_ARGS, make_image_model
+from examples.cluster.processes import MIB, HttpServer
+from tests.e2e.checks import counted
+from tests.e2e.deployment import MAX_TOKENS, Deployment, Engine, Fleets
+from tests.e2e.node import Node
+from tests.e2e.proxies import ONE_TO_ONE, proxy
+from tests.e2e.store import BLOCK_TOKENS
+
+pytestmark = [pytest.mark.vllm, pytest.mark.timeout(600)]
+
+# More than a block of text on either side of the image.
+SENTENCE = "What does this picture show, and why was it taken at all? "
+NUM_SENTENCES = 12
+
+# The tokenizer counts its special tokens from 0, and the image's is the last of them.
+IMAGE_ID = len(SPECIAL_TOKENS)
+
+
+@dataclass(frozen=True)
+class Seen:
+    """An answer, and the prompt that the engine made of the parts."""
+
+    prompt: tuple[int, ...]
+    token_ids: tuple[int, ...]
+
+    @property
+    def before_image(self) -> int:
+        """Tokens of the full blocks in which there is nothing of the image."""
+        return self.prompt.index(IMAGE_ID) // BLOCK_TOKENS * BLOCK_TOKENS
+
+
+@pytest.fixture(scope="session")
+def image_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return make_image_model(tmp_path_factory.mktemp("image-model"))
+
+
+@pytest.fixture
+def pair(fleets: Fleets, image_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Deployment:
+    """A prefill and a decode server of one node, without prefix caches of their own."""
+
+    def start() -> Deployment:
+        made = Deployment(tmp_path_factory.mktemp("images"), image_model)
+        node = Node("images")
+        made.start("prefill", node, kv_cache_bytes=64 * MIB, args=SERVER_ARGS)
+        made.start("decode", node, layerwise=True, kv_cache_bytes=64 * MIB, args=SERVER_ARGS)
+        return made
+
+    return fleets.use("images", start)
+
+
+@pytest.fixture
+def front(pair: Deployment) -> Iterator[HttpServer]:
+    with proxy(pair, ONE_TO_ONE, {"p1": "prefill", "d1": "decode"}) as server:
+        yield server
+
+
+def picture(color: str) -> str:
+    """A data URL."""
+    from PIL import Image
+
+    file = io.BytesIO()
+    Image.new("RGB", (IMAGE_SIZE, IMAGE_SIZE), color).save(file, "PNG")
+    return "data:image/png;base64," + base64.b64encode(file.getvalue()).decode()
+
+
+def ask(client: Client, topic: str, color: str, *, cache_salt: str | None = None) -> Seen:
+    """`topic` is the beginning of the text, so that topics share nothing."""
+    around = SENTENCE * NUM_SENTENCES
+    content = [
+        {"type": "text", "text": f"{topic}: {around}"},
+        {"type": "image_url", "image_url": {"url": picture(color)}},
+        {"type": "text", "text": around},
+    ]
+    fields = {"max_tokens": MAX_TOKENS, "temperature": 0, "ignore_eos": True}
+    salt = {} if cache_salt is None else {"cache_salt": cache_salt}
+    body = {"messages": [{"role": "user", "content": content}], "return_token_ids": True}
+    status, text = client.post("/v1/chat/completions", {**body, **fields, **salt})
+    assert status == 200, text
+    answer = json.loads(text)
+    seen = Seen(tuple(answer["prompt_token_ids"]), tuple(answer["choices"][0]["token_ids"]))
+    assert seen.prompt.count(IMAGE_ID) == IMAGE_TOKENS
+    return seen
+
+
+def cold(engine: Engine, topic: str, color: str) -> Seen:
+    """What it answers when it computes all of it: nothing else is asked with this salt."""
+    before = engine.client.counters()
+    seen = ask(engine.client, topic, color, cache_salt=f"{topic} {color}")
+    gained = counted(engine.client, before, len(seen.prompt))
+    assert gained.computed == len(seen.prompt), gained
+    return seen
+
+
+def through(front: HttpServer, pair: Deployment, topic: str, color: str) -> tuple[Seen, int, int]:
+    """Asks the proxy: the answer, and how many tokens prefill and decode have loaded."""
+    clients = [pair[name].client for name in ("prefill", "decode")]
+    before: list[Counters] = [client.counters() for client in clients]
+    seen = ask(front.client, topic, color)
+    prefill, decode = (
+        counted(client, earlier, len(seen.prompt)).external_hits
+        for client, earlier in zip(clients, before, strict=True)
+    )
+    return seen, prefill, decode
+
+
+def test_decode_loads_what_prefill_made_of_an_image_and_of_the_text_around_it(
+    pair: Deployment, front: HttpServer
+) -> None:
+    right = cold(pair["decode"], "one", "red")
+    everything = pair["decode"].full_hit_tokens(right.prompt)
+    assert through(front, pair, "one", "red") == (right, 0, everything)
+    # The image's blocks are among those that are found again.
+    assert through(front, pair, "one", "red") == (right, everything, everything)
+
+
+def test_another_image_in_the_same_text_shares_only_what_stands_before_it(
+    pair: Deployment, front: HttpServer
+) -> None:
+    red, blue = (cold(pair["decode"], "two", color) for color in ("red", "blue"))
+    # What would be found if the image were not in the keys, and what it would lead to.
+    assert red.prompt == blue.prompt and red.token_ids != blue.token_ids
+    everything = pair["decode"].full_hit_tokens(red.prompt)
+    assert 0 < red.before_image < everything - IMAGE_TOKENS
+    assert through(front, pair, "two", "red") == (red, 0, everything)
+    assert through(front, pair, "two", "blue") == (blue, red.before_image, everything)
+    assert through(front, pair, "two", "red") == (red, everything, everything)
