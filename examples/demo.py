@@ -261,11 +261,14 @@ def _run_case(cluster: Cluster, case: Case) -> Outcome:
     loaded = cluster.decode.client.counters() - before
     # Once more, at decode itself: through the proxy the first token has waited for prefill, too.
     again = case.ask(cluster.decode.client)
-    promised = answer.prompt_tokens if case.through_proxy else SHARED_TOKENS
+    promised = SHARED_TOKENS
+    if case.through_proxy:
+        # Shorter ones are not worth a prefill of their own.
+        promised = answer.prompt_tokens if answer.prompt_tokens >= BLOCK_TOKENS else 0
     return Outcome(
         name=case.name,
         prompt_tokens=answer.prompt_tokens,
-        promised_tokens=promised // BLOCK_TOKENS * BLOCK_TOKENS,
+        promised_tokens=promised,
         loaded_tokens=loaded.external_hits,
         cold_ttft_s=plain.ttft_s,
         loaded_ttft_s=again.ttft_s,

@@ -17,7 +17,7 @@ STORE_SETTLE_TIMEOUT_S = 20.0
 
 @dataclass(frozen=True, kw_only=True)
 class Outcome:
-    """One prompt's answer. `promised_tokens` are its full blocks that others have stored."""
+    """One prompt's answer. `promised_tokens` are those that others have stored."""
 
     name: str
     prompt_tokens: int

@@ -25,9 +25,10 @@ ROOMS: dict[str, set[str]] = {
     "ucm.errors": set(),
     "ucm.config": {"ucm.errors"},
     "ucm.metrics": {"ucm.errors"},
+    "ucm.handoff": set(),
     "ucm.store": {"ucm.errors", "ucm.config", "ucm.metrics"},
-    "ucm.pd": {"ucm.errors", "ucm.config", "ucm.metrics"},
-    "ucm.integration": {"ucm.errors", "ucm.config", "ucm.metrics", "ucm.store"},
+    "ucm.pd": {"ucm.errors", "ucm.config", "ucm.metrics", "ucm.handoff"},
+    "ucm.integration": {"ucm.errors", "ucm.config", "ucm.metrics", "ucm.handoff", "ucm.store"},
     "ucm.cli": {"ucm.errors", "ucm.config", "ucm.metrics", "ucm.store", "ucm.pd"},
 }
 # Who may import a heavy or foreign package, by the module's name or its package's.
@@ -43,7 +44,7 @@ TORCH_ONLY = ("ucm.integration.vllm.views", "ucm.integration.vllm.copies")
 # What lies below the node cache's process, and is used by it.
 BELOW_NODE = {
     *("keys", "canonical", "namespace", "weights", "page", "slots"),
-    *("tier", "blockfile", "paths", "posix", "backend"),
+    *("tier", "measured", "blockfile", "paths", "names", "posix", "backend"),
 }
 
 ENTRY_POINTS = {

@@ -100,6 +100,9 @@ def test_every_setting_reaches_its_field() -> None:
             lookup_timeout_ms=11,
             max_lookups=12,
             dump_timeout_ms=13,
+            store_tail=False,
+            handoff_timeout_ms=14,
+            expect_timeout_ms=15,
         )
     )
 
@@ -125,6 +128,9 @@ def test_every_setting_reaches_its_field() -> None:
         lookup_timeout_ms=11,
         max_lookups=12,
         dump_timeout_ms=13,
+        store_tail=False,
+        handoff_timeout_ms=14,
+        expect_timeout_ms=15,
     )
     assert expected == settings
 

@@ -79,6 +79,9 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=
     lookup_timeout_ms: _Milliseconds = 2_000
     max_lookups: Annotated[int, Meta(ge=1, le=65_536)] = 64
     dump_timeout_ms: _Milliseconds = 10_000
+    store_tail: bool = True
+    handoff_timeout_ms: _Milliseconds = 5_000
+    expect_timeout_ms: _Milliseconds = 30_000
     warnings: tuple[str, ...] = ()
 
 

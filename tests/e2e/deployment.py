@@ -40,6 +40,10 @@ class Engine:
         full = len(prompt) // BLOCK_TOKENS * BLOCK_TOKENS
         return min(full, len(prompt) - 1) if self.layerwise else full
 
+    def handed_over_tokens(self, prompt: Sequence[int]) -> int:
+        """The same after a hand-off, which includes the tail."""
+        return len(prompt) - self.layerwise
+
 
 class Deployment:
     """Servers that share one store; those with one Node share a node cache. They start in

@@ -45,7 +45,7 @@ class Node:
 
     def status(self) -> p.Status:
         with self._connect() as client:
-            client.send(p.GetStatus(id=1))
+            client.send(p.GetStatus(id=1, check=True))
             return _await(client, p.Status)
 
     def wait(

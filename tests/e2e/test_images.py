@@ -123,10 +123,10 @@ def test_decode_loads_what_prefill_made_of_an_image_and_of_the_text_around_it(
     pair: Deployment, front: HttpServer
 ) -> None:
     right = cold(pair["decode"], "one", "red")
-    everything = pair["decode"].full_hit_tokens(right.prompt)
-    assert through(front, pair, "one", "red") == (right, 0, everything)
+    here, there = (pair[name].handed_over_tokens(right.prompt) for name in ("prefill", "decode"))
+    assert through(front, pair, "one", "red") == (right, 0, there)
     # The image's blocks are among those that are found again.
-    assert through(front, pair, "one", "red") == (right, everything, everything)
+    assert through(front, pair, "one", "red") == (right, here, there)
 
 
 def test_another_image_in_the_same_text_shares_only_what_stands_before_it(
@@ -135,8 +135,8 @@ def test_another_image_in_the_same_text_shares_only_what_stands_before_it(
     red, blue = (cold(pair["decode"], "two", color) for color in ("red", "blue"))
     # What would be found if the image were not in the keys, and what it would lead to.
     assert red.prompt == blue.prompt and red.token_ids != blue.token_ids
-    everything = pair["decode"].full_hit_tokens(red.prompt)
-    assert 0 < red.before_image < everything - IMAGE_TOKENS
-    assert through(front, pair, "two", "red") == (red, 0, everything)
-    assert through(front, pair, "two", "blue") == (blue, red.before_image, everything)
-    assert through(front, pair, "two", "red") == (red, everything, everything)
+    here, there = (pair[name].handed_over_tokens(red.prompt) for name in ("prefill", "decode"))
+    assert 0 < red.before_image < here - IMAGE_TOKENS
+    assert through(front, pair, "two", "red") == (red, 0, there)
+    assert through(front, pair, "two", "blue") == (blue, red.before_image, there)
+    assert through(front, pair, "two", "red") == (red, here, there)

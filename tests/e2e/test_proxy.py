@@ -21,6 +21,7 @@ from tests.e2e import proxies
 from tests.e2e.checks import LENGTHS, Prompt, at_once, counted, make_prompt, metric, wait_until
 from tests.e2e.deployment import MAX_TOKENS, Deployment, Oracle
 from tests.e2e.proxies import ONE_TO_ONE
+from ucm.pd.flags import ProxySettings
 
 pytestmark = [pytest.mark.vllm, pytest.mark.timeout(600)]
 
@@ -108,9 +109,10 @@ def test_behind_a_documents_line_decode_answers_with_what_prefill_has_just_store
             answer = server.client.complete(prompt, max_tokens=MAX_TOKENS)
             assert answer.token_ids == oracle.answer(prompt)
             gained = counted(decoder.client, before, length)
-            if decoder.node is float32_fleet["chunk512"].node:
-                # On another node the last files may not be there yet.
-                assert gained.external_hits == decoder.full_hit_tokens(prompt), gained
+            # Whether it is on prefill's node or on another one.
+            is_prefilled = length >= ProxySettings.min_prefill_tokens
+            wanted = decoder.handed_over_tokens(prompt) if is_prefilled else 0
+            assert gained.external_hits == wanted, gained
         assert server.client.chat(TEXT).token_ids == oracle.server.client.chat(TEXT).token_ids
         models = json.loads(server.client.get("/v1/models")[1])
         answer_of_seed = seed_curl(server.client, models["data"][0]["id"])

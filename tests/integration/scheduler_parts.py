@@ -4,15 +4,20 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from types import SimpleNamespace
+from typing import Any
 
 from vllm.v1.request import RequestStatus
 
+from tests.store.node.held import Timers
+from ucm import handoff as h
 from ucm.config import Settings, StoreSettings
 from ucm.errors import TierError
 from ucm.integration.vllm.engine_facts import EngineFacts
 from ucm.integration.vllm.metadata import RankReport, StepMetadata
 from ucm.integration.vllm.scheduler import SchedulerSide
+from ucm.integration.vllm.stats import UcmStats
 from ucm.integration.vllm.views import LayoutKind
+from ucm.metrics import series_key
 from ucm.store.namespace import Manifest
 from ucm.store.node import protocol as p
 from ucm.store.node.core import NodeCore
@@ -59,10 +64,12 @@ class InlinePool:
 class Loopback:
     """A node cache in this process, behind the interface of NodeLink. `mute` keeps its answers."""
 
-    def __init__(self, num_slots: int = 64) -> None:
+    def __init__(self, num_slots: int = 64, tier: MemoryTier | None = None) -> None:
         self.generation, self.ranks_ready, self.mute = 0, 1, False
-        self.tier = MemoryTier()
+        self.tier = tier or MemoryTier()
+        self.now_s = 0.0
         self.num_slots = num_slots
+        self.timers = Timers()
         self.inbox: list[p.NodeMessage] = []
         self.start()
 
@@ -78,7 +85,8 @@ class Loopback:
             populate=lambda offset, nbytes, on_done: None,
             ahead_bytes=0,
             max_write_pages=1000,
-            clock=lambda: 0.0,
+            clock=lambda: self.now_s,
+            call_later=self.timers,
         )
         hello = p.Hello(version=p.VERSION, session="s", role="scheduler", pid=1)
         self.client = self.core.connect(hello, self.inbox.append)
@@ -95,8 +103,11 @@ class Loopback:
         return messages
 
     def send(self, message: p.ClientMessage) -> bool:
+        # As it arrives, after its way over a socket.
+        (body,) = p.FrameBuffer().feed(p.encode(message))
+        message = p.decode_client(body)
         if isinstance(message, p.GetStatus):
-            self.inbox.append(self.core.status(message.id, pid=1, arena=""))
+            self.inbox.append(self.core.status(message.id, pid=1, arena="", check=False))
         else:
             self.core.handle(self.client, message)
         return True
@@ -105,11 +116,24 @@ class Loopback:
 class Engine:
     """vLLM's scheduler as far as the connector sees it, with one rank."""
 
-    def __init__(self, link: Loopback, *, timeout_ms=2000, layerwise=False, loads=True) -> None:
+    def __init__(
+        self,
+        link: Loopback,
+        *,
+        timeout_ms=2000,
+        layerwise=False,
+        loads=True,
+        manifest: Manifest = MANIFEST,
+        **more: Any,
+    ) -> None:
         self.link = link
         store = StoreSettings(socket_path="/nowhere")
         settings = Settings(
-            block_tokens=BLOCK, store=store, lookup_timeout_ms=timeout_ms, use_layerwise=layerwise
+            block_tokens=BLOCK,
+            store=store,
+            lookup_timeout_ms=timeout_ms,
+            use_layerwise=layerwise,
+            **more,
         )
         facts = EngineFacts(
             engine_id="e",
@@ -126,12 +150,21 @@ class Engine:
             layout_name="",
             geometry=GEOMETRY,
         )
-        self.side = SchedulerSide(settings, facts, MANIFEST, link)  # type: ignore[arg-type]
+        self.stats = UcmStats()
+        self.side = SchedulerSide(
+            settings,
+            facts,
+            manifest,
+            link,  # type: ignore[arg-type]
+            stats=self.stats,
+        )
         self.requests: dict[str, SimpleNamespace] = {}
         self.dumping: list[int] = []
         self.step({})
 
-    def add(self, name: str, num_tokens: int, *, salt: str | None = None) -> SimpleNamespace:
+    def add(
+        self, name: str, num_tokens: int, *, salt: str | None = None, says: h.Handoff | None = None
+    ) -> SimpleNamespace:
         request = SimpleNamespace(
             request_id=name,
             prompt_token_ids=list(range(num_tokens)),
@@ -142,6 +175,7 @@ class Engine:
             mm_features=[],
             lora_request=None,
             cache_salt=salt,
+            kv_transfer_params=None if says is None else h.params(says),
             status=RequestStatus.WAITING,
         )
         self.requests[name] = request
@@ -184,16 +218,22 @@ class Engine:
         ended = dict.fromkeys(job_ids, 1)
         self.side.ranks_reported(RankReport(ended=ended, failed=ended if failed else {}))
 
-    def prefill(self, name: str, num_tokens: int) -> SimpleNamespace:
-        """A request whose prompt ends up in the store."""
-        request = self.add(name, num_tokens)
-        self.admit(request)
-        self.step({name: num_tokens})
-        self.side.finished(request, self.blocks(request))
+    def prefill(
+        self, name: str, num_tokens: int, *, says: h.Handoff | None = None
+    ) -> SimpleNamespace:
+        """A request whose prompt ends up in the store. Its `receipt` is vLLM's to send."""
+        request = self.add(name, num_tokens, says=says)
+        extra = self.admit(request)
+        self.step({name: num_tokens - extra})
+        _, request.receipt = self.side.finished(request, self.blocks(request))
         self.step({})
         self.copied(*self.take_dumping())
         self.step({})
         return request
 
+    def counted(self, name: str, **labels: str) -> float:
+        counters: dict[str, float] = self.stats.data["counters"]
+        return counters.get(series_key(name, "counter", labels), 0)
+
     def slots(self) -> dict[str, int]:
-        return self.link.core.status(1, pid=1, arena="").slots
+        return self.link.core.status(1, pid=1, arena="", check=True).slots

@@ -18,7 +18,7 @@ def test_a_producer_whose_lookup_is_not_answered_before_the_request_ends_still_d
     engine.side.allocated(request, engine.blocks(request), 0)
     engine.step({"a": 64})
 
-    assert engine.side.finished(request, engine.blocks(request))
+    assert engine.side.finished(request, engine.blocks(request))[0]
     link.mute = False
     engine.step({})
     engine.copied(*engine.take_dumping())

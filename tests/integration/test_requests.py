@@ -104,7 +104,9 @@ def test_a_block_is_copied_from_all_of_its_device_blocks(unit, block):
     per_block = BLOCK // unit
     device_blocks = list(range(100, 100 + 21 * per_block))
 
-    part = part_of_block(block, 4096, device_blocks, block_tokens=BLOCK, unit=unit)
+    part = part_of_block(
+        block, 4096, device_blocks, num_tokens=BLOCK, block_tokens=BLOCK, unit=unit
+    )
 
     assert part.block_ids == tuple(range(100 + block * per_block, 100 + (block + 1) * per_block))
     assert (part.slot_offset, part.first_token) == (4096, 0)

@@ -70,7 +70,7 @@ def test_a_finished_request_is_held_until_its_copies_have_ended():
     engine.admit(request)
     engine.step({"a": 64})
 
-    assert engine.side.finished(request, engine.blocks(request))
+    assert engine.side.finished(request, engine.blocks(request))[0]
     jobs = engine.take_dumping()
     assert jobs
     assert engine.step({}).released == ()
@@ -118,7 +118,7 @@ def test_an_aborted_request_leaves_no_slot_and_no_pin():
     assert extra == 96
     assert engine.slots()["pins"] == 6
 
-    assert not engine.side.finished(waiting, [])
+    assert not engine.side.finished(waiting, [])[0]
 
     assert engine.slots()["pins"] == 0
 
@@ -130,7 +130,7 @@ def test_when_the_memory_is_full_the_rest_of_a_prompt_is_not_dumped():
     engine.step({"a": 128})
     engine.step({"a": 0})
     engine.copied(*engine.take_dumping())
-    held = engine.side.finished(request, engine.blocks(request))
+    held, _ = engine.side.finished(request, engine.blocks(request))
 
     assert not held
     assert engine.slots()["filling"] == 0

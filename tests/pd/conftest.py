@@ -15,6 +15,7 @@ from aiohttp.test_utils import TestServer
 from multidict import CIMultiDictProxy
 from yarl import URL
 
+from ucm.handoff import Handoff, parse
 from ucm.pd.flags import ProxySettings
 from ucm.pd.proxy import make_app
 
@@ -31,6 +32,11 @@ class Asked:
     @property
     def fields(self) -> dict[str, Any]:
         return json.loads(self.body)
+
+    @property
+    def handoff(self) -> Handoff | None:
+        """What it is told of the other leg."""
+        return parse(self.fields.get("kv_transfer_params"))
 
 
 @dataclass

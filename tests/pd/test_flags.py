@@ -93,6 +93,11 @@ def test_the_mode_is_said_in_the_words_of_the_documents():
     assert "[Mixed Mode] Initialized 1 PD-mixed workers." == settings("--worker-host a").mode
 
 
+@pytest.mark.parametrize("mode", ["chain", "overlap"])
+def test_both_ways_to_hand_over_can_be_asked_for(mode):
+    assert mode == settings(f"--handoff {mode}").handoff
+
+
 PD = "--prefiller-host a --decoder-host b"
 
 
@@ -112,6 +117,7 @@ PD = "--prefiller-host a --decoder-host b"
         ("--worker-host http://a:1/v1", "is no host, host:port or http://host:port"),
         ("--worker-host ftp://a:1", "is no host, host:port or http://host:port"),
         (f"{PD} --policy best", "invalid choice: 'best'"),
+        (f"{PD} --handoff both", "invalid choice: 'both'"),
         (f"{PD} --max-running 0", "must be at least 1"),
         (f"{PD} --connect-timeout-s -1", "'-1' is no time in seconds"),
         (f"{PD} --min-prefill-tokens few", "'few' is no number"),

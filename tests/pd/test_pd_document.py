@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import ast
 import inspect
+import json
 import re
 import textwrap
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 
-from ucm.pd import prefill, proxy, register, rewrite, upstream
-from ucm.pd.flags import ProxySettings, _parser
+from ucm import handoff
+from ucm.pd import prefill, promise, proxy, register, rewrite, upstream
+from ucm.pd.flags import HANDOFFS, ProxySettings, _parser
 from ucm.pd.metrics import ProxyMetrics
 
 TEXT = (Path(__file__).parents[2] / "docs" / "pd.md").read_text()
@@ -61,13 +63,13 @@ def returned(function: Callable[..., object]) -> set[str]:
     return {text for each in returns for text in texts(each.value)}
 
 
-def first_arguments(nodes: Iterable[ast.AST], method: str) -> set[str]:
-    """Texts with which something's `method` is called."""
+def first_arguments(nodes: Iterable[ast.AST], name: str) -> set[str]:
+    """Texts with which `name`, or something's method of that name, is called."""
     calls = (node for node in nodes if isinstance(node, ast.Call) and node.args)
     return {
         text
         for call in calls
-        if getattr(call.func, "attr", "") == method
+        if getattr(call.func, "attr", getattr(call.func, "id", "")) == name
         for text in texts(call.args[0])
     }
 
@@ -111,10 +113,10 @@ def test_it_names_every_path() -> None:
 
 def test_it_names_every_reason_for_which_a_request_is_not_prefilled() -> None:
     reasons = returned(rewrite.why_not_prefill) | returned(upstream.failure_reason)
-    send = prefill.Prefills._send
-    reasons |= returned(send) | assigned(tree(send), "failure")
-    reasons |= returned(prefill.Prefills._ask)
+    reasons |= assigned(tree(prefill.Prefills._send), "failure")
+    reasons |= first_arguments(CODE, "PrefillOutcome")
     assert {"about_prompt", "refused", "queue_full", "no_prefiller", f"{ANY}xx"} <= reasons
+    assert "cancelled" in reasons
     rows = TEXT[TEXT.index("| reason of ") :]
 
     for reason in reasons:
@@ -133,6 +135,14 @@ def test_it_names_every_field_that_the_prefill_leg_changes() -> None:
     fields = {*rewrite._DROPPED, *rewrite._ONE_IF_GIVEN, *rewrite._ABOUT_THE_PROMPT}
 
     assert set() == fields - named()
+
+
+def test_it_says_when_decode_is_asked_and_what_it_is_told() -> None:
+    for mode in HANDOFFS:
+        assert f"\n| `{mode}` | " in TEXT
+    for mark in (handoff.Wanted(), handoff.Expected(), handoff.Withdrawn()):
+        assert json.dumps(handoff.params(mark)) in named()
+    assert promise.WITHDRAWN_SUFFIX in named()
 
 
 def test_it_names_every_endpoint() -> None:

@@ -1,19 +1,21 @@
-"""The prefill leg's body, and which requests have none."""
+"""The prefill leg's body, which requests have none, and what decode is told of it."""
 
 from __future__ import annotations
 
 import json
 
 import pytest
-from hypothesis import given
+from hypothesis import assume, given
 from hypothesis import strategies as st
 
 from ucm.pd.rewrite import (
     guess_tokens,
     most_tokens,
+    params_of,
     parse_body,
     prefill_body,
     why_not_prefill,
+    with_params,
 )
 
 COMPLETIONS = "/v1/completions"
@@ -31,14 +33,15 @@ OUTPUT_ONLY = [
     "guided_regex",
     "guided_choice",
     "guided_grammar",
-    "kv_transfer_params",
 ]
+WANTED = {"ucm": {"kind": "wanted"}}
 CHANGED = {
     "max_tokens",
     "max_completion_tokens",
     "max_output_tokens",
     "n",
     "stream",
+    "kv_transfer_params",
     *OUTPUT_ONLY,
 }
 
@@ -48,9 +51,9 @@ def rewritten(path=COMPLETIONS, **fields):
 
 
 def test_prefill_is_asked_for_one_token_that_is_not_streamed():
-    assert {"prompt": "hi", "max_tokens": 1, "stream": False} == rewritten(
-        prompt="hi", max_tokens=100, stream=True
-    )
+    got = rewritten(prompt="hi", max_tokens=100, stream=True)
+    assert WANTED == got.pop("kv_transfer_params")
+    assert {"prompt": "hi", "max_tokens": 1, "stream": False} == got
 
 
 def test_a_request_without_max_tokens_still_asks_for_one_token():
@@ -65,12 +68,18 @@ def test_what_asks_for_more_output_is_brought_to_one_where_the_client_has_set_it
 
 def test_a_response_is_limited_by_its_own_name_and_not_kept():
     got = rewritten("/v1/responses", input="hi", max_output_tokens=100)
+    assert WANTED == got.pop("kv_transfer_params")
     assert {"input": "hi", "max_output_tokens": 1, "store": False, "stream": False} == got
 
 
 @pytest.mark.parametrize("name", OUTPUT_ONLY)
 def test_fields_about_the_output_alone_are_left_out(name):
     assert name not in rewritten(prompt="hi", **{name: 10})
+
+
+def test_prefill_is_asked_for_a_receipt_whatever_the_client_wants_of_it():
+    got = rewritten(prompt="hi", kv_transfer_params={"do_remote_decode": True})
+    assert WANTED == got["kv_transfer_params"]
 
 
 def test_what_shapes_the_prompt_stays():
@@ -144,3 +153,65 @@ def test_a_token_of_text_is_at_least_a_byte(text):
 @given(st.dictionaries(st.sampled_from(["prompt", "messages", "input", "tools"]), json_values))
 def test_any_prompt_has_a_size(fields):
     assert guess_tokens(fields) >= 1
+
+
+blanks = st.text(" \t\r\n", max_size=3)
+
+
+@st.composite
+def objects(draw):
+    """JSON objects as bytes, with blanks wherever they may be."""
+    names = st.sampled_from(["kv_transfer_params", "prompt"]) | st.text()
+    fields = draw(st.dictionaries(names, json_values))
+    text = json.dumps(
+        fields,
+        indent=draw(st.none() | st.integers(0, 3)),
+        separators=(draw(blanks) + "," + draw(blanks), draw(blanks) + ":" + draw(blanks)),
+        ensure_ascii=draw(st.booleans()),
+    )
+    return f"{draw(blanks)}{text[:-1]}{draw(blanks)}}}{draw(blanks)}".encode()
+
+
+@given(objects(), objects())
+def test_decode_gets_the_clients_bytes_and_the_params_behind_the_last_field(body, params):
+    params = params.strip()
+    told = with_params(body, params)
+
+    before, after = body[: body.rindex(b"}")], body[body.rindex(b"}") :]
+    assert told.startswith(before)
+    assert told.endswith(params + after)
+    assert {**json.loads(body), "kv_transfer_params": json.loads(params)} == json.loads(told)
+
+
+@pytest.mark.parametrize("encoding", ["utf-16", "utf-32"])
+def test_a_body_that_is_not_utf_8_stays_as_it_is(encoding):
+    body = '{"prompt": "hi"}'.encode(encoding)
+    assert body == with_params(body, b"{}")
+
+
+@given(objects())
+def test_the_params_of_an_answer_are_found_byte_by_byte(params):
+    params = params.strip()
+    assume(b"Infinity" not in params)  # which is no JSON
+    assert params == params_of(b'{"id": "a", "kv_transfer_params":\n' + params + b', "n": []}')
+
+
+@pytest.mark.parametrize(
+    "answer",
+    [
+        b"",
+        b"no",
+        b"[]",
+        b"{}",
+        b'{"choices": [{"kv_transfer_params": {}}]}',
+        b'{"kv_transfer_params": null}',
+        b'{"kv_transfer_params": [1]}',
+        b'{"kv_transfer_params": "{}"}',
+        b'{"kv_transfer_params": {"a": "\xff"}}',
+        b'{"kv_transfer_params": {"a": \x01}}',
+        b'{"kv_transfer_params": {"a": 1}',
+        b'{"kv_transfer_params": ' + b'{"a":' * 9999,
+    ],
+)
+def test_what_is_no_object_is_not_passed_to_decode(answer):
+    assert params_of(answer) is None

@@ -17,6 +17,7 @@ from yarl import URL
 from ucm.errors import ConfigError
 
 POLICIES = ("least-loaded", "round-robin")
+HANDOFFS = ("chain", "overlap")
 DEFAULT_PREFILL_PORT = 8100
 DEFAULT_DECODE_PORT = 8200
 DEFAULT_WORKER_PORT = 8100
@@ -32,6 +33,7 @@ class ProxySettings:
     decoders: tuple[URL, ...] = ()
     workers: tuple[URL, ...] = ()
     policy: str = "least-loaded"
+    handoff: str = "chain"
     min_prefill_tokens: int = 128
     max_running: int = 1024
     max_queued: int = 4096
@@ -167,6 +169,12 @@ def _parser(description: str) -> argparse.ArgumentParser:
         add(*hosts, dest=f"{role}_hosts", help=f"instances that {what}", **more)  # type: ignore[arg-type]
         add(*ports, dest=f"{role}_ports", type=_port, help="their ports", **more)  # type: ignore[arg-type]
     add("--policy", choices=POLICIES, default=defaults.policy, help="how an instance is chosen")
+    add(
+        "--handoff",
+        choices=HANDOFFS,
+        default=defaults.handoff,
+        help="decode is asked when prefill has answered, or at the same time",
+    )
     for name, kind, text in (
         ("min-prefill-tokens", _count, "prompts that are surely shorter go to decode alone"),
         ("max-running", _positive, "requests at one instance; more wait in the proxy"),

@@ -47,13 +47,18 @@ class Journey:
         try:
             yield
         finally:
-            spent_s = time.monotonic() - started_s
-            self._stages[name] = self._stages.get(name, 0.0) + spent_s
+            self.spent(name, time.monotonic() - started_s)
+
+    def spent(self, stage: str, spent_s: float) -> None:
+        self._stages[stage] = self._stages.get(stage, 0.0) + spent_s
 
     def not_prefilled(self, reason: str) -> None:
         self.reason = reason
         self.path = "skip-short" if reason == "short" else "decode-only"
         self._metrics.not_prefilled.labels(reason).inc()
+
+    def withdrawn(self) -> None:
+        self._metrics.withdrawn.inc()
 
     def retried(self, role: str) -> None:
         self._metrics.retries.labels(role).inc()

@@ -41,6 +41,11 @@ class ProxyMetrics:
             ["role"],
             registry=self._registry,
         )
+        self.withdrawn = Counter(
+            "ucm_pd_withdrawn",
+            "Decode legs that were begun anew because the prefill that they expected had failed",
+            registry=self._registry,
+        )
         self.failed = Counter(
             "ucm_pd_failed",
             "Requests that got no whole answer",

@@ -5,7 +5,8 @@ from __future__ import annotations
 import asyncio
 import hmac
 import logging
-from collections.abc import AsyncIterator, Awaitable, Callable
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
+from contextlib import contextmanager
 from functools import partial
 
 import aiohttp
@@ -20,6 +21,7 @@ from ucm.pd.journey import Journey
 from ucm.pd.members import Members
 from ucm.pd.metrics import ProxyMetrics
 from ucm.pd.prefill import Leg, Prefills
+from ucm.pd.promise import Promise
 from ucm.pd.relay import Relay
 from ucm.pd.resume import Tracker
 from ucm.pd.rewrite import guess_tokens, parse_body, prefill_body, why_not_prefill
@@ -121,12 +123,13 @@ class Proxy:
 
         async def go(journey: Journey) -> web.StreamResponse:
             journey.tokens = guess_tokens(fields)
-            if self._prefills is not None:
-                await self._prefill(self._prefills, request, fields, journey)
             tracker = None
             if self._settings.resume and request.path in _RESUMABLE and fields.get("stream"):
                 tracker = Tracker(fields, is_chat=request.path == _CHAT)
-            return await self._relaying.answer(request, body, journey, tracker)
+            with self._promised(request, fields, journey) as promise:
+                if promise is not None and self._settings.handoff == "chain":
+                    await promise.settled()
+                return await self._relaying.answer(request, body, journey, tracker, promise)
 
         return await self._journey(request, go)
 
@@ -159,29 +162,32 @@ class Proxy:
         finally:
             journey.end()
 
-    async def _prefill(
-        self,
-        prefills: Prefills,
-        request: web.Request,
-        fields: dict[str, object],
-        journey: Journey,
-    ) -> None:
+    @contextmanager
+    def _promised(
+        self, request: web.Request, fields: dict[str, object], journey: Journey
+    ) -> Iterator[Promise | None]:
+        """The request's prefill, until the request is over; None where it would be of no use."""
+        if self._prefills is None:
+            yield None
+            return
         if why := why_not_prefill(fields, min_tokens=self._settings.min_prefill_tokens):
             journey.not_prefilled(why)
+            yield None
             return
         headers = upstream.request_headers(request.headers, request_id=f"{journey.request_id}-p")
+        # The proxy reads this answer, and unpacks nothing.
+        headers["Accept-Encoding"] = "identity"
         leg = Leg(
             path=request.raw_path,
             headers=headers,
             body=prefill_body(fields, path=request.path),
             tokens=journey.tokens,
         )
-        with journey.stage("prefill"):
-            outcome = await prefills.run(leg)
-        if outcome.failure is not None:
-            journey.not_prefilled(outcome.failure)
-        else:
-            journey.path = "shared-prefill" if outcome.shared else "pd"
+        promise = Promise(self._prefills.join(leg), journey)
+        try:
+            yield promise
+        finally:
+            promise.leave()
 
     @property
     def _relaying(self) -> Relay:

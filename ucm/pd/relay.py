@@ -1,4 +1,4 @@
-"""The decode leg: the client's own bytes to an instance, and its answer back, byte by byte.
+"""The decode leg: the client's request to an instance, and the answer back, byte by byte.
 
 Decode's status, headers and body are the truth. An answer that has a length is read whole before
 the client sees any of it, of a stream the first piece: until then another instance can be asked,
@@ -9,6 +9,7 @@ the upstream request, so the engine stops.
 from __future__ import annotations
 
 import logging
+from functools import partial
 
 import aiohttp
 from aiohttp import web
@@ -18,6 +19,7 @@ from ucm.pd.delivery import Answer, Delivery
 from ucm.pd.errors import error_response
 from ucm.pd.instances import Instance, NoInstance, Pool, QueueFull
 from ucm.pd.journey import Journey
+from ucm.pd.promise import Ask, Promise
 from ucm.pd.resume import Tracker
 
 logger = logging.getLogger(__name__)
@@ -40,6 +42,7 @@ class Relay:
         body: bytes | None,
         journey: Journey,
         tracker: Tracker | None = None,
+        promise: Promise | None = None,
     ) -> web.StreamResponse:
         """The client's response, sent. Never raises but for a client that has left."""
         delivery = Delivery(request, journey, tracker)
@@ -55,7 +58,8 @@ class Relay:
                 return await _give_up(delivery, journey, 503, error)
             try:
                 tried.append(instance)
-                found = await self._ask(tried, request, delivery.body(body), journey)
+                ask = partial(self._ask, tried, request, journey)
+                found = await _keep(promise, ask, delivery, body)
                 if isinstance(found, str):
                     problem = found
                 else:
@@ -74,11 +78,16 @@ class Relay:
                 journey.retried(self._pool.role.value)
 
     async def _ask(
-        self, tried: list[Instance], request: web.Request, body: bytes | None, journey: Journey
+        self,
+        tried: list[Instance],
+        request: web.Request,
+        journey: Journey,
+        body: bytes | None,
+        suffix: str,
     ) -> Answer | str:
         """The beginning of the answer of the last of `tried`, or what is wrong with it."""
         instance = tried[-1]
-        request_id = journey.request_id + (f"-r{len(tried)}" if len(tried) > 1 else "")
+        request_id = journey.request_id + (f"-r{len(tried)}" if len(tried) > 1 else "") + suffix
         headers = upstream.request_headers(request.headers, request_id=request_id)
         url = upstream.target(instance.url, request.raw_path)
         role = self._pool.role.value
@@ -98,6 +107,15 @@ class Relay:
             response.close()
             return f"the {role} instance at {instance.url} is too busy"
         return answer
+
+
+async def _keep(
+    promise: Promise | None, ask: Ask, delivery: Delivery, body: bytes | None
+) -> Answer | str:
+    """Who goes on with a stream is asked for more than the promise was about."""
+    if promise is None or body is None or delivery.response is not None:
+        return await ask(delivery.body(body), "")
+    return await promise.keep(ask, body)
 
 
 async def _begin(response: aiohttp.ClientResponse) -> Answer:

@@ -1,8 +1,10 @@
-"""What a prefill instance is asked, made from what the client has asked. Pure.
+"""What the instances are asked, made from what the client has asked. Pure.
 
-Everything that shapes the prompt's tokens or their keys stays, in its order: tools end up in the
-prompt in the order of their keys. What shapes only the output is brought down to one token, because
-it would cost the prefill instance time, or contradict an answer of one token.
+For prefill, everything that shapes the prompt's tokens or their keys stays, in its order: tools end
+up in the prompt in the order of their keys. What shapes only the output is brought down to one
+token, because it would cost the prefill instance time, or contradict an answer of one token.
+
+Decode gets the client's own bytes, and behind the last field what it is told of the prefill.
 """
 
 from __future__ import annotations
@@ -13,6 +15,9 @@ from typing import Any
 
 import msgspec
 
+from ucm import handoff
+
+KV_PARAMS = "kv_transfer_params"
 GRAMMARS = (
     "response_format",
     "structured_outputs",
@@ -31,8 +36,8 @@ _DROPPED = (
     "logprobs",
     "top_logprobs",
     *GRAMMARS,
-    # Whatever a client puts there is not for the engines.
-    "kv_transfer_params",
+    # Whatever a client puts there is not for the engines: it is the proxy's.
+    KV_PARAMS,
 )
 # Brought to 1 where the client has set them. `max_completion_tokens` wins over `max_tokens`.
 _ONE_IF_GIVEN = ("max_completion_tokens", "max_output_tokens", "n")
@@ -69,7 +74,37 @@ def prefill_body(fields: Mapping[str, Any], *, path: str) -> bytes:
     else:
         first["max_tokens"] = 1
     first["stream"] = False
+    first[KV_PARAMS] = handoff.params(handoff.Wanted())
     return json.dumps(first, separators=(",", ":")).encode()
+
+
+class _Answer(msgspec.Struct):
+    kv_transfer_params: msgspec.Raw = msgspec.Raw()
+
+
+_answers = msgspec.json.Decoder(_Answer)
+
+
+def params_of(answer: bytes) -> bytes | None:
+    """The `kv_transfer_params` object of a prefill's answer as they stand there, whosever they are;
+    None if there is none."""
+    try:
+        params = bytes(_answers.decode(answer).kv_transfer_params)
+        # Nothing has looked into them yet, and what is broken would break the client's request.
+        return params if isinstance(msgspec.json.decode(params), dict) else None
+    except (ValueError, RecursionError):
+        return None
+
+
+def with_params(body: bytes, params: bytes) -> bytes:
+    """The client's request with these `kv_transfer_params`; every other byte is the client's. Of
+    two fields of one name the last one counts. `body` is a JSON object."""
+    if not json.detect_encoding(body).startswith("utf-8"):
+        return body  # vLLM reads UTF-16 as well; a hint is not worth the work
+    end = body.rindex(b"}")
+    before = body[:end]
+    comma = b"" if before.rstrip().endswith(b"{") else b","
+    return b"".join((before, comma, b'"', KV_PARAMS.encode(), b'":', params, body[end:]))
 
 
 def why_not_prefill(fields: Mapping[str, Any], *, min_tokens: int) -> str | None:

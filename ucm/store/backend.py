@@ -101,6 +101,9 @@ class Backend:
                 reason="corrupt",
             )
 
+    def read_manifest(self, fingerprint: bytes) -> bytes | None:
+        return _read_once(paths.manifest_path(self.path, fingerprint))
+
     def _write_once(self, path: str, content: bytes) -> bytes:
         """Writes `path` unless somebody else was faster. Returns what is there then."""
         temp = paths.temp_path(path)

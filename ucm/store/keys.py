@@ -2,6 +2,7 @@
 
     key[-1] = SHA256( field("ucm-key-1") field(fingerprint) optional(LoRA digest) optional(salt) )
     key[i]  = SHA256( key[i-1] u32(n) n x u32(token) u32(m) m x extra )
+    tail    = the same, with the n tokens that are left behind the last full block
     extra   = field(content hash) i64(item start - block start) u64(item length)
 
     field(b)    = u32(len(b)) b
@@ -23,7 +24,10 @@ from array import array
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from hashlib import sha256
-from typing import Final, NewType
+from typing import TYPE_CHECKING, Final, NewType
+
+if TYPE_CHECKING:
+    from typing_extensions import Self
 
 Key = NewType("Key", bytes)
 
@@ -32,6 +36,18 @@ KEY_FORMAT: Final = b"ucm-key-1"
 
 _EXTRA_PLACE: Final = struct.Struct("<qQ")
 _NO_EXTRAS: Final = struct.pack("<I", 0)
+
+
+class TailKey(bytes):
+    """The key of a tail: the `num_tokens` at a prompt's end that fill no block. Whoever handles
+    keys need not know: it is told apart only where tails are named, filled up or evicted."""
+
+    num_tokens: int
+
+    def __new__(cls, key: bytes, num_tokens: int) -> Self:
+        made = super().__new__(cls, key)
+        made.num_tokens = num_tokens
+        return made
 
 
 @dataclass(frozen=True)
@@ -90,18 +106,44 @@ def block_keys(
     extras = extras_by_block(
         items, block_tokens=block_tokens, first_block=first_token // block_tokens
     )
-    count = struct.pack("<I", block_tokens)
     block_bytes = 4 * block_tokens
     keys: list[Key] = []
     key = parent
     for block in range(num_blocks):
-        digest = sha256(key)
-        digest.update(count)
-        digest.update(token_bytes[block * block_bytes : (block + 1) * block_bytes])
-        digest.update(encode_extras(extras[block]) if block in extras else _NO_EXTRAS)
-        key = Key(digest.digest())
+        of_block = token_bytes[block * block_bytes : (block + 1) * block_bytes]
+        key = _key(key, block_tokens, of_block, extras.get(block))
         keys.append(key)
     return keys
+
+
+def tail_key(
+    parent: Key,
+    tokens: Sequence[int],
+    *,
+    block_tokens: int,
+    first_token: int,
+    items: Sequence[Item] = (),
+) -> Key:
+    """The key of a prompt's last `tokens`, fewer than a block, which start at `first_token`. Only
+    a prompt that ends with exactly these has it."""
+    assert 0 < len(tokens) < block_tokens and first_token % block_tokens == 0
+    extras = extras_by_block(
+        items, block_tokens=block_tokens, first_block=first_token // block_tokens
+    )
+    key = _key(parent, len(tokens), memoryview(_u32s(tokens)), extras.get(0))
+    return Key(TailKey(key, len(tokens)))
+
+
+def num_tokens_of(key: Key, *, block_tokens: int) -> int:
+    return key.num_tokens if isinstance(key, TailKey) else block_tokens
+
+
+def _key(parent: Key, num_tokens: int, tokens: memoryview, extras: Sequence[Extra] | None) -> Key:
+    digest = sha256(parent)
+    digest.update(struct.pack("<I", num_tokens))
+    digest.update(tokens)
+    digest.update(encode_extras(extras) if extras else _NO_EXTRAS)
+    return Key(digest.digest())
 
 
 def extras_by_block(

@@ -5,6 +5,7 @@
       <namespace fingerprint>/
         manifest.json
         <hh>/<hh>/<key>.kv                    hh: first and second byte of the key
+        <hh>/<hh>/<key>.<tokens>.kv           a tail of so many tokens
         <hh>/<hh>/.<key>.kv.<writer>.tmp      a block that is being written
       quarantine/
         <namespace fingerprint>/<key>.kv.<writer>
@@ -22,7 +23,7 @@ import secrets
 import time
 from dataclasses import dataclass
 
-from ucm.store.keys import Key
+from ucm.store.keys import Key, TailKey
 
 BLOCK_SUFFIX = ".kv"
 TEMP_SUFFIX = ".tmp"
@@ -33,7 +34,7 @@ BACKEND_ID = "ucm-backend-id"
 # Common filesystems take names of 255 bytes; a temporary name needs 110 beside the host.
 _MAX_HOST_CHARS = 64
 _WRITER = r"(?P<host>[A-Za-z0-9._]+)-(?P<pid>\d+)-(?P<created_s>\d+)-(?P<random>[0-9a-f]{16})"
-_BLOCK = r"(?P<key>[0-9a-f]{64})\.kv"
+_BLOCK = r"(?P<key>[0-9a-f]{64})(\.(?P<tokens>[1-9]\d{0,4}))?\.kv"
 _FINGERPRINT = r"(?P<fingerprint>[0-9a-f]{64})"
 _FAN_OUT = r"(?P<fan_out>[0-9a-f]{2}/[0-9a-f]{2})"
 _BLOCK_PATH = re.compile(rf"{_FINGERPRINT}/{_FAN_OUT}/{_BLOCK}", re.ASCII)
@@ -83,8 +84,8 @@ def manifest_path(backend: str, fingerprint: bytes) -> str:
 
 
 def block_path(backend: str, fingerprint: bytes, key: Key) -> str:
-    name = key.hex()
-    return f"{backend}/{fingerprint.hex()}/{name[:2]}/{name[2:4]}/{name}{BLOCK_SUFFIX}"
+    name = _block_file_name(key)
+    return f"{backend}/{fingerprint.hex()}/{name[:2]}/{name[2:4]}/{name}"
 
 
 def temp_path(target: str) -> str:
@@ -110,7 +111,7 @@ def temp_target(temp: str) -> str:
 def quarantine_path(backend: str, fingerprint: bytes, key: Key) -> str:
     """A new name, because the same block may be damaged twice."""
     directory = f"{backend}/{QUARANTINE}/{fingerprint.hex()}"
-    return f"{directory}/{key.hex()}{BLOCK_SUFFIX}.{_new_writer()}"
+    return f"{directory}/{_block_file_name(key)}.{_new_writer()}"
 
 
 def parse_block_path(relative_path: str) -> BlockName | None:
@@ -133,6 +134,11 @@ def parse_quarantine_path(relative_path: str) -> QuarantineName | None:
     return None if match is None else QuarantineName(_block_name(match), _writer_name(match))
 
 
+def _block_file_name(key: Key) -> str:
+    tokens = f".{key.num_tokens}" if isinstance(key, TailKey) else ""
+    return f"{key.hex()}{tokens}{BLOCK_SUFFIX}"
+
+
 def _new_writer() -> str:
     # Asked anew each time: a cached process id is wrong after a fork.
     host = re.sub(r"[^A-Za-z0-9._]", "_", os.uname().nodename)[:_MAX_HOST_CHARS] or "_"
@@ -140,7 +146,10 @@ def _new_writer() -> str:
 
 
 def _block_name(match: re.Match[str]) -> BlockName:
-    return BlockName(bytes.fromhex(match["fingerprint"]), Key(bytes.fromhex(match["key"])))
+    key = bytes.fromhex(match["key"])
+    if match["tokens"] is not None:
+        key = TailKey(key, int(match["tokens"]))
+    return BlockName(bytes.fromhex(match["fingerprint"]), Key(key))
 
 
 def _writer_name(match: re.Match[str]) -> WriterName:

@@ -27,6 +27,7 @@ from ucm.store import paths
 from ucm.store.backend import READ_ONLY_ERRNOS, Backend, tier_error, unlink_if_there
 from ucm.store.blockfile import BlockId, Scratch, read_block, write_block
 from ucm.store.keys import Key
+from ucm.store.names import is_there_now
 from ucm.store.tier import ABSENT, HIT, PageRead, ReadStatus, Staged, Tier, TierNamespace
 
 # Buffered reads stop often to verify what is still in the CPU's cache. Direct ones don't pass
@@ -67,6 +68,23 @@ class PosixTier(Tier):
             except OSError as error:
                 raise tier_error(path, "can't be looked up", error) from error
         return len(keys)
+
+    def contains_now(self, namespace: TierNamespace, key: Key) -> bool:
+        backend = self._backend_of(key)
+        if backend is None:
+            return False
+        path = paths.block_path(backend.path, namespace.fingerprint, key)
+        try:
+            return is_there_now(path, below=backend.path)
+        except OSError as error:
+            raise tier_error(path, "can't be looked up", error) from error
+
+    def read_manifest(self, fingerprint: bytes) -> bytes | None:
+        for backend in self._backends:
+            manifest = backend.read_manifest(fingerprint)
+            if manifest is not None:
+                return manifest
+        return None
 
     def read(self, namespace: TierNamespace, key: Key, page: memoryview) -> PageRead:
         try:

@@ -29,7 +29,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from enum import Enum
 
-from ucm.store.keys import Key
+from ucm.store.keys import Key, TailKey
 
 EXTENT_BYTES = 32 << 20
 _MAX_SPAN_EXTENTS = 8
@@ -156,7 +156,7 @@ class SlotTable:
         """FILLING -> READY, unpinned and most recently used."""
         assert slot.state is SlotState.FILLING
         slot.state = SlotState.READY
-        self._class(slot).evictable[slot.offset] = slot
+        self._may_be_evicted(slot)
 
     def abandon(self, slot: Slot) -> None:
         """FILLING or ASIDE -> FREE. The caller knows that nobody writes into the slot any more."""
@@ -182,14 +182,20 @@ class SlotTable:
         if slot.pins > 0:
             return
         if self._keeps_unpinned:
-            self._class(slot).evictable[slot.offset] = slot
+            self._may_be_evicted(slot)
         else:
             self.evictions += 1
             self._forget(slot)
 
     def touch(self, slot: Slot) -> None:
         if slot.state is SlotState.READY and slot.pins == 0:
-            self._class(slot).evictable.move_to_end(slot.offset)
+            self._may_be_evicted(slot)
+
+    def _may_be_evicted(self, slot: Slot) -> None:
+        """As the last one; a tail as the first: it serves one prompt, which has had it."""
+        evictable = self._class(slot).evictable
+        evictable[slot.offset] = slot
+        evictable.move_to_end(slot.offset, last=not isinstance(slot.key, TailKey))
 
     # -- making room -----------------------------------------------------------------------
 

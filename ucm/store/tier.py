@@ -93,6 +93,16 @@ class Tier(ABC):
         storage can't tell.
         """
 
+    def contains_now(self, namespace: TierNamespace, key: Key) -> bool:
+        """`contains` of one key that another node may have stored just now: past whatever this
+        node remembers of a name that was not there. Costs more."""
+        return self.contains(namespace, [key]) == 1
+
+    @abstractmethod
+    def read_manifest(self, fingerprint: bytes) -> bytes | None:
+        """The manifest of a namespace that somebody has opened here; None if nobody has. Raises
+        TierError when storage can't tell."""
+
     @abstractmethod
     def read(self, namespace: TierNamespace, key: Key, page: memoryview) -> PageRead:
         """Fills the writable `page`. HIT only if every byte has been verified; after any other
@@ -159,6 +169,10 @@ class MemoryTier(Tier):
         with self._lock:
             present = [(namespace.fingerprint, key) in self._pages for key in keys]
         return present.index(False) if False in present else len(present)
+
+    def read_manifest(self, fingerprint: bytes) -> bytes | None:
+        with self._lock:
+            return self._manifests.get(fingerprint)
 
     def read(self, namespace: TierNamespace, key: Key, page: memoryview) -> PageRead:
         assert len(page) == padded_bytes(namespace.page_bytes)

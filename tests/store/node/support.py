@@ -184,7 +184,7 @@ class Engine:
 
     def status(self) -> p.Status:
         request_id = next(self._ids)
-        self.client.send(p.GetStatus(id=request_id))
+        self.client.send(p.GetStatus(id=request_id, check=True))
         return self.answer(p.Status, request_id)
 
     def ask(self, keys: Sequence[Key], *, timeout_ms: int = 10_000, load: bool = True) -> int:

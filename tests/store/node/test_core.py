@@ -7,7 +7,6 @@ storage answers, a promised offset holds exactly the page of its key until it is
 from __future__ import annotations
 
 import random
-from collections.abc import Callable
 from dataclasses import dataclass, field
 from hashlib import sha256
 
@@ -21,7 +20,7 @@ from hypothesis.stateful import (
     rule,
 )
 
-from ucm.errors import TierError
+from tests.store.node.held import DisorderlyPool, Timers
 from ucm.store.keys import Key, block_keys, root_key
 from ucm.store.node import protocol as p
 from ucm.store.node.core import NodeCore
@@ -44,51 +43,6 @@ def content(key: Key) -> bytes:
     return (key * (PAGE // len(key)))[:PAGE]
 
 
-class HeldPool:
-    """Threads whose calls end when the test says so, in the order it says."""
-
-    num_threads = 4
-
-    def __init__(self) -> None:
-        self.jobs: list[tuple[Callable[[], object], Callable[[object], None], object]] = []
-        self.hung: list[tuple[Callable[[], object], Callable[[object], None]]] = []
-
-    depth = property(lambda self: len(self.jobs) + len(self.hung))
-    num_overdue = property(lambda self: len(self.hung))
-    stalled = property(lambda self: len(self.hung) * 2 >= self.num_threads)
-
-    def submit(self, call, on_done, *, on_overdue=None, urgent=False) -> None:
-        self.jobs.append((call, on_done, on_overdue))
-
-    def tick(self) -> None:
-        pass
-
-    def end(self, index: int, *, fail: bool) -> None:
-        call, on_done, _ = self.jobs.pop(index % len(self.jobs))
-        if fail:
-            on_done(TierError("the disk is on fire", reason="io_error"))
-            return
-        try:
-            result = call()
-        except TierError as error:
-            result = error
-        on_done(result)
-
-    def hang(self, index: int) -> None:
-        call, on_done, on_overdue = self.jobs.pop(index % len(self.jobs))
-        self.hung.append((call, on_done))
-        if on_overdue is not None:
-            on_overdue()
-
-    def return_late(self) -> None:
-        call, on_done = self.hung.pop(0)
-        try:
-            result = call()
-        except TierError as error:
-            result = error
-        on_done(result)
-
-
 @dataclass(eq=False)
 class Engine:
     connection: Connection
@@ -106,8 +60,9 @@ class NodeMachine(RuleBasedStateMachine):
         self.memory = bytearray(PAGE * NUM_SLOTS)
         self.view = memoryview(self.memory)
         self.tier = MemoryTier()
-        self.reads, self.writes = HeldPool(), HeldPool()
+        self.reads, self.writes = DisorderlyPool(), DisorderlyPool()
         self.now = 0.0
+        self.timers = Timers()
         self.core = NodeCore(
             slots=SlotTable(PAGE * NUM_SLOTS, extent_bytes=PAGE * 2),
             tier=self.tier,
@@ -118,6 +73,7 @@ class NodeMachine(RuleBasedStateMachine):
             ahead_bytes=0,
             max_write_pages=6,
             clock=lambda: self.now,
+            call_later=self.timers,
         )
         self.tier.open_namespace(NAMESPACE)
         self.engines: list[Engine] = []
@@ -166,8 +122,10 @@ class NodeMachine(RuleBasedStateMachine):
         length=st.integers(1, 8),
         read_from=st.integers(0, 3),
         load=st.booleans(),
+        promised=st.integers(0, 8),
+        renewed=st.booleans(),
     )
-    def look_up(self, pick, prompt, length, read_from, load) -> None:
+    def look_up(self, pick, prompt, length, read_from, load, promised, renewed) -> None:
         engine, lookup_id = self.engine(pick), next(self.ids)
         keys = prompt[:length]
         read_from = min(read_from, length)
@@ -181,6 +139,8 @@ class NodeMachine(RuleBasedStateMachine):
                 read_from=read_from,
                 load=load,
                 timeout_ms=1000,
+                promised=min(promised, length),
+                renewed=renewed,
             ),
         )
 
@@ -267,6 +227,11 @@ class NodeMachine(RuleBasedStateMachine):
     def read_returns_late(self) -> None:
         self.reads.return_late()
 
+    @precondition(lambda self: self.timers.waiting)
+    @rule()
+    def timers_fire(self) -> None:
+        self.timers.fire()
+
     @rule(seconds=st.sampled_from([0.1, 2.0, 100.0]))
     def time_passes(self, seconds) -> None:
         self.now += seconds
@@ -303,7 +268,7 @@ class NodeMachine(RuleBasedStateMachine):
 
     @invariant()
     def slots_obey_their_conservation_law(self) -> None:
-        assert self.core.status(1, pid=1, arena="").invariant == ""
+        assert self.core.status(1, pid=1, arena="", check=True).invariant == ""
 
     @invariant()
     def files_are_right_and_published_in_prompt_order(self) -> None:

@@ -192,14 +192,17 @@ def test_a_process_with_very_many_open_files_can_wait_for_answers(place: Place) 
 def test_a_link_goes_on_to_the_next_generation_with_each_loss(
     place: Place, caplog: pytest.LogCaptureFixture
 ) -> None:
-    hang_up = threading.Event()
+    hang_up = threading.Semaphore(0)
     hellos: list[bytes] = []
 
     def serve(sock: socket.socket) -> None:
         welcome(sock)
         sock.sendall(p.encode(p.RanksReady(count=2)))
-        hang_up.wait(SOON_S)
-        hang_up.clear()
+        hang_up.acquire(timeout=SOON_S)
+
+    def is_connected() -> bool:
+        link.poll(0.01)
+        return link.ranks_ready == 2
 
     caplog.set_level(logging.CRITICAL, logger="ucm")
     with (
@@ -207,14 +210,14 @@ def test_a_link_goes_on_to_the_next_generation_with_each_loss(
         closing(NodeLink(place.settings(), engine_id="engine")) as link,
     ):
         for generation in range(3):
-            wait_until(lambda: link.poll(0.01) and link.ranks_ready == 2, "it is connected")
+            wait_until(is_connected, "it is connected")
             assert link.generation == generation
             assert link.client is not None
-            hang_up.set()
+            hang_up.release()
             wait_until(lambda g=generation: link.poll(0.01) or link.generation > g, "it is lost")
         assert link.wait_connected(SOON_S)
         link.close()
-        hang_up.set()
+        hang_up.release()
 
     names = [session_name("engine", generation) for generation in range(4)]
     assert [decode_hello(each).session for each in hellos[:4]] == names

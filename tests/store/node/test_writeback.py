@@ -19,7 +19,10 @@ from ucm.store.tier import MemoryTier, TierNamespace
 PAGE = 4096
 NUM_SLOTS = 32
 NAMESPACE = OpenedNamespace(
-    tier=TierNamespace(sha256(b"n").digest(), PAGE, b"{}"), slot_bytes=PAGE, block_tokens=1
+    tier=TierNamespace(sha256(b"n").digest(), PAGE, b"{}"),
+    slot_bytes=PAGE,
+    block_tokens=1,
+    num_rows=1,
 )
 FULL = TierError("no space left", reason="full")
 

@@ -38,8 +38,9 @@ as by `finished`: a dump must then not be committed, and the blocks of a load ho
 from __future__ import annotations
 
 import threading
+import time
 from abc import ABC, abstractmethod
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from enum import Enum
 
@@ -68,23 +69,57 @@ class PagePart:
     block_ids: tuple[int, ...]
 
 
+class BusyClock:
+    """For how long anything was under way. Overlapping times count once."""
+
+    def __init__(self, now_s: Callable[[], float]) -> None:
+        self._now_s = now_s
+        self._num_open = 0
+        self._since_s = 0.0
+        self._busy_s = 0.0
+
+    def start(self) -> None:
+        if not self._num_open:
+            self._since_s = self._now_s()
+        self._num_open += 1
+
+    def stop(self) -> None:
+        self._num_open -= 1
+        if not self._num_open:
+            self._busy_s += self._now_s() - self._since_s
+
+    def take(self) -> float:
+        """Since the last call; what is under way counts up to now."""
+        if self._num_open:
+            now_s = self._now_s()
+            self._busy_s += now_s - self._since_s
+            self._since_s = now_s
+        busy_s, self._busy_s = self._busy_s, 0.0
+        return busy_s
+
+
 class JobLedger:
     """What is left of every job. A job is a number of submissions, one or one per layer.
 
     Thread-safe. Invariant: a job is either open (in `_left`) or was put into `_ended` once.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, now_s: Callable[[], float] = time.monotonic) -> None:
         self._cond = threading.Condition()
         self._left: dict[int, int] = {}
+        self._clock_of: dict[int, BusyClock] = {}
+        self._clocks = {direction: BusyClock(now_s) for direction in Direction}
         self._ended: list[int] = []
         self._failing: set[int] = set()
         self._failed: list[int] = []
 
-    def open(self, job_id: int, *, submissions: int) -> None:
+    def open(self, job_id: int, direction: Direction, *, submissions: int) -> None:
         """Expects so many. A job that is open already stays as it is."""
         with self._cond:
-            self._left.setdefault(job_id, submissions)
+            if job_id not in self._left:
+                self._left[job_id] = submissions
+                self._clock_of[job_id] = self._clocks[direction]
+                self._clocks[direction].start()
 
     def close_one(self, job_id: int, *, ok: bool) -> None:
         with self._cond:
@@ -93,6 +128,7 @@ class JobLedger:
             self._left[job_id] -= 1
             if self._left[job_id] == 0:
                 del self._left[job_id]
+                self._clock_of.pop(job_id).stop()
                 self._ended.append(job_id)
                 self._cond.notify_all()
 
@@ -107,6 +143,10 @@ class JobLedger:
         with self._cond:
             failed, self._failed = self._failed, []
             return failed
+
+    def take_busy(self) -> Mapping[Direction, float]:
+        with self._cond:
+            return {direction: clock.take() for direction, clock in self._clocks.items()}
 
     def wait_for_news(self, timeout_s: float) -> None:
         """Until a job has ended that was not taken, or none is open, or the time is over."""
@@ -134,7 +174,7 @@ class CopyEngine(ABC):
     ) -> None:
         """Copies all layers of `parts`."""
         arena.hold()
-        self._ledger.open(job_id, submissions=1)
+        self._ledger.open(job_id, direction, submissions=1)
         self._enqueue(job_id, direction, None, parts, arena)
 
     def submit_layer(
@@ -148,7 +188,7 @@ class CopyEngine(ABC):
         """Copies one layer, a position in the rank's share. The job ends when each of the rank's
         layers was submitted once and copied."""
         arena.hold()
-        self._ledger.open(job_id, submissions=self._num_layers)
+        self._ledger.open(job_id, direction, submissions=self._num_layers)
         self._enqueue(job_id, direction, layer, parts, arena)
 
     def finished(self) -> list[int]:
@@ -158,6 +198,11 @@ class CopyEngine(ABC):
     def failed(self) -> list[int]:
         """The jobs that `finished` has named since the last call and that did not copy it all."""
         return self._ledger.take_failed()
+
+    def take_busy(self) -> Mapping[Direction, float]:
+        """Seconds since the last call in which jobs of each direction were open: from submission
+        on, so what a copy waits for is in it."""
+        return self._ledger.take_busy()
 
     def wait_for_news(self, timeout_s: float) -> None:
         """Until `finished` has a job to name, or none is open, or the time is over."""

@@ -38,10 +38,13 @@ class DumpJob:
 class Dump:
     """What of one request's prompt goes into the store. `todo` are the blocks the store lacks, in
     prompt order; a block leaves it when its copy is on its way, when somebody else has it, or when
-    it is given up. `slots` maps blocks to offsets (or HAVE) once the node cache has answered."""
+    it is given up. `slots` maps blocks to offsets (or HAVE) once the node cache has answered. From
+    `lost_from` on blocks are missing in the store."""
 
+    state: RequestState
     keys: Sequence[Key]
     todo: deque[int]
+    lost_from: int
     asked_to: int = 0
     slots: dict[int, int] = field(default_factory=dict)
     jobs: deque[DumpJob] = field(default_factory=deque)
@@ -70,7 +73,9 @@ class Dumps:
     def plan(self, state: RequestState, todo: Iterable[int]) -> None:
         """From now on these blocks of the request are dumped as they are computed."""
         if self._facts.dumps and state.request_id not in self._dumps:
-            dump = self._dumps[state.request_id] = Dump(state.keys, deque(todo))
+            dump = self._dumps[state.request_id] = Dump(
+                state, state.keys, deque(todo), lost_from=len(state.keys)
+            )
             self._reserve(dump, state.local_tokens + self._facts.max_step_tokens)
 
     def is_planned(self, state: RequestState) -> bool:
@@ -82,7 +87,7 @@ class Dumps:
         if dump is None or not dump.todo:
             return
         self._reserve(dump, num_tokens + self._facts.max_step_tokens)
-        num_blocks = num_tokens // self._block_tokens
+        num_blocks = state.blocks_in(num_tokens, self._block_tokens)
         if dump.todo[0] < min(num_blocks, dump.asked_to) and dump.todo[0] not in dump.slots:
             # Answers take a tenth of the time; a step that doesn't get one copies in the next.
             self._session.wait_for(lambda: dump.todo[0] in dump.slots)
@@ -97,14 +102,17 @@ class Dumps:
             self._close(dump)
 
     def finished(self, state: RequestState) -> bool:
-        """The request has ended. True: its device blocks are still being copied from."""
+        """The request has ended. True: its device blocks are still being copied from. Its
+        `kept_blocks` are known now."""
         dump = self._dumps.get(state.request_id)
         if dump is None:
             return False
-        computed = min(state.request.num_computed_tokens, state.request.num_prompt_tokens)
-        num_blocks = computed // self._block_tokens
+        computed = min(state.request.num_computed_tokens, state.num_prompt)
+        num_blocks = state.blocks_in(computed, self._block_tokens)
+        dump.lost_from = min(dump.lost_from, num_blocks)
         dump.todo = deque(block for block in dump.todo if block < num_blocks)
         self._reserve(dump, computed)
+        state.kept_blocks = dump.lost_from
         if not dump.todo and not dump.jobs:
             self._close(self._dumps.pop(state.request_id))
             return False
@@ -139,7 +147,7 @@ class Dumps:
     def _reserve(self, dump: Dump, to_tokens: int) -> None:
         if not self._session.is_ready:
             return
-        to_block = to_tokens // self._block_tokens
+        to_block = dump.state.blocks_in(to_tokens, self._block_tokens)
         blocks = [block for block in dump.todo if dump.asked_to <= block < to_block]
         if not blocks:
             return
@@ -149,6 +157,7 @@ class Dumps:
             ns=self._session.namespace,
             keys=[dump.keys[block] for block in blocks],
             parents=parents(dump.keys, blocks),
+            tail_tokens=dump.state.tail_at(blocks[-1] + 1),
         )
         self._asked[request.id] = (dump, blocks)
         self._session.send(request)
@@ -181,6 +190,7 @@ class Dumps:
                     block,
                     offset,
                     state.device_blocks,
+                    num_tokens=state.tail_at(block + 1) or self._block_tokens,
                     block_tokens=self._block_tokens,
                     unit=self._facts.block_tokens,
                 )
@@ -199,13 +209,14 @@ class Dumps:
         dump, job = self._jobs.pop(job_id, (None, None))
         if dump is None or job is None:
             return
-        job.ended, job.failed = True, failed
+        job.ended, job.failed = True, job.failed or failed
         while dump.jobs and dump.jobs[0].ended:
             done = dump.jobs.popleft()
             if done.generation != self._session.generation:
                 continue
             keys: list[bytes] = [dump.keys[block] for block in done.blocks]
             if done.failed:
+                dump.lost_from = min(dump.lost_from, done.blocks[0])
                 self._session.send(p.Abort(ns=self._session.namespace, keys=keys))
             else:
                 self._session.send(
@@ -217,6 +228,8 @@ class Dumps:
                 )
 
     def _give_up(self, dump: Dump) -> None:
+        if dump.todo:
+            dump.lost_from = min(dump.lost_from, dump.todo[0])
         dump.todo.clear()
         self._abort_slots(dump)
 
@@ -231,9 +244,19 @@ class Dumps:
         if keys:
             self._session.send(p.Abort(ns=self._session.namespace, keys=keys))
 
+    def forget_all(self) -> None:
+        """What is being copied won't be committed, and nothing else begins."""
+        for dump in self._dumps.values():
+            dump.lost_from = 0
+            for job in dump.jobs:
+                job.failed = True
+            self._close(dump)
+
     def node_lost(self) -> None:
         """Slots are gone with the node cache; running copies go into memory nobody reads."""
         self._asked.clear()
         for dump in self._dumps.values():
+            # Of what it had, nobody knows what has reached storage.
+            dump.lost_from = 0
             dump.slots.clear()
             dump.asked_to = dump.todo[0] if dump.todo else 0

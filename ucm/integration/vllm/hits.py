@@ -18,20 +18,25 @@ from ucm.integration.vllm.engine_facts import EngineFacts
 from ucm.integration.vllm.metadata import CopyJob
 from ucm.integration.vllm.requests import RequestState, parts_of_tokens
 from ucm.integration.vllm.session import NodeSession
+from ucm.integration.vllm.stats import UcmStats
+from ucm.metrics import METRICS
 from ucm.store.node import protocol as p
 
 # The node cache settles a lookup by its deadline; an answer later than this will never come.
 _GRACE_S = 0.5
+_MISSED_BY = METRICS["ucm_lookup_missed_blocks"].labels["reason"]
 
 
 @dataclass(eq=False)
 class Hit:
     """One lookup. `offsets[i]` is the slot of block `read_from + i`, once answered."""
 
+    state: RequestState
     lookup_id: int
     generation: int
     read_from: int
     asked_s: float
+    overdue_s: float
     reply: p.LookupReply | None = None
 
     def end_tokens(self, block_tokens: int) -> int:
@@ -51,6 +56,7 @@ class Hits:
         block_tokens: int,
         timeout_s: float,
         max_lookups: int,
+        stats: UcmStats,
     ) -> None:
         self._session = session
         self._facts = facts
@@ -58,6 +64,7 @@ class Hits:
         self._block_tokens = block_tokens
         self._timeout_s = timeout_s
         self._max_lookups = max_lookups
+        self._stats = stats
         self._hits: dict[str, Hit] = {}
         self._by_lookup: dict[int, Hit] = {}
         self._planned: list[CopyJob] = []
@@ -75,6 +82,7 @@ class Hits:
             hit = None
         if hit is None:
             if not self._session.is_ready:
+                state.end_reason = self._session.why_not_ready
                 return 0, False
             if len(self._by_lookup) >= self._max_lookups:
                 return None, False
@@ -83,11 +91,12 @@ class Hits:
             return 0, False  # a producer only wants to know what is stored, and doesn't wait
         self._session.wait_for(lambda: hit.reply is not None)
         if hit.reply is None:
-            if time.monotonic() - hit.asked_s <= self._timeout_s + _GRACE_S:
+            if time.monotonic() <= hit.overdue_s:
                 return None, False
             self.drop(state)
             self._session.found_silent()
             state.no_loads = True
+            state.end_reason = "timeout"
             return 0, False
         return self._offer(state, hit, num_computed)
 
@@ -97,11 +106,18 @@ class Hits:
         return same_node and num_computed >= hit.read_from * self._block_tokens
 
     def _ask(self, state: RequestState, num_computed: int, *, load: bool) -> Hit:
+        now_s = time.monotonic()
+        promise = state.promise
+        wait_s = promise.left_s(now_s) if promise is not None else 0.0
+        renewed = promise is not None and promise.is_renewed
+        timeout_s = max(wait_s, self._timeout_s)
         hit = Hit(
+            state=state,
             lookup_id=self._session.next_id(),
             generation=self._session.generation,
             read_from=min(num_computed // self._block_tokens, len(state.keys)),
-            asked_s=time.monotonic(),
+            asked_s=now_s,
+            overdue_s=now_s + timeout_s * (len(state.keys) if renewed else 1) + _GRACE_S,
         )
         self._hits[state.request_id] = hit
         self._by_lookup[hit.lookup_id] = hit
@@ -112,13 +128,16 @@ class Hits:
                 keys=list(state.keys),
                 read_from=hit.read_from,
                 load=load,
-                timeout_ms=int(self._timeout_s * 1000),
+                timeout_ms=int(timeout_s * 1000),
+                promised=promise.num_blocks if promise is not None and wait_s > 0 else 0,
+                renewed=renewed,
+                tail_tokens=state.tail_tokens,
             )
         )
         return hit
 
     def _offer(self, state: RequestState, hit: Hit, num_computed: int) -> tuple[int, bool]:
-        num_prompt = state.request.num_prompt_tokens
+        num_prompt = state.num_prompt
         # In a step that loads and computes, one token must be left to compute. An asynchronous
         # load may cover the whole prompt: vLLM then computes the last token again.
         limit = num_prompt - 1 if self._layerwise else num_prompt
@@ -135,6 +154,17 @@ class Hits:
                 self._session.send(p.Release(lookups=[reply.id]))
             return
         hit.reply = reply
+        hit.state.end_reason = reply.reason
+        self._count_reply(hit, reply)
+
+    def _count_reply(self, hit: Hit, reply: p.LookupReply) -> None:
+        promise = hit.state.promise
+        if promise is not None and not promise.void:
+            self._stats.observe("ucm_handoff_wait_seconds", time.monotonic() - hit.asked_s)
+        elif reply.reason and self._facts.loads:
+            missed = len(hit.state.keys) - hit.read_from - reply.num_stored
+            reason = reply.reason if reply.reason in _MISSED_BY else "io_error"
+            self._stats.count("ucm_lookup_missed_blocks", missed, reason=reason)
 
     # -- what vLLM decides -----------------------------------------------------------------
 
@@ -158,6 +188,9 @@ class Hits:
         )
         self._loading[job.job_id] = state, hit
         self._planned.append(job)
+        from_files = min(num_tokens, hit.reply.from_files * self._block_tokens)
+        self._stats.count("ucm_hit_tokens", from_files, source="files")
+        self._stats.count("ucm_hit_tokens", num_tokens - from_files, source="memory")
 
     def take_planned(self) -> tuple[CopyJob, ...]:
         """The loads for this step's metadata."""
@@ -170,7 +203,8 @@ class Hits:
         if job_id not in self._loading:
             return False
         state, hit = self._loading.pop(job_id)
-        state.no_loads = state.no_loads or failed
+        if failed:
+            state.no_loads, state.end_reason = True, "io_error"
         if hit.generation == self._session.generation:
             self._session.send(p.Release(lookups=[hit.lookup_id]))
         return True
@@ -191,6 +225,11 @@ class Hits:
             self._session.send(p.Release(lookups=[hit.lookup_id]))
         if hit.reply is not None:
             hit.reply = msgspec.structs.replace(hit.reply, offsets=[])
+
+    def forget_all(self) -> None:
+        """Nothing that was looked up counts any more. Loads under way go on."""
+        for hit in list(self._hits.values()):
+            self.drop(hit.state)
 
     def node_lost(self) -> None:
         """What was promised is gone. Loads under way go on: the ranks still have that memory."""

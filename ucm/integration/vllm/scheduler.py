@@ -15,12 +15,16 @@ from vllm.v1.request import RequestStatus
 from ucm.config import Settings
 from ucm.integration.vllm.dumps import Dumps
 from ucm.integration.vllm.engine_facts import AdapterDigests, EngineFacts
+from ucm.integration.vllm.epochs import Epochs
 from ucm.integration.vllm.hits import Hits
 from ucm.integration.vllm.metadata import IDLE_WAIT_S, STEP_WAIT_S, RankReport, StepMetadata
+from ucm.integration.vllm.node_gauges import NodeGauges
+from ucm.integration.vllm.promise_book import PromiseBook
+from ucm.integration.vllm.promises import wants_tail
 from ucm.integration.vllm.requests import RequestState, request_keys
 from ucm.integration.vllm.session import NodeSession
-from ucm.store.namespace import Manifest, fingerprint, to_json
-from ucm.store.node import protocol as p
+from ucm.integration.vllm.stats import UcmStats
+from ucm.store.namespace import Manifest
 from ucm.store.node.link import NodeLink
 
 logger = logging.getLogger(__name__)
@@ -30,23 +34,25 @@ class SchedulerSide:
     """One engine's. Not thread-safe: vLLM calls everything from one thread."""
 
     def __init__(
-        self, settings: Settings, facts: EngineFacts, manifest: Manifest, link: NodeLink
+        self,
+        settings: Settings,
+        facts: EngineFacts,
+        manifest: Manifest,
+        link: NodeLink,
+        *,
+        stats: UcmStats,
     ) -> None:
         self._settings = settings
         self._facts = facts
-        self._fingerprint = fingerprint(manifest)
+        self._stats = stats
         self._adapters = AdapterDigests()
         self._states: dict[str, RequestState] = {}
         self._acks: dict[int, int] = {}
         self._failed: set[int] = set()
-        opening = p.OpenNamespace(
-            ns=NodeSession.namespace,
-            fingerprint=self._fingerprint,
-            page_bytes=facts.geometry.page_bytes,
-            block_tokens=settings.block_tokens,
-            manifest=to_json(manifest),
-        )
-        self._session = NodeSession(link, opening, world_size=facts.world_size)
+        self._epochs = Epochs(settings, facts, manifest)
+        self._session = NodeSession(link, self._epochs.opening(), world_size=facts.world_size)
+        self._promises = PromiseBook(self._session, self._epochs, stats)
+        self._gauges = NodeGauges(self._session, stats)
         self._hits = Hits(
             self._session,
             facts,
@@ -54,6 +60,7 @@ class SchedulerSide:
             block_tokens=settings.block_tokens,
             timeout_s=settings.lookup_timeout_ms / 1000,
             max_lookups=settings.max_lookups,
+            stats=stats,
         )
         self._dumps = Dumps(
             self._session,
@@ -63,8 +70,10 @@ class SchedulerSide:
         )
         self._session.on_lookup = self._hits.on_reply
         self._session.on_reserve = self._dumps.on_reply
+        self._session.on_status = self._gauges.on_status
+        self._session.on_manifest = self._promises.on_manifest
         self._session.on_lost = self._node_lost
-        logger.info("UCM namespace %s: %s", self._fingerprint.hex()[:16], manifest)
+        self._epochs.log()
 
     # -- hooks of vLLM's scheduler, in the order of a request's life -------------------------
 
@@ -83,6 +92,7 @@ class SchedulerSide:
     def allocated(self, request: Any, device_blocks: list[int], num_external: int) -> None:
         state = self._state_of(request)
         state.device_blocks = device_blocks
+        self._promises.account(state, state.local_tokens + num_external)
         self._plan_dump(state)
         if num_external > 0:
             self._hits.allocated(state, state.local_tokens, num_external)
@@ -92,6 +102,7 @@ class SchedulerSide:
     def step(self, output: Any) -> StepMetadata:
         """Plans the copies of the step that vLLM has just scheduled."""
         self._session.poll()
+        self._gauges.step()
         self._find_preempted()
         block_state = output.kv_connector_block_state
         for request_id, num_tokens in output.num_scheduled_tokens.items():
@@ -135,19 +146,35 @@ class SchedulerSide:
             if not self._hits.ended(job_id, failed=failed):
                 self._dumps.ended(job_id, failed=failed)
 
-    def finished(self, request: Any, device_blocks: list[int]) -> bool:
-        """True: vLLM must keep the device blocks until the ranks report the request."""
+    def finished(
+        self, request: Any, device_blocks: list[int]
+    ) -> tuple[bool, dict[str, Any] | None]:
+        """Whether vLLM must keep the device blocks until the ranks report the request; and what its
+        response carries as kv_transfer_params."""
         state = self._states.get(request.request_id)
         if state is None:
-            return False
+            return False, None
         if state.device_blocks:
             self._plan_dump(state, is_last_chance=True)
         self._hits.drop(state)
         state.device_blocks = device_blocks
-        if self._dumps.finished(state):
-            return True
-        del self._states[request.request_id]
-        return False
+        is_copying = self._dumps.finished(state)
+        if not is_copying:
+            del self._states[request.request_id]
+        return is_copying, self._promises.receipt(state)
+
+    def reset(self) -> None:
+        """vLLM has thrown its prefix cache away, most likely because the weights are others now.
+        From here on nothing that was stored before is found, and what is being computed with the
+        old ones is not stored."""
+        self._session.poll()
+        self._hits.forget_all()
+        self._dumps.forget_all()
+        for state in self._states.values():
+            state.keys, state.no_loads = [], True
+        self._epochs.next()
+        self._session.reopen(self._epochs.opening())
+        self._stats.count("ucm_epochs")
 
     def close(self) -> None:
         self._session.close()
@@ -180,11 +207,14 @@ class SchedulerSide:
     def _state_of(self, request: Any) -> RequestState:
         state = self._states.get(request.request_id)
         if state is None:
+            handoff = self._promises.heard(request)
             keys = request_keys(
                 request,
-                fingerprint=self._fingerprint,
+                fingerprint=self._epochs.fingerprint,
                 block_tokens=self._settings.block_tokens,
                 adapters=self._adapters,
+                with_tail=wants_tail(handoff, self._epochs.rules),
             )
             state = self._states[request.request_id] = RequestState(request, keys)
+            self._promises.note(state, handoff)
         return state

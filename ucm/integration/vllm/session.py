@@ -16,20 +16,20 @@ from ucm.store.node.link import NodeLink
 
 logger = logging.getLogger(__name__)
 
-_NAMESPACE = 1
-
 
 class NodeSession:
-    """Owned by the engine's thread. The three handlers are set by the scheduler side."""
-
-    namespace = _NAMESPACE
+    """Owned by the engine's thread. The handlers are set by the scheduler side. `namespace` is the
+    number of the one that is open now."""
 
     def __init__(self, link: NodeLink, opening: p.OpenNamespace, *, world_size: int) -> None:
         self.on_lookup: Callable[[p.LookupReply], None] = lambda reply: None
         self.on_reserve: Callable[[p.ReserveReply], None] = lambda reply: None
+        self.on_status: Callable[[p.Status], None] = lambda status: None
+        self.on_manifest: Callable[[p.ManifestFound], None] = lambda found: None
         self.on_lost: Callable[[], None] = lambda: None
         self._link = link
         self._opening = opening
+        self.namespace = opening.ns
         self._world_size = world_size
         self._ids = itertools.count(1)
         self._seen_generation = link.generation
@@ -53,6 +53,21 @@ class NodeSession:
             and not self._silent
             and self._link.ranks_ready >= self._world_size
         )
+
+    @property
+    def why_not_ready(self) -> str:
+        """As a reason for what is computed instead."""
+        if self._refused:
+            return "namespace"
+        return "timeout" if self._silent else "io_error"
+
+    def reopen(self, opening: p.OpenNamespace) -> None:
+        """Everything that follows is about another namespace."""
+        self._opening = opening
+        self.namespace = opening.ns
+        self._refused = False
+        if self._opened_generation == self._link.generation:
+            self._link.send(opening)
 
     def found_silent(self) -> None:
         """An answer is overdue: ask nothing more of this node cache until it says something."""
@@ -85,6 +100,10 @@ class NodeSession:
                 self.on_reserve(message)
             elif isinstance(message, p.NamespaceOpened):
                 self._on_opened(message)
+            elif isinstance(message, p.Status):
+                self.on_status(message)
+            elif isinstance(message, p.ManifestFound):
+                self.on_manifest(message)
 
     def may_wait(self, allowance_s: float) -> None:
         """How long `wait_for` may wait from now on, in all."""
@@ -104,7 +123,7 @@ class NodeSession:
         self._link.close()
 
     def _on_opened(self, message: p.NamespaceOpened) -> None:
-        if not message.error:
+        if not message.error or message.ns != self.namespace:
             return
         logger.warning("the store can't be used as it should: %s", message.error)
         self._refused = message.refused

@@ -20,6 +20,7 @@ from ucm.config import load_settings
 from ucm.integration.vllm.engine_facts import engine_facts, manifest
 from ucm.integration.vllm.metadata import RankReport, StepMetadata
 from ucm.integration.vllm.scheduler import SchedulerSide
+from ucm.integration.vllm.stats import UcmPromMetrics, UcmStats
 from ucm.integration.vllm.worker import WorkerSide
 from ucm.store.node.link import NodeLink
 
@@ -47,6 +48,7 @@ class UCMConnector(KVConnectorBase_V1):
         _log_like_vllm()
         settings = load_settings(vllm_config.kv_transfer_config.kv_connector_extra_config)
         facts = engine_facts(vllm_config, kv_cache_config, settings)
+        self._stats = UcmStats()
         self._scheduler: SchedulerSide | None = None
         self._worker: WorkerSide | None = None
         if role is KVConnectorRole.SCHEDULER:
@@ -57,12 +59,16 @@ class UCMConnector(KVConnectorBase_V1):
                 facts,
                 manifest(vllm_config, facts, settings),
                 NodeLink(settings.store, engine_id=facts.engine_id),
+                stats=self._stats,
             )
         else:
             from vllm.distributed import get_tensor_model_parallel_rank
 
             self._worker = WorkerSide(
-                settings, facts, tp_rank=int(get_tensor_model_parallel_rank())
+                settings,
+                facts,
+                tp_rank=int(get_tensor_model_parallel_rank()),
+                stats=self._stats,
             )
 
     # -- before there is a connector ---------------------------------------------------------
@@ -148,7 +154,30 @@ class UCMConnector(KVConnectorBase_V1):
     def request_finished(
         self, request: Request, block_ids: list[int]
     ) -> tuple[bool, dict[str, Any] | None]:
-        return self._engine.finished(request, block_ids), None
+        return self._engine.finished(request, block_ids)
+
+    def reset_cache(self) -> bool:
+        self._engine.reset()
+        return True
+
+    # -- metrics: taken in both roles, shown where there is no connector ------------------------
+
+    def get_kv_connector_stats(self) -> UcmStats | None:
+        return self._stats.take()
+
+    @classmethod
+    def build_kv_connector_stats(cls, data: dict[str, Any] | None = None) -> UcmStats:
+        return UcmStats(data)
+
+    @classmethod
+    def build_prom_metrics(
+        cls,
+        vllm_config: VllmConfig,
+        metric_types: dict[type[Any], type[Any]],
+        labelnames: list[str],
+        per_engine_labelvalues: dict[int, list[object]],
+    ) -> UcmPromMetrics:
+        return UcmPromMetrics(vllm_config, metric_types, labelnames, per_engine_labelvalues)
 
     # -- both --------------------------------------------------------------------------------
 

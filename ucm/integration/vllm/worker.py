@@ -22,8 +22,10 @@ from ucm.config import Settings
 from ucm.errors import UnsupportedEngine
 from ucm.integration.vllm.arena import Arena
 from ucm.integration.vllm.copies import CopyEngine, Direction, PagePart, make_copy_engine
+from ucm.integration.vllm.copy_meter import CopyMeter
 from ucm.integration.vllm.engine_facts import EngineFacts, layer_index
 from ucm.integration.vllm.metadata import IDLE_WAIT_S, CopyJob, RankReport, StepMetadata
+from ucm.integration.vllm.stats import UcmStats
 from ucm.integration.vllm.views import layer_view
 from ucm.store.node.link import MemoryTaker, RankLink
 from ucm.store.node.memory import give_way
@@ -121,7 +123,9 @@ def _prepare(arena: Arena, offset: int, nbytes: int) -> None:
 class WorkerSide:
     """One rank's. `register` is called once, before the first step."""
 
-    def __init__(self, settings: Settings, facts: EngineFacts, *, tp_rank: int) -> None:
+    def __init__(
+        self, settings: Settings, facts: EngineFacts, *, tp_rank: int, stats: UcmStats
+    ) -> None:
         self._settings = settings
         self._facts = facts
         first_layer = layer_index(facts.layer_names[0]) if facts.pp_size > 1 else 0
@@ -130,6 +134,9 @@ class WorkerSide:
             tp_rank=tp_rank,
             tp_size=facts.tp_size,
             layers=range(first_layer, first_layer + len(facts.layer_names)),
+        )
+        self._meter = CopyMeter(
+            stats, self._share, geometry=facts.geometry, block_tokens=facts.block_tokens
         )
         self._layer_at = {name: i for i, name in enumerate(facts.layer_names)}
         self._kernel_blocks = 1
@@ -195,11 +202,11 @@ class WorkerSide:
     def start_loads(self, step: StepMetadata) -> None:
         for job in step.loads:
             self._loads[job.job_id] = job
-            if arena := self._begin(job):
+            if arena := self._begin(job, Direction.LOAD):
                 self._copying.submit(job.job_id, Direction.LOAD, self._parts(job), arena)
         for job in step.step_loads:
             self._loads[job.job_id] = job
-            if arena := self._begin(job):
+            if arena := self._begin(job, Direction.LOAD):
                 parts = self._parts(job)
                 for layer in range(len(self._facts.layer_names)):
                     self._copying.submit_layer(job.job_id, Direction.LOAD, layer, parts, arena)
@@ -245,6 +252,7 @@ class WorkerSide:
             self._memories.ended(ended)
             for job_id in ended:
                 self._ended(job_id)
+            self._meter.busy(self._engine.take_busy())
         received, self._received = self._received, set()
         return set(step.released), received
 
@@ -272,7 +280,7 @@ class WorkerSide:
         assert self._engine is not None, "register comes first"
         return self._engine
 
-    def _begin(self, job: CopyJob) -> Arena | None:
+    def _begin(self, job: CopyJob, direction: Direction) -> Arena | None:
         arena = self._memories.begin(job) if self._memories is not None else None
         if arena is None:
             # The scheduler side plans nothing before every rank has the memory; if it ever does,
@@ -280,11 +288,14 @@ class WorkerSide:
             logger.error("job %d is for memory that this rank does not have", job.job_id)
             self._failed(job.job_id)
             self._ended(job.job_id)
+        else:
+            self._meter.began(job, direction)
         return arena
 
     def _failed(self, job_id: int) -> None:
         """A failed dump is not committed; the blocks of a failed load are reported to vLLM."""
         self._report.failed[job_id] = 1
+        self._meter.failed(job_id)
         load = self._loads.get(job_id)
         if load is not None:
             self._bad_blocks.update(b for part in load.parts for b in part.block_ids)
@@ -294,7 +305,7 @@ class WorkerSide:
         for job in step.dumps:
             if not self._share.dumps:
                 self._ended(job.job_id)  # another rank has the same bytes and copies them
-            elif arena := self._begin(job):
+            elif arena := self._begin(job, Direction.DUMP):
                 begun.append((job, arena))
         return begun
 
@@ -310,6 +321,7 @@ class WorkerSide:
 
     def _ended(self, job_id: int) -> None:
         self._report.ended[job_id] = 1
+        self._meter.ended(job_id)
         load = self._loads.pop(job_id, None)
         if load is not None and not self._settings.use_layerwise:
             self._received.add(load.request_id)  # vLLM holds the request back until then

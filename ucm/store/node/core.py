@@ -12,17 +12,18 @@ from collections.abc import Callable
 from functools import partial
 
 from ucm.errors import ProtocolError
-from ucm.store.keys import Key
 from ucm.store.node import protocol as p
 from ucm.store.node.ahead import MemoryAhead, Populate
+from ucm.store.node.fillings import Fillings
 from ucm.store.node.finds import Finds
 from ucm.store.node.io import Pool
 from ucm.store.node.lookups import Lookups
 from ucm.store.node.notices import Notices
+from ucm.store.node.promises import CallLater
 from ucm.store.node.state import Connection, OpenedNamespace, Session
 from ucm.store.node.writeback import WriteBack
 from ucm.store.page import padded_bytes
-from ucm.store.slots import Slot, SlotState, SlotTable
+from ucm.store.slots import Slot, SlotTable
 from ucm.store.tier import Tier, TierNamespace
 
 
@@ -41,6 +42,7 @@ class NodeCore:
         ahead_bytes: int,
         max_write_pages: int,
         clock: Callable[[], float],
+        call_later: CallLater,
     ) -> None:
         self.slots = slots
         self.counters: Counter[str] = Counter()
@@ -67,6 +69,14 @@ class NodeCore:
             count=self.count,
             notices=notices,
             clock=clock,
+            call_later=call_later,
+        )
+        self._fillings = Fillings(
+            slots=slots,
+            lookups=self.lookups,
+            writeback=self.writeback,
+            page_of=page_of,
+            count=self.count,
         )
         self.finds = Finds(
             slots=slots, tier=tier, reads=reads, writeback=self.writeback, clock=clock
@@ -123,8 +133,7 @@ class NodeCore:
             return
         for slots in session.pinned.values():
             self._unpin(slots)
-        for key, slot in list(session.filling.items()):
-            self._give_up_filling(session, key, slot)
+        self._fillings.abort_all(session)
         self.sessions.pop(session.name, None)
 
     def _tell_ranks_ready(self, session: Session) -> None:
@@ -144,13 +153,22 @@ class NodeCore:
         elif isinstance(message, p.Release):
             self._release(connection, message)
         elif isinstance(message, p.Reserve):
-            self._reserve(connection, message)
+            self._fillings.reserve(
+                connection,
+                self._namespace(connection, message.ns),
+                message,
+                leaving=self.leaving,
+            )
         elif isinstance(message, p.Commit):
-            self._commit(connection, message)
+            self._fillings.commit(
+                connection.session, self._namespace(connection, message.ns), message
+            )
         elif isinstance(message, p.Abort):
-            self._abort(connection.session, message)
+            self._fillings.abort(connection.session, message)
         elif isinstance(message, p.OpenNamespace):
             self._open_namespace(connection, message)
+        elif isinstance(message, p.GetManifest):
+            self._find_manifest(connection, message)
         elif isinstance(message, p.MemoryReady):
             connection.memory_ready = True
             self._tell_ranks_ready(connection.session)
@@ -188,84 +206,32 @@ class NodeCore:
             manifest_json=message.manifest,
         )
         connection.namespaces[message.ns] = OpenedNamespace(
-            tier=namespace, slot_bytes=slot_bytes, block_tokens=message.block_tokens
+            tier=namespace,
+            slot_bytes=slot_bytes,
+            block_tokens=message.block_tokens,
+            num_rows=message.num_rows,
         )
         if self._tier is None:
             answer(None)
         else:
             self._writes.submit(partial(self._tier.open_namespace, namespace), answer)
 
+    def _find_manifest(self, connection: Connection, message: p.GetManifest) -> None:
+        def answer(result: object) -> None:
+            manifest = result if isinstance(result, bytes) else b""
+            error = str(result) if isinstance(result, Exception) else ""
+            connection.send(p.ManifestFound(id=message.id, manifest=manifest, error=error))
+
+        if self._tier is None:
+            answer(None)
+        else:
+            self._reads.submit(partial(self._tier.read_manifest, message.fingerprint), answer)
+
     def _namespace(self, connection: Connection, number: int) -> OpenedNamespace:
         namespace = connection.namespaces.get(number)
         if namespace is None:
             raise ProtocolError(f"namespace {number} was not opened on this connection")
         return namespace
-
-    # -- dumps -----------------------------------------------------------------------------
-
-    def _reserve(self, connection: Connection, message: p.Reserve) -> None:
-        namespace = self._namespace(connection, message.ns)
-        offsets: list[int] = []
-        for key, parent in _with_parents(message.keys, message.parents):
-            offset = self._reserve_one(connection.session, namespace, key, parent)
-            offsets.append(offset)
-            if offset == p.NO_ROOM:
-                # Nothing leads to a block whose predecessor is missing.
-                offsets += [p.NO_ROOM] * (len(message.keys) - len(offsets))
-                if not message.will_ask_again:
-                    self.count(f"dump_dropped_{self._why_no_room()}")
-                break
-        connection.send(p.ReserveReply(id=message.id, offsets=offsets))
-
-    def _why_no_room(self) -> str:
-        if self.leaving:
-            return "leaving"
-        return "queue_full" if self.writeback is not None and self.writeback.is_full else "no_room"
-
-    def _reserve_one(
-        self, session: Session, namespace: OpenedNamespace, key: Key, parent: Key | None
-    ) -> int:
-        writeback = self.writeback
-        slot = self.slots.find(key)
-        if slot is not None:
-            self.slots.touch(slot)
-            if slot.state is SlotState.READY and writeback and not writeback.is_safe(key):
-                # It was dropped from a full queue, or its file went bad: another try.
-                writeback.enqueue(namespace, key, parent, slot)
-            return p.HAVE
-        if self.leaving or (writeback is not None and writeback.is_full):
-            return p.NO_ROOM
-        slot = self.slots.reserve(key, namespace.slot_bytes)
-        if slot is None:
-            return p.NO_ROOM
-        session.filling[key] = slot
-        return slot.offset
-
-    def _commit(self, connection: Connection, message: p.Commit) -> None:
-        namespace = self._namespace(connection, message.ns)
-        for key, parent in _with_parents(message.keys, message.parents):
-            slot = connection.session.filling.pop(key, None)
-            if slot is None:
-                continue
-            self.slots.ready(slot)
-            self.count("dump_committed")
-            if self.writeback is not None:
-                self.writeback.enqueue(namespace, key, parent, slot)
-            self.lookups.resolve(slot, "")
-
-    def _abort(self, session: Session, message: p.Abort) -> None:
-        for key in map(Key, message.keys):
-            slot = session.filling.get(key)
-            if slot is not None:
-                self._give_up_filling(session, key, slot)
-
-    def _give_up_filling(self, session: Session, key: Key, slot: Slot) -> None:
-        del session.filling[key]
-        self.count("dump_aborted")
-        self.slots.abandon(slot)
-        if self.writeback is not None:
-            self.writeback.filling_ended(key)
-        self.lookups.resolve(slot, "never_stored")
 
     # -- what everybody may know -----------------------------------------------------------
 
@@ -287,14 +253,15 @@ class NodeCore:
             "finds": self.finds.num_open,
         }
 
-    def status(self, request_id: int, *, pid: int, arena: str) -> p.Status:
-        """Counts of everything, and whether the conservation law of the slots holds."""
+    def status(self, request_id: int, *, pid: int, arena: str, check: bool) -> p.Status:
+        """Counts of everything; with `check`, whether the conservation law of the slots holds."""
         counts = self.slots.counts()
-        try:
-            self.slots.check()
-            invariant = ""
-        except AssertionError as error:
-            invariant = str(error) or "broken"
+        invariant = ""
+        if check:
+            try:
+                self.slots.check()
+            except AssertionError as error:
+                invariant = str(error) or "broken"
         return p.Status(
             id=request_id,
             pid=pid,
@@ -320,9 +287,3 @@ class NodeCore:
             counters=dict(self.counters),
             invariant=invariant,
         )
-
-
-def _with_parents(keys: list[bytes], parents: list[bytes]) -> list[tuple[Key, Key | None]]:
-    if len(keys) != len(parents):
-        raise ProtocolError(f"{len(keys)} keys with {len(parents)} parents")
-    return [(Key(k), Key(p) if p else None) for k, p in zip(keys, parents, strict=True)]

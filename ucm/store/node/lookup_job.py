@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from bisect import insort
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from heapq import heappop, heappush
@@ -18,7 +19,8 @@ PROBE_GROUP = 16
 class LookupJob:
     """State of one lookup. `pinned` maps block index to slot; `waiting` holds blocks whose slot is
     being filled; `unprobed` the blocks of the tail that storage must be asked about, in order;
-    `unread` is a heap of those that it has."""
+    `unread` is a heap of those that it has. Of the first `promised` blocks those that storage lacks
+    stay unprobed: they are looked for until the deadline (`promises.py`)."""
 
     id: int
     connection: Connection
@@ -28,6 +30,9 @@ class LookupJob:
     load: bool
     deadline_s: float
     end: int
+    promised: int = 0
+    # Seconds by which each page that comes puts off the deadline.
+    renewal_s: float = 0.0
     head_stored: int = 0
     head_open: bool = False
     unprobed: list[int] = field(default_factory=list)
@@ -40,6 +45,14 @@ class LookupJob:
     # Every block of [read_from, had) is pinned or stored. Only grows, so that the pages of a long
     # prompt, which come in one by one, are not counted from the start each time.
     had: int = field(init=False)
+    # Unprobed blocks that somebody may bring.
+    wanted: set[int] = field(default_factory=set)
+    look_pending: bool = False
+    pause_s: float = 0.0
+    # The last promised block is in storage, so it has them all.
+    all_there: bool = False
+    # An engine of this node brings pages.
+    is_fed: bool = False
     from_files: int = 0
     reason: str = ""
     closed: bool = False
@@ -68,7 +81,7 @@ class LookupJob:
         there is plenty to read."""
         if self.probes_running or not self.unprobed or self.unprobed[0] >= self.end:
             return []
-        if len(self.unread) >= max_groups * PROBE_GROUP:
+        if len(self.unread) >= max_groups * PROBE_GROUP or self.missing():
             return []
         if not (self.stored or self.pinned or self.waiting or self.unread):
             groups = [self.unprobed[:FIRST_PROBE]]
@@ -78,6 +91,21 @@ class LookupJob:
         del self.unprobed[: sum(len(group) for group in groups)]
         self.probes_running += len(groups)
         return groups
+
+    def missing(self) -> list[int]:
+        """Promised blocks to look for, from the first that is not there yet."""
+        if self.all_there or self.probes_running or not self.unprobed:
+            return []
+        stop = min(self.promised, self.end)
+        return [i for i in self.unprobed if i < stop]
+
+    def probe_again(self, blocks: Sequence[int]) -> None:
+        for i in blocks:
+            insort(self.unprobed, i)
+
+    def no_probe(self, i: int) -> None:
+        if i in self.unprobed:
+            self.unprobed.remove(i)
 
     def add_unread(self, blocks: Sequence[int]) -> None:
         for i in blocks:

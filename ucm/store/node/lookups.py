@@ -8,31 +8,28 @@ before `end` is open.
     of the head [0, read_from):              OPEN ─► counted as stored, or not; never read
 
 Probes go out in growing groups, so a cold prompt costs one look at storage and a long hit is
-probed in parallel; reads follow, the earliest block first. Everything here runs on the event
-loop's thread.
+probed in parallel; reads follow, the earliest block first. Promised blocks that storage lacks stay
+OPEN (`promises.py`). Everything here runs on the event loop's thread.
 """
 
 from __future__ import annotations
 
-from collections import defaultdict
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from functools import partial
 
 from ucm.errors import ProtocolError
 from ucm.store.keys import Key
 from ucm.store.node import protocol as p
+from ucm.store.node.holds import Holds
 from ucm.store.node.io import Pool, error_reason
 from ucm.store.node.lookup_job import LookupJob
 from ucm.store.node.notices import Notices
+from ucm.store.node.page_reads import PageReads
+from ucm.store.node.promises import FIRST_PAUSE_S, CallLater, Looked, Promises
 from ucm.store.node.state import Connection, OpenedNamespace
 from ucm.store.node.writeback import WriteBack
 from ucm.store.slots import Slot, SlotState, SlotTable
-from ucm.store.tier import ReadStatus, Tier
-
-# Small pages that only wait for a thread are read in groups of about this size.
-_READ_BYTES = 2 << 20
-# One lookup's reads at a time: one running, one next in line.
-_READS_PER_THREAD = 2
+from ucm.store.tier import Tier
 
 
 class Lookups:
@@ -49,17 +46,34 @@ class Lookups:
         count: Callable[[str, int], None],
         notices: Notices,
         clock: Callable[[], float],
+        call_later: CallLater,
     ) -> None:
         self._slots = slots
         self._tier = tier
         self._reads = reads
+        self._promises = Promises(
+            tier=tier, reads=reads, call_later=call_later, on_looked=self._on_looked
+        )
         self._writeback = writeback
-        self._page_of = page_of
         self._count = count
         self._notices = notices
         self._clock = clock
         self._open: dict[tuple[Connection, int], LookupJob] = {}
-        self._waiters: defaultdict[Slot, list[tuple[LookupJob, int]]] = defaultdict(list)
+        self._holds = Holds(slots, clock)
+        self._page_reads: PageReads | None = None
+        if tier is not None:
+            self._page_reads = PageReads(
+                slots=slots,
+                tier=tier,
+                pool=reads,
+                holds=self._holds,
+                writeback=writeback,
+                page_of=page_of,
+                count=count,
+                notices=notices,
+                on_page=self.resolve,
+                go_on=self._go_on,
+            )
 
     @property
     def num_open(self) -> int:
@@ -69,19 +83,22 @@ class Lookups:
 
     def start(self, connection: Connection, namespace: OpenedNamespace, message: p.Lookup) -> None:
         lookup = (connection, message.id)
-        if message.read_from > len(message.keys):
-            raise ProtocolError(f"lookup {message.id}: read_from is beyond its keys")
+        if max(message.read_from, message.promised) > len(message.keys):
+            raise ProtocolError(f"lookup {message.id}: read_from or promised is beyond its keys")
         if lookup in self._open or lookup in connection.session.pinned:
             raise ProtocolError(f"lookup {message.id} was not released")
         job = LookupJob(
             id=message.id,
             connection=connection,
             namespace=namespace,
-            keys=[Key(key) for key in message.keys],
+            keys=p.keys_of(message),
             read_from=message.read_from,
             load=message.load,
             deadline_s=self._clock() + message.timeout_ms / 1000,
             end=len(message.keys),
+            promised=message.promised if message.load else 0,
+            renewal_s=message.timeout_ms / 1000 if message.renewed else 0.0,
+            pause_s=FIRST_PAUSE_S,
         )
         self._open[lookup] = job
         self._count("lookups", 1)
@@ -91,10 +108,13 @@ class Lookups:
             if i >= job.end:
                 break
             self._look_in_memory(job, i)
-        if job.unprobed and not storage:
-            job.shorten(job.unprobed[0], "never_stored" if self._tier is None else "timeout")
-        self._probe_tail(job)
-        self._answer_if_settled(job)
+        if self._tier is None:
+            lost = [i for i in job.unprobed if i >= job.promised]
+        else:
+            lost = job.unprobed if not storage else []
+        if lost:
+            job.shorten(lost[0], "never_stored" if self._tier is None else "timeout")
+        self._go_on(job)
 
     def withdraw(self, connection: Connection, lookup_id: int) -> None:
         """Ends a lookup that is not answered yet, if there is one. Reads under way go on; their
@@ -102,7 +122,8 @@ class Lookups:
         job = self._open.pop((connection, lookup_id), None)
         if job is not None:
             job.closed = True
-            self._unpin(job, range(len(job.keys)))
+            self._promises.forget(job)
+            self._holds.unpin(job, range(len(job.keys)))
 
     def withdraw_all(self, connection: Connection) -> None:
         for lookup_id in [number for owner, number in self._open if owner is connection]:
@@ -114,9 +135,18 @@ class Lookups:
         for job in [job for job in self._open.values() if job.deadline_s <= now_s]:
             first_open = job.first_open()
             if first_open is not None:
-                job.shorten(first_open, "timeout")
+                is_late = first_open < job.promised and not self._is_held_up(job, first_open)
+                job.shorten(first_open, "late" if is_late else "timeout")
             job.head_open = False
             self._answer_if_settled(job)
+
+    def _is_held_up(self, job: LookupJob, i: int) -> bool:
+        """It is in storage, and storage is slow with it."""
+        slot = self._slots.find(job.keys[i])
+        return i in job.unread or (slot is not None and self._is_being_read(slot))
+
+    def _is_being_read(self, slot: Slot) -> bool:
+        return self._page_reads is not None and slot in self._page_reads.filling
 
     # -- the head: is it stored? -----------------------------------------------------------
 
@@ -157,15 +187,18 @@ class Lookups:
         slot = self._slots.find(job.keys[i])
         if slot is None:
             job.unprobed.append(i)
+            if i < job.promised:
+                self._promises.want(job, i)
         elif not job.load:
             job.stored.add(i)
         elif slot.state is SlotState.READY:
-            self._pin(job, i, slot)
-        elif job.keys[i] in job.connection.session.filling:
+            self._holds.pin(job, i, slot)
+        elif job.keys[i] in job.connection.session.filling and i >= job.promised:
             # This very engine is computing the block: its own prefix cache will have it first.
             job.shorten(i, "being_computed_here")
         else:
-            self._wait(job, i, slot)
+            job.is_fed = job.is_fed or not self._is_being_read(slot)
+            self._holds.wait(job, i, slot)
 
     def _probe_tail(self, job: LookupJob) -> None:
         if self._tier is None or job.closed:
@@ -183,153 +216,104 @@ class Lookups:
         self._note_stored(job.keys[i] for i in group[:leading])
         if job.closed:
             return
-        if leading < len(group):
-            failed = isinstance(result, Exception)
-            if failed:
-                self._notices.warn("lookup_failed", result)
-            job.shorten(group[leading], error_reason(result) if failed else "never_stored")
-        if job.load:
-            job.add_unread(group[:leading])
-        else:
-            job.stored.update(group[:leading])
+        if isinstance(result, Exception):
+            self._lookup_failed(job, group[0], result)
+        elif leading < len(group) and group[leading] < job.promised:
+            self._look_for(job, group[leading:])
+        elif leading < len(group):
+            job.shorten(group[leading], "never_stored")
+        self._have_stored(job, group[:leading])
         self._go_on(job)
 
+    def _lookup_failed(self, job: LookupJob, i: int, error: Exception) -> None:
+        self._notices.warn("lookup_failed", error)
+        job.shorten(i, error_reason(error))
+
+    def _have_stored(self, job: LookupJob, blocks: Sequence[int]) -> None:
+        self._promises.probed(job, blocks)
+        if job.load:
+            job.add_unread(blocks)
+        else:
+            job.stored.update(blocks)
+
     def _go_on(self, job: LookupJob) -> None:
-        self._read_tail(job)
+        if self._page_reads is not None:
+            self._page_reads.go_on_with(job)
         self._probe_tail(job)
+        self._promises.look(job)
         self._answer_if_settled(job)
 
-    def _read_tail(self, job: LookupJob) -> None:
-        """Keeps the threads busy with this lookup, and no more than that: others get their turn,
-        and what is late at the deadline was never started and has pushed nobody out."""
-        reads = self._reads
-        while job.unread and job.reads_running < _READS_PER_THREAD * reads.num_threads:
-            # While threads are idle, one page each. Small pages that only wait for a thread go in
-            # groups: handing over a job costs about as much as copying 64 KiB.
-            is_busy = reads.depth >= reads.num_threads
-            slot_bytes = job.namespace.slot_bytes
-            slots = self._next_slots(job, max(1, _READ_BYTES // slot_bytes) if is_busy else 1)
-            if slots:
-                self._read(job, slots)
+    # -- promised, and not here yet --------------------------------------------------------
 
-    def _next_slots(self, job: LookupJob, max_slots: int) -> list[Slot]:
-        """Slots for the next blocks to read; pins those that somebody has brought meanwhile."""
-        slots: list[Slot] = []
-        while len(slots) < max_slots and (i := job.next_unread()) is not None:
-            key = job.keys[i]
-            slot = self._slots.find(key)
-            if slot is not None and slot.state is SlotState.READY:
-                self._pin(job, i, slot)
-                continue
-            if slot is None:
-                slot = self._reserve(job, i)
-                if slot is None:
-                    job.shorten(i, "no_room")
-                    break
-                slots.append(slot)
-            self._wait(job, i, slot)
-        return slots
+    def _look_for(self, job: LookupJob, blocks: Sequence[int]) -> None:
+        """Promised blocks that storage seemed to have, or an engine of this node, and hasn't."""
+        job.all_there = False
+        job.probe_again(blocks)
+        for i in blocks:
+            self._promises.want(job, i)
 
-    def _reserve(self, job: LookupJob, i: int) -> Slot | None:
-        """A slot for block `i`, if need be at the cost of this lookup's own tail: of a prompt that
-        is longer than the memory, the head is worth more."""
-        slot = self._slots.reserve(job.keys[i], job.namespace.slot_bytes)
-        while slot is None and job.pinned and (last := max(job.pinned)) > i:
-            job.shorten(last, "no_room")
-            self._unpin(job, range(last, last + 1))
-            slot = self._slots.reserve(job.keys[i], job.namespace.slot_bytes)
-        return slot
+    def _on_looked(self, job: LookupJob, blocks: Sequence[int], result: object) -> None:
+        if isinstance(result, Exception):
+            self._lookup_failed(job, blocks[0], result)
+        elif isinstance(result, Looked):
+            there = blocks[: result.leading]
+            self._note_stored(job.keys[i] for i in there)
+            # Some may have come another way meanwhile.
+            fresh = [i for i in there if i in job.wanted]
+            for i in fresh:
+                job.no_probe(i)
+            self._have_stored(job, fresh)
+            job.all_there = result.all_there
+            if there:
+                job.pause_s = FIRST_PAUSE_S
+            missing = [i for i in blocks[result.leading :] if i in job.wanted]
+            if missing and result.all_there:
+                job.shorten(missing[0], "evicted")
+            elif missing:
+                self._promises.look_later(job)
+        self._go_on(job)
 
-    def _read(self, job: LookupJob, slots: list[Slot]) -> None:
-        assert self._tier is not None
-        keys = [slot.key for slot in slots if slot.key is not None]
-        pages = [self._page_of(slot) for slot in slots]
-        job.reads_running += 1
-        self._reads.submit(
-            partial(self._tier.read_all, job.namespace.tier, keys, pages),
-            partial(self._on_read, job, slots, keys),
-            on_overdue=partial(self._on_read_overdue, slots),
-        )
+    def being_filled(self, slot: Slot) -> None:
+        """An engine of this node computes this page."""
+        assert slot.key is not None
+        for job, i in self._promises.take_wanted(slot.key):
+            job.is_fed = True
+            self._holds.wait(job, i, slot)
 
-    def _on_read(self, job: LookupJob, slots: list[Slot], keys: list[Key], result: object) -> None:
-        job.reads_running -= 1
-        if isinstance(result, list):
-            outcomes = [page_read.status.value for page_read in result]
-            for page_read in result:
-                if page_read.detail:
-                    self._notices.warn(f"read_{page_read.status.value}", page_read.detail)
-        else:
-            outcomes = [error_reason(result)] * len(slots)
-        for slot, key, outcome in zip(slots, keys, outcomes, strict=True):
-            if slot.state is SlotState.ASIDE:
-                self._slots.abandon(slot)
-            else:
-                self._on_page_read(slot, key, outcome)
-        if not job.closed:
-            self._go_on(job)
-
-    def _on_page_read(self, slot: Slot, key: Key, outcome: str) -> None:
-        self._count(f"read_{outcome}", 1)
-        is_hit = outcome == ReadStatus.HIT.value
-        if is_hit:
-            self._slots.ready(slot)
-        else:
-            self._slots.abandon(slot)
-        if self._writeback is not None:
-            self._writeback.filled_from_tier(key, is_hit=is_hit)
-        if is_hit:
-            self.resolve(slot, "", from_files=True)
-        else:
-            absent = outcome == ReadStatus.ABSENT.value
-            self.resolve(slot, "never_stored" if absent else outcome)
-
-    def _on_read_overdue(self, slots: list[Slot]) -> None:
-        self._notices.warn(
-            "read_overdue", "storage hangs; its slots are set aside until it returns"
-        )
-        for slot in slots:
-            self._count("read_overdue", 1)
-            key = slot.key
-            self._slots.set_aside(slot)
-            if self._writeback is not None and key is not None:
-                self._writeback.filled_from_tier(key, is_hit=False)
-            self.resolve(slot, "timeout")
+    def will_not_come(self, key: Key, reason: str) -> None:
+        """An engine of this node has computed this page and can't keep it."""
+        for job, i in self._promises.take_wanted(key):
+            job.shorten(i, reason)
+            self._answer_if_settled(job)
 
     # -- slots that others fill ------------------------------------------------------------
 
-    def _wait(self, job: LookupJob, i: int, slot: Slot) -> None:
-        job.waiting.add(i)
-        self._waiters[slot].append((job, i))
-
     def resolve(self, slot: Slot, reason: str, *, from_files: bool = False) -> None:
         """The slot became READY (`reason` empty) or never will: tells the lookups that wait."""
-        for job, i in self._waiters.pop(slot, []):
-            job.waiting.discard(i)
+        waiters = self._holds.take_waiters(slot)
+        if not reason and slot.key is not None:
+            waiters += self._promises.take_wanted(slot.key)
+        for job, i in waiters:
             if job.closed:
                 continue
-            if reason:
+            if reason == "never_stored" and i < min(job.promised, job.end):
+                job.is_fed = False
+                self._look_for(job, [i])
+                self._promises.look_later(job)
+            elif reason:
                 job.shorten(i, reason)
             elif i < job.end:
-                self._pin(job, i, slot)
+                self._holds.pin(job, i, slot)
                 job.from_files += from_files
             self._answer_if_settled(job)
-
-    def _pin(self, job: LookupJob, i: int, slot: Slot) -> None:
-        self._slots.pin(slot)
-        job.pinned[i] = slot
-
-    def _unpin(self, job: LookupJob, blocks: range) -> None:
-        # Tail first: the head of a prompt is shared by more prompts and should be evicted last.
-        for i in reversed(blocks):
-            if i in job.pinned:
-                self._slots.unpin(job.pinned.pop(i))
 
     def _answer_if_settled(self, job: LookupJob) -> None:
         if job.closed or not job.is_settled():
             return
         job.closed = True
         del self._open[job.connection, job.id]
-        self._unpin(job, range(job.end, len(job.keys)))
+        self._promises.forget(job)
+        self._holds.unpin(job, range(job.end, len(job.keys)))
         num_stored = job.end - job.read_from
         self._count("lookup_blocks_asked", len(job.keys) - job.read_from)
         self._count("lookup_blocks_hit", num_stored)

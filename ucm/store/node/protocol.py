@@ -22,8 +22,9 @@ import msgspec
 from msgspec import Meta
 
 from ucm.errors import ProtocolError
+from ucm.store.keys import Key, TailKey
 
-VERSION: Final = 1
+VERSION: Final = 2
 # A peer with so long a backlog that it does not read is as good as gone.
 MAX_UNSENT_BYTES: Final = 64 << 20
 MAX_FRAME_BYTES: Final = 64 << 20
@@ -65,7 +66,16 @@ class OpenNamespace(msgspec.Struct, frozen=True, kw_only=True, tag=True, array_l
     fingerprint: _Bytes32
     page_bytes: _Size
     block_tokens: _Size
+    # Of a page, with one token after the other in each; 0: tails can't be kept.
+    num_rows: _Count = 0
     manifest: bytes
+
+
+class GetManifest(msgspec.Struct, frozen=True, kw_only=True, tag=True, array_like=True):
+    """What is another namespace? Answered from storage."""
+
+    id: int
+    fingerprint: _Bytes32
 
 
 class Lookup(msgspec.Struct, frozen=True, kw_only=True, tag=True, array_like=True):
@@ -74,6 +84,10 @@ class Lookup(msgspec.Struct, frozen=True, kw_only=True, tag=True, array_like=Tru
     Of `keys[:read_from]` the client only wants to know which are stored (it has their contents);
     `keys[read_from:]` are brought into slots and pinned, up to the first that can't be had.
     With `load` false nothing is read or pinned. Settled after `timeout_ms` with what is there.
+
+    The first `promised` keys are there or on their way: they are waited for while time is left.
+    With `renewed` the time starts anew with each page that comes. The last key is that of a tail of
+    `tail_tokens`, unless those are 0.
     """
 
     id: int
@@ -82,6 +96,9 @@ class Lookup(msgspec.Struct, frozen=True, kw_only=True, tag=True, array_like=Tru
     read_from: _Count
     load: bool
     timeout_ms: _Count
+    promised: _Count = 0
+    renewed: bool = False
+    tail_tokens: _Count = 0
 
 
 class Find(msgspec.Struct, frozen=True, kw_only=True, tag=True, array_like=True):
@@ -105,13 +122,15 @@ class Release(msgspec.Struct, frozen=True, kw_only=True, tag=True, array_like=Tr
 class Reserve(msgspec.Struct, frozen=True, kw_only=True, tag=True, array_like=True):
     """Slots to dump into. Answered block by block: an offset, HAVE, or NO_ROOM. `parents[i]`
     precedes `keys[i]` in the prompt (empty for the first block of a prompt). A client that
-    `will_ask_again` where there is no room has not dropped its dump yet: it is not counted."""
+    `will_ask_again` where there is no room has not dropped its dump yet: it is not counted.
+    `tail_tokens` as in `Lookup`."""
 
     id: int
     ns: int
     keys: list[_Bytes32]
     parents: list[_Parent]
     will_ask_again: bool = False
+    tail_tokens: _Count = 0
 
 
 class Commit(msgspec.Struct, frozen=True, kw_only=True, tag=True, array_like=True):
@@ -130,7 +149,10 @@ class Abort(msgspec.Struct, frozen=True, kw_only=True, tag=True, array_like=True
 
 
 class GetStatus(msgspec.Struct, frozen=True, kw_only=True, tag=True, array_like=True):
+    """With `check` the law of the slots is checked as well, which takes long in a large cache."""
+
     id: int
+    check: bool = False
 
 
 class Shutdown(msgspec.Struct, frozen=True, kw_only=True, tag=True, array_like=True):
@@ -154,6 +176,14 @@ class NamespaceOpened(msgspec.Struct, frozen=True, kw_only=True, tag=True, array
     ns: int
     error: str
     refused: bool
+
+
+class ManifestFound(msgspec.Struct, frozen=True, kw_only=True, tag=True, array_like=True):
+    """`manifest` is empty where storage has none of it, or could not be read (`error`)."""
+
+    id: int
+    manifest: bytes
+    error: str
 
 
 class LookupReply(msgspec.Struct, frozen=True, kw_only=True, tag=True, array_like=True):
@@ -205,13 +235,14 @@ class Status(msgspec.Struct, frozen=True, kw_only=True, tag=True, array_like=Tru
     sessions: dict[str, dict[str, int]]
     queues: dict[str, int]
     counters: dict[str, int]
-    invariant: str  # empty: holds
+    invariant: str  # empty: holds, or was not checked
 
 
 ClientMessage = (
     Hello
     | MemoryReady
     | OpenNamespace
+    | GetManifest
     | Lookup
     | Find
     | Release
@@ -224,6 +255,7 @@ ClientMessage = (
 NodeMessage = (
     Welcome
     | NamespaceOpened
+    | ManifestFound
     | LookupReply
     | Found
     | ReserveReply
@@ -232,7 +264,22 @@ NodeMessage = (
     | Status
 )
 
-_encoder = msgspec.msgpack.Encoder()
+
+def keys_of(message: Lookup | Reserve) -> list[Key]:
+    keys = [Key(key) for key in message.keys]
+    if message.tail_tokens and keys:
+        keys[-1] = Key(TailKey(keys[-1], message.tail_tokens))
+    return keys
+
+
+def _as_bytes(value: object) -> bytes:
+    """A tail's key; how many tokens it has is said beside it."""
+    if isinstance(value, TailKey):
+        return bytes(value)
+    raise NotImplementedError(f"a message with a {type(value).__name__}")
+
+
+_encoder = msgspec.msgpack.Encoder(enc_hook=_as_bytes)
 _client_decoder: msgspec.msgpack.Decoder[ClientMessage] = msgspec.msgpack.Decoder(ClientMessage)
 _node_decoder: msgspec.msgpack.Decoder[NodeMessage] = msgspec.msgpack.Decoder(NodeMessage)
 

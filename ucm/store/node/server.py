@@ -19,8 +19,11 @@ from collections.abc import Callable
 from functools import partial
 from typing import cast
 
+import msgspec
+
 from ucm.config import StoreSettings
 from ucm.errors import ProtocolError
+from ucm.store.measured import MeasuredTier
 from ucm.store.node import protocol as p
 from ucm.store.node.core import NodeCore
 from ucm.store.node.io import IoPool
@@ -54,7 +57,8 @@ class NodeServer:
             )
         slots = SlotTable(capacity_bytes, keeps_unpinned=keeps_pages(settings))
         self.memory = SharedMemory(slots.capacity_bytes)
-        self.tier = build_tier(settings)
+        tier = build_tier(settings)
+        self.tier = None if tier is None else MeasuredTier(tier)
         timeout_s = settings.io_timeout_ms / 1000
         pool = partial(IoPool, loop=loop, timeout_s=timeout_s)
         self._reads = pool(
@@ -75,6 +79,7 @@ class NodeServer:
             ahead_bytes=available // 2,
             max_write_pages=settings.write_queue_pages,
             clock=time.monotonic,
+            call_later=loop.call_later,
         )
         self.arena = uuid.uuid4().hex
         # Clients that have said Hello. Who doesn't, keeps no node cache from leaving.
@@ -94,6 +99,11 @@ class NodeServer:
             self.memory.populate(offset, nbytes)
 
         self._populate.submit(populate, lambda _: on_done())
+
+    def status(self, request_id: int, *, check: bool) -> p.Status:
+        status = self.core.status(request_id, pid=os.getpid(), arena=self.arena, check=check)
+        totals = {} if self.tier is None else self.tier.totals()
+        return msgspec.structs.replace(status, counters={**status.counters, **totals})
 
     async def serve(self, listener: socket.socket) -> None:
         """Serves until told to leave or idle. Writes that are queued then are finished, bounded."""
@@ -178,7 +188,7 @@ class _Peer(asyncio.Protocol):
         elif self._connection is None:
             raise ProtocolError(f"{type(message).__name__} before Hello")
         elif isinstance(message, p.GetStatus):
-            self._send(server.core.status(message.id, pid=os.getpid(), arena=server.arena))
+            self._send(server.status(message.id, check=message.check))
         elif isinstance(message, p.Shutdown):
             server.leaving.set()
         else:

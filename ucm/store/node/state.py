@@ -18,6 +18,7 @@ class OpenedNamespace:
     tier: TierNamespace
     slot_bytes: int
     block_tokens: int
+    num_rows: int
 
 
 @dataclass(eq=False)

@@ -20,7 +20,7 @@ from functools import partial
 from typing import TypeVar
 
 from ucm.errors import TierError
-from ucm.store.keys import Key
+from ucm.store.keys import Key, num_tokens_of
 from ucm.store.node.io import Pool
 from ucm.store.node.notices import Notices
 from ucm.store.node.state import OpenedNamespace
@@ -117,7 +117,7 @@ class WriteBack:
                 namespace.tier,
                 key,
                 page,
-                num_tokens=namespace.block_tokens,
+                num_tokens=num_tokens_of(key, block_tokens=namespace.block_tokens),
             ),
             partial(self._on_staged, write),
             on_overdue=partial(self._count, "write_overdue"),

@@ -1,0 +1,60 @@
+"""What the node cache says of itself, as gauges of the engine.
+
+The node cache has no metrics page. Every engine of a node shows the same totals, under its own
+label.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from typing import Protocol
+
+from ucm.integration.vllm.stats import UcmStats
+from ucm.metrics import METRICS
+from ucm.store.node import protocol as p
+
+PERIOD_S = 5.0
+_MICROSECOND_S = 1e-6
+
+
+class Asked(Protocol):
+    """Of a `NodeSession` what is needed here."""
+
+    @property
+    def is_ready(self) -> bool: ...
+
+    def send(self, message: p.ClientMessage) -> None: ...
+
+
+class NodeGauges:
+    """Asks for a status every few seconds while the engine steps; the answer comes later."""
+
+    def __init__(
+        self, session: Asked, stats: UcmStats, *, clock: Callable[[], float] = time.monotonic
+    ) -> None:
+        self._session = session
+        self._stats = stats
+        self._clock = clock
+        self._ask_at_s = clock()
+
+    def step(self) -> None:
+        now_s = self._clock()
+        if now_s >= self._ask_at_s and self._session.is_ready:
+            self._ask_at_s = now_s + PERIOD_S
+            self._session.send(p.GetStatus(id=0))
+
+    def on_status(self, status: p.Status) -> None:
+        gauge = self._stats.gauge
+        for queue in METRICS["ucm_node_queue"].labels["queue"]:
+            gauge("ucm_node_queue", status.queues[queue], queue=queue)
+        for state in METRICS["ucm_node_slots"].labels["state"]:
+            gauge("ucm_node_slots", status.slots[state], state=state)
+        gauge("ucm_node_pins", status.slots["pins"])
+        gauge("ucm_node_evictions", status.slots["evictions"])
+        for op in METRICS["ucm_tier_bytes"].labels["op"]:
+            nbytes = status.counters.get(f"tier_{op}_bytes")
+            if nbytes is not None:  # memory may be all there is
+                seconds = status.counters[f"tier_{op}_us"] * _MICROSECOND_S
+                gauge("ucm_tier_bytes", nbytes, tier="posix", op=op)
+                gauge("ucm_tier_seconds", seconds, tier="posix", op=op)

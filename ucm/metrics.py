@@ -1,0 +1,152 @@
+"""All metrics that an engine shows through vLLM, as one table.
+
+Knows neither vLLM nor Prometheus: the engine's processes count by this table, the API server's
+process makes Prometheus metrics of it, and docs/metrics.md is compared with it. A series travels
+between them by its key, a plain text.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from typing import Literal
+
+Kind = Literal["counter", "gauge", "histogram"]
+
+
+@dataclass(frozen=True)
+class Metric:
+    """`labels` names each label with all the values that it can have."""
+
+    name: str
+    kind: Kind
+    help: str
+    labels: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
+    buckets: tuple[float, ...] = ()
+
+    @property
+    def shown_as(self) -> str:
+        """The name on the metrics page: prometheus_client adds a suffix to counters."""
+        return f"{self.name}_total" if self.kind == "counter" else self.name
+
+    def series(self) -> Iterator[tuple[str, ...]]:
+        """The label values of every series, in the order of `labels`."""
+        return itertools.product(*self.labels.values())
+
+    def key(self, values: tuple[str, ...]) -> str:
+        """The series with these label values. Raises ValueError if there is none."""
+        if len(values) != len(self.labels):
+            raise ValueError(f"{self.name} has the labels {list(self.labels)}, not {values}")
+        for (label, known), value in zip(self.labels.items(), values, strict=True):
+            if value not in known:
+                raise ValueError(f"{self.name}: {label} is never {value!r}, but one of {known}")
+        if not values:
+            return self.name
+        pairs = ",".join(f'{label}="{v}"' for label, v in zip(self.labels, values, strict=True))
+        return f"{self.name}{{{pairs}}}"
+
+
+_RECOMPUTED = (
+    *("late", "evicted", "corrupt", "io_error", "timeout", "no_room"),
+    *("namespace", "withdrawn", "unsupported"),
+)
+_MISSED = (
+    *("never_stored", "namespace", "corrupt", "io_error", "timeout", "no_room"),
+    *("being_computed_here", "late", "evicted"),
+)
+_QUEUES = (
+    *("reads", "reads_overdue", "writes", "writes_overdue", "write_pages"),
+    *("lookups", "finds"),
+)
+_TIER = {"tier": ("posix",), "op": ("read", "write")}
+_OF_THE_NODE = "The node cache's own number, the same at all engines of the node"
+_UNDER_WAY = "under way, waiting for the device included, summed over ranks"
+
+_TABLE = (
+    Metric(
+        "ucm_handoff_promised_tokens",
+        "counter",
+        "Prompt tokens that receipts have promised to decode",
+    ),
+    Metric(
+        "ucm_handoff_loaded_tokens",
+        "counter",
+        "Promised prompt tokens that decode has loaded",
+    ),
+    Metric(
+        "ucm_handoff_recomputed_tokens",
+        "counter",
+        "Promised prompt tokens that decode computed all the same, by reason",
+        {"reason": _RECOMPUTED},
+    ),
+    Metric(
+        "ucm_handoff_wait_seconds",
+        "histogram",
+        "How long a request waited at decode for what its receipt promised",
+        buckets=(0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10),
+    ),
+    Metric(
+        "ucm_receipts",
+        "counter",
+        "Receipts of finished prefills: issued here, or brought by requests and then",
+        {"outcome": ("issued", "taken", "refused_namespace", "unreadable")},
+    ),
+    Metric(
+        "ucm_hit_tokens",
+        "counter",
+        "Prompt tokens found in the store, by where their pages were",
+        {"source": ("memory", "files")},
+    ),
+    Metric(
+        "ucm_lookup_missed_blocks",
+        "counter",
+        "Full prompt blocks that a lookup did not get, by reason",
+        {"reason": _MISSED},
+    ),
+    Metric(
+        "ucm_epochs", "counter", "Resets of the cache: what was stored before is not used again"
+    ),
+    Metric("ucm_loaded_bytes", "counter", "Bytes copied to the device, summed over ranks"),
+    Metric("ucm_load_seconds", "counter", f"Seconds with copies to the device {_UNDER_WAY}"),
+    Metric("ucm_dumped_bytes", "counter", "Bytes copied from the device, summed over ranks"),
+    Metric("ucm_dump_seconds", "counter", f"Seconds with copies from the device {_UNDER_WAY}"),
+    Metric(
+        "ucm_tier_bytes",
+        "gauge",
+        f"Bytes of pages read from and written to storage, ever. {_OF_THE_NODE}",
+        _TIER,
+    ),
+    Metric(
+        "ucm_tier_seconds",
+        "gauge",
+        "Seconds spent in it, summed over I/O threads, failed and fruitless calls included. "
+        f"{_OF_THE_NODE}",
+        _TIER,
+    ),
+    Metric("ucm_node_queue", "gauge", f"What waits there now. {_OF_THE_NODE}", {"queue": _QUEUES}),
+    Metric(
+        "ucm_node_slots",
+        "gauge",
+        f"Slots of the memory by state. {_OF_THE_NODE}",
+        {"state": ("free", "filling", "ready", "aside")},
+    ),
+    Metric("ucm_node_pins", "gauge", f"Pins of slots that engines hold now. {_OF_THE_NODE}"),
+    Metric(
+        "ucm_node_evictions",
+        "gauge",
+        f"Pages evicted from memory, ever. {_OF_THE_NODE}",
+    ),
+)
+
+METRICS: Mapping[str, Metric] = {metric.name: metric for metric in _TABLE}
+
+
+def series_key(name: str, kind: Kind, labels: Mapping[str, str]) -> str:
+    """The key of a series. Raises ValueError if the table has no such series of this kind."""
+    metric = METRICS.get(name)
+    if metric is None or metric.kind != kind:
+        raise ValueError(f"there is no {kind} {name}")
+    if labels.keys() != metric.labels.keys():
+        raise ValueError(f"{name} has the labels {list(metric.labels)}, not {list(labels)}")
+    return metric.key(tuple(labels[label] for label in metric.labels))

@@ -1,0 +1,122 @@
+"""What decode is told of a request's prefill, and what is done when that turns out to be wrong.
+
+    the prefill       decode is told
+    runs              Expected
+    has ended well    its receipt, if it gave one
+    has failed        Withdrawn, if this request has been Expected before
+
+Decode may wait for what it expects. So a request that waits for a prefill that fails is cancelled
+and sent anew.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import Callable, Coroutine
+from typing import Any
+
+import msgspec
+
+from ucm import handoff
+from ucm.pd.delivery import Answer
+from ucm.pd.journey import Journey
+from ucm.pd.prefill import PrefillOutcome, Share
+from ucm.pd.rewrite import with_params
+
+# An engine that hasn't noticed that the first request has ended would refuse the same id.
+WITHDRAWN_SUFFIX = "-w"
+
+_EXPECTED = msgspec.json.encode(handoff.params(handoff.Expected()))
+_WITHDRAWN = msgspec.json.encode(handoff.params(handoff.Withdrawn()))
+
+# Sends this body, with this behind the request's id: the beginning of the answer, or what is wrong.
+Ask = Callable[[bytes | None, str], Coroutine[Any, Any, Answer | str]]
+
+
+def told(outcome: PrefillOutcome | None, *, was_expected: bool) -> bytes | None:
+    """The `kv_transfer_params` for decode; None if there is nothing to say. Pure. A prefill without
+    an outcome runs."""
+    if outcome is None:
+        return _EXPECTED
+    if outcome.failure is None:
+        return outcome.receipt
+    return _WITHDRAWN if was_expected else None
+
+
+class Promise:
+    """One request's prefill, as far as decode is concerned. Owned by the request's task, which
+    leaves it when it is over; after the first byte of decode's answer it is left already."""
+
+    def __init__(self, share: Share, journey: Journey) -> None:
+        self._share = share
+        self._journey = journey
+        self._was_expected = False
+        self._is_over = False
+        self._began_s = time.monotonic()
+        journey.path = "shared-prefill" if share.is_shared else "pd"
+        share.task.add_done_callback(self._ended)
+
+    async def settled(self) -> None:
+        """Until the prefill has ended, well or not."""
+        await asyncio.wait({self._share.task})
+
+    def leave(self) -> None:
+        """The prefill is of no more use to this request: it goes on for others, if there are."""
+        if not self._is_over:
+            self._end()
+        self._share.leave()
+
+    async def keep(self, ask: Ask, body: bytes) -> Answer | str:
+        """Asks decode; once more if it was told to expect a prefill that fails before it answers.
+        `body` is the client's."""
+        asked = self._body(body)
+        if self._share.task.done():
+            return self._left_if_answered(await ask(asked, ""))
+        asking = asyncio.create_task(ask(asked, ""))
+        try:
+            await asyncio.wait({asking, self._share.task}, return_when=asyncio.FIRST_COMPLETED)
+            outcome = self._share.outcome
+            if outcome is not None and outcome.failure is not None:
+                asking.cancel()
+            await asyncio.wait({asking})
+        except BaseException:
+            await _drop(asking)
+            raise
+        if asking.cancelled():
+            self._journey.withdrawn()
+            return self._left_if_answered(await ask(self._body(body), WITHDRAWN_SUFFIX))
+        return self._left_if_answered(asking.result())
+
+    def _body(self, body: bytes) -> bytes:
+        params = told(self._share.outcome, was_expected=self._was_expected)
+        self._was_expected = self._was_expected or params is _EXPECTED
+        return body if params is None else with_params(body, params)
+
+    def _left_if_answered(self, found: Answer | str) -> Answer | str:
+        """Who answers before its prefill has ended has found or computed everything itself."""
+        if isinstance(found, Answer):
+            self.leave()
+        return found
+
+    def _ended(self, _: asyncio.Task[PrefillOutcome]) -> None:
+        if self._is_over:
+            return
+        self._end()
+        outcome = self._share.outcome
+        if outcome is not None and outcome.failure is not None:
+            self._journey.not_prefilled(outcome.failure)
+
+    def _end(self) -> None:
+        self._is_over = True
+        self._journey.spent("prefill", time.monotonic() - self._began_s)
+
+
+async def _drop(asking: asyncio.Task[Answer | str]) -> None:
+    """It may have found an answer in the meantime, which nobody will read."""
+    asking.cancel()
+    await asyncio.wait({asking})
+    if asking.cancelled() or asking.exception() is not None:
+        return
+    if isinstance(found := asking.result(), Answer):
+        found.upstream.close()

@@ -1,0 +1,140 @@
+"""Dumps: slots that engines fill, and what happens when they are full or given up."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import TypeVar
+
+from ucm.errors import ProtocolError
+from ucm.store.keys import Key, TailKey
+from ucm.store.node import protocol as p
+from ucm.store.node.lookups import Lookups
+from ucm.store.node.state import Connection, OpenedNamespace, Session
+from ucm.store.node.writeback import WriteBack
+from ucm.store.page import blank_behind
+from ucm.store.slots import Slot, SlotState, SlotTable
+
+_AnyKey = TypeVar("_AnyKey", bound=bytes)
+
+
+class Fillings:
+    """Owned by the event loop's thread. The sessions know what is theirs."""
+
+    def __init__(
+        self,
+        *,
+        slots: SlotTable,
+        lookups: Lookups,
+        writeback: WriteBack | None,
+        page_of: Callable[[Slot], memoryview],
+        count: Callable[[str], None],
+    ) -> None:
+        self._slots = slots
+        self._lookups = lookups
+        self._writeback = writeback
+        self._page_of = page_of
+        self._count = count
+
+    def reserve(
+        self,
+        connection: Connection,
+        namespace: OpenedNamespace,
+        message: p.Reserve,
+        *,
+        leaving: bool,
+    ) -> None:
+        """Answers with slots as far as there is room; with `leaving` there is none."""
+        offsets: list[int] = []
+        keys = p.keys_of(message)
+        if message.tail_tokens and not namespace.num_rows:
+            raise ProtocolError("a tail in a namespace whose pages have none")
+        for key, parent in _with_parents(keys, message.parents):
+            offset = self._reserve_one(connection.session, namespace, key, parent, leaving=leaving)
+            offsets.append(offset)
+            if offset == p.NO_ROOM:
+                for lost in keys[len(offsets) - 1 :]:
+                    self._lookups.will_not_come(lost, "no_room")
+                # Nothing leads to a block whose predecessor is missing.
+                offsets += [p.NO_ROOM] * (len(message.keys) - len(offsets))
+                if not message.will_ask_again:
+                    why = "leaving" if leaving else self._why_no_room()
+                    self._count(f"dump_dropped_{why}")
+                break
+        connection.send(p.ReserveReply(id=message.id, offsets=offsets))
+
+    def _why_no_room(self) -> str:
+        return (
+            "queue_full" if self._writeback is not None and self._writeback.is_full else "no_room"
+        )
+
+    def _reserve_one(
+        self,
+        session: Session,
+        namespace: OpenedNamespace,
+        key: Key,
+        parent: Key | None,
+        *,
+        leaving: bool,
+    ) -> int:
+        writeback = self._writeback
+        slot = self._slots.find(key)
+        if slot is not None:
+            self._slots.touch(slot)
+            if slot.state is SlotState.READY and writeback and not writeback.is_safe(key):
+                # It was dropped from a full queue, or its file went bad: another try.
+                writeback.enqueue(namespace, key, parent, slot)
+            return p.HAVE
+        if leaving or (writeback is not None and writeback.is_full):
+            return p.NO_ROOM
+        slot = self._slots.reserve(key, namespace.slot_bytes)
+        if slot is None:
+            return p.NO_ROOM
+        session.filling[key] = slot
+        self._lookups.being_filled(slot)
+        return slot.offset
+
+    def commit(self, session: Session, namespace: OpenedNamespace, message: p.Commit) -> None:
+        for committed, parent in _with_parents(message.keys, message.parents):
+            slot = session.filling.pop(Key(committed), None)
+            if slot is None or slot.key is None:
+                continue
+            key = slot.key
+            if isinstance(key, TailKey):
+                # Behind it are whatever tokens the engine's block and the slot had before.
+                blank_behind(
+                    self._page_of(slot)[: namespace.tier.page_bytes],
+                    key.num_tokens,
+                    num_rows=namespace.num_rows,
+                    block_tokens=namespace.block_tokens,
+                )
+            self._slots.ready(slot)
+            self._count("dump_committed")
+            if self._writeback is not None:
+                self._writeback.enqueue(namespace, key, parent, slot)
+            self._lookups.resolve(slot, "")
+
+    def abort(self, session: Session, message: p.Abort) -> None:
+        for key in map(Key, message.keys):
+            slot = session.filling.get(key)
+            if slot is not None:
+                self._give_up_filling(session, key, slot)
+
+    def abort_all(self, session: Session) -> None:
+        for key, slot in list(session.filling.items()):
+            self._give_up_filling(session, key, slot)
+
+    def _give_up_filling(self, session: Session, key: Key, slot: Slot) -> None:
+        del session.filling[key]
+        self._count("dump_aborted")
+        self._slots.abandon(slot)
+        if self._writeback is not None:
+            self._writeback.filling_ended(key)
+        self._lookups.resolve(slot, "never_stored")
+
+
+def _with_parents(
+    keys: Sequence[_AnyKey], parents: Sequence[bytes]
+) -> list[tuple[_AnyKey, Key | None]]:
+    if len(keys) != len(parents):
+        raise ProtocolError(f"{len(keys)} keys with {len(parents)} parents")
+    return [(k, Key(p) if p else None) for k, p in zip(keys, parents, strict=True)]

@@ -1,0 +1,40 @@
+"""What lookups have of slots: pins on those that are READY, and a place in line at those that are
+being filled. All on the event loop's thread."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Callable
+
+from ucm.store.node.lookup_job import LookupJob
+from ucm.store.slots import Slot, SlotTable
+
+
+class Holds:
+    def __init__(self, slots: SlotTable, clock: Callable[[], float]) -> None:
+        self._slots = slots
+        self._clock = clock
+        self._waiters: defaultdict[Slot, list[tuple[LookupJob, int]]] = defaultdict(list)
+
+    def pin(self, job: LookupJob, i: int, slot: Slot) -> None:
+        self._slots.pin(slot)
+        job.pinned[i] = slot
+        if job.renewal_s:
+            job.deadline_s = self._clock() + job.renewal_s
+
+    def unpin(self, job: LookupJob, blocks: range) -> None:
+        # Tail first: the head of a prompt is shared by more prompts and should be evicted last.
+        for i in reversed(blocks):
+            if i in job.pinned:
+                self._slots.unpin(job.pinned.pop(i))
+
+    def wait(self, job: LookupJob, i: int, slot: Slot) -> None:
+        job.waiting.add(i)
+        self._waiters[slot].append((job, i))
+
+    def take_waiters(self, slot: Slot) -> list[tuple[LookupJob, int]]:
+        """Those who wait for `slot`, and don't any more."""
+        waiters = self._waiters.pop(slot, [])
+        for job, i in waiters:
+            job.waiting.discard(i)
+        return waiters

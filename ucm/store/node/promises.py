@@ -1,0 +1,132 @@
+"""Promised pages that are not here yet: who waits for them, and looking for them in storage.
+
+What an engine on this node computes is told (`arrived`); storage has to be asked. A look asks for
+the last promised key first: blocks are published in the order of the prompt, so once that is there
+a block before it that is not has been removed. Looks that find nothing new come ever more seldom,
+and next to never while an engine of this node brings the pages. Everything here runs on the event
+loop's thread; only `_look` is on an I/O thread.
+"""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import partial
+
+from ucm.store.keys import Key
+from ucm.store.node.io import Pool
+from ucm.store.node.lookup_job import FIRST_PROBE, LookupJob
+from ucm.store.tier import Tier, TierNamespace
+
+CallLater = Callable[[float, Callable[[], None]], object]
+
+FIRST_PAUSE_S = 0.001
+LAST_PAUSE_S = 0.05
+# An engine of this node brings the pages: a look is for what it might not know of.
+FED_PAUSE_S = 1.0
+
+
+@dataclass(frozen=True)
+class Looked:
+    """`leading` of the blocks asked for are there. `all_there`: so was the last promised one,
+    before they were asked for."""
+
+    leading: int
+    all_there: bool
+
+
+class Promises:
+    """`on_looked(job, blocks, result)` gets a `Looked`, or the error of storage."""
+
+    def __init__(
+        self,
+        *,
+        tier: Tier | None,
+        reads: Pool,
+        call_later: CallLater,
+        on_looked: Callable[[LookupJob, Sequence[int], object], None],
+    ) -> None:
+        self._tier = tier
+        self._reads = reads
+        self._call_later = call_later
+        self._on_looked = on_looked
+        self._wanted: defaultdict[Key, list[tuple[LookupJob, int]]] = defaultdict(list)
+
+    def want(self, job: LookupJob, i: int) -> None:
+        """Storage has to be asked for promised block `i`, or an engine brings it."""
+        job.wanted.add(i)
+        self._wanted[job.keys[i]].append((job, i))
+
+    def take_wanted(self, key: Key) -> list[tuple[LookupJob, int]]:
+        """Those who want `key` and don't any more. It is being filled, or here, or given up."""
+        found = self._wanted.pop(key, [])
+        for job, i in found:
+            job.wanted.discard(i)
+            job.no_probe(i)
+        return found
+
+    def probed(self, job: LookupJob, blocks: Sequence[int]) -> None:
+        """Storage has these."""
+        for i in blocks:
+            self._unwant(job, i)
+
+    def forget(self, job: LookupJob) -> None:
+        for i in list(job.wanted):
+            self._unwant(job, i)
+
+    def _unwant(self, job: LookupJob, i: int) -> None:
+        if i not in job.wanted:
+            return
+        job.wanted.discard(i)
+        key = job.keys[i]
+        left = [each for each in self._wanted[key] if each != (job, i)]
+        if left:
+            self._wanted[key] = left
+        else:
+            del self._wanted[key]
+
+    # -- looking ---------------------------------------------------------------------------
+
+    def look(self, job: LookupJob) -> None:
+        """Asks storage for the first blocks that are missing, unless a look is on its way."""
+        blocks = job.missing()[:FIRST_PROBE]
+        if job.closed or job.look_pending or not blocks or self._tier is None:
+            return
+        job.look_pending = True
+        self._reads.submit(
+            partial(
+                _look,
+                self._tier,
+                job.namespace.tier,
+                [job.keys[i] for i in blocks],
+                job.keys[job.promised - 1],
+            ),
+            partial(self._looked, job, blocks),
+        )
+
+    def look_later(self, job: LookupJob) -> None:
+        """After a look that has found nothing."""
+        if job.look_pending:
+            return
+        job.look_pending = True
+        pause_s = FED_PAUSE_S if job.is_fed else job.pause_s
+        job.pause_s = min(2 * job.pause_s, LAST_PAUSE_S)
+        self._call_later(pause_s, partial(self._look_again, job))
+
+    def _look_again(self, job: LookupJob) -> None:
+        job.look_pending = False
+        self.look(job)
+
+    def _looked(self, job: LookupJob, blocks: Sequence[int], result: object) -> None:
+        job.look_pending = False
+        if not job.closed:
+            self._on_looked(job, blocks, result)
+
+
+def _look(tier: Tier, namespace: TierNamespace, keys: Sequence[Key], last: Key) -> Looked:
+    all_there = tier.contains_now(namespace, last)
+    leading = 0
+    while leading < len(keys) and tier.contains_now(namespace, keys[leading]):
+        leading += 1
+    return Looked(leading, all_there)
