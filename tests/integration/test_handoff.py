@@ -31,7 +31,7 @@ def two_nodes(**decode: object) -> tuple[Engine, Engine]:
 def test_with_a_receipt_decode_has_the_whole_prompt_its_tail_included(num_tokens: int):
     prefill, decode = two_nodes()
     receipt = receipt_of(prefill.prefill("a", num_tokens, says=h.Wanted()).receipt)
-    assert receipt.tokens == num_tokens
+    assert (receipt.tokens, receipt.is_whole) == (num_tokens, True)
 
     request = decode.add("b", num_tokens, says=receipt)
     assert decode.admit(request) == num_tokens
@@ -171,7 +171,8 @@ def test_a_receipt_promises_what_there_was_room_for():
     prefill.step({"a": 4})
     _, params = prefill.side.finished(request, prefill.blocks(request))
 
-    assert receipt_of(params).tokens == 4 * BLOCK
+    receipt = receipt_of(params)
+    assert (receipt.tokens, receipt.is_whole) == (4 * BLOCK, False)
 
 
 def test_a_request_that_ends_early_promises_what_it_has_computed():

@@ -10,13 +10,20 @@ from typing import Any
 from aiohttp import web
 
 from tests.pd.conftest import Answer, Engine, Fleet, answering, until
-from ucm.handoff import Expected, parse
+from ucm.handoff import Expected, Receipt, parse
 
 PATIENCE_S = 10.0
 BODY = b'{ "prompt": "caf\\u00e9 \xc3\xa9",  "max_tokens":20\n}\n'
 RECEIPT = b'{"ucm" :{"kind":"receipt","tokens":5e0}, "more":[1,\n2]}'
 TOLD_RECEIPT = BODY.replace(b"\n}", b'\n,"kv_transfer_params":' + RECEIPT + b"}")
 PIECES = [b'data: {"a": 1}\n\nda', b"ta: {}\n\nda", b"ta: \xff\xfe\n\n", b"data: [DONE]\n\n"]
+
+
+def a_receipt(*, is_whole: bool) -> Receipt:
+    some = "ab" * 32
+    return Receipt(
+        namespace=some, block_tokens=128, tokens=129, key=some, is_whole=is_whole, issued_s=1.5
+    )
 
 
 def giving(receipt: bytes) -> Answer:

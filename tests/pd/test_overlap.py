@@ -17,6 +17,7 @@ from tests.pd.handoff_parts import (
     PIECES,
     RECEIPT,
     TOLD_RECEIPT,
+    a_receipt,
     after,
     giving,
     hang_up,
@@ -26,7 +27,7 @@ from tests.pd.handoff_parts import (
     unless_expecting,
     until_no_prefill_runs,
 )
-from ucm.handoff import Expected, Wanted, Withdrawn, params
+from ucm.handoff import Expected, Handoff, Wanted, Withdrawn, params
 from ucm.pd.delivery import Answer
 from ucm.pd.journey import Journey
 from ucm.pd.metrics import ProxyMetrics
@@ -212,9 +213,30 @@ async def test_another_decoder_is_told_what_is_true_by_then(fleet: Fleet, mark: 
     assert expected.get(mark, json.loads(RECEIPT)) == asked.fields["kv_transfer_params"]
 
 
-async def test_a_prefill_that_hands_nothing_over_is_no_failed_one(overlap: Fleet):
+def handing_over(*, is_whole: bool) -> bytes:
+    return json.dumps(params(a_receipt(is_whole=is_whole))).encode()
+
+
+@pytest.mark.parametrize(
+    ("handed_over", "then"),
+    [(None, Withdrawn()), (handing_over(is_whole=False), a_receipt(is_whole=False))],
+    ids=["nothing", "less"],
+)
+async def test_a_prefill_that_promises_less_than_expected_is_waited_for_no_more(
+    overlap: Fleet, handed_over: bytes | None, then: Handoff
+):
     (prefill,), (decode,) = overlap.prefill, overlap.decode
-    prefill.answer = after(decode.started, answering(b"{}"))
+    answer = answering(b"{}") if handed_over is None else giving(handed_over)
+    prefill.answer = after(decode.started, answer)
+    decode.answer = unless_expecting(decode, answering(b"right"))
+
+    assert (200, b"right", "pd") == await send(overlap)
+    assert [Expected(), then] == told(decode)
+
+
+async def test_a_whole_receipt_is_what_decode_waits_for(overlap: Fleet):
+    (prefill,), (decode,) = overlap.prefill, overlap.decode
+    prefill.answer = after(decode.started, giving(handing_over(is_whole=True)))
 
     async def when_prefilled(_: web.Request) -> web.StreamResponse:
         await until_no_prefill_runs(overlap)
@@ -259,6 +281,7 @@ async def test_who_waits_for_decode_while_its_prefill_fails_is_asked_once_as_it_
     await fleet.start(1, 1, handoff="overlap", max_running=1)
     (prefill,), (decode,) = fleet.prefill, fleet.decode
     release = asyncio.Event()
+    prefill.answer = giving(handing_over(is_whole=True))
     decode.answer = after(release, answering(b"{}"))
     running = asyncio.create_task(send(fleet, b'{"prompt": "another"}'))
     await asyncio.wait_for(decode.started.wait(), PATIENCE_S)

@@ -74,7 +74,11 @@ class Delivery:
             return None
         self.response = web.StreamResponse(status=status, reason=reason, headers=headers)
         self._is_event_stream = answer.is_event_stream
-        await self.response.prepare(self._request)
+        try:
+            await self.response.prepare(self._request)
+        except ConnectionError:
+            self._journey.client_left()
+            return None
         return await self._pump(answer, is_first=True)
 
     async def _go_on(self, answer: Answer) -> str | None:
@@ -97,7 +101,8 @@ class Delivery:
                     await self.response.write(whole if is_first else tracker.continued(whole))
         except upstream.UNREACHABLE as error:
             if self._request.transport is None or self._request.transport.is_closing():
-                return None  # it is the client that has gone
+                self._journey.client_left()
+                return None
             if tracker is not None and tracker.lacks_only_the_end:
                 tracker.is_done = True
                 await self.response.write(b"data: [DONE]\n\n")

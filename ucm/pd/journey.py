@@ -63,6 +63,10 @@ class Journey:
     def retried(self, role: str) -> None:
         self._metrics.retries.labels(role).inc()
 
+    def client_left(self) -> None:
+        """Nobody is left to tell what is wrong."""
+        self._failure = "client_left"
+
     def failed(self, reason: str) -> None:
         self._failure = reason
 

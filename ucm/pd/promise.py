@@ -2,11 +2,12 @@
 
     the prefill       decode is told
     runs              Expected
-    has ended well    its receipt, if it gave one
-    has failed        Withdrawn, if this request has been Expected before
+    has ended well    its receipt
+    has failed, or    Withdrawn, if this request has been Expected before
+    gave no receipt
 
-Decode may wait for what it expects. So a request that waits for a prefill that fails is cancelled
-and sent anew.
+Decode may wait for what it expects, which is the whole prompt. So a request that waits for a
+prefill that fails, or that promises less, is cancelled and sent anew.
 """
 
 from __future__ import annotations
@@ -39,9 +40,17 @@ def told(outcome: PrefillOutcome | None, *, was_expected: bool) -> bytes | None:
     an outcome runs."""
     if outcome is None:
         return _EXPECTED
-    if outcome.failure is None:
+    if outcome.failure is None and outcome.receipt is not None:
         return outcome.receipt
     return _WITHDRAWN if was_expected else None
+
+
+def keeps_what_was_expected(outcome: PrefillOutcome) -> bool:
+    """Pure. Other connectors have receipts of their own, and expect nothing."""
+    if outcome.failure is not None or outcome.receipt is None:
+        return False
+    words = handoff.parse(msgspec.json.decode(outcome.receipt))
+    return not isinstance(words, handoff.Receipt) or words.is_whole
 
 
 class Promise:
@@ -77,7 +86,7 @@ class Promise:
         try:
             await asyncio.wait({asking, self._share.task}, return_when=asyncio.FIRST_COMPLETED)
             outcome = self._share.outcome
-            if outcome is not None and outcome.failure is not None:
+            if outcome is not None and not keeps_what_was_expected(outcome):
                 asking.cancel()
             await asyncio.wait({asking})
         except BaseException:

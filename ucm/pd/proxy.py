@@ -157,7 +157,7 @@ class Proxy:
         try:
             return await go(journey)
         except asyncio.CancelledError:
-            journey.failed("client_left")
+            journey.client_left()
             raise
         finally:
             journey.end()

@@ -99,5 +99,6 @@ def receipt_for(
         block_tokens=rules.block_tokens,
         tokens=min(num_blocks * rules.block_tokens, num_prompt),
         key=keys[num_blocks - 1].hex(),
+        is_whole=num_blocks == len(keys),
         issued_s=issued_s,
     )
