@@ -66,7 +66,8 @@ def test_where_tails_are_turned_off_the_receipt_is_for_the_full_blocks():
     prefill = Engine(Loopback(tier=tier), store_tail=False)
     decode = Engine(Loopback(tier=tier), store_tail=False)
     receipt = receipt_of(prefill.prefill("a", 100, says=h.Wanted()).receipt)
-    assert receipt.tokens == 96
+    # Who expected the tail must be told.
+    assert (receipt.tokens, receipt.is_whole) == (96, False)
     assert decode.admit(decode.add("b", 100, says=receipt)) == 96
     assert not decode.counted("ucm_handoff_recomputed_tokens", reason="unsupported")
 

@@ -232,6 +232,28 @@ def test_many_lookups_that_wait_for_the_same_pages_all_get_them() -> None:
     assert node.core.counters["read_hit"] == 20
 
 
+@pytest.mark.parametrize("is_stored", [True, False])
+def test_a_page_that_comes_while_storage_is_asked_for_it_is_held_once(is_stored: bool) -> None:
+    """Whatever storage says then."""
+    node = Node()
+    other = node.other_engine()
+    node.store(*KEYS)
+    node.expect(KEYS)
+    node.reads.end_one()  # the look: all are there
+    if not is_stored:
+        node.tier._pages.clear()
+    other.reserve(*KEYS[9:12])
+    other.commit(*KEYS[9:12])
+    node.reads.end_all()
+    node.writes.end_all()
+    pins = node.core.slots.counts().pins
+    reply = node.reply()
+    assert reply is None or len(reply.offsets) == pins
+
+    node.release(1)
+    assert node.core.slots.counts().pins == 0
+
+
 def test_a_tail_goes_to_storage_and_back_under_its_own_name_with_nothing_behind_its_tokens() -> (
     None
 ):

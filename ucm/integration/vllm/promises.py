@@ -94,11 +94,12 @@ def receipt_for(
     """For the first `num_blocks` of the keys; None for none."""
     if num_blocks == 0:
         return None
+    tokens = min(num_blocks * rules.block_tokens, num_prompt)
     return Receipt(
         namespace=rules.fingerprint.hex(),
         block_tokens=rules.block_tokens,
-        tokens=min(num_blocks * rules.block_tokens, num_prompt),
+        tokens=tokens,
         key=keys[num_blocks - 1].hex(),
-        is_whole=num_blocks == len(keys),
+        is_whole=tokens == num_prompt,
         issued_s=issued_s,
     )

@@ -17,6 +17,7 @@ class Holds:
         self._waiters: defaultdict[Slot, list[tuple[LookupJob, int]]] = defaultdict(list)
 
     def pin(self, job: LookupJob, i: int, slot: Slot) -> None:
+        assert i not in job.pinned, "a lookup holds a page once"
         self._slots.pin(slot)
         job.pinned[i] = slot
         if job.renewal_s:

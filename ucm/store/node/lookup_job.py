@@ -99,6 +99,10 @@ class LookupJob:
         stop = min(self.promised, self.end)
         return [i for i in self.unprobed if i < stop]
 
+    def has_begun(self, i: int) -> bool:
+        """It is here, or somebody fills its slot: it came while storage was asked for it."""
+        return i in self.pinned or i in self.waiting
+
     def probe_again(self, blocks: Sequence[int]) -> None:
         for i in blocks:
             insort(self.unprobed, i)

@@ -232,7 +232,7 @@ class Lookups:
     def _have_stored(self, job: LookupJob, blocks: Sequence[int]) -> None:
         self._promises.probed(job, blocks)
         if job.load:
-            job.add_unread(blocks)
+            job.add_unread([i for i in blocks if not job.has_begun(i)])
         else:
             job.stored.update(blocks)
 
@@ -248,8 +248,9 @@ class Lookups:
     def _look_for(self, job: LookupJob, blocks: Sequence[int]) -> None:
         """Promised blocks that storage seemed to have, or an engine of this node, and hasn't."""
         job.all_there = False
-        job.probe_again(blocks)
-        for i in blocks:
+        again = [i for i in blocks if not job.has_begun(i)]
+        job.probe_again(again)
+        for i in again:
             self._promises.want(job, i)
 
     def _on_looked(self, job: LookupJob, blocks: Sequence[int], result: object) -> None:

@@ -55,6 +55,8 @@ class Promises:
 
     def want(self, job: LookupJob, i: int) -> None:
         """Storage has to be asked for promised block `i`, or an engine brings it."""
+        if i in job.wanted:
+            return
         job.wanted.add(i)
         self._wanted[job.keys[i]].append((job, i))
 
