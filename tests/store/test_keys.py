@@ -18,6 +18,7 @@ from ucm.store.keys import (
     encode_extras,
     extras_by_block,
     root_key,
+    tail_key,
 )
 
 FINGERPRINT = bytes(range(32))
@@ -95,6 +96,33 @@ def test_the_keys_of_a_known_prompt_never_change(name: str) -> None:
 
     assert expected_root == root.hex()
     assert expected_keys == [key.hex() for key in keys]
+
+
+def test_the_keys_of_known_tails_never_change_either() -> None:
+    root = root_key(FINGERPRINT, lora_digest=None, cache_salt=None)
+    (first, *_) = block_keys(root, TOKENS, block_tokens=BLOCK_TOKENS)
+    image = Item("ab" * 16, BLOCK_TOKENS + 1, 1)
+    short = tail_key(root, TOKENS[:1], block_tokens=BLOCK_TOKENS, first_token=0)
+    long = tail_key(
+        first,
+        TOKENS[BLOCK_TOKENS : 2 * BLOCK_TOKENS - 1],
+        block_tokens=BLOCK_TOKENS,
+        first_token=BLOCK_TOKENS,
+        items=[image],
+    )
+
+    assert short.hex() == "b5f5f4feddb6b8128a15754862cbc7720df779f01345249cb5a1d37bd91c9926"
+    assert long.hex() == "10a202d0c8f371457b2ade7880211ca86345a90f389c7f2d630f89aa70f8167a"
+
+
+@given(st.lists(st.integers(0, 2**32 - 1), min_size=BLOCK_TOKENS, max_size=BLOCK_TOKENS))
+def test_no_tail_has_the_key_of_a_block_or_of_another_tail(tokens: list[int]) -> None:
+    root = root_key(FINGERPRINT, lora_digest=None, cache_salt=None)
+    tails = {
+        bytes(tail_key(root, tokens[:n], block_tokens=BLOCK_TOKENS, first_token=0))
+        for n in range(1, BLOCK_TOKENS)
+    }
+    assert len(tails | set(block_keys(root, tokens, block_tokens=BLOCK_TOKENS))) == BLOCK_TOKENS
 
 
 def test_a_key_is_what_the_docstring_says() -> None:

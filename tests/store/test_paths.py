@@ -7,7 +7,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from ucm.store import paths
-from ucm.store.keys import Key
+from ucm.store.keys import Key, TailKey
 
 BACKEND = "/mnt/kv"
 FINGERPRINT = bytes(range(32))
@@ -25,9 +25,23 @@ def test_names_on_disk_are_these() -> None:
     block = paths.block_path(BACKEND, FINGERPRINT, KEY)
 
     assert block == f"/mnt/kv/{FP_HEX}/64/65/{KEY_HEX}.kv"
+    tail = paths.block_path(BACKEND, FINGERPRINT, Key(TailKey(KEY, 44)))
+    assert tail == f"/mnt/kv/{FP_HEX}/64/65/{KEY_HEX}.44.kv"
     assert paths.namespace_dir(BACKEND, FINGERPRINT) == f"/mnt/kv/{FP_HEX}"
     assert paths.manifest_path(BACKEND, FINGERPRINT) == f"/mnt/kv/{FP_HEX}/manifest.json"
     assert paths.backend_id_path(BACKEND) == "/mnt/kv/ucm-backend-id"
+
+
+def test_what_is_built_for_a_tail_says_how_many_tokens_it_has() -> None:
+    key = Key(TailKey(KEY, 44))
+    for path, parse in (
+        (paths.block_path(BACKEND, FINGERPRINT, key), paths.parse_block_path),
+        (paths.quarantine_path(BACKEND, FINGERPRINT, key), paths.parse_quarantine_path),
+    ):
+        parsed = parse(below_backend(path))
+        assert parsed is not None
+        name = parsed if isinstance(parsed, paths.BlockName) else parsed.block
+        assert isinstance(name.key, TailKey) and (name.key, name.key.num_tokens) == (KEY, 44)
 
 
 @given(fingerprint=st.binary(min_size=32, max_size=32), key=st.binary(min_size=32, max_size=32))
