@@ -34,7 +34,6 @@ class Answer:
     finish_reason: str | None
     ttft_s: float
     total_s: float
-    kv_transfer_params: Mapping[str, Any] | None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -65,7 +64,6 @@ class _Gathered:
     prompt_tokens: int = 0
     finish_reason: str | None = None
     first_token_at: float | None = None
-    kv_transfer_params: Mapping[str, Any] | None = None
 
     def add(self, chunk: Mapping[str, Any]) -> None:
         if "error" in chunk:
@@ -81,7 +79,6 @@ class _Gathered:
             self.finish_reason = choice.get("finish_reason") or self.finish_reason
         usage = chunk.get("usage") or {}
         self.prompt_tokens = usage.get("prompt_tokens", self.prompt_tokens)
-        self.kv_transfer_params = chunk.get("kv_transfer_params") or self.kv_transfer_params
 
 
 class Client:
@@ -102,6 +99,15 @@ class Client:
         messages = [{"role": "user", "content": content}]
         body = {"messages": messages, **_fields(max_tokens), **extra}
         return self._ask("/v1/chat/completions", body)
+
+    def prefill(self, prompt: Sequence[int], *, params: Mapping[str, Any]) -> Mapping[str, Any]:
+        """Has the prompt computed, as a proxy would; returns the `kv_transfer_params` for decode.
+        Not streamed: vLLM doesn't send them in streams."""
+        body = {"prompt": list(prompt), "max_tokens": 1, "temperature": 0}
+        status, answer = self.post("/v1/completions", {**body, "kv_transfer_params": params})
+        if status != http.HTTPStatus.OK:
+            raise RequestFailed(status, answer)
+        return json.loads(answer).get("kv_transfer_params") or {}
 
     def counters(self) -> Counters:
         samples = self.metrics()
@@ -166,7 +172,6 @@ class Client:
             finish_reason=gathered.finish_reason,
             ttft_s=first_token_at - started_at,
             total_s=ended_at - started_at,
-            kv_transfer_params=gathered.kv_transfer_params,
         )
 
 

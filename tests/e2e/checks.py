@@ -5,10 +5,13 @@ from __future__ import annotations
 import http.client
 import json
 import random
+import re
 import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
+from dataclasses import dataclass
 from typing import TypeVar
 
 from examples.cluster.client import Client, Counters
@@ -96,6 +99,55 @@ def metric(client: Client, name: str) -> int:
     """The sum of a metric over its labels."""
     samples = client.metrics().items()
     return int(sum(value for key, value in samples if key.startswith(f"{name}{{")))
+
+
+@dataclass(frozen=True)
+class HandedOver:
+    """What came of promised tokens at a server since its start, and of receipts by outcome."""
+
+    promised: int
+    loaded: int
+    recomputed: Mapping[str, int]
+    receipts: Mapping[str, int]
+
+    def __sub__(self, earlier: HandedOver) -> HandedOver:
+        return HandedOver(
+            self.promised - earlier.promised,
+            self.loaded - earlier.loaded,
+            _gained(self.recomputed, earlier.recomputed),
+            _gained(self.receipts, earlier.receipts),
+        )
+
+
+def handed_over(client: Client) -> HandedOver:
+    samples = client.metrics()
+
+    def by(name: str, label: str) -> dict[str, int]:
+        found: Counter[str] = Counter()
+        for key, value in samples.items():
+            named = re.search(f'{label}="([^"]*)"', key)
+            if key.startswith(f"{name}{{") and named:
+                found[named[1]] += int(value)
+        return found
+
+    return HandedOver(
+        metric(client, "ucm_handoff_promised_tokens_total"),
+        metric(client, "ucm_handoff_loaded_tokens_total"),
+        by("ucm_handoff_recomputed_tokens_total", "reason"),
+        by("ucm_receipts_total", "outcome"),
+    )
+
+
+def handed_over_since(client: Client, before: HandedOver, promised: int) -> HandedOver:
+    """What the counters gained, once they have counted so many promised tokens: all of what they
+    say of a prompt they say at once."""
+    wait_until(lambda: handed_over(client).promised - before.promised >= promised, "all counted")
+    return handed_over(client) - before
+
+
+def _gained(now: Mapping[str, int], earlier: Mapping[str, int]) -> dict[str, int]:
+    """Without what has not moved."""
+    return {name: now[name] - earlier[name] for name in now if now[name] != earlier[name]}
 
 
 def wait_until(condition: Callable[[], bool], what: str, *, timeout_s: float = 30.0) -> None:

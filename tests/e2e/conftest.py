@@ -4,6 +4,7 @@ share fleets of them; modules run in an order that starts each fleet once."""
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -14,9 +15,10 @@ from tests.e2e.node import Node
 
 # Within a fleet the destructive ones come last.
 MODULES = (
-    *("test_identity", "test_sharing", "test_proxy", "test_damaged_files", "test_crashes"),
-    *("test_layouts", "test_bfloat16", "test_images", "test_files_only", "test_stress"),
-    *("test_bad_settings", "test_nothing_left"),
+    *("test_identity", "test_sharing", "test_proxy", "test_handoff", "test_handoff_storage"),
+    *("test_damaged_files", "test_handoff_stress", "test_crashes"),
+    *("test_layouts", "test_bfloat16", "test_handoff_namespaces", "test_images"),
+    *("test_files_only", "test_stress", "test_bad_settings", "test_nothing_left"),
 )
 
 
@@ -69,10 +71,10 @@ def deployment(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> De
     return make
 
 
-@pytest.fixture
-def float32_fleet(
+@pytest.fixture(scope="session")
+def use_float32(
     fleets: Fleets, deployment: DeploymentMaker, started_oracle: Oracle
-) -> Deployment:
+) -> Callable[[], Deployment]:
     """Four float32 servers on two nodes: prefill chunks of 512 and 4096, copied after the forward
     pass and layer by layer. None has a prefix cache of its own. The first two take tools."""
 
@@ -85,4 +87,25 @@ def float32_fleet(
         made.start("chunk4096-layerwise", two, chunk=4096, layerwise=True)
         return made
 
-    return fleets.use("float32", start)
+    return partial(fleets.use, "float32", start)
+
+
+@pytest.fixture
+def float32_fleet(use_float32: Callable[[], Deployment]) -> Deployment:
+    return use_float32()
+
+
+@pytest.fixture
+def bfloat16_fleet(fleets: Fleets, deployment: DeploymentMaker) -> Deployment:
+    """Two bfloat16 servers with prefix caches, on two nodes; and one in float32, which can reset
+    its cache."""
+
+    def start() -> Deployment:
+        made = deployment("bfloat16", "bfloat16")
+        one, two = Node("bf16-one"), Node("bf16-two")
+        made.start("chunk512-layerwise", one, chunk=512, layerwise=True, prefix_caching=True)
+        made.start("chunk4096", two, chunk=4096, prefix_caching=True)
+        made.start("float32", two, dtype="float32", env={"VLLM_SERVER_DEV_MODE": "1"})
+        return made
+
+    return fleets.use("bfloat16", start)

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import json
 import threading
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, Any
@@ -19,6 +21,7 @@ if TYPE_CHECKING:
     from typing_extensions import Self
 
 MAX_TOKENS = 16
+_Prompt = tuple[int, ...]
 
 
 @dataclass(frozen=True)
@@ -55,6 +58,7 @@ class Deployment:
         self.engines: dict[str, Engine] = {}
         self._model = model
         self._dtype = dtype
+        self._makers: dict[str, Callable[..., VllmServer]] = {}
 
     def __getitem__(self, name: str) -> Engine:
         return self.engines[name]
@@ -78,7 +82,9 @@ class Deployment:
         role: str = "kv_both",
         prefix_caching: bool = False,
         kv_cache_bytes: int = 256 * MIB,
+        dtype: str | None = None,
         args: Sequence[str] = (),
+        env: Mapping[str, str] | None = None,
         **top: Any,
     ) -> Engine:
         """`top` are further settings of the top level."""
@@ -87,18 +93,26 @@ class Deployment:
         config.write_text(json.dumps(self.settings(node, use_layerwise=layerwise, **top)))
         flags = [] if prefix_caching else ["--no-enable-prefix-caching"]
         flags += [] if chunk is None else ["--max-num-batched-tokens", str(chunk)]
-        server = VllmServer(
+        self._makers[name] = partial(
+            VllmServer,
             self._model,
             log=self.folder / f"{name}.log",
             kv_transfer=ucm_connector(config, kv_role=role),
-            dtype=self._dtype,
+            dtype=dtype or self._dtype,
             block_size=block_size,
             kv_cache_bytes=kv_cache_bytes,
             args=[*flags, *args],
+            env=env,
         )
-        engine = Engine(name, server, node, layerwise)
+        engine = Engine(name, self._makers[name](), node, layerwise)
         self.engines[name] = engine
         return engine
+
+    def start_again(self, name: str) -> None:
+        """Where it was, after it has been killed."""
+        old = self.engines[name]
+        server = self._makers[name](port=old.server.port)
+        self.engines[name] = replace(old, server=server)
 
     def wait_ready(self) -> None:
         for engine in self.engines.values():
@@ -133,10 +147,20 @@ class Oracle:
     def answer(self, prompt: Sequence[int], *, max_tokens: int = MAX_TOKENS) -> tuple[int, ...]:
         key = (max_tokens, tuple(prompt))
         with self._lock:
-            if key not in self._answers:
-                answer = self.server.client.complete(prompt, max_tokens=max_tokens)
-                self._answers[key] = answer.token_ids
-            return self._answers[key]
+            known = self._answers.get(key)
+        if known is None:
+            known = self.server.client.complete(prompt, max_tokens=max_tokens).token_ids
+            with self._lock:
+                self._answers[key] = known
+        return known
+
+    def answers(
+        self, prompts: Sequence[_Prompt], *, max_tokens: int = MAX_TOKENS
+    ) -> dict[_Prompt, tuple[int, ...]]:
+        """To many prompts, several at once."""
+        with ThreadPoolExecutor(8) as pool:
+            found = pool.map(partial(self.answer, max_tokens=max_tokens), prompts)
+            return dict(zip(prompts, found, strict=True))
 
 
 class Fleets:

@@ -9,6 +9,7 @@ import time
 import uuid
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any, TypeVar
 
 from examples.cluster.processes import run_folder
@@ -30,12 +31,18 @@ memories: set[tuple[int, int]] = set()
 class Node:
     """What makes servers one node: they share this socket. The first of them starts the process."""
 
-    def __init__(self, name: str, *, capacity_mib: int = 256) -> None:
+    def __init__(
+        self, name: str, *, capacity_mib: int = 256, mounted_at: Path | None = None
+    ) -> None:
+        """`mounted_at`: where this node sees the store, if not in its folder."""
         self.socket_path = str(run_folder() / f"{name}.sock")
         self.capacity_mib = capacity_mib
+        self._mounted_at = mounted_at
 
     def settings(self) -> dict[str, Any]:
+        store = {} if self._mounted_at is None else {"storage_backends": str(self._mounted_at)}
         return {
+            **store,
             "cache_buffer_capacity_gb": self.capacity_mib / 1024,
             "node_cache_idle_exit_s": IDLE_EXIT_S,
             "node_cache_socket": self.socket_path,
@@ -68,7 +75,7 @@ class Node:
 
     def wait_quiet(self) -> p.Status:
         """Until nothing is pinned, filled, read or written; the slots' invariant must hold."""
-        status = self.wait("quiet", _is_quiet)
+        status = self.wait("quiet", is_quiet)
         assert status.invariant == ""
         return status
 
@@ -136,7 +143,7 @@ def is_alive(pid: int) -> bool:
         return False
 
 
-def _is_quiet(status: p.Status) -> bool:
+def is_quiet(status: p.Status) -> bool:
     sessions = engine_sessions(status).values()
     held = [fields["pins"] + fields["filling"] for fields in sessions]
     slots = status.slots

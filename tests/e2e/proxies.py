@@ -18,6 +18,19 @@ ONE_TO_ONE = (
     " --prefiller-port $p1 --decoder-host 127.0.0.1 --decoder-port $d1"
 )
 
+TWO_TO_TWO = (
+    "--pd-disaggregation --host localhost --port $port --prefiller-hosts 127.0.0.1 127.0.0.1"
+    " --prefiller-port $p1 $p2 --decoder-hosts 127.0.0.1 127.0.0.1 --decoder-ports $d1 $d2"
+)
+
+# In the float32 fleet: names in flags, and engines.
+PLACES = {
+    "p1": "chunk512",
+    "p2": "chunk4096",
+    "d1": "chunk512-layerwise",
+    "d2": "chunk4096-layerwise",
+}
+
 
 @contextmanager
 def proxy(deployment: Deployment, flags: str, places: Mapping[str, str]) -> Iterator[HttpServer]:

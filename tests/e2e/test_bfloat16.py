@@ -8,25 +8,9 @@ import shutil
 import pytest
 
 from tests.e2e.checks import LENGTHS, check_loaded, counted, make_prompt
-from tests.e2e.conftest import DeploymentMaker
-from tests.e2e.deployment import MAX_TOKENS, Deployment, Fleets
-from tests.e2e.node import Node
+from tests.e2e.deployment import MAX_TOKENS, Deployment
 
 pytestmark = [pytest.mark.vllm, pytest.mark.timeout(600)]
-
-
-@pytest.fixture
-def bfloat16_fleet(fleets: Fleets, deployment: DeploymentMaker) -> Deployment:
-    """Two servers with prefix caches, on two nodes."""
-
-    def start() -> Deployment:
-        made = deployment("bfloat16", "bfloat16")
-        one, two = Node("bf16-one"), Node("bf16-two")
-        made.start("chunk512-layerwise", one, chunk=512, layerwise=True, prefix_caching=True)
-        made.start("chunk4096", two, chunk=4096, prefix_caching=True)
-        return made
-
-    return fleets.use("bfloat16", start)
 
 
 @pytest.mark.parametrize(

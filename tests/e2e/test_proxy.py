@@ -20,7 +20,7 @@ from examples.cluster.processes import VLLM_ENVIRONMENT, HttpServer
 from tests.e2e import proxies
 from tests.e2e.checks import LENGTHS, Prompt, at_once, counted, make_prompt, metric, wait_until
 from tests.e2e.deployment import MAX_TOKENS, Deployment, Oracle
-from tests.e2e.proxies import ONE_TO_ONE
+from tests.e2e.proxies import ONE_TO_ONE, PLACES, TWO_TO_TWO
 from ucm.pd.flags import ProxySettings
 
 pytestmark = [pytest.mark.vllm, pytest.mark.timeout(600)]
@@ -36,18 +36,6 @@ DOCUMENTS = {
         " --decoder-hosts 127.0.0.1 --decoder-ports $d1"
     ),
 }
-X_TO_Y = (
-    "--pd-disaggregation --host localhost --port $port --prefiller-hosts 127.0.0.1 127.0.0.1"
-    " --prefiller-port $p1 $p2 --decoder-hosts 127.0.0.1 127.0.0.1 --decoder-ports $d1 $d2"
-)
-
-PLACES = {
-    "p1": "chunk512",
-    "p2": "chunk4096",
-    "d1": "chunk512-layerwise",
-    "d2": "chunk4096-layerwise",
-}
-
 TEXT = "A page that was computed once need not be computed again. " * 20
 TOOL = {
     "type": "function",
@@ -179,7 +167,7 @@ def test_two_prefillers_and_two_decoders_answer_32_clients_rightly_and_all_have_
         answer = server.client.complete(prompt, max_tokens=MAX_TOKENS)
         assert answer.token_ids == expected[prompt]
 
-    with proxy(float32_fleet, X_TO_Y) as server:
+    with proxy(float32_fleet, TWO_TO_TWO) as server:
         at_once(partial(client, server, prompt) for prompt in prompts * 2)
         instances = json.loads(server.client.get("/instances")[1])["instances"]
     assert [each["role"] for each in instances] == ["prefill"] * 2 + ["decode"] * 2
@@ -196,7 +184,7 @@ def test_vllms_own_load_generator_gets_every_answer_through_the_proxy(
         " --max-concurrency 16 --save-result --result-dir $folder --result-filename bench.json"
     )
     folder = float32_fleet.folder
-    with proxy(float32_fleet, X_TO_Y) as server:
+    with proxy(float32_fleet, TWO_TO_TWO) as server:
         places = {"model": tiny_model, "port": server.port, "folder": folder}
         flags = shlex.split(Template(line).substitute(places))
         command = [sys.executable, "-c", BENCH_SERVE, *flags]

@@ -21,7 +21,7 @@ from tests.e2e.checks import (
 )
 from tests.e2e.conftest import DeploymentMaker
 from tests.e2e.deployment import Deployment, Engine, Fleets, Oracle
-from tests.e2e.node import Node, engine_sessions
+from tests.e2e.node import Node, engine_sessions, is_quiet
 from tests.e2e.watch import cpu_s
 from ucm.store.node.protocol import Status
 
@@ -72,12 +72,17 @@ def test_a_request_abandoned_while_it_waits_for_device_memory_gives_back_what_wa
     node.wait_quiet()
     # Of the device's 48 blocks 42 at first, for as long as the test takes.
     first, second = (make_prompt(length, "takes the memory") for length in (3400, 1900))
+    computed = metric(engine.client, "vllm:prompt_tokens_total")
     with (
         asking(engine.client, first, max_tokens=600),
         asking(engine.client, second, max_tokens=600),
     ):
-        wait_until(lambda: running(engine) == 2, "both are running")
-        node.wait("quiet but for them", lambda status: not pins(status))
+        wait_until(
+            lambda: metric(engine.client, "vllm:prompt_tokens_total") - computed >= 5300,
+            "both prompts are computed",
+        )
+        # What is being written of them would leave less room than the prompt needs.
+        node.wait("all written", is_quiet)
         with asking(engine.client, prompt):
             node.wait("pinned", lambda status: pins(status) == len(prompt) // 128)
         node.wait("given back", lambda status: not pins(status))

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import time
+
 import pytest
 
 pytest.importorskip("vllm")
@@ -171,3 +173,37 @@ def test_a_node_cache_that_stops_answering_costs_one_request_its_wait_and_others
     engine.step({})
     engine.side.matched_tokens(third, 0)
     assert engine.link.core.counters["lookups"] >= 2
+
+
+def test_slots_that_come_after_a_dump_was_given_up_are_given_back():
+    link = Loopback()
+    engine = Engine(link, dump_timeout_ms=1)
+    request = engine.add("a", 64)
+    engine.admit(request)
+    link.mute = True
+    engine.step({"a": 64})
+    held, _ = engine.side.finished(request, engine.blocks(request))
+    assert held
+    time.sleep(0.002)
+    assert engine.step({}).released == ("a",)
+    assert engine.slots()["filling"] == 4
+
+    link.mute = False
+    engine.step({})
+
+    assert engine.slots()["filling"] == 0
+
+
+def test_an_answer_that_came_while_the_machine_stood_still_is_taken():
+    link = Loopback()
+    engine = Engine(link, timeout_ms=1)
+    engine.prefill("a", 64)
+    link.mute = True
+    request = engine.add("b", 64)
+    assert engine.side.matched_tokens(request, 0)[0] is None
+    time.sleep(0.6)  # longer than the answer's deadline and its grace
+    assert engine.side.matched_tokens(request, 0)[0] is None
+
+    link.mute = False
+
+    assert engine.side.matched_tokens(request, 0)[0] == 64

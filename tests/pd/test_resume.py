@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 from collections.abc import Sequence
 from typing import Any
@@ -202,3 +203,26 @@ def test_a_tool_call_or_reasoning_can_not_be_resumed():
         assert tracker.can_resume
         tracker.add(b"".join(frames([{"choices": [{"delta": delta}]}], ident="a")))
         assert not tracker.can_resume
+
+
+@pytest.mark.parametrize("resume", [True, False])
+async def test_a_client_that_goes_when_it_has_read_the_last_event_has_not_left_early(
+    fleet: Fleet, resume: bool
+):
+    await fleet.start(1, 1, resume=resume)
+    left = asyncio.Event()
+
+    async def stream(request: web.Request) -> web.StreamResponse:
+        response = web.StreamResponse(headers={"Content-Type": "text/event-stream"})
+        await response.prepare(request)
+        await response.write(b'data: {"choices": [{"text": "a"}]}\n\n')
+        await response.write(b"data: [DONE]\n\n")
+        await left.wait()
+        return response
+
+    fleet.decode[0].answer = stream
+    async with await fleet.post(prompt="hi", stream=True) as response:
+        assert (await response.content.readuntil(b"[DONE]\n\n")).endswith(b"data: [DONE]\n\n")
+    left.set()
+    await fleet.until_metric("ucm_pd_requests_total", 1)
+    assert 0 == await fleet.metric("ucm_pd_failed_total")

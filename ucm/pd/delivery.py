@@ -17,6 +17,7 @@ from ucm.pd.resume import Events, Tracker
 logger = logging.getLogger(__name__)
 
 _EVENT_STREAM = "text/event-stream"
+_LAST_EVENT = b"data: [DONE]"
 
 
 @dataclass(frozen=True)
@@ -95,10 +96,12 @@ class Delivery:
             async for piece in answer.pieces():
                 if tracker is None:
                     await self.response.write(piece)
+                    self._note_end(piece)
                 elif whole := events.feed(piece):
                     # In this order: what the client may have got is never asked for again.
                     tracker.add(whole)
                     await self.response.write(whole if is_first else tracker.continued(whole))
+                    self._note_end(whole)
         except upstream.UNREACHABLE as error:
             if self._request.transport is None or self._request.transport.is_closing():
                 self._journey.client_left()
@@ -115,6 +118,11 @@ class Delivery:
         await self._write_rest(events.rest())
         await self.response.write_eof()
         return None
+
+    def _note_end(self, piece: bytes) -> None:
+        """Many clients go as soon as they have read the last event."""
+        if self._is_event_stream and piece.rstrip().endswith(_LAST_EVENT):
+            self._journey.is_delivered = True
 
     async def _write_rest(self, rest: bytes) -> None:
         if rest and self.response is not None:

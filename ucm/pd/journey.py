@@ -33,6 +33,8 @@ class Journey:
         self.reason: str | None = None
         self.status = 0
         self.tokens = 0
+        # The client has all it has asked for; whether it stays for the end is its own business.
+        self.is_delivered = False
         self._metrics = metrics
         self._route = route
         self._started_s = time.monotonic()
@@ -64,8 +66,9 @@ class Journey:
         self._metrics.retries.labels(role).inc()
 
     def client_left(self) -> None:
-        """Nobody is left to tell what is wrong."""
-        self._failure = "client_left"
+        """Nobody is left to tell what is wrong, if anything is."""
+        if not self.is_delivered:
+            self._failure = "client_left"
 
     def failed(self, reason: str) -> None:
         self._failure = reason

@@ -101,3 +101,31 @@ def test_without_a_cache_stage_a_page_goes_with_its_last_reader() -> None:
     assert node.core.slots.counts().ready == 1
     node.writes.end_all()
     assert node.core.slots.counts().ready == 0
+
+
+def test_what_was_read_while_the_node_cache_could_not_run_is_not_called_late() -> None:
+    node = Node()
+    keys = [key(i) for i in range(4)]
+    node.store(*keys)
+    node.look_up(keys, number=1, timeout_ms=1000)
+    node.reads.end_one()  # they are probed
+    node.now_s += 5
+    node.core.held_up()
+    node.core.tick()
+    node.reads.end_all()
+    (reply,) = node.inbox
+    assert isinstance(reply, p.LookupReply)
+    assert (len(reply.offsets), reply.reason) == (4, "")
+
+
+def test_after_the_node_cache_could_not_run_storage_has_no_more_than_a_moment() -> None:
+    node = Node()
+    node.store(key(1))
+    node.look_up([key(1)], number=1, timeout_ms=1000)
+    node.now_s += 5
+    node.core.held_up()
+    node.now_s += 0.5
+    node.core.tick()
+    (reply,) = node.inbox
+    assert isinstance(reply, p.LookupReply)
+    assert (len(reply.offsets), reply.reason) == (0, "timeout")

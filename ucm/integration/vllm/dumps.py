@@ -129,10 +129,13 @@ class Dumps:
             self._copy(state, dump, len(dump.keys))
             late = time.monotonic() - since_s > self._timeout_s
             if dump.todo and (late or not self._session.is_ready):
-                logger.warning("%d blocks of %s: no slots in time", len(dump.todo), request_id)
+                why = "no slots in time" if late else "the node cache doesn't answer"
+                logger.warning("%d blocks of %s not stored: %s", len(dump.todo), request_id, why)
                 self._give_up(dump)
             if not dump.todo and not dump.jobs:
-                del self._draining[request_id], self._dumps[request_id]
+                del self._draining[request_id]
+                # Slots that were asked for in vain may still be given.
+                self._close(self._dumps.pop(request_id))
                 released.append(request_id)
         return tuple(released)
 

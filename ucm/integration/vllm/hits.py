@@ -22,7 +22,8 @@ from ucm.integration.vllm.stats import UcmStats
 from ucm.metrics import METRICS
 from ucm.store.node import protocol as p
 
-# The node cache settles a lookup by its deadline; an answer later than this will never come.
+# The node cache settles a lookup by its deadline; an answer later than this will never come, unless
+# the machine itself stood still: it gets as long again from when that is noticed.
 _GRACE_S = 0.5
 _MISSED_BY = METRICS["ucm_lookup_missed_blocks"].labels["reason"]
 
@@ -37,6 +38,7 @@ class Hit:
     read_from: int
     asked_s: float
     overdue_s: float
+    is_last_wait: bool = False
     reply: p.LookupReply | None = None
 
     def end_tokens(self, block_tokens: int) -> int:
@@ -91,7 +93,7 @@ class Hits:
             return 0, False  # a producer only wants to know what is stored, and doesn't wait
         self._session.wait_for(lambda: hit.reply is not None)
         if hit.reply is None:
-            if time.monotonic() <= hit.overdue_s:
+            if not self._is_given_up(hit):
                 return None, False
             self.drop(state)
             self._session.found_silent()
@@ -99,6 +101,13 @@ class Hits:
             state.end_reason = "timeout"
             return 0, False
         return self._offer(state, hit, num_computed)
+
+    def _is_given_up(self, hit: Hit) -> bool:
+        now_s = time.monotonic()
+        if now_s <= hit.overdue_s:
+            return False
+        was_last, hit.is_last_wait, hit.overdue_s = hit.is_last_wait, True, now_s + _GRACE_S
+        return was_last
 
     def _still_good(self, hit: Hit, num_computed: int) -> bool:
         """Not if the node cache is another one, or if vLLM has less of the prompt than then."""

@@ -26,6 +26,8 @@ from ucm.store.page import padded_bytes
 from ucm.store.slots import Slot, SlotTable
 from ucm.store.tier import Tier, TierNamespace
 
+_AFTER_HELD_UP_S = 0.25
+
 
 class NodeCore:
     """The state of one node cache. All methods run on one thread."""
@@ -106,6 +108,12 @@ class NodeCore:
         if self._reads.depth or self.lookups.num_open:
             self._ahead.is_busy()
         self._ahead.tick()
+
+    def held_up(self) -> None:
+        """This process has not run for a while. What storage did meanwhile is heard of only now, so
+        nothing is called late yet."""
+        self.count("held_up")
+        self.lookups.wait_at_least(_AFTER_HELD_UP_S)
 
     # -- connections -----------------------------------------------------------------------
 

@@ -135,12 +135,18 @@ class Lookups:
         for job in [job for job in self._open.values() if job.deadline_s <= now_s]:
             first_open = job.first_open()
             if first_open is not None:
-                is_late = first_open < job.promised and not self._is_held_up(job, first_open)
+                is_late = first_open < job.promised and not self._is_storage_slow(job, first_open)
                 job.shorten(first_open, "late" if is_late else "timeout")
             job.head_open = False
             self._answer_if_settled(job)
 
-    def _is_held_up(self, job: LookupJob, i: int) -> bool:
+    def wait_at_least(self, wait_s: float) -> None:
+        """No deadline is nearer than that."""
+        until_s = self._clock() + wait_s
+        for job in self._open.values():
+            job.deadline_s = max(job.deadline_s, until_s)
+
+    def _is_storage_slow(self, job: LookupJob, i: int) -> bool:
         """It is in storage, and storage is slow with it."""
         slot = self._slots.find(job.keys[i])
         return i in job.unread or (slot is not None and self._is_being_read(slot))

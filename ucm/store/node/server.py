@@ -36,6 +36,7 @@ from ucm.store.tiers import build_tier, keeps_pages
 logger = logging.getLogger(__name__)
 
 _TICK_S = 0.05
+_HELD_UP_S = 1.0
 _DRAIN_S = 30.0
 _GIB = 1 << 30
 
@@ -110,7 +111,9 @@ class NodeServer:
         accepting = asyncio.create_task(self._accept(listener))
         idle_since_s = time.monotonic()
         while not self.leaving.is_set():
+            slept_since_s = time.monotonic()
             await asyncio.sleep(_TICK_S)
+            self._note_held_up(time.monotonic() - slept_since_s)
             self.core.tick()
             if self.num_connections or any(self.core.queues().values()):
                 idle_since_s = time.monotonic()
@@ -121,6 +124,16 @@ class NodeServer:
         listener.close()
         self.core.leaving = True
         await self._drain()
+
+    def _note_held_up(self, slept_s: float) -> None:
+        """Clients take a node cache that doesn't answer for a hung one: the log should know why."""
+        if slept_s > _HELD_UP_S:
+            self.core.held_up()
+            logger.warning(
+                "answered nobody for %.1f s: this machine has too little CPU or memory, or was"
+                " suspended",
+                slept_s,
+            )
 
     async def _drain(self) -> None:
         deadline_s = time.monotonic() + _DRAIN_S

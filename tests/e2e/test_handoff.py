@@ -1,0 +1,71 @@
+"""What prefill has promised decode loads, however soon it is asked: all of it, and the tail too."""
+
+from __future__ import annotations
+
+from functools import partial
+
+import pytest
+
+from examples.cluster.processes import HttpServer
+from tests.e2e.checks import Prompt, at_once, counted, handed_over, handed_over_since, make_prompt
+from tests.e2e.deployment import MAX_TOKENS, Deployment, Oracle
+from tests.e2e.proxies import ONE_TO_ONE, proxy
+
+pytestmark = [pytest.mark.vllm, pytest.mark.timeout(600)]
+
+# The decode engines load layer by layer and before the forward pass.
+PLACES = {
+    "one node": {"p1": "chunk512", "d1": "chunk512-layerwise"},
+    "two nodes": {"p1": "chunk512-layerwise", "d1": "chunk4096"},
+}
+NUM_CLIENTS = 4
+NUM_ANSWERED = 4
+RACING = [make_prompt(1500, f"race {i}") for i in range(100)]
+
+
+@pytest.mark.parametrize("place", PLACES)
+@pytest.mark.parametrize(("handoff", "num_prompts"), [("chain", 100), ("overlap", 30)])
+def test_decode_asked_at_once_loads_every_promised_token_of_every_prompt(
+    float32_fleet: Deployment, oracle: Oracle, place: str, handoff: str, num_prompts: int
+) -> None:
+    prompts = RACING[:num_prompts]
+    expected = oracle.answers(prompts, max_tokens=NUM_ANSWERED)
+    decode = float32_fleet[PLACES[place]["d1"]]
+    vllm_before, before = decode.client.counters(), handed_over(decode.client)
+
+    def client(server: HttpServer, mine: list[Prompt]) -> None:
+        for prompt in mine:
+            # A salt makes keys that nobody has stored, for tokens that the oracle has answered.
+            salt = f"{place} {handoff}"
+            answer = server.client.complete(prompt, max_tokens=NUM_ANSWERED, cache_salt=salt)
+            assert answer.token_ids == expected[prompt]
+
+    with proxy(float32_fleet, f"{ONE_TO_ONE} --handoff {handoff}", PLACES[place]) as server:
+        at_once(partial(client, server, prompts[i::NUM_CLIENTS]) for i in range(NUM_CLIENTS))
+    promised = num_prompts * 1499
+    gained = handed_over_since(decode.client, before, promised)
+    assert (gained.promised, gained.loaded, gained.recomputed) == (promised, promised, {})
+    assert gained.receipts == ({"taken": num_prompts} if handoff == "chain" else {})
+    hits = counted(decode.client, vllm_before, num_prompts * 1500).external_hits
+    assert hits == num_prompts * decode.handed_over_tokens(prompts[0])
+
+
+@pytest.mark.parametrize("place", PLACES)
+def test_of_a_prompt_of_any_length_decode_computes_one_token(
+    float32_fleet: Deployment, oracle: Oracle, place: str
+) -> None:
+    decode = float32_fleet[PLACES[place]["d1"]]
+    flags = f"{ONE_TO_ONE} --min-prefill-tokens 0"
+    with proxy(float32_fleet, flags, PLACES[place]) as server:
+        for length in (5, 127, 129, 1500, 3500):
+            prompt = make_prompt(length, f"one token {place}")
+            vllm_before, before = decode.client.counters(), handed_over(decode.client)
+            answer = server.client.complete(prompt, max_tokens=MAX_TOKENS)
+            assert answer.token_ids == oracle.answer(prompt)
+            gained = handed_over_since(decode.client, before, length - 1)
+            assert (gained.promised, gained.loaded) == (length - 1, length - 1)
+            assert gained.recomputed == {}
+            # Of a hit on the whole prompt vLLM computes the last token again, and doesn't say so.
+            vllm = counted(decode.client, vllm_before, length)
+            assert vllm.external_hits == decode.handed_over_tokens(prompt)
+            assert vllm.computed == length - decode.handed_over_tokens(prompt)

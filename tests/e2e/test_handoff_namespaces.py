@@ -1,0 +1,81 @@
+"""A receipt of another namespace costs nothing but the time to compute, and the log says why."""
+
+from __future__ import annotations
+
+import pytest
+
+from tests.e2e.checks import (
+    check_answer,
+    check_loaded,
+    handed_over,
+    handed_over_since,
+    make_prompt,
+    wait_until,
+)
+from tests.e2e.deployment import MAX_TOKENS, Deployment, Engine, Oracle
+from tests.e2e.proxies import ONE_TO_ONE, proxy
+from ucm.handoff import Wanted, params
+
+pytestmark = [pytest.mark.vllm, pytest.mark.timeout(600)]
+
+
+def wait_logged(engine: Engine, words: str) -> None:
+    """In one line that refuses receipts."""
+
+    def is_logged() -> bool:
+        lines = engine.server.log_text().splitlines()
+        return any("receipts of namespace" in line and words in line for line in lines)
+
+    wait_until(is_logged, f"{engine.name} logs: {words}")
+
+
+@pytest.mark.parametrize(
+    ("prefill", "decode", "says"),
+    [
+        ("chunk4096", "float32", "kv_dtype: bfloat16 (prefill) / float32 (here)"),
+        ("float32", "chunk512-layerwise", "kv_dtype: float32 (prefill) / bfloat16 (here)"),
+    ],
+)
+def test_decode_of_another_dtype_answers_and_names_the_field_in_which_they_differ(
+    bfloat16_fleet: Deployment, prefill: str, decode: str, says: str
+) -> None:
+    consumer = bfloat16_fleet[decode]
+    # Its own answer to the prompt while nobody has stored it.
+    prompt = make_prompt(1500, f"to {decode}")
+    alone = consumer.client.complete(prompt, max_tokens=MAX_TOKENS, cache_salt="alone")
+    before = handed_over(consumer.client)
+    with proxy(bfloat16_fleet, ONE_TO_ONE, {"p1": prefill, "d1": decode}) as server:
+        answer = server.client.complete(prompt, max_tokens=MAX_TOKENS)
+    assert answer.token_ids == alone.token_ids
+    gained = handed_over_since(consumer.client, before, 1499)
+    assert (gained.promised, gained.loaded) == (1499, 0)
+    assert gained.recomputed == {"namespace": 1499}
+    assert gained.receipts == {"refused_namespace": 1}
+    wait_logged(consumer, says)
+
+
+def test_after_a_reset_of_the_cache_nothing_that_was_stored_or_promised_before_is_loaded(
+    bfloat16_fleet: Deployment, oracle: Oracle
+) -> None:
+    engine = bfloat16_fleet["float32"]
+    client = engine.client
+    prompt = make_prompt(1500, "before the reset")
+    expected = oracle.answer(prompt)
+    receipt = client.prefill(prompt, params=params(Wanted()))
+    assert receipt
+    engine.node.wait_quiet()
+    check_loaded(engine, prompt, expected)
+
+    status, body = client.post("/reset_prefix_cache?reset_external=true", {})
+    assert (status, body) == (200, '{"success":true}')
+    before = handed_over(client)
+    late = client.complete(prompt, max_tokens=len(expected), kv_transfer_params=receipt)
+    assert late.token_ids == expected
+    gained = handed_over_since(client, before, 1499)
+    assert gained.recomputed == {"namespace": 1499}
+    wait_logged(engine, "epoch: 0 (prefill)")
+    # What it stores from now on it finds again.
+    later = make_prompt(1500, "after the reset")
+    check_answer(engine, later, oracle.answer(later))
+    engine.node.wait_quiet()
+    check_loaded(engine, later, oracle.answer(later))
