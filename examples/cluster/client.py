@@ -100,10 +100,12 @@ class Client:
         body = {"messages": messages, **_fields(max_tokens), **extra}
         return self._ask("/v1/chat/completions", body)
 
-    def prefill(self, prompt: Sequence[int], *, params: Mapping[str, Any]) -> Mapping[str, Any]:
+    def prefill(
+        self, prompt: Sequence[int], *, params: Mapping[str, Any], **extra: Any
+    ) -> Mapping[str, Any]:
         """Has the prompt computed, as a proxy would; returns the `kv_transfer_params` for decode.
         Not streamed: vLLM doesn't send them in streams."""
-        body = {"prompt": list(prompt), "max_tokens": 1, "temperature": 0}
+        body = {"prompt": list(prompt), "max_tokens": 1, "temperature": 0, **extra}
         status, answer = self.post("/v1/completions", {**body, "kv_transfer_params": params})
         if status != http.HTTPStatus.OK:
             raise RequestFailed(status, answer)

@@ -32,17 +32,25 @@ class Node:
     """What makes servers one node: they share this socket. The first of them starts the process."""
 
     def __init__(
-        self, name: str, *, capacity_mib: int = 256, mounted_at: Path | None = None
+        self,
+        name: str,
+        *,
+        capacity_mib: int = 256,
+        mounted_at: Path | None = None,
+        **more: int,
     ) -> None:
-        """`mounted_at`: where this node sees the store, if not in its folder."""
+        """`mounted_at`: where this node sees the store, if not in its folder. `more` are further
+        settings of the store."""
         self.socket_path = str(run_folder() / f"{name}.sock")
         self.capacity_mib = capacity_mib
         self._mounted_at = mounted_at
+        self._more = more
 
     def settings(self) -> dict[str, Any]:
         store = {} if self._mounted_at is None else {"storage_backends": str(self._mounted_at)}
         return {
             **store,
+            **self._more,
             "cache_buffer_capacity_gb": self.capacity_mib / 1024,
             "node_cache_idle_exit_s": IDLE_EXIT_S,
             "node_cache_socket": self.socket_path,

@@ -24,7 +24,7 @@ RACING = [make_prompt(1500, f"race {i}") for i in range(100)]
 
 
 @pytest.mark.parametrize("place", PLACES)
-@pytest.mark.parametrize(("handoff", "num_prompts"), [("chain", 100), ("overlap", 30)])
+@pytest.mark.parametrize(("handoff", "num_prompts"), [("chain", 100), ("overlap", 20)])
 def test_decode_asked_at_once_loads_every_promised_token_of_every_prompt(
     float32_fleet: Deployment, oracle: Oracle, place: str, handoff: str, num_prompts: int
 ) -> None:

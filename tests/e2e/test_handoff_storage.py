@@ -17,15 +17,15 @@ from tests.e2e.checks import (
     HandedOver,
     Prompt,
     at_once,
-    check_answer,
     counted,
     handed_over,
     handed_over_since,
     make_prompt,
     wait_until,
 )
-from tests.e2e.deployment import MAX_TOKENS, Deployment, Engine, Oracle
+from tests.e2e.deployment import Deployment, Engine, Oracle
 from tests.e2e.node import Node, is_alive
+from tests.e2e.test_handoff import NUM_ANSWERED, RACING
 from tests.faults.fuse import FuseMount, mount_fuse, needs_fuse
 from ucm.errors import UcmError
 from ucm.handoff import Wanted, params
@@ -33,7 +33,12 @@ from ucm.handoff import Wanted, params
 pytestmark = [pytest.mark.vllm, pytest.mark.timeout(600), needs_fuse]
 
 SLOW_S = 0.2
-NUM_PROMPTS = 10
+# What one prompt's pages need of the slow mount takes seconds: many threads do it for many prompts.
+NUM_WRITERS = 64
+NUM_CLIENTS = 6
+# A hundred take minutes: UCM_TEST_HANDOFFS=100.
+SOME = RACING[: int(os.environ.get("UCM_TEST_HANDOFFS", "24"))]
+FORGET_S = 30.0
 
 
 @dataclass(frozen=True)
@@ -64,10 +69,12 @@ def faulty(
     delays_s = {"write": SLOW_S, "rename": SLOW_S}
     with (
         mount_fuse(store, folder / "slow", delays_s=delays_s) as slow,
-        mount_fuse(store, folder / "forgetful", negative_timeout_s=30.0) as forgetful,
+        mount_fuse(store, folder / "forgetful", negative_timeout_s=FORGET_S) as forgetful,
     ):
         started = [
-            fleet.start("slow", Node("slow", mounted_at=slow.path)),
+            fleet.start(
+                "slow", Node("slow", mounted_at=slow.path, posix_write_threads=NUM_WRITERS)
+            ),
             fleet.start(
                 "forgetful", Node("forgetful", mounted_at=forgetful.path), role="kv_consumer"
             ),
@@ -105,51 +112,73 @@ class Before:
         assert vllm.external_hits == sum(map(self.engine.handed_over_tokens, prompts))
 
 
-def prefill(engine: Engine, prompt: Prompt) -> object:
+def prefill(engine: Engine, prompt: Prompt, **extra: str) -> object:
     """What the engine says of the prompt for decode."""
-    receipt = engine.client.prefill(prompt, params=params(Wanted()))
+    receipt = engine.client.prefill(prompt, params=params(Wanted()), **extra)
     assert receipt
     return receipt
 
 
-def decode(engine: Engine, prompt: Prompt, receipt: object) -> tuple[int, ...]:
-    answer = engine.client.complete(prompt, max_tokens=MAX_TOKENS, kv_transfer_params=receipt)
+def decode(engine: Engine, prompt: Prompt, receipt: object, **extra: str) -> tuple[int, ...]:
+    answer = engine.client.complete(
+        prompt, max_tokens=NUM_ANSWERED, kv_transfer_params=receipt, **extra
+    )
     return answer.token_ids
+
+
+def hand_over_all(
+    producer: Engine,
+    consumer: Engine,
+    oracle: Oracle,
+    *,
+    before_each: Callable[[Prompt], None] = lambda prompt: None,
+    **extra: str,
+) -> None:
+    """By some clients at once. Everything that was promised is loaded, and the tokens are right."""
+    expected = oracle.answers(SOME, max_tokens=NUM_ANSWERED)
+    before = Before.now(consumer)
+
+    def client(mine: list[Prompt]) -> None:
+        for prompt in mine:
+            before_each(prompt)
+            receipt = prefill(producer, prompt, **extra)
+            assert decode(consumer, prompt, receipt, **extra) == expected[prompt]
+
+    at_once(partial(client, SOME[i::NUM_CLIENTS]) for i in range(NUM_CLIENTS))
+    before.check_all_loaded(SOME)
 
 
 def test_all_that_was_promised_is_loaded_where_prefills_files_come_late(
     faulty: Faulty, oracle: Oracle
 ) -> None:
-    prompts = [make_prompt(1500, f"late files {i}") for i in range(NUM_PROMPTS)]
-    expected = oracle.answers(prompts)
-    consumer = faulty.fleet["chunk4096"]
-    before = Before.now(consumer)
     renames = faulty.slow_mount.calls["rename"]
-    for prompt in prompts:
-        assert decode(consumer, prompt, prefill(faulty.slow, prompt)) == expected[prompt]
-    before.check_all_loaded(prompts)
-    assert faulty.slow_mount.calls["rename"] - renames >= NUM_PROMPTS * 12
+    # With the salt they are new to the store.
+    hand_over_all(faulty.slow, faulty.fleet["chunk4096"], oracle, cache_salt="late")
+    assert faulty.slow_mount.calls["rename"] - renames >= 12 * len(SOME)
 
 
 def test_all_that_was_promised_is_loaded_where_decodes_kernel_remembers_it_as_missing(
     faulty: Faulty, oracle: Oracle
 ) -> None:
-    prompts = [make_prompt(1500, f"missed before {i}") for i in range(NUM_PROMPTS)]
-    expected = oracle.answers(prompts)
-    producer, consumer = faulty.fleet["chunk512"], faulty.forgetful
-    for prompt in prompts:
-        check_answer(consumer, prompt, expected[prompt])
+    producer, consumer, mount = faulty.fleet["chunk512"], faulty.forgetful, faulty.forgetful_mount
+
+    def are_seen(prompt: Prompt) -> list[bool]:
+        return [seen_by(mount, file).exists() for file in faulty.fleet.store.files(prompt)]
+
+    def miss(prompt: Prompt) -> None:
+        assert not any(are_seen(prompt))
+
+    hand_over_all(producer, consumer, oracle, before_each=miss)
+    # And one that is all there, and of which much is said to be missing all the same.
+    prompt = make_prompt(1500, "missed before")
+    expected = oracle.answer(prompt, max_tokens=NUM_ANSWERED)
+    miss(prompt)
     before = Before.now(consumer)
-    for prompt in prompts[1:]:
-        assert decode(consumer, prompt, prefill(producer, prompt)) == expected[prompt]
-    # One of them once it is all there, and said to be missing all the same.
-    receipt = prefill(producer, prompts[0])
-    faulty.fleet.store.wait_stored(prompts[0])
-    file = faulty.fleet.store.files(prompts[0])[0]
-    assert file.exists()
-    assert not seen_by(faulty.forgetful_mount, file).exists()
-    assert decode(consumer, prompts[0], receipt) == expected[prompts[0]]
-    before.check_all_loaded(prompts)
+    receipt = prefill(producer, prompt)
+    faulty.fleet.store.wait_stored(prompt)
+    assert not all(are_seen(prompt))
+    assert decode(consumer, prompt, receipt) == expected
+    before.check_all_loaded([prompt])
 
 
 def seen_by(mount: FuseMount, file: Path) -> Path:
@@ -160,7 +189,7 @@ def test_what_was_lost_with_prefills_node_cache_decode_computes_and_counts_as_la
     faulty: Faulty, oracle: Oracle
 ) -> None:
     prompts = [make_prompt(1500, f"lost {i}") for i in range(2)]
-    expected = oracle.answers(prompts)
+    expected = oracle.answers(prompts, max_tokens=NUM_ANSWERED)
     consumer, mount = faulty.forgetful, faulty.slow_mount
     before = handed_over(consumer.client)
     mount.hang("write")
@@ -178,3 +207,6 @@ def test_what_was_lost_with_prefills_node_cache_decode_computes_and_counts_as_la
     gained = handed_over_since(consumer.client, before, 2 * 1499)
     assert (gained.loaded, gained.recomputed) == (0, {"late": 2 * 1499})
     assert not any(file.exists() for prompt in prompts for file in faulty.fleet.store.files(prompt))
+    # As every writer that is killed it has left its temporary files, which others will look for.
+    for file in faulty.fleet.store.unfinished():
+        file.unlink()

@@ -19,7 +19,6 @@ from tests.e2e.watch import cpu_s
 pytestmark = [pytest.mark.vllm, pytest.mark.timeout(600)]
 
 NUM_CLIENTS = 64
-ASKED_BY_EACH = 2
 VICTIM = PLACES["d2"]
 
 
@@ -38,9 +37,9 @@ def test_clients_that_stay_get_right_answers_while_others_leave_and_a_decode_eng
     prompts = mixed_prompts()
     expected = oracle.answers(prompts)
 
-    def client(fronts: list[HttpServer], number: str) -> None:
+    def client(fronts: list[HttpServer], number: str, *, asks: int) -> None:
         rng = random.Random(number)
-        for _ in range(ASKED_BY_EACH):
+        for _ in range(asks):
             prompt, front = rng.choice(prompts), rng.choice(fronts)
             if rng.random() < 0.25:
                 abandon(front.client, prompt, after_s=rng.uniform(0.0, 0.8))
@@ -62,11 +61,11 @@ def test_clients_that_stay_get_right_answers_while_others_leave_and_a_decode_eng
             for handoff in ("chain", "overlap")
         ]
         calls: list[Callable[[], None]] = [restart]
-        calls += [partial(client, fronts, f"first {i}") for i in range(NUM_CLIENTS)]
+        calls += [partial(client, fronts, f"first {i}", asks=2) for i in range(NUM_CLIENTS)]
         at_once(calls)
         retries = sum(metric(front.client, "ucm_pd_retries_total") for front in fronts)
         float32_fleet[VICTIM].server.wait_ready()
-        at_once(partial(client, fronts, f"second {i}") for i in range(NUM_CLIENTS))
+        at_once(partial(client, fronts, f"second {i}", asks=1) for i in range(NUM_CLIENTS))
     assert retries > 0, "the engine died when nobody needed it"
     check_at_rest(float32_fleet)
     assert float32_fleet.store.bad_files() == []

@@ -70,15 +70,16 @@ def test_a_request_abandoned_while_it_waits_for_device_memory_gives_back_what_wa
     check_answer(engine, prompt, oracle.answer(prompt))
     cramped.store.wait_stored(prompt)
     node.wait_quiet()
-    # Of the device's 48 blocks 42 at first, for as long as the test takes.
-    first, second = (make_prompt(length, "takes the memory") for length in (3400, 1900))
+    # Of the device's 47 blocks 37 at first and 46 at last: they leave too few for the prompt for as
+    # long as the test takes, and each other enough.
+    first, second = (make_prompt(length, "takes the memory") for length in (2700, 1900))
     computed = metric(engine.client, "vllm:prompt_tokens_total")
     with (
         asking(engine.client, first, max_tokens=600),
         asking(engine.client, second, max_tokens=600),
     ):
         wait_until(
-            lambda: metric(engine.client, "vllm:prompt_tokens_total") - computed >= 5300,
+            lambda: metric(engine.client, "vllm:prompt_tokens_total") - computed >= 4600,
             "both prompts are computed",
         )
         # What is being written of them would leave less room than the prompt needs.

@@ -23,7 +23,7 @@ RETRY_S = 0.05
 # With the 1 s of a watch it is less than a lease.
 FOLLOW_TIMEOUT_S = 0.5
 # Longer than a registrar needs to be back after an outage.
-GRACE_S = 6.0
+GRACE_S = 4.0
 PATIENCE_S = 30.0
 
 
