@@ -71,6 +71,8 @@ class Loopback:
         self.num_slots = num_slots
         self.timers = Timers()
         self.inbox: list[p.NodeMessage] = []
+        # How long each poll would have waited.
+        self.waits_s: list[float] = []
         self.start()
 
     def start(self) -> None:
@@ -97,6 +99,8 @@ class Loopback:
         self.start()
 
     def poll(self, timeout_s: float = 0.0) -> list[p.NodeMessage]:
+        if timeout_s > 0:
+            self.waits_s.append(timeout_s)
         if self.mute:
             return []
         messages, self.inbox[:] = list(self.inbox), []

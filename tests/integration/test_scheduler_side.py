@@ -207,3 +207,38 @@ def test_an_answer_that_came_while_the_machine_stood_still_is_taken():
     link.mute = False
 
     assert engine.side.matched_tokens(request, 0)[0] == 64
+
+
+def test_steps_that_compute_nothing_and_hear_nothing_wait_longer_and_longer_within_a_bound():
+    link = Loopback()
+    engine = Engine(link)
+    link.mute = True
+    request = engine.add("a", 64)
+    engine.side.matched_tokens(request, 0)
+    for _ in range(4):
+        engine.step({})
+        assert engine.side.matched_tokens(request, 0)[0] is None
+    assert link.waits_s == [0.005, 0.01, 0.02, 0.02, 0.02]
+
+    link.mute = False
+    engine.step({})
+    link.mute = True
+    link.waits_s.clear()
+    engine.side.matched_tokens(engine.add("b", 100), 0)
+    assert link.waits_s == [0.005], "an answer came: more may follow"
+
+
+def test_a_request_that_has_its_answer_does_not_wait_for_those_of_others():
+    link = Loopback()
+    engine = Engine(link)
+    engine.prefill("stored", 64)
+    first, second = engine.add("a", 64), engine.add("b", 64, salt="another")
+    engine.step({})
+    engine.side.matched_tokens(first, 0)
+    link.mute = True
+    engine.side.matched_tokens(second, 0)
+    engine.step({})
+    link.waits_s.clear()
+    assert engine.side.matched_tokens(first, 0)[0] == 64
+    assert engine.side.matched_tokens(second, 0)[0] is None
+    assert link.waits_s == [0.001]

@@ -119,6 +119,11 @@ class Dumps:
         self._draining[state.request_id] = (state, time.monotonic())
         return True
 
+    @property
+    def is_draining(self) -> bool:
+        """Copies of requests that have ended are still under way."""
+        return bool(self._draining)
+
     # -- each step -------------------------------------------------------------------------
 
     def drain(self) -> tuple[str, ...]:

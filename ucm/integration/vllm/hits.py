@@ -15,7 +15,7 @@ from dataclasses import dataclass
 import msgspec
 
 from ucm.integration.vllm.engine_facts import EngineFacts
-from ucm.integration.vllm.metadata import CopyJob
+from ucm.integration.vllm.metadata import STEP_WAIT_S, CopyJob
 from ucm.integration.vllm.requests import RequestState, parts_of_tokens
 from ucm.integration.vllm.session import NodeSession
 from ucm.integration.vllm.stats import UcmStats
@@ -91,7 +91,8 @@ class Hits:
             hit = self._ask(state, num_computed, load=self._facts.loads)
         if not self._facts.loads:
             return 0, False  # a producer only wants to know what is stored, and doesn't wait
-        self._session.wait_for(lambda: hit.reply is not None)
+        if hit.reply is None:
+            self._session.wait_for_news()
         if hit.reply is None:
             if not self._is_given_up(hit):
                 return None, False
@@ -100,6 +101,8 @@ class Hits:
             state.no_loads = True
             state.end_reason = "timeout"
             return 0, False
+        # There is something to do: the answers of others can be waited for in the next step.
+        self._session.wait_at_most(STEP_WAIT_S)
         return self._offer(state, hit, num_computed)
 
     def _is_given_up(self, hit: Hit) -> bool:
@@ -174,6 +177,10 @@ class Hits:
             missed = len(hit.state.keys) - hit.read_from - reply.num_stored
             reason = reply.reason if reply.reason in _MISSED_BY else "io_error"
             self._stats.count("ucm_lookup_missed_blocks", missed, reason=reason)
+
+    @property
+    def is_loading(self) -> bool:
+        return bool(self._loading)
 
     # -- what vLLM decides -----------------------------------------------------------------
 

@@ -17,7 +17,13 @@ from ucm.integration.vllm.dumps import Dumps
 from ucm.integration.vllm.engine_facts import AdapterDigests, EngineFacts
 from ucm.integration.vllm.epochs import Epochs
 from ucm.integration.vllm.hits import Hits
-from ucm.integration.vllm.metadata import IDLE_WAIT_S, STEP_WAIT_S, RankReport, StepMetadata
+from ucm.integration.vllm.metadata import (
+    IDLE_WAIT_MAX_S,
+    IDLE_WAIT_S,
+    STEP_WAIT_S,
+    RankReport,
+    StepMetadata,
+)
 from ucm.integration.vllm.node_gauges import NodeGauges
 from ucm.integration.vllm.promise_book import PromiseBook
 from ucm.integration.vllm.promises import wants_tail
@@ -49,6 +55,7 @@ class SchedulerSide:
         self._states: dict[str, RequestState] = {}
         self._acks: dict[int, int] = {}
         self._failed: set[int] = set()
+        self._idle_wait_s = IDLE_WAIT_S
         self._epochs = Epochs(settings, facts, manifest)
         self._session = NodeSession(link, self._epochs.opening(), world_size=facts.world_size)
         self._promises = PromiseBook(self._session, self._epochs, stats)
@@ -121,7 +128,7 @@ class SchedulerSide:
         loads = self._hits.take_planned()
         idle = not output.num_scheduled_tokens
         # For what vLLM asks before its next step.
-        self._session.may_wait(IDLE_WAIT_S if idle else STEP_WAIT_S)
+        self._session.may_wait(self._wait_s(idle=idle))
         layerwise = self._settings.use_layerwise
         return StepMetadata(
             generation=self._session.generation,
@@ -132,6 +139,16 @@ class SchedulerSide:
             fence=self._dumps.take_fence(),
             released=released,
         )
+
+    def _wait_s(self, *, idle: bool) -> float:
+        """The ranks wait for a load themselves. Nobody else has anything to do in an idle step."""
+        has_news = self._session.take_news()
+        if not idle or self._hits.is_loading:
+            self._idle_wait_s = IDLE_WAIT_S
+            return STEP_WAIT_S
+        wait_s = IDLE_WAIT_S if has_news or self._dumps.is_draining else self._idle_wait_s
+        self._idle_wait_s = min(2 * wait_s, IDLE_WAIT_MAX_S)
+        return wait_s
 
     def ranks_reported(self, report: RankReport) -> None:
         """Adds up acknowledgements; a job has ended when every rank has ended it."""

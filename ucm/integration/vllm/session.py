@@ -37,6 +37,7 @@ class NodeSession:
         self._refused = False
         self._silent = False
         self._allowance_s = 0.0
+        self._has_news = False
 
     @property
     def generation(self) -> int:
@@ -93,6 +94,7 @@ class NodeSession:
             self._link.send(self._opening)
         if messages:
             self._silent = False
+            self._has_news = True
         for message in messages:
             if isinstance(message, p.LookupReply):
                 self.on_lookup(message)
@@ -105,9 +107,24 @@ class NodeSession:
             elif isinstance(message, p.ManifestFound):
                 self.on_manifest(message)
 
+    def take_news(self) -> bool:
+        """Whether anything has arrived since this was last asked."""
+        had, self._has_news = self._has_news, False
+        return had
+
     def may_wait(self, allowance_s: float) -> None:
-        """How long `wait_for` may wait from now on, in all."""
+        """How long to wait from now on, in all."""
         self._allowance_s = allowance_s
+
+    def wait_at_most(self, allowance_s: float) -> None:
+        self._allowance_s = min(self._allowance_s, allowance_s)
+
+    def wait_for_news(self) -> None:
+        """Polls once, until anything arrives or the step's allowance is used up."""
+        if self._allowance_s > 0 and self.is_ready:
+            started_s = time.monotonic()
+            self.poll(self._allowance_s)
+            self._allowance_s -= time.monotonic() - started_s
 
     def wait_for(self, answered: Callable[[], bool]) -> None:
         """Polls until `answered` or until the step's allowance is used up."""
@@ -115,9 +132,7 @@ class NodeSession:
             return
         self.poll()
         while not answered() and self._allowance_s > 0 and self.is_ready:
-            started_s = time.monotonic()
-            self.poll(self._allowance_s)
-            self._allowance_s -= time.monotonic() - started_s
+            self.wait_for_news()
 
     def close(self) -> None:
         self._link.close()
