@@ -1,11 +1,19 @@
-"""What a hit in a store costs decode: its TTFT on a store hit minus its TTFT on a local prefix hit.
+"""What a hand-off through a store costs, and what a hit in it costs those that decode beside it.
 
-For each contender a prefill and a decode server of the mid-sized model are started, with a
-directory between them; the prompt is prefilled, then asked on decode twice: the first answer comes
-from the store, the second from decode's own prefix cache. All contenders in one run, medians of
-several prompts, page cache warm. The yardstick is the bytes over the machine's memory bandwidth.
+For each contender a prefill and a decode server are started, with a directory between them and a
+proxy before them. All contenders in one run, page cache warm; then those of UCM with files that
+take 5 ms longer each (a FUSE mount; needs root). The parts:
 
-    python benchmarks/handoff.py [--repeats 5] [--tokens 3500] [--only ucm-dram,fs]
+- latency: hand-off latency with `--handoff chain` and `overlap` (handoff_latency.py)
+- pace: the time between tokens of others while a hit loads (pace.py)
+- hit: decode's TTFT on a store hit minus its TTFT on a local prefix hit; the prompt was prefilled
+  a while ago and no proxy has a part in it. The yardstick is the bytes over the machine's memory
+  bandwidth.
+
+    python benchmarks/handoff.py [--repeats 5] [--tokens 1500 3500] [--only ucm-dram,fs]
+        [--parts latency,pace,hit] [--model small] [--slow-peers]
+
+Aims are shown as reached or missed; a missed one is no error.
 """
 
 from __future__ import annotations
@@ -17,10 +25,10 @@ import statistics
 import sys
 import tempfile
 import time
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 from rich.console import Console
@@ -28,28 +36,24 @@ from rich.table import Table
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
+from benchmarks import handoff_latency, pace
+from benchmarks.contenders import (
+    BLOCK_TOKENS,
+    KV_BYTES_PER_TOKEN,
+    SLOWER_S,
+    Contender,
+    Servers,
+    contenders,
+    prompt_of,
+    running,
+)
 from examples.cluster.models import make_model
-from examples.cluster.processes import MIB, VllmServer, end_run, run_folder, ucm_connector
+from examples.cluster.processes import MIB
 
-BLOCK_TOKENS = 128
-KV_BYTES_PER_TOKEN = 32 << 10  # the mid model in bfloat16
+PARTS = ("latency", "pace", "hit")
 SETTLE_S = 1.5
-# Small, so that the first prompts, which are not timed, touch all of it: a load into fresh memory
-# would measure the kernel's page faults.
-KV_CACHE_BYTES = 256 * MIB
 NUM_WARM_UP = 3
-VOCABULARY = 300
-
-
-@dataclass(frozen=True)
-class Contender:
-    """`prefill` and `decode` are --kv-transfer-config; `pythonpath` lets vLLM import a spec."""
-
-    name: str
-    what: str
-    prefill: Mapping[str, Any]
-    decode: Mapping[str, Any]
-    pythonpath: Path | None = None
+MIN_WIDTH = 140
 
 
 @dataclass(frozen=True)
@@ -60,86 +64,51 @@ class Sample:
     same_tokens: bool
 
 
-def contenders(store: Path) -> list[Contender]:
-    def ucm(directory: str, socket: str) -> dict[str, Any]:
-        settings = {
-            "store_pipeline": "Cache|Posix",
-            "storage_backends": str(store / directory),
-            "cache_buffer_capacity_gb": 1,
-            "node_cache_idle_exit_s": 5,
-            "node_cache_socket": str(run_folder() / f"{socket}.sock"),
-        }
-        entry = {"ucm_connector_name": "UcmPipelineStore", "ucm_connector_config": settings}
-        return ucm_connector({"ucm_connectors": [entry]})
-
-    example = {
-        "kv_connector": "ExampleConnector",
-        "kv_role": "kv_both",
-        "kv_connector_extra_config": {"shared_storage_path": str(store / "example")},
-    }
-    tiering = {
-        "kv_connector": "OffloadingConnector",
-        "kv_role": "kv_both",
-        "kv_connector_extra_config": {
-            "spec_name": "CpuTieringSpec",
-            "spec_module_path": "cpu_tiering",
-            "cpu_bytes_to_use": 1 << 30,
-            "secondary_tiers": [{"type": "fs", "root_dir": str(store / "fs")}],
-        },
-    }
-    peers = Path(__file__).with_name("peers")
-    return [
-        Contender(
-            "ucm-dram",
-            "UCM, one node: prefill's pages are in the node cache",
-            ucm("dram", "one"),
-            ucm("dram", "one"),
-        ),
-        Contender(
-            "ucm-files",
-            "UCM, two nodes: decode's node cache reads files",
-            ucm("files", "left"),
-            ucm("files", "right"),
-        ),
-        Contender("example", "vLLM's ExampleConnector", example, example),
-        Contender("fs", "vLLM's fs tier, copy worker for CPU", tiering, tiering, peers),
-    ]
+@dataclass
+class Results:
+    latency: list[handoff_latency.Group] = field(default_factory=list)
+    paces: list[pace.Pace] = field(default_factory=list)
+    hits: list[tuple[Contender, list[Sample]]] = field(default_factory=list)
 
 
-def measure(
-    contender: Contender, model: Path, store: Path, args: argparse.Namespace
-) -> list[Sample]:
-    common: dict[str, Any] = {
-        "dtype": "bfloat16",
-        "kv_cache_bytes": KV_CACHE_BYTES,
-        "args": ["--max-num-batched-tokens", "4096"],
-        "env": {"PYTHONPATH": str(contender.pythonpath)} if contender.pythonpath else {},
-    }
-    logs = store / "logs"
-    with (
-        VllmServer(
-            model, kv_transfer=contender.prefill, log=logs / f"{contender.name}-p.log", **common
-        ) as prefill,
-        VllmServer(
-            model, kv_transfer=contender.decode, log=logs / f"{contender.name}-d.log", **common
-        ) as decode,
-    ):
-        prefill.wait_ready()
-        decode.wait_ready()
-        rng = random.Random(0)
-        samples = []
-        for repeat in range(NUM_WARM_UP + args.repeats):
-            prompt = [rng.randrange(VOCABULARY) for _ in range(args.tokens)]
-            prefill.client.complete(prompt, max_tokens=1)
-            time.sleep(SETTLE_S)
-            before = decode.client.counters()
-            hit = decode.client.complete(prompt, max_tokens=8)
-            external = (decode.client.counters() - before).external_hits
-            local = decode.client.complete(prompt, max_tokens=8)
-            if repeat >= NUM_WARM_UP:
-                same = hit.token_ids == local.token_ids
-                samples.append(Sample(hit.ttft_s, local.ttft_s, external, same))
-        return samples
+def measure(servers: Servers, args: argparse.Namespace, results: Results) -> None:
+    """All parts that make sense for a contender."""
+    is_ours = "overlap" in servers.proxies
+    if "latency" in args.parts:
+        results.latency += handoff_latency.measure(
+            servers, lengths=args.tokens, repeats=args.repeats
+        )
+    if servers.contender.is_slow:
+        return  # the other parts are about files at their usual pace
+    if "pace" in args.parts and is_ours:
+        results.paces.append(
+            pace.measure(
+                servers, tokens=max(args.tokens), new_tokens=args.new_tokens, rounds=args.rounds
+            )
+        )
+    if "hit" in args.parts:
+        # The memory is touched already where prompts were handed over.
+        num_warm_up = 0 if "latency" in args.parts else NUM_WARM_UP
+        samples = measure_hits(servers, max(args.tokens), args.repeats, num_warm_up)
+        results.hits.append((servers.contender, samples))
+
+
+def measure_hits(servers: Servers, tokens: int, repeats: int, num_warm_up: int) -> list[Sample]:
+    prefill, decode = servers.prefill.client, servers.decode.client
+    rng = random.Random(0)
+    samples = []
+    for repeat in range(num_warm_up + repeats):
+        prompt = prompt_of(tokens, rng)
+        prefill.complete(prompt, max_tokens=1)
+        time.sleep(SETTLE_S)
+        before = decode.counters()
+        hit = decode.complete(prompt, max_tokens=8)
+        external = (decode.counters() - before).external_hits
+        local = decode.complete(prompt, max_tokens=8)
+        if repeat >= num_warm_up:
+            same = hit.token_ids == local.token_ids
+            samples.append(Sample(hit.ttft_s, local.ttft_s, external, same))
+    return samples
 
 
 def memory_bandwidth() -> float:
@@ -153,7 +122,16 @@ def memory_bandwidth() -> float:
     return 5 * source.nbytes / (time.perf_counter() - started_s)
 
 
-def row(contender: Contender, samples: list[Sample], expected: int) -> list[str]:
+def hits_table(hits: list[tuple[Contender, list[Sample]]], expected: int) -> Table:
+    table = Table(title="decode's TTFT on a store hit, over its own prefix hit (ms, medians)")
+    for column in ("contender", "store hit", "local hit", "overhead", "range", ""):
+        table.add_column(column)
+    for contender, samples in hits:
+        table.add_row(*_hits_row(contender, samples, expected))
+    return table
+
+
+def _hits_row(contender: Contender, samples: list[Sample], expected: int) -> list[str]:
     overheads_ms = sorted((s.store_s - s.local_s) * 1000 for s in samples)
     note = "" if all(s.external_tokens == expected for s in samples) else "not all from the store"
     if not all(s.same_tokens for s in samples):
@@ -168,33 +146,96 @@ def row(contender: Contender, samples: list[Sample], expected: int) -> list[str]
     ]
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--repeats", type=int, default=5)
-    parser.add_argument("--tokens", type=int, default=3500)
-    parser.add_argument("--only", default="", help="names of contenders, separated by commas")
-    args = parser.parse_args()
-    console = Console()
-    store = Path(tempfile.mkdtemp(prefix="ucm-bench-"))
-    expected = args.tokens // BLOCK_TOKENS * BLOCK_TOKENS
-    table = Table(title="decode's TTFT on a store hit, over its own prefix hit (ms, medians)")
-    for column in ("contender", "store hit", "local hit", "overhead", "range", ""):
-        table.add_column(column)
+@contextmanager
+def slower_files(folder: Path) -> Iterator[tuple[Path | None, str]]:
+    """Where each file takes longer to open and to create; or why there is no such place."""
     try:
-        model = make_model(store / "model", size="mid")
-        chosen = [c for c in contenders(store) if not args.only or c.name in args.only.split(",")]
-        for contender in chosen:
-            console.print(f"{contender.name}: starting two servers")
-            table.add_row(*row(contender, measure(contender, model, store, args), expected))
-            end_run()
-    finally:
-        shutil.rmtree(store, ignore_errors=True)
-    megabytes = expected * KV_BYTES_PER_TOKEN / 1e6
-    console.print(table)
+        import pytest
+
+        from tests.faults.fuse import mount_fuse, needs_fuse
+    except ImportError as error:
+        yield None, str(error)
+        return
+    (no_fuse,) = needs_fuse.args
+    if no_fuse:
+        yield None, needs_fuse.kwargs["reason"]
+        return
+    delays_s = {"open": SLOWER_S, "create": SLOWER_S}
+    with ExitStack() as mounted:
+        mounting = mount_fuse(folder / "behind", folder / "slower", delays_s=delays_s)
+        try:
+            path = mounted.enter_context(mounting).path
+        except pytest.skip.Exception as error:
+            yield None, str(error)
+            return
+        yield path, ""
+
+
+def chosen_of(everybody: list[Contender], args: argparse.Namespace) -> list[Contender]:
+    if args.only:
+        return [c for c in everybody if c.name in args.only.split(",")]
+    # Peers have no aim to reach; with slower files they cost two minutes.
+    return [c for c in everybody if not c.is_slow or args.slow_peers or len(c.handoffs) > 1]
+
+
+def show(console: Console, results: Results, args: argparse.Namespace) -> None:
+    tokens = max(args.tokens)
+    expected = tokens // BLOCK_TOKENS * BLOCK_TOKENS
+    if results.latency:
+        console.print(handoff_latency.table(results.latency))
+    if results.paces:
+        console.print(pace.table(results.paces))
+    if results.hits:
+        console.print(hits_table(results.hits, expected))
+    megabytes = expected * KV_BYTES_PER_TOKEN[args.model] / 1e6
     console.print(
         f"{expected} tokens, {megabytes:.0f} MB: one thread copies that in "
         f"{megabytes * 1e9 / memory_bandwidth():.1f} ms"
     )
+    for aim, found, is_reached in (
+        *handoff_latency.aims(results.latency),
+        *pace.aims(results.paces),
+    ):
+        verdict = "[green]reached[/green]" if is_reached else "[red]missed[/red]"
+        console.print(f"{verdict}  {aim}: {found}", highlight=False)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--repeats", type=int, default=5, help="of each mode and length")
+    parser.add_argument("--tokens", type=int, nargs="+", default=[1500, 3500])
+    parser.add_argument("--rounds", type=int, default=3, help="of the pace, with and without loads")
+    parser.add_argument("--new-tokens", type=int, default=300, help="that each stream decodes")
+    parser.add_argument("--model", choices=KV_BYTES_PER_TOKEN, default="small")
+    parser.add_argument("--parts", default=",".join(PARTS), help="separated by commas")
+    parser.add_argument("--slow-peers", action="store_true", help="peers with slower files, too")
+    parser.add_argument("--only", default="", help="names of contenders, separated by commas")
+    args = parser.parse_args()
+    args.parts = args.parts.split(",")
+    unknown = set(args.parts) - set(PARTS)
+    if unknown:
+        parser.error(f"--parts: there is no {', '.join(sorted(unknown))}")
+    console = Console()
+    console = Console(width=max(console.width, MIN_WIDTH))
+    store = Path(tempfile.mkdtemp(prefix="ucm-bench-"))
+    (store / "warm").mkdir()
+    results = Results()
+    try:
+        model = make_model(store / "model", size=args.model)
+        with slower_files(store) as (mounted, why_not):
+            if mounted is None:
+                console.print(f"no slower files: {why_not}")
+            for contender in chosen_of(contenders(store, mounted), args):
+                started_s = time.monotonic()
+                console.print(f"{contender.name}: starting two servers")
+                with running(contender, model, size=args.model, logs=store / "logs") as servers:
+                    ready_s = time.monotonic() - started_s
+                    measure(servers, args, results)
+                    spent_s = time.monotonic() - started_s - ready_s
+                console.print(f"  ready after {ready_s:.0f} s, measured in {spent_s:.0f} s")
+    finally:
+        shutil.rmtree(store, ignore_errors=True)
+    show(console, results, args)
 
 
 if __name__ == "__main__":

@@ -1,0 +1,206 @@
+"""Who is measured by handoff.py, and how each one's servers are started."""
+
+from __future__ import annotations
+
+import os
+import random
+import sys
+from collections.abc import Iterator, Mapping
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from examples.cluster.processes import (
+    MIB,
+    HttpServer,
+    VllmServer,
+    end_run,
+    free_port,
+    run_folder,
+    ucm_connector,
+)
+
+BLOCK_TOKENS = 128
+CHUNK_TOKENS = 512
+# Decode has a whole prompt in one step, should it have to compute it.
+WHOLE_TOKENS = 4096
+KV_BYTES_PER_TOKEN = {"small": 8 << 10, "mid": 32 << 10}  # in bfloat16
+# Small, so that the first prompts, which are not timed, touch all of it: a load into fresh memory
+# would measure the kernel's page faults.
+KV_CACHE_TOKENS = 8192
+SLOWER_S = 0.005
+VOCABULARY = 300
+
+
+@dataclass(frozen=True)
+class Contender:
+    """`prefill` and `decode` are --kv-transfer-config; `pythonpath` lets vLLM import a spec.
+    `is_slow`: each file takes SLOWER_S longer to open and to create."""
+
+    name: str
+    what: str
+    prefill: Mapping[str, Any]
+    decode: Mapping[str, Any]
+    pythonpath: Path | None = None
+    chunk_tokens: int = CHUNK_TOKENS
+    handoffs: tuple[str, ...] = ("chain",)
+    is_one_node: bool = False
+    is_slow: bool = False
+
+
+@dataclass(frozen=True)
+class Servers:
+    """What runs for one contender: `proxies` by their --handoff."""
+
+    contender: Contender
+    prefill: VllmServer
+    decode: VllmServer
+    proxies: Mapping[str, HttpServer]
+
+
+def contenders(store: Path, mounted: Path | None) -> list[Contender]:
+    """`mounted` is where files are slower; without it nobody uses such."""
+    found = _contenders(store / "warm", is_slow=False)
+    return found if mounted is None else found + _contenders(mounted, is_slow=True)
+
+
+def _contenders(folder: Path, *, is_slow: bool) -> list[Contender]:
+    mark = "-slow" if is_slow else ""
+
+    def ucm(directory: str, socket: str) -> dict[str, Any]:
+        settings = {
+            "store_pipeline": "Cache|Posix",
+            "storage_backends": str(folder / directory),
+            "cache_buffer_capacity_gb": 1,
+            "node_cache_idle_exit_s": 5,
+            "node_cache_socket": str(run_folder() / f"{socket}{mark}.sock"),
+        }
+        entry = {"ucm_connector_name": "UcmPipelineStore", "ucm_connector_config": settings}
+        return ucm_connector({"ucm_connectors": [entry]})
+
+    example = {
+        "kv_connector": "ExampleConnector",
+        "kv_role": "kv_both",
+        "kv_connector_extra_config": {"shared_storage_path": str(folder / "example")},
+    }
+
+    def tiering(role: str) -> dict[str, Any]:
+        return {
+            "kv_connector": "OffloadingConnector",
+            "kv_role": "kv_both",
+            "engine_id": f"{run_folder().name}-{role}",
+            "kv_connector_extra_config": {
+                "spec_name": "CpuTieringSpec",
+                "spec_module_path": "cpu_tiering",
+                "cpu_bytes_to_use": 1 << 30,
+                "secondary_tiers": [{"type": "fs", "root_dir": str(folder / "fs")}],
+            },
+        }
+
+    peers = Path(__file__).with_name("peers")
+    ours = {"handoffs": ("chain", "overlap"), "is_slow": is_slow}
+    return [
+        Contender(
+            f"ucm-dram{mark}",
+            "UCM, one node: prefill's pages are in the node cache",
+            ucm("dram", "one"),
+            ucm("dram", "one"),
+            is_one_node=True,
+            **ours,  # type: ignore[arg-type]
+        ),
+        Contender(
+            f"ucm-files{mark}",
+            "UCM, two nodes: decode's node cache reads files",
+            ucm("files", "left"),
+            ucm("files", "right"),
+            **ours,  # type: ignore[arg-type]
+        ),
+        Contender(
+            f"example{mark}",
+            "vLLM's ExampleConnector, prefill in one chunk",
+            example,
+            example,
+            # It saves with the first chunk, and only that; decode would break on the load.
+            chunk_tokens=WHOLE_TOKENS,
+            is_slow=is_slow,
+        ),
+        Contender(
+            f"fs{mark}",
+            "vLLM's fs tier, copy worker for CPU",
+            tiering("prefill"),
+            tiering("decode"),
+            peers,
+            is_slow=is_slow,
+        ),
+    ]
+
+
+@contextmanager
+def running(contender: Contender, model: Path, *, size: str, logs: Path) -> Iterator[Servers]:
+    """Its two servers and a proxy for each of its hand-offs, all ready."""
+    kv_cache_bytes = KV_CACHE_TOKENS * KV_BYTES_PER_TOKEN[size]
+
+    def server(role: str, kv_transfer: Mapping[str, Any], chunk_tokens: int) -> VllmServer:
+        return VllmServer(
+            model,
+            kv_transfer=kv_transfer,
+            log=logs / f"{contender.name}-{role}.log",
+            dtype="bfloat16",
+            kv_cache_bytes=max(kv_cache_bytes, 64 * MIB),
+            args=["--max-num-batched-tokens", str(chunk_tokens)],
+            env={"PYTHONPATH": str(contender.pythonpath)} if contender.pythonpath else {},
+        )
+
+    try:
+        with ExitStack() as stack:
+            prefill = stack.enter_context(
+                server("prefill", contender.prefill, contender.chunk_tokens)
+            )
+            decode = stack.enter_context(server("decode", contender.decode, WHOLE_TOKENS))
+            proxies = {
+                handoff: stack.enter_context(
+                    _proxy(prefill, decode, handoff, log=logs / f"{contender.name}-{handoff}.log")
+                )
+                for handoff in contender.handoffs
+            }
+            for each in (prefill, decode, *proxies.values()):
+                each.wait_ready()
+            _part_cores(prefill, decode)
+            yield Servers(contender, prefill, decode, proxies)
+    finally:
+        end_run()
+        _remove_shared_memory(contender)
+
+
+def _part_cores(prefill: VllmServer, decode: VllmServer) -> None:
+    """Half of the cores for each, as if on two machines: vLLM's workers spin for a second after
+    each step, also one that computes nothing, and would take the core from the other server."""
+    cores = sorted(os.sched_getaffinity(0))
+    half = len(cores) // 2
+    if not half:
+        return
+    for server, its in ((prefill, cores[:half]), (decode, cores[half:])):
+        for process in server.processes():
+            for thread in process.threads():
+                os.sched_setaffinity(thread.id, its)
+
+
+def _remove_shared_memory(contender: Contender) -> None:
+    """vLLM's offload leaves its memory, a gigabyte of it, when a server is told to stop."""
+    for kv_transfer in (contender.prefill, contender.decode):
+        if engine_id := kv_transfer.get("engine_id"):
+            Path(f"/dev/shm/vllm_offload_{engine_id}.mmap").unlink(missing_ok=True)
+
+
+def _proxy(prefill: VllmServer, decode: VllmServer, handoff: str, *, log: Path) -> HttpServer:
+    port = free_port()
+    command = [sys.executable, "-m", "ucm.pd.toy_proxy_server", "--handoff", handoff]
+    command += ["--host", "127.0.0.1", "--port", str(port)]
+    command += ["--prefiller-host", "127.0.0.1", "--prefiller-port", str(prefill.port)]
+    command += ["--decoder-host", "127.0.0.1", "--decoder-port", str(decode.port)]
+    return HttpServer(command, port=port, log=log)
+
+
+def prompt_of(tokens: int, rng: random.Random) -> list[int]:
+    return [rng.randrange(VOCABULARY) for _ in range(tokens)]
