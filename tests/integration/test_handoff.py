@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import time
 
 import msgspec
 import pytest
@@ -238,3 +239,23 @@ def test_two_engines_that_were_reset_do_not_share_until_they_are_told_to():
         engine.step({})
     one.prefill("a", 100)
     assert two.admit(two.add("b", 100)) == 0
+
+
+def test_what_a_silent_node_cache_has_not_taken_yet_is_promised_and_dumped_when_it_speaks_again():
+    link = Loopback()
+    engine = Engine(link, timeout_ms=1)
+    request = engine.add("a", 64, says=h.Wanted())
+    link.mute = True
+    for _ in range(2):
+        assert engine.side.matched_tokens(request, 0)[0] is None
+        time.sleep(0.6)  # longer than the lookup's deadline and its grace
+    assert engine.admit(request) == 0
+    engine.step({"a": 64})
+    held, params = engine.side.finished(request, engine.blocks(request))
+    assert (held, receipt_of(params).tokens) == (True, 64)
+
+    link.mute = False
+    engine.step({})
+    engine.copied(*engine.take_dumping())
+    assert engine.step({}).released == ("a",)
+    assert engine.slots()["ready"] == 4

@@ -133,7 +133,7 @@ class Dumps:
             dump = self._dumps[request_id]
             self._copy(state, dump, len(dump.keys))
             late = time.monotonic() - since_s > self._timeout_s
-            if dump.todo and (late or not self._session.is_ready):
+            if dump.todo and (late or not self._session.can_store):
                 why = "no slots in time" if late else "the node cache doesn't answer"
                 logger.warning("%d blocks of %s not stored: %s", len(dump.todo), request_id, why)
                 self._give_up(dump)
@@ -153,7 +153,7 @@ class Dumps:
         return fence
 
     def _reserve(self, dump: Dump, to_tokens: int) -> None:
-        if not self._session.is_ready:
+        if not self._session.can_store:
             return
         to_block = dump.state.blocks_in(to_tokens, self._block_tokens)
         blocks = [block for block in dump.todo if dump.asked_to <= block < to_block]

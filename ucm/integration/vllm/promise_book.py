@@ -78,7 +78,7 @@ class PromiseBook:
 
     def receipt(self, state: RequestState) -> dict[str, Any] | None:
         """The `kv_transfer_params` of a finished request that wanted one."""
-        if not state.wants_receipt or not self._session.is_ready:
+        if not state.wants_receipt or not self._session.can_store:
             return None
         receipt = receipt_for(
             state.keys,

@@ -16,6 +16,8 @@ from ucm.store.node.link import NodeLink
 
 logger = logging.getLogger(__name__)
 
+_PATIENCE_S = 5.0
+
 
 class NodeSession:
     """Owned by the engine's thread. The handlers are set by the scheduler side. `namespace` is the
@@ -35,7 +37,7 @@ class NodeSession:
         self._seen_generation = link.generation
         self._opened_generation = -1
         self._refused = False
-        self._silent = False
+        self._silent_since_s: float | None = None
         self._allowance_s = 0.0
         self._has_news = False
 
@@ -45,13 +47,23 @@ class NodeSession:
 
     @property
     def is_ready(self) -> bool:
-        """The namespace is open and every rank has mapped the memory: what is promised now can be
-        kept."""
+        """The namespace is open, every rank has mapped the memory, and answers come: what is
+        promised now can be kept."""
+        return self._is_open and self._silent_since_s is None
+
+    @property
+    def can_store(self) -> bool:
+        """Who stores waits for nothing, so it may have patience with a node cache that is silent,
+        perhaps because its machine stood still."""
+        since_s = self._silent_since_s
+        return self._is_open and (since_s is None or time.monotonic() - since_s < _PATIENCE_S)
+
+    @property
+    def _is_open(self) -> bool:
         return (
             self._link.client is not None
             and self._opened_generation == self._link.generation
             and not self._refused
-            and not self._silent
             and self._link.ranks_ready >= self._world_size
         )
 
@@ -60,7 +72,7 @@ class NodeSession:
         """As a reason for what is computed instead."""
         if self._refused:
             return "namespace"
-        return "timeout" if self._silent else "io_error"
+        return "io_error" if self._silent_since_s is None else "timeout"
 
     def reopen(self, opening: p.OpenNamespace) -> None:
         """Everything that follows is about another namespace."""
@@ -72,7 +84,8 @@ class NodeSession:
 
     def found_silent(self) -> None:
         """An answer is overdue: ask nothing more of this node cache until it says something."""
-        self._silent = True
+        if self._silent_since_s is None:
+            self._silent_since_s = time.monotonic()
         self._link.send(p.GetStatus(id=0))
 
     def next_id(self) -> int:
@@ -90,10 +103,10 @@ class NodeSession:
             self.on_lost()
         if self._link.client is not None and self._opened_generation != self._link.generation:
             self._opened_generation = self._link.generation
-            self._refused = self._silent = False
+            self._refused, self._silent_since_s = False, None
             self._link.send(self._opening)
         if messages:
-            self._silent = False
+            self._silent_since_s = None
             self._has_news = True
         for message in messages:
             if isinstance(message, p.LookupReply):
