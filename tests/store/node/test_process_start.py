@@ -34,6 +34,7 @@ from ucm.store.node.start import connect_or_start
 pytestmark = pytest.mark.process
 as_root = pytest.mark.skipif(os.getuid() != 0, reason="only root can become somebody else")
 STRANGER = 65534
+_CAP_SYS_NICE = 23
 
 
 def test_of_many_that_are_started_at_once_one_serves_and_the_others_end(place: Place) -> None:
@@ -226,3 +227,21 @@ def test_memory_lives_as_long_as_a_process_that_maps_it_and_no_longer(place: Pla
         assert client.memory[offset : offset + PAGE_BYTES] == content(key)
     assert holders(inode) == set()
     assert not [name for name in os.listdir("/dev/shm") if "ucm" in name]
+
+
+def _may_be_nice() -> bool:
+    lines = Path("/proc/self/status").read_text().splitlines()
+    (line,) = (each for each in lines if each.startswith("CapEff:"))
+    return bool(int(line.split()[1], 16) & 1 << _CAP_SYS_NICE)
+
+
+@pytest.mark.skipif(not _may_be_nice(), reason="needs CAP_SYS_NICE")
+def test_who_answers_the_engines_comes_before_them_and_who_works_for_it_does_not(
+    place: Place,
+) -> None:
+    with engine(place.settings(), "one/0") as one:
+        pid = one.pid
+        threads = {int(each) for each in os.listdir(f"/proc/{pid}/task")} - {pid}
+        assert os.getpriority(os.PRIO_PROCESS, pid) < 0
+        assert threads
+        assert all(os.getpriority(os.PRIO_PROCESS, thread) >= 0 for thread in threads)
