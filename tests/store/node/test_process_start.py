@@ -229,6 +229,16 @@ def test_memory_lives_as_long_as_a_process_that_maps_it_and_no_longer(place: Pla
     assert not [name for name in os.listdir("/dev/shm") if "ucm" in name]
 
 
+def test_neither_its_starters_group_nor_a_terminal_that_closes_takes_it_away(place: Place) -> None:
+    with engine(place.settings(), "one/0") as one:
+        assert os.getpgid(one.pid) == one.pid
+        # Yet it shares cores with the engines as one of them, where sessions share them first.
+        assert os.getsid(one.pid) == os.getsid(0)
+        os.kill(one.pid, signal.SIGHUP)
+        assert one.status().pid == one.pid
+        one.dump(make_keys("a", 1))
+
+
 def _may_be_nice() -> bool:
     lines = Path("/proc/self/status").read_text().splitlines()
     (line,) = (each for each in lines if each.startswith("CapEff:"))

@@ -3,12 +3,17 @@
 from __future__ import annotations
 
 import os
+import signal
 import sys
 
 if __name__ == "__main__":
     if os.fork():
         os._exit(0)
-    os.setsid()
+    # Out of reach of what ends its starter: Ctrl-C, a terminal that closes, a group that is killed.
+    # But in its starter's session: Linux shares cores between sessions first (autogroups), and in
+    # another one than engines that compute and spin it was seen to wait for seconds until it ran.
+    os.setpgid(0, 0)
+    signal.signal(signal.SIGHUP, signal.SIG_IGN)
 
     from ucm.store.node.start import run_detached
 

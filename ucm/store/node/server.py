@@ -19,7 +19,6 @@ import uuid
 from collections.abc import Callable
 from contextlib import suppress
 from functools import partial
-from pathlib import Path
 from typing import cast
 
 import msgspec
@@ -262,14 +261,11 @@ def run(settings: StoreSettings) -> None:
 
 
 def _come_first() -> None:
-    """All engines of the machine wait for the calling thread, which needs hardly any time. With as
-    many threads that compute or spin as there are cores it was seen to wait for seconds until it
-    ran: Linux shares cores between sessions first (autogroups), and this process has its own.
-    Where that is not allowed nothing changes."""
+    """All engines of the machine wait for the calling thread, which needs hardly any time, and as
+    many threads as there are cores may compute or spin. Where that is not allowed nothing changes.
+    """
     with suppress(OSError):
         os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), _NICE)
-    with suppress(OSError):
-        Path("/proc/self/autogroup").write_text(str(_NICE))
 
 
 async def _run(settings: StoreSettings, lock: SocketLock) -> None:

@@ -67,7 +67,6 @@ def spawn(settings: StoreSettings) -> None:
             stdin=subprocess.DEVNULL,
             stdout=log,
             stderr=log,
-            start_new_session=True,
             # `-m` looks for `ucm` in the working directory first: the one that this process uses.
             cwd=Path(__file__).resolve().parents[3],
             check=False,
