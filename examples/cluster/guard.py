@@ -3,8 +3,12 @@
 Standard library only, because it starts before every server: `python -I -S guard.py COMMAND...`.
 The caller holds the other end of standard input. The caller's death closes it, however the caller
 died; then everything of the same run is killed, whichever guard started it (a node cache leaves the
-session of the engine that started it, so sessions alone would miss it). One byte there means: kill
-only what this guard has started. SIGTERM asks the command to stop, and waits.
+group of the engine that started it, so groups alone would miss it). One byte there means: kill only
+what this guard has started. SIGTERM asks the command to stop, and waits.
+
+The command gets a process group and no session of its own. Linux schedules sessions against each
+other, and vLLM's processes wait by giving way to whoever is in theirs: from session to session they
+would take whole cores from servers that have work to do.
 """
 
 from __future__ import annotations
@@ -29,8 +33,7 @@ _PR_SET_PDEATHSIG = 1
 
 
 def main(command: list[str]) -> int:
-    if os.getsid(0) != os.getpid():
-        raise SystemExit("guard.py kills its whole session: start it as the leader of a new one")
+    os.setpgid(0, 0)
     stop_read, stop_write = os.pipe()
     os.set_blocking(stop_write, False)
     signal.signal(signal.SIGTERM, lambda *_: os.write(stop_write, b"t"))
@@ -51,9 +54,9 @@ def main(command: list[str]) -> int:
     if 0 in ready and os.read(0, 1) == b"":
         folder = os.environ[RUN_VARIABLE]
         # Both: a process that has renamed itself (vLLM's do) no longer shows the mark of the run.
-        _end(run_processes(folder) | _session_processes())
+        _end(run_processes(folder) | _group_processes())
         shutil.rmtree(folder, ignore_errors=True)
-    _end(_session_processes())
+    _end(_group_processes())
     status = child.wait()
     return 128 - status if status < 0 else status
 
@@ -75,9 +78,9 @@ def run_processes(folder: str) -> set[int]:
     }
 
 
-def _session_processes() -> set[int]:
-    own_session = os.getsid(0)
-    return {pid for pid in _other_processes() if _session(pid) == own_session}
+def _group_processes() -> set[int]:
+    own_group = os.getpgid(0)
+    return {pid for pid in _other_processes() if _group(pid) == own_group}
 
 
 def _end(pids: set[int]) -> None:
@@ -128,13 +131,13 @@ def _is_alive(pid: int) -> bool:
     return bool(fields) and fields[0] not in (b"Z", b"X")
 
 
-def _session(pid: int) -> int:
+def _group(pid: int) -> int:
     fields = _stat_fields(pid)
-    return int(fields[3]) if fields else -1
+    return int(fields[2]) if fields else -1
 
 
 def _stat_fields(pid: int) -> list[bytes]:
-    """The fields of /proc/PID/stat from the state on: state, parent, group, session."""
+    """The fields of /proc/PID/stat from the state on: state, parent, group."""
     return _read(pid, "stat").rpartition(b")")[2].split()
 
 

@@ -110,7 +110,6 @@ class GuardedProcess:
                 stderr=subprocess.STDOUT,
                 env={**os.environ, **(env or {}), **marks},
                 cwd=cwd or REPOSITORY,
-                start_new_session=True,
             )
         self.started_at = time.monotonic()
 
@@ -165,7 +164,7 @@ class GuardedProcess:
         self._finish()
 
     def kill(self) -> None:
-        """End it like kill -9 would: the command and all that it has started in its session."""
+        """End it like kill -9 would: the command and all of its process group."""
         self._finish(word=b"k")
 
     def _finish(self, *, word: bytes = b"") -> None:

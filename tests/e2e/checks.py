@@ -12,6 +12,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from typing import TypeVar
 
 from examples.cluster.client import Client, Counters
@@ -43,6 +44,12 @@ def check_loaded(
     gained = counted(engine.client, before, len(prompt))
     wanted = engine.full_hit_tokens(prompt) if hit_tokens is None else hit_tokens
     assert gained.external_hits == wanted, f"hits of {engine.name}, {len(prompt)} tokens: {gained}"
+
+
+def check_all_load(engines: Iterable[Engine], prompt: Prompt, expected: Sequence[int]) -> None:
+    """The identity test of several engines at once: vLLM's worker keeps a core busy for a second
+    after each step, and would do so beside the next engine asked."""
+    at_once(partial(check_loaded, engine, prompt, expected) for engine in engines)
 
 
 def counted(client: Client, before: Counters, num_tokens: int) -> Counters:

@@ -6,10 +6,12 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from examples.cluster.models import make_model
+from examples.cluster.processes import VllmServer, ucm_connector
 from tests.e2e.deployment import Deployment, Fleets, Oracle
 from tests.e2e.node import Node
 
@@ -65,8 +67,8 @@ DeploymentMaker = Callable[..., Deployment]
 def deployment(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> DeploymentMaker:
     """An empty deployment in a folder of its own."""
 
-    def make(name: str, dtype: str = "float32") -> Deployment:
-        return Deployment(tmp_path_factory.mktemp(name), tiny_model, dtype=dtype)
+    def make(name: str) -> Deployment:
+        return Deployment(tmp_path_factory.mktemp(name), tiny_model)
 
     return make
 
@@ -96,16 +98,43 @@ def float32_fleet(use_float32: Callable[[], Deployment]) -> Deployment:
 
 
 @pytest.fixture
-def bfloat16_fleet(fleets: Fleets, deployment: DeploymentMaker) -> Deployment:
-    """Two bfloat16 servers with prefix caches, on two nodes; and one in float32, which can reset
-    its cache."""
+def unlike_fleet(fleets: Fleets, deployment: DeploymentMaker) -> Deployment:
+    """Servers that differ in more than how they cut and copy. `plain` can reset its cache. The two
+    in bfloat16 have prefix caches, and nodes to themselves."""
 
     def start() -> Deployment:
-        made = deployment("bfloat16", "bfloat16")
-        one, two = Node("bf16-one"), Node("bf16-two")
-        made.start("chunk512-layerwise", one, chunk=512, layerwise=True, prefix_caching=True)
-        made.start("chunk4096", two, chunk=4096, prefix_caching=True)
-        made.start("float32", two, dtype="float32", env={"VLLM_SERVER_DEV_MODE": "1"})
+        made = deployment("unlike")
+        one, two, three = Node("unlike-one"), Node("unlike-two"), Node("unlike-three")
+        made.start("plain", one, env={"VLLM_SERVER_DEV_MODE": "1"})
+        made.start("tp2", one, layerwise=True, args=["--tensor-parallel-size", "2"])
+        made.start("block64", one, layerwise=True, block_size=64)
+        made.start("block32", one, block_size=32, prefix_caching=True)
+        made.start("opaque", one, kv_layout="opaque")
+        bfloat16 = partial(made.start, dtype="bfloat16", prefix_caching=True)
+        bfloat16("bfloat16-layerwise", two, chunk=512, layerwise=True)
+        bfloat16("bfloat16", three)
         return made
 
-    return fleets.use("bfloat16", start)
+    return fleets.use("unlike", start)
+
+
+@pytest.fixture(scope="session")
+def refused(deployment: DeploymentMaker, tiny_model: Path) -> Iterator[dict[str, VllmServer]]:
+    """One server for each thing that can be wrong in the settings. They end by themselves, after as
+    long as others take to start: ask for them where a core is idle."""
+    made = deployment("refused")
+    misspelled = made.settings(Node("refused"))
+    misspelled["ucm_connectors"][0]["ucm_connector_config"]["store_pipline"] = "Cache|Posix"
+    configs: dict[str, Any] = {
+        "misspelled": misspelled,
+        "smaller blocks": made.settings(Node("refused"), block_tokens=64),
+    }
+    servers = {
+        name: VllmServer(
+            tiny_model, log=made.folder / f"{name}.log", kv_transfer=ucm_connector(config)
+        )
+        for name, config in configs.items()
+    }
+    yield servers
+    for server in servers.values():
+        server.kill()

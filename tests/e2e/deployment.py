@@ -52,12 +52,11 @@ class Deployment:
     """Servers that share one store; those with one Node share a node cache. They start in
     parallel: `start` returns at once, `wait_ready` waits for all."""
 
-    def __init__(self, folder: Path, model: Path, *, dtype: str = "float32") -> None:
+    def __init__(self, folder: Path, model: Path) -> None:
         self.folder = folder
-        self.store = Store(folder / "store")
+        self.store = Store(folder / "store", "float32")
         self.engines: dict[str, Engine] = {}
         self._model = model
-        self._dtype = dtype
         self._makers: dict[str, Callable[..., VllmServer]] = {}
 
     def __getitem__(self, name: str) -> Engine:
@@ -82,7 +81,7 @@ class Deployment:
         role: str = "kv_both",
         prefix_caching: bool = False,
         kv_cache_bytes: int = 256 * MIB,
-        dtype: str | None = None,
+        dtype: str = "float32",
         args: Sequence[str] = (),
         env: Mapping[str, str] | None = None,
         **top: Any,
@@ -98,7 +97,7 @@ class Deployment:
             self._model,
             log=self.folder / f"{name}.log",
             kv_transfer=ucm_connector(config, kv_role=role),
-            dtype=dtype or self._dtype,
+            dtype=dtype,
             block_size=block_size,
             kv_cache_bytes=kv_cache_bytes,
             args=[*flags, *args],

@@ -40,26 +40,37 @@ class Namespace:
 
 
 class Store:
-    """The directory that the servers of a deployment share."""
+    """The directory that the servers of a deployment share, as those of one dtype see it."""
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, folder: Path, kv_dtype: str) -> None:
         self.folder = folder
+        self._kv_dtype = kv_dtype
         folder.mkdir(parents=True, exist_ok=True)
 
+    def of(self, kv_dtype: str) -> Store:
+        return Store(self.folder, kv_dtype)
+
     def blocks(self) -> list[Path]:
+        """Of all namespaces."""
         return sorted(self.folder.glob("*/??/??/*.kv"))
 
     def namespace(self, layout: str = "canonical") -> Namespace:
-        """The one namespace whose manifest's layout starts so. Needs a block in it."""
-        found = []
-        for manifest in sorted(self.folder.glob(f"*/{paths.MANIFEST}")):
-            text = manifest.read_bytes()
-            block = next(manifest.parent.glob("??/??/*.kv"), None)
-            if from_json(text).layout.startswith(layout) and block is not None:
-                fingerprint = bytes.fromhex(manifest.parent.name)
-                found.append(Namespace(fingerprint, text, _block_id(block).page_bytes))
+        """The one of this dtype whose layout starts so. Needs a block in it."""
+        found = self._namespaces(layout)
         assert len(found) == 1, f"{len(found)} namespaces {layout!r} in {self.folder}"
         return found[0]
+
+    def _namespaces(self, layout: str) -> list[Namespace]:
+        found = []
+        for file in sorted(self.folder.glob(f"*/{paths.MANIFEST}")):
+            text = file.read_bytes()
+            manifest = from_json(text)
+            block = next(file.parent.glob("??/??/*.kv"), None)
+            is_meant = manifest.kv_dtype == self._kv_dtype and manifest.layout.startswith(layout)
+            if is_meant and block is not None:
+                fingerprint = bytes.fromhex(file.parent.name)
+                found.append(Namespace(fingerprint, text, _block_id(block).page_bytes))
+        return found
 
     def files(self, prompt: Sequence[int], layout: str = "canonical") -> list[Path]:
         """Where the prompt's full blocks lie, or will lie."""
@@ -74,7 +85,7 @@ class Store:
         if len(prompt) < BLOCK_TOKENS:
             return
         deadline_s = time.monotonic() + timeout_s
-        while not self.blocks() or not self.files(prompt, layout)[-1].exists():
+        while not self._namespaces(layout) or not self.files(prompt, layout)[-1].exists():
             assert time.monotonic() < deadline_s, f"{len(prompt)} tokens: not stored in time"
             time.sleep(0.01)
         missing = [file for file in self.files(prompt, layout) if not file.exists()]

@@ -2,43 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from typing import Any
-
 import pytest
 
-from examples.cluster.processes import VllmServer, ucm_connector
-from tests.e2e.conftest import DeploymentMaker
-from tests.e2e.deployment import Fleets
-from tests.e2e.node import Node
+from examples.cluster.processes import VllmServer
 
 pytestmark = [pytest.mark.vllm, pytest.mark.timeout(600)]
 
 STORE = "ucm_connectors[0].ucm_connector_config"
-
-
-@pytest.fixture(scope="module")
-def refused(
-    fleets: Fleets, deployment: DeploymentMaker, tiny_model: Any
-) -> Iterator[dict[str, VllmServer]]:
-    """One server for each thing that is wrong, all started at once."""
-    fleets.end()
-    made = deployment("refused")
-    misspelled = made.settings(Node("refused"))
-    misspelled["ucm_connectors"][0]["ucm_connector_config"]["store_pipline"] = "Cache|Posix"
-    configs: dict[str, Any] = {
-        "misspelled": misspelled,
-        "smaller blocks": made.settings(Node("refused"), block_tokens=64),
-    }
-    servers = {
-        name: VllmServer(
-            tiny_model, log=made.folder / f"{name}.log", kv_transfer=ucm_connector(config)
-        )
-        for name, config in configs.items()
-    }
-    yield servers
-    for server in servers.values():
-        server.kill()
 
 
 @pytest.mark.parametrize(

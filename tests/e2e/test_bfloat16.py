@@ -15,33 +15,35 @@ pytestmark = [pytest.mark.vllm, pytest.mark.timeout(600)]
 
 @pytest.mark.parametrize(
     ("producer", "consumer"),
-    [("chunk512-layerwise", "chunk4096"), ("chunk4096", "chunk512-layerwise")],
+    [("bfloat16-layerwise", "bfloat16"), ("bfloat16", "bfloat16-layerwise")],
 )
 def test_loaded_blocks_give_the_tokens_of_the_prefill_instances_own_prefix_hit(
-    bfloat16_fleet: Deployment, producer: str, consumer: str
+    unlike_fleet: Deployment, producer: str, consumer: str
 ) -> None:
-    prefill, decode = bfloat16_fleet[producer], bfloat16_fleet[consumer]
+    prefill, decode = unlike_fleet[producer], unlike_fleet[consumer]
+    store = unlike_fleet.store.of("bfloat16")
     for length in LENGTHS:
         prompt = make_prompt(length, f"bfloat16 {producer}")
         prefill.client.complete(prompt, max_tokens=1)
-        bfloat16_fleet.store.wait_stored(prompt)
+        store.wait_stored(prompt)
         before = prefill.client.counters()
         own = prefill.client.complete(prompt, max_tokens=MAX_TOKENS)
         gained = counted(prefill.client, before, length)
         # vLLM computes at least one token, and so all of a prompt that is just one block.
         assert gained.local_hits == (length - 1) // 128 * 128
         check_loaded(decode, prompt, own.token_ids)
-    assert bfloat16_fleet.store.bad_files() == []
+    assert store.bad_files() == []
 
 
-@pytest.mark.parametrize("name", ["chunk512-layerwise", "chunk4096"])
+@pytest.mark.parametrize("name", ["bfloat16-layerwise", "bfloat16"])
 def test_blocks_that_vllm_has_in_its_prefix_cache_and_the_store_has_lost_are_stored_again(
-    bfloat16_fleet: Deployment, name: str
+    unlike_fleet: Deployment, name: str
 ) -> None:
-    engine, store = bfloat16_fleet[name], bfloat16_fleet.store
+    engine, store = unlike_fleet[name], unlike_fleet.store.of("bfloat16")
     prompt = make_prompt(1500, f"lost {name}")
     engine.client.complete(prompt)
     store.wait_stored(prompt)
+    files = store.files(prompt)
     engine.node.leave()
     shutil.rmtree(store.folder / store.namespace().fingerprint.hex())
     # The first request after the loss may go by without a node cache.
@@ -52,7 +54,7 @@ def test_blocks_that_vllm_has_in_its_prefix_cache_and_the_store_has_lost_are_sto
         assert gained.local_hits == 11 * 128, "vLLM has them itself"
         engine.node.wait("there again", lambda status: bool(status.sessions))
         engine.node.wait_quiet()
-        if store.blocks():
+        if files[0].exists():
             break
     store.wait_stored(prompt)
     assert store.bad_files() == []

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.e2e.checks import at_once, check_answer, check_loaded, counted, make_prompt
+from tests.e2e.checks import at_once, check_all_load, check_answer, counted, make_prompt
 from tests.e2e.deployment import Deployment, Oracle
 from tests.e2e.store import cut_short, flip_bit, make_empty, make_foreign
 
@@ -46,6 +46,5 @@ def test_a_damaged_file_is_absent_moved_aside_once_computed_again_and_stored_aga
     engines[0].node.wait_quiet()
     assert file.read_bytes() == sound
     assert store.bad_files() == []
-    for engine in float32_fleet.engines.values():
-        check_loaded(engine, prompt, expected)
+    check_all_load(float32_fleet.engines.values(), prompt, expected)
     assert len(store.quarantined()) == len(quarantined) + 1

@@ -39,7 +39,10 @@ class Past:
 
 
 @pytest.fixture(scope="module")
-def past(fleets: Fleets, deployment: DeploymentMaker, started_oracle: Oracle) -> Iterator[Past]:
+def past(
+    fleets: Fleets, deployment: DeploymentMaker, started_oracle: Oracle, refused: object
+) -> Iterator[Past]:
+    """With time to spare for `refused`: one server that starts alone keeps one core busy."""
     fleets.end()
     with deployment("files-only") as made:
         node = Node("files-past")

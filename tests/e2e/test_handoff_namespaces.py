@@ -32,19 +32,19 @@ def wait_logged(engine: Engine, words: str) -> None:
 @pytest.mark.parametrize(
     ("prefill", "decode", "says"),
     [
-        ("chunk4096", "float32", "kv_dtype: bfloat16 (prefill) / float32 (here)"),
-        ("float32", "chunk512-layerwise", "kv_dtype: float32 (prefill) / bfloat16 (here)"),
+        ("bfloat16", "plain", "kv_dtype: bfloat16 (prefill) / float32 (here)"),
+        ("plain", "bfloat16-layerwise", "kv_dtype: float32 (prefill) / bfloat16 (here)"),
     ],
 )
 def test_decode_of_another_dtype_answers_and_names_the_field_in_which_they_differ(
-    bfloat16_fleet: Deployment, prefill: str, decode: str, says: str
+    unlike_fleet: Deployment, prefill: str, decode: str, says: str
 ) -> None:
-    consumer = bfloat16_fleet[decode]
+    consumer = unlike_fleet[decode]
     # Its own answer to the prompt while nobody has stored it.
     prompt = make_prompt(1500, f"to {decode}")
     alone = consumer.client.complete(prompt, max_tokens=MAX_TOKENS, cache_salt="alone")
     before = handed_over(consumer.client)
-    with proxy(bfloat16_fleet, ONE_TO_ONE, {"p1": prefill, "d1": decode}) as server:
+    with proxy(unlike_fleet, ONE_TO_ONE, {"p1": prefill, "d1": decode}) as server:
         answer = server.client.complete(prompt, max_tokens=MAX_TOKENS)
     assert answer.token_ids == alone.token_ids
     gained = handed_over_since(consumer.client, before, 1499)
@@ -55,9 +55,9 @@ def test_decode_of_another_dtype_answers_and_names_the_field_in_which_they_diffe
 
 
 def test_after_a_reset_of_the_cache_nothing_that_was_stored_or_promised_before_is_loaded(
-    bfloat16_fleet: Deployment, oracle: Oracle
+    unlike_fleet: Deployment, oracle: Oracle
 ) -> None:
-    engine = bfloat16_fleet["float32"]
+    engine = unlike_fleet["plain"]
     client = engine.client
     prompt = make_prompt(1500, "before the reset")
     expected = oracle.answer(prompt)

@@ -83,4 +83,5 @@ def check_at_rest(fleet: Deployment) -> None:
         engine.node.wait_quiet()
     processes = [one for engine in fleet.engines.values() for one in engine.server.processes()]
     assert len(processes) >= 3 * len(fleet.engines)
-    assert cpu_s(processes, over_s=1.5) < 0.5 * 1.5
+    # vLLM's workers go on for a second after a step.
+    wait_until(lambda: cpu_s(processes, over_s=1.5) < 0.5 * 1.5, "nobody works")

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from tests.e2e.checks import LENGTHS, check_answer, check_loaded, make_prompt
+from tests.e2e.checks import LENGTHS, check_all_load, check_answer, check_loaded, make_prompt
 from tests.e2e.deployment import Deployment, Oracle
 from tests.e2e.store import Namespace
 
@@ -24,8 +24,7 @@ def test_what_an_engine_stores_every_engine_loads_and_answers_like_a_cold_monoli
         expected = oracle.answer(prompt)
         check_answer(float32_fleet[producer], prompt, expected)
         float32_fleet.store.wait_stored(prompt)
-        for engine in float32_fleet.engines.values():
-            check_loaded(engine, prompt, expected)
+        check_all_load(float32_fleet.engines.values(), prompt, expected)
     assert float32_fleet.store.bad_files() == []
 
 

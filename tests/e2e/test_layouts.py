@@ -5,28 +5,11 @@ from __future__ import annotations
 import pytest
 
 from tests.e2e.checks import check_answer, check_loaded, counted, make_prompt
-from tests.e2e.conftest import DeploymentMaker
-from tests.e2e.deployment import Deployment, Fleets, Oracle
-from tests.e2e.node import Node
+from tests.e2e.deployment import Deployment, Oracle
 
 pytestmark = [pytest.mark.vllm, pytest.mark.timeout(600)]
 
 LENGTHS = (128, 129, 1500)
-
-
-@pytest.fixture
-def layouts(fleets: Fleets, deployment: DeploymentMaker, started_oracle: Oracle) -> Deployment:
-    def start() -> Deployment:
-        made = deployment("layouts")
-        node = Node("layouts")
-        made.start("plain", node)
-        made.start("tp2", node, layerwise=True, args=["--tensor-parallel-size", "2"])
-        made.start("block64", node, layerwise=True, block_size=64)
-        made.start("block32", node, block_size=32, prefix_caching=True)
-        made.start("opaque", node, kv_layout="opaque")
-        return made
-
-    return fleets.use("layouts", start)
 
 
 @pytest.mark.parametrize(
@@ -42,24 +25,24 @@ def layouts(fleets: Fleets, deployment: DeploymentMaker, started_oracle: Oracle)
     ],
 )
 def test_engines_of_other_tensor_parallelism_and_block_size_share_blocks_and_agree(
-    layouts: Deployment, oracle: Oracle, producer: str, consumer: str
+    unlike_fleet: Deployment, oracle: Oracle, producer: str, consumer: str
 ) -> None:
     for length in LENGTHS:
         prompt = make_prompt(length, f"layouts {producer} {consumer}")
         expected = oracle.answer(prompt)
-        check_answer(layouts[producer], prompt, expected)
-        layouts.store.wait_stored(prompt)
-        check_loaded(layouts[consumer], prompt, expected)
-    assert layouts.store.bad_files() == []
+        check_answer(unlike_fleet[producer], prompt, expected)
+        unlike_fleet.store.wait_stored(prompt)
+        check_loaded(unlike_fleet[consumer], prompt, expected)
+    assert unlike_fleet.store.bad_files() == []
 
 
 def test_a_local_hit_that_ends_inside_a_block_is_continued_from_the_store(
-    layouts: Deployment, oracle: Oracle
+    unlike_fleet: Deployment, oracle: Oracle
 ) -> None:
-    engine = layouts["block32"]
+    engine = unlike_fleet["block32"]
     prompt = make_prompt(1500, "inside a block")
-    check_answer(layouts["plain"], prompt, oracle.answer(prompt))
-    layouts.store.wait_stored(prompt)
+    check_answer(unlike_fleet["plain"], prompt, oracle.answer(prompt))
+    unlike_fleet.store.wait_stored(prompt)
     # Six blocks of 32 into its own prefix cache, and nothing of them into the store.
     start = (*prompt[:200], 5)
     check_answer(engine, prompt[:127], oracle.answer(prompt[:127]))
@@ -71,9 +54,9 @@ def test_a_local_hit_that_ends_inside_a_block_is_continued_from_the_store(
 
 
 def test_a_layout_declared_opaque_has_its_own_namespace_and_shares_only_with_its_like(
-    layouts: Deployment, oracle: Oracle
+    unlike_fleet: Deployment, oracle: Oracle
 ) -> None:
-    plain, opaque = layouts["plain"], layouts["opaque"]
+    plain, opaque = unlike_fleet["plain"], unlike_fleet["opaque"]
     for producer, consumer, layout in (
         (plain, opaque, "canonical"),
         (opaque, plain, "opaque:cpu:"),
@@ -81,7 +64,7 @@ def test_a_layout_declared_opaque_has_its_own_namespace_and_shares_only_with_its
         prompt = make_prompt(1500, f"opaque {producer.name}")
         expected = oracle.answer(prompt)
         check_answer(producer, prompt, expected)
-        layouts.store.wait_stored(prompt, layout)
+        unlike_fleet.store.wait_stored(prompt, layout)
         check_loaded(consumer, prompt, expected, hit_tokens=0)
         check_loaded(producer, prompt, expected)
-    assert layouts.store.namespace("canonical") != layouts.store.namespace("opaque:cpu:")
+    assert unlike_fleet.store.namespace("canonical") != unlike_fleet.store.namespace("opaque:cpu:")

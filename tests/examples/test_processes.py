@@ -19,8 +19,8 @@ pytestmark = pytest.mark.process
 
 PATIENCE_S = 30.0
 
-# A server with what vLLM has: children in its session, shared memory, and one process that leaves
-# for a session of its own, as a node cache does.
+# A server with what vLLM has: children in its process group, shared memory, and one process that
+# leaves for a session of its own, as a node cache does.
 FAMILY = """
 import os, subprocess, sys, time
 from multiprocessing.shared_memory import SharedMemory

@@ -126,7 +126,9 @@ def mount_fuse(
         stdin=subprocess.PIPE,
         stdout=subprocess.PIPE,
         text=True,
-        start_new_session=True,  # Ctrl-C is for the test, which then ends this
+        # Ctrl-C is for the test, which then ends this. A session of its own would also get its
+        # share of the cores apart, and next to busy servers too late.
+        process_group=0,
     ) as process:
         try:
             yield _mounted(FuseMount(source, path, process))
