@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 
 from examples.cluster.models import make_model
-from examples.cluster.processes import VllmServer, ucm_connector
+from examples.cluster.processes import MIB, VllmServer, ucm_connector
 from tests.e2e.deployment import Deployment, Fleets, Oracle
 from tests.e2e.node import Node
 
@@ -102,20 +102,22 @@ def unlike_fleet(fleets: Fleets, deployment: DeploymentMaker) -> Deployment:
     """Servers that differ in more than how they cut and copy. `plain` can reset its cache. The two
     in bfloat16 have prefix caches, and nodes to themselves."""
 
-    def start() -> Deployment:
+    def make() -> Deployment:
         made = deployment("unlike")
         one, two, three = Node("unlike-one"), Node("unlike-two"), Node("unlike-three")
-        made.start("plain", one, env={"VLLM_SERVER_DEV_MODE": "1"})
-        made.start("tp2", one, layerwise=True, args=["--tensor-parallel-size", "2"])
-        made.start("block64", one, layerwise=True, block_size=64)
-        made.start("block32", one, block_size=32, prefix_caching=True)
-        made.start("opaque", one, kv_layout="opaque")
-        bfloat16 = partial(made.start, dtype="bfloat16", prefix_caching=True)
+        # Asked one after the other: less memory for each leaves more for so many.
+        start = partial(made.start, kv_cache_bytes=64 * MIB)
+        start("plain", one, env={"VLLM_SERVER_DEV_MODE": "1"})
+        start("tp2", one, layerwise=True, args=["--tensor-parallel-size", "2"])
+        start("block64", one, layerwise=True, block_size=64)
+        start("block32", one, block_size=32, prefix_caching=True)
+        start("opaque", one, kv_layout="opaque")
+        bfloat16 = partial(start, dtype="bfloat16", prefix_caching=True)
         bfloat16("bfloat16-layerwise", two, chunk=512, layerwise=True)
         bfloat16("bfloat16", three)
         return made
 
-    return fleets.use("unlike", start)
+    return fleets.use("unlike", make)
 
 
 @pytest.fixture(scope="session")

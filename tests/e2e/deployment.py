@@ -80,7 +80,7 @@ class Deployment:
         block_size: int = 128,
         role: str = "kv_both",
         prefix_caching: bool = False,
-        kv_cache_bytes: int = 256 * MIB,
+        kv_cache_bytes: int = 128 * MIB,
         dtype: str = "float32",
         args: Sequence[str] = (),
         env: Mapping[str, str] | None = None,
@@ -139,7 +139,9 @@ class Oracle:
 
     def __init__(self, model: Path, folder: Path) -> None:
         args = ["--no-enable-prefix-caching"]
-        self.server = VllmServer(model, log=folder / "oracle.log", args=args)
+        self.server = VllmServer(
+            model, log=folder / "oracle.log", args=args, kv_cache_bytes=128 * MIB
+        )
         self._answers: dict[tuple[int, tuple[int, ...]], tuple[int, ...]] = {}
         self._lock = threading.Lock()
 
