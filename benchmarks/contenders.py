@@ -4,19 +4,18 @@ from __future__ import annotations
 
 import os
 import random
-import sys
 from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from examples.cluster.processes import (
     MIB,
-    HttpServer,
+    ProxyServer,
     VllmServer,
     end_run,
-    free_port,
     run_folder,
     ucm_connector,
 )
@@ -48,6 +47,11 @@ class Contender:
     is_one_node: bool = False
     is_slow: bool = False
 
+    @property
+    def is_ours(self) -> bool:
+        """Only UCM's decode can be told to expect something."""
+        return "overlap" in self.handoffs
+
 
 @dataclass(frozen=True)
 class Servers:
@@ -56,7 +60,7 @@ class Servers:
     contender: Contender
     prefill: VllmServer
     decode: VllmServer
-    proxies: Mapping[str, HttpServer]
+    proxies: Mapping[str, ProxyServer]
 
 
 def contenders(store: Path, mounted: Path | None) -> list[Contender]:
@@ -99,22 +103,20 @@ def _contenders(folder: Path, *, is_slow: bool) -> list[Contender]:
         }
 
     peers = Path(__file__).with_name("peers")
-    ours = {"handoffs": ("chain", "overlap"), "is_slow": is_slow}
+    ours = partial(Contender, handoffs=("chain", "overlap"), is_slow=is_slow)
     return [
-        Contender(
+        ours(
             f"ucm-dram{mark}",
             "UCM, one node: prefill's pages are in the node cache",
             ucm("dram", "one"),
             ucm("dram", "one"),
             is_one_node=True,
-            **ours,  # type: ignore[arg-type]
         ),
-        Contender(
+        ours(
             f"ucm-files{mark}",
             "UCM, two nodes: decode's node cache reads files",
             ucm("files", "left"),
             ucm("files", "right"),
-            **ours,  # type: ignore[arg-type]
         ),
         Contender(
             f"example{mark}",
@@ -160,7 +162,12 @@ def running(contender: Contender, model: Path, *, size: str, logs: Path) -> Iter
             decode = stack.enter_context(server("decode", contender.decode, WHOLE_TOKENS))
             proxies = {
                 handoff: stack.enter_context(
-                    _proxy(prefill, decode, handoff, log=logs / f"{contender.name}-{handoff}.log")
+                    ProxyServer(
+                        prefill,
+                        decode,
+                        log=logs / f"{contender.name}-{handoff}.log",
+                        args=["--handoff", handoff],
+                    )
                 )
                 for handoff in contender.handoffs
             }
@@ -191,15 +198,6 @@ def _remove_shared_memory(contender: Contender) -> None:
     for kv_transfer in (contender.prefill, contender.decode):
         if engine_id := kv_transfer.get("engine_id"):
             Path(f"/dev/shm/vllm_offload_{engine_id}.mmap").unlink(missing_ok=True)
-
-
-def _proxy(prefill: VllmServer, decode: VllmServer, handoff: str, *, log: Path) -> HttpServer:
-    port = free_port()
-    command = [sys.executable, "-m", "ucm.pd.toy_proxy_server", "--handoff", handoff]
-    command += ["--host", "127.0.0.1", "--port", str(port)]
-    command += ["--prefiller-host", "127.0.0.1", "--prefiller-port", str(prefill.port)]
-    command += ["--decoder-host", "127.0.0.1", "--decoder-port", str(decode.port)]
-    return HttpServer(command, port=port, log=log)
 
 
 def prompt_of(tokens: int, rng: random.Random) -> list[int]:

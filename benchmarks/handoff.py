@@ -73,14 +73,13 @@ class Results:
 
 def measure(servers: Servers, args: argparse.Namespace, results: Results) -> None:
     """All parts that make sense for a contender."""
-    is_ours = "overlap" in servers.proxies
     if "latency" in args.parts:
         results.latency += handoff_latency.measure(
             servers, lengths=args.tokens, repeats=args.repeats
         )
     if servers.contender.is_slow:
         return  # the other parts are about files at their usual pace
-    if "pace" in args.parts and is_ours:
+    if "pace" in args.parts and servers.contender.is_ours:
         results.paces.append(
             pace.measure(
                 servers, tokens=max(args.tokens), new_tokens=args.new_tokens, rounds=args.rounds
@@ -175,7 +174,7 @@ def chosen_of(everybody: list[Contender], args: argparse.Namespace) -> list[Cont
     if args.only:
         return [c for c in everybody if c.name in args.only.split(",")]
     # Peers have no aim to reach; with slower files they cost two minutes.
-    return [c for c in everybody if not c.is_slow or args.slow_peers or len(c.handoffs) > 1]
+    return [c for c in everybody if not c.is_slow or args.slow_peers or c.is_ours]
 
 
 def show(console: Console, results: Results, args: argparse.Namespace) -> None:

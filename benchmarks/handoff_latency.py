@@ -26,7 +26,8 @@ import numpy as np
 from rich.table import Table
 
 from benchmarks.contenders import KV_CACHE_TOKENS, Contender, Servers, prompt_of
-from benchmarks.streaming import stream
+from benchmarks.streaming import stages_s, stream
+from examples.cluster.client import Counters
 
 MAX_TOKENS = 4
 # For what still runs behind an answer, such as writes.
@@ -36,7 +37,6 @@ LOCAL_AIM_MS = 20.0
 
 _RECOMPUTED = "ucm_handoff_recomputed_tokens_total"
 _WAITED = "ucm_handoff_wait_seconds_sum"
-_BY_SOURCE = "vllm:prompt_tokens_by_source_total{"
 
 
 @dataclass(frozen=True)
@@ -114,20 +114,12 @@ def _sample(servers: Servers, handoff: str, prompt: list[int]) -> Sample:
     assert handed.headers["x-ucm-pd-path"] == "pd", handed.headers
     return Sample(
         ttft_s=handed.ttft_s,
-        prefill_s=handed.stages_s["prefill"],
+        prefill_s=stages_s(handed)["prefill"],
         local_s=local.ttft_s,
         waited_s=sum(value for name, value in grown.items() if name.startswith(_WAITED)),
-        computed_tokens=_computed(grown),
+        computed_tokens=Counters.of(grown).computed,
         recomputed=_by_reason(grown),
         is_right=handed.token_ids == right.token_ids,
-    )
-
-
-def _computed(grown: dict[str, float]) -> int:
-    return sum(
-        int(value)
-        for name, value in grown.items()
-        if name.startswith(_BY_SOURCE) and 'source="local_compute"' in name
     )
 
 

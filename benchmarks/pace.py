@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import random
 import threading
+import time
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
@@ -24,7 +25,8 @@ import numpy as np
 from rich.table import Table
 
 from benchmarks.contenders import Contender, Servers, prompt_of
-from benchmarks.streaming import Stream, stream
+from benchmarks.streaming import stream
+from examples.cluster.client import Answer
 from ucm.handoff import Wanted, params
 
 NUM_STREAMS = 4
@@ -76,7 +78,7 @@ def measure(servers: Servers, *, tokens: int, new_tokens: int, rounds: int) -> P
     pace = Pace(servers.contender)
     stored = cycle([_stored(servers, prompt_of(tokens, rng)) for _ in range(NUM_PROMPTS)])
     known = cycle([_Hit(prompt_of(tokens, rng), {})])
-    threading.Event().wait(SETTLE_S)
+    time.sleep(SETTLE_S)
     for number in range(1 + rounds):
         for kind, hits in ((NOTHING, None), (LOADS, stored), (LOCAL_HITS, known)):
             if kind == LOCAL_HITS:
@@ -101,11 +103,11 @@ def _stored(servers: Servers, prompt: list[int]) -> _Hit:
 
 def _round(
     servers: Servers, rng: random.Random, new_tokens: int, hits: Iterator[_Hit] | None
-) -> tuple[list[Stream], list[Span]]:
+) -> tuple[list[Answer], list[Span]]:
     began = threading.Semaphore(0)
     one_ended = threading.Event()
 
-    def decode(prompt: Sequence[int]) -> Stream:
+    def decode(prompt: Sequence[int]) -> Answer:
         client = servers.decode.client
         try:
             return stream(client, prompt, max_tokens=new_tokens, on_first=began.release)
@@ -125,12 +127,12 @@ def _round(
     return streams, asked
 
 
-def _ask(servers: Servers, hit: _Hit) -> Stream:
+def _ask(servers: Servers, hit: _Hit) -> Answer:
     extra = {"kv_transfer_params": hit.params} if hit.params else {}
     return stream(servers.decode.client, hit.prompt, max_tokens=1, **extra)
 
 
-def _gaps(streams: Sequence[Stream]) -> Iterator[Span]:
+def _gaps(streams: Sequence[Answer]) -> Iterator[Span]:
     """Between two tokens of one stream, while all of them decode."""
     begin_s = max(s.arrived_s[0] for s in streams)
     end_s = min(s.arrived_s[-1] for s in streams)

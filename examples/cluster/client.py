@@ -5,7 +5,7 @@ from __future__ import annotations
 import http.client
 import json
 import time
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -26,14 +26,25 @@ class RequestFailed(Exception):
 
 @dataclass(frozen=True, kw_only=True)
 class Answer:
-    """What came back for one prompt."""
+    """What came back for one prompt. `sent_s`, `ended_s` and `arrived_s`, which has the time of
+    each event with tokens, are monotonic. `headers` have names in lower case."""
 
     text: str
     token_ids: tuple[int, ...]
     prompt_tokens: int
     finish_reason: str | None
-    ttft_s: float
-    total_s: float
+    headers: Mapping[str, str]
+    sent_s: float
+    arrived_s: tuple[float, ...]
+    ended_s: float
+
+    @property
+    def ttft_s(self) -> float:
+        return (self.arrived_s[0] if self.arrived_s else self.ended_s) - self.sent_s
+
+    @property
+    def total_s(self) -> float:
+        return self.ended_s - self.sent_s
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -45,6 +56,21 @@ class Counters:
     local_hits: int
     external_hits: int
     external_queries: int
+
+    @classmethod
+    def of(cls, samples: Mapping[str, float]) -> Counters:
+        """Of what Client.metrics has found."""
+
+        def total(name: str, label: str = "") -> int:
+            return int(sum(v for k, v in samples.items() if k.startswith(name) and label in k))
+
+        by_source = "vllm:prompt_tokens_by_source_total{"
+        return cls(
+            computed=total(by_source, 'source="local_compute"'),
+            local_hits=total(by_source, 'source="local_cache_hit"'),
+            external_hits=total("vllm:external_prefix_cache_hits_total{"),
+            external_queries=total("vllm:external_prefix_cache_queries_total{"),
+        )
 
     def __sub__(self, earlier: Counters) -> Counters:
         return Counters(
@@ -59,26 +85,31 @@ class Counters:
 class _Gathered:
     """An answer while its stream is being read."""
 
+    on_first: Callable[[], None]
     text: list[str] = field(default_factory=list)
     token_ids: list[int] = field(default_factory=list)
     prompt_tokens: int = 0
     finish_reason: str | None = None
-    first_token_at: float | None = None
+    arrived_s: list[float] = field(default_factory=list)
 
-    def add(self, chunk: Mapping[str, Any]) -> None:
+    def add(self, chunk: Mapping[str, Any], now_s: float) -> None:
         if "error" in chunk:
             raise RequestFailed(200, json.dumps(chunk["error"]))
+        has_tokens = False
         for choice in chunk.get("choices", ()):
             delta = choice.get("delta") or {}
             text = choice.get("text") or delta.get("content") or ""
             token_ids = choice.get("token_ids") or ()
-            if (text or token_ids) and self.first_token_at is None:
-                self.first_token_at = time.monotonic()
+            has_tokens |= bool(text or token_ids)
             self.text.append(text)
             self.token_ids.extend(token_ids)
             self.finish_reason = choice.get("finish_reason") or self.finish_reason
         usage = chunk.get("usage") or {}
         self.prompt_tokens = usage.get("prompt_tokens", self.prompt_tokens)
+        if has_tokens:
+            if not self.arrived_s:
+                self.on_first()
+            self.arrived_s.append(now_s)
 
 
 class Client:
@@ -89,10 +120,19 @@ class Client:
         self.port = port
         self.timeout_s = timeout_s
 
-    def complete(self, prompt: Prompt, *, max_tokens: int = 16, **extra: Any) -> Answer:
-        """POST /v1/completions, streamed, greedy, exactly `max_tokens` tokens unless told."""
+    def complete(
+        self,
+        prompt: Prompt,
+        *,
+        max_tokens: int = 16,
+        on_first: Callable[[], None] = lambda: None,
+        **extra: Any,
+    ) -> Answer:
+        """POST /v1/completions, streamed, greedy, exactly `max_tokens` tokens unless told.
+        `on_first` is called at the first of them."""
         ids = prompt if isinstance(prompt, str) else list(prompt)
-        return self._ask("/v1/completions", {"prompt": ids, **_fields(max_tokens), **extra})
+        body = {"prompt": ids, **_fields(max_tokens), **extra}
+        return self._ask("/v1/completions", body, on_first)
 
     def chat(self, content: str, *, max_tokens: int = 16, **extra: Any) -> Answer:
         """POST /v1/chat/completions with one user message."""
@@ -112,18 +152,7 @@ class Client:
         return json.loads(answer).get("kv_transfer_params") or {}
 
     def counters(self) -> Counters:
-        samples = self.metrics()
-
-        def total(name: str, label: str = "") -> int:
-            return int(sum(v for k, v in samples.items() if k.startswith(name) and label in k))
-
-        by_source = "vllm:prompt_tokens_by_source_total{"
-        return Counters(
-            computed=total(by_source, 'source="local_compute"'),
-            local_hits=total(by_source, 'source="local_cache_hit"'),
-            external_hits=total("vllm:external_prefix_cache_hits_total{"),
-            external_queries=total("vllm:external_prefix_cache_queries_total{"),
-        )
+        return Counters.of(self.metrics())
 
     def metrics(self) -> dict[str, float]:
         """Every sample of GET /metrics by its full name, labels included."""
@@ -152,28 +181,31 @@ class Client:
         finally:
             connection.close()
 
-    def _ask(self, path: str, body: Mapping[str, Any]) -> Answer:
+    def _ask(
+        self, path: str, body: Mapping[str, Any], on_first: Callable[[], None] = lambda: None
+    ) -> Answer:
+        payload = json.dumps(body)
         connection = http.client.HTTPConnection(self.host, self.port, timeout=self.timeout_s)
-        started_at = time.monotonic()
-        gathered = _Gathered()
+        gathered = _Gathered(on_first)
+        sent_s = time.monotonic()
         try:
-            connection.request("POST", path, json.dumps(body), _HEADERS)
+            connection.request("POST", path, payload, _HEADERS)
             response = connection.getresponse()
             if response.status != http.HTTPStatus.OK:
                 raise RequestFailed(response.status, response.read().decode(errors="replace"))
             for chunk in _events(response):
-                gathered.add(chunk)
+                gathered.add(chunk, time.monotonic())
         finally:
             connection.close()
-        ended_at = time.monotonic()
-        first_token_at = ended_at if gathered.first_token_at is None else gathered.first_token_at
         return Answer(
             text="".join(gathered.text),
             token_ids=tuple(gathered.token_ids),
             prompt_tokens=gathered.prompt_tokens,
             finish_reason=gathered.finish_reason,
-            ttft_s=first_token_at - started_at,
-            total_s=ended_at - started_at,
+            headers={name.lower(): value for name, value in response.getheaders()},
+            sent_s=sent_s,
+            arrived_s=tuple(gathered.arrived_s),
+            ended_s=time.monotonic(),
         )
 
 

@@ -289,17 +289,23 @@ def ucm_connector(config: Path | str | Mapping[str, Any], **fields: Any) -> dict
 
 
 class ProxyServer(HttpServer):
-    """The PD proxy between prefill and decode servers of this machine."""
+    """The PD proxy between prefill and decode servers of this machine. `args` are further flags."""
 
     def __init__(
-        self, prefill: HttpServer, decode: HttpServer, *, log: Path, port: int | None = None
+        self,
+        prefill: HttpServer,
+        decode: HttpServer,
+        *,
+        log: Path,
+        port: int | None = None,
+        args: Sequence[str] = (),
     ) -> None:
         port = port or free_port()
         command = [sys.executable, "-m", "ucm.pd.toy_proxy_server", "--pd-disaggregation"]
         command += ["--host", "127.0.0.1", "--port", str(port)]
         command += ["--prefiller-host", "127.0.0.1", "--prefiller-port", str(prefill.port)]
         command += ["--decoder-host", "127.0.0.1", "--decoder-port", str(decode.port)]
-        super().__init__(command, port=port, log=log)
+        super().__init__([*command, *args], port=port, log=log)
 
 
 def _command_line(process: psutil.Process) -> str:

@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from typing_extensions import Self
 
 MAX_TOKENS = 16
+KV_CACHE_BYTES = 128 * MIB
 _Prompt = tuple[int, ...]
 
 
@@ -80,7 +81,7 @@ class Deployment:
         block_size: int = 128,
         role: str = "kv_both",
         prefix_caching: bool = False,
-        kv_cache_bytes: int = 128 * MIB,
+        kv_cache_bytes: int = KV_CACHE_BYTES,
         dtype: str = "float32",
         args: Sequence[str] = (),
         env: Mapping[str, str] | None = None,
@@ -140,7 +141,7 @@ class Oracle:
     def __init__(self, model: Path, folder: Path) -> None:
         args = ["--no-enable-prefix-caching"]
         self.server = VllmServer(
-            model, log=folder / "oracle.log", args=args, kv_cache_bytes=128 * MIB
+            model, log=folder / "oracle.log", args=args, kv_cache_bytes=KV_CACHE_BYTES
         )
         self._answers: dict[tuple[int, tuple[int, ...]], tuple[int, ...]] = {}
         self._lock = threading.Lock()

@@ -30,6 +30,9 @@ def event(**fields: object) -> bytes:
     return b"data: " + json.dumps(fields).encode() + b"\n\n"
 
 
+USAGE = event(choices=[], usage={"prompt_tokens": 3, "completion_tokens": 2})
+
+
 @pytest.fixture
 def serve() -> Iterator[Callable[[int, bytes], Client]]:
     """Starts a server that gives everybody the same answer."""
@@ -67,7 +70,7 @@ def test_an_answer_is_put_together_from_its_stream(serve):
         200,
         event(choices=[{"text": "a", "token_ids": [7]}])
         + event(choices=[{"text": "", "token_ids": [8], "finish_reason": "length"}])
-        + event(choices=[], usage={"prompt_tokens": 3, "completion_tokens": 2})
+        + USAGE
         + DONE,
     )
 
@@ -80,6 +83,20 @@ def test_an_answer_is_put_together_from_its_stream(serve):
         answer.finish_reason,
     )
     assert 0 < answer.ttft_s <= answer.total_s
+
+
+def test_each_event_with_tokens_has_its_time_and_the_first_is_told_at_once(serve):
+    first = event(choices=[{"text": "a", "token_ids": [7]}])
+    client = serve(200, first + event(choices=[{"text": "", "token_ids": [8]}]) + USAGE + DONE)
+    told = []
+
+    answer = client.complete("hello", on_first=lambda: told.append(True))
+
+    assert [True] == told
+    assert 2 == len(answer.arrived_s)
+    assert sorted(answer.arrived_s) == list(answer.arrived_s)
+    assert answer.sent_s < answer.arrived_s[0] and answer.arrived_s[-1] <= answer.ended_s
+    assert "date" in answer.headers
 
 
 def test_a_chat_answer_is_in_deltas(serve):

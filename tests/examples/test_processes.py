@@ -20,13 +20,13 @@ pytestmark = pytest.mark.process
 PATIENCE_S = 30.0
 
 # A server with what vLLM has: children in its process group, shared memory, and one process that
-# leaves for a session of its own, as a node cache does.
+# leaves for a group of its own, as a node cache does.
 FAMILY = """
 import os, subprocess, sys, time
 from multiprocessing.shared_memory import SharedMemory
 sleep = [sys.executable, "-c", "import time; time.sleep(600)"]
 child = subprocess.Popen(sleep)
-daemon = subprocess.Popen(sleep, start_new_session=True)
+daemon = subprocess.Popen(sleep, process_group=0)
 memory = SharedMemory(create=True, size=1 << 16)
 print(os.getpid(), child.pid, daemon.pid, memory.name, flush=True)
 time.sleep(600)

@@ -132,20 +132,23 @@ class NodeSession:
     def wait_at_most(self, allowance_s: float) -> None:
         self._allowance_s = min(self._allowance_s, allowance_s)
 
-    def wait_for_news(self) -> None:
-        """Polls once, until anything arrives or the step's allowance is used up."""
-        if self._allowance_s > 0 and self.is_ready:
-            started_s = time.monotonic()
-            self.poll(self._allowance_s)
-            self._allowance_s -= time.monotonic() - started_s
+    def wait_for_news(self) -> bool:
+        """Polls once, until anything arrives or the step's allowance is used up. False if that has
+        been used up already, or nobody answers."""
+        if self._allowance_s <= 0 or not self.is_ready:
+            return False
+        started_s = time.monotonic()
+        self.poll(self._allowance_s)
+        self._allowance_s -= time.monotonic() - started_s
+        return True
 
     def wait_for(self, answered: Callable[[], bool]) -> None:
         """Polls until `answered` or until the step's allowance is used up."""
         if answered():
             return
         self.poll()
-        while not answered() and self._allowance_s > 0 and self.is_ready:
-            self.wait_for_news()
+        while not answered() and self.wait_for_news():
+            pass
 
     def close(self) -> None:
         self._link.close()
