@@ -59,9 +59,15 @@ class Rank:
         assert not self.link.is_alive()
 
 
-def connected(link: NodeLink, *, num_ranks: int) -> bool:
+def connected(link: NodeLink, generation: int = 0, *, num_ranks: int) -> bool:
+    """A link notices a loss only after all that came before it: `generation` may be the old one."""
     link.poll(0.02)
-    return link.client is not None and link.ranks_ready == num_ranks
+    return (link.generation, link.ranks_ready) == (generation, num_ranks) and bool(link.client)
+
+
+def wait_connected(link: NodeLink, generation: int = 0, *, num_ranks: int) -> None:
+    what = f"generation {generation} with {num_ranks} ranks"
+    wait_until(lambda: connected(link, generation, num_ranks=num_ranks), what)
 
 
 def answer(link: NodeLink, question: p.ClientMessage, kind: type[p.LookupReply]) -> p.LookupReply:
@@ -93,8 +99,7 @@ def test_links_find_the_next_node_cache_by_themselves_and_hit_its_files(place: P
         closing(Rank(settings, "engine")) as other_rank,
     ):
         for generation in range(3):
-            wait_until(lambda: connected(link, num_ranks=2), "all are there")
-            assert link.generation == generation
+            wait_connected(link, generation, num_ranks=2)
             if generation == 0:
                 with engine(settings, "writer/0") as writer:
                     writer.dump(KEYS)
@@ -105,7 +110,7 @@ def test_links_find_the_next_node_cache_by_themselves_and_hit_its_files(place: P
             assert link.client is not None
             kill(link.client.welcome.pid)
 
-        wait_until(lambda: connected(link, num_ranks=2), "all are there again")
+        wait_connected(link, 3, num_ranks=2)
         assert rank.taker.generations == other_rank.taker.generations == [0, 1, 2, 3]
 
 
@@ -115,9 +120,9 @@ def test_a_rank_that_saw_one_loss_more_comes_back_to_the_scheduler_side(place: P
         closing(NodeLink(settings, engine_id="engine")) as link,
         closing(Rank(settings, "engine")) as rank,
     ):
-        wait_until(lambda: connected(link, num_ranks=1), "both are there")
+        wait_connected(link, num_ranks=1)
         rank.link.follow(1)
-        wait_until(lambda: connected(link, num_ranks=0), "the rank has left the session")
+        wait_connected(link, num_ranks=0)
 
         def followed() -> bool:
             rank.link.follow(link.generation)
@@ -134,7 +139,7 @@ def test_pages_stay_pinned_while_a_rank_copies_them_after_its_engine_lost_the_co
     with engine(settings, "writer/0") as observer, closing(Rank(settings, "engine")) as rank:
         observer.dump(KEYS)
         link = NodeLink(settings, engine_id="engine")
-        wait_until(lambda: connected(link, num_ranks=1), "both are there")
+        wait_connected(link, num_ranks=1)
         assert len(look_up(link).offsets) == len(KEYS)
         rank.taker.copying = {0}
 
