@@ -49,7 +49,7 @@ def test_a_lookup_is_settled_at_its_deadline_when_a_read_hangs(place: Place) -> 
     place.write([*KEYS, *OTHERS])
     hung = HungFile(place, KEYS[2])
     with engine(place.settings(io_timeout_ms=60_000)) as client:
-        reply = client.look_up(KEYS, timeout_ms=300)
+        reply = client.look_up(KEYS, timeout_ms=2000)
 
         assert (len(reply.offsets), reply.reason) == (2, "timeout")
         assert client.load(OTHERS) == (5, 5)
@@ -62,7 +62,7 @@ def test_the_slot_of_an_overdue_read_is_set_aside_until_the_read_returns(place: 
     """Late bytes may land in it; the block itself can be had again at once, in another slot."""
     place.write(KEYS)
     hung = HungFile(place, KEYS[2])
-    with engine(place.settings(io_timeout_ms=300)) as client:
+    with engine(place.settings(io_timeout_ms=2000)) as client:
         reply = client.look_up(KEYS, timeout_ms=10_000)
         assert (len(reply.offsets), reply.reason) == (2, "timeout")
         assert slots_of(client, "filling", "aside") == (0, 1)
@@ -85,7 +85,7 @@ def test_with_half_of_the_threads_hung_memory_still_hits_and_files_are_misses(
 ) -> None:
     place.write([*KEYS, *OTHERS])
     hung = [HungFile(place, key) for key in KEYS[:2]]
-    with engine(place.settings(io_timeout_ms=200, read_threads=4)) as client:
+    with engine(place.settings(io_timeout_ms=1000, read_threads=4)) as client:
         client.dump(make_keys("resident", 3))
         for i in range(2):
             assert client.look_up(KEYS[i:]).reason == "timeout"

@@ -35,7 +35,7 @@ pytestmark = pytest.mark.process
 def test_a_block_that_is_never_completed_is_given_up_and_can_be_dumped_again(
     place: Place,
 ) -> None:
-    with open_store(place, timeout_ms=500) as store:
+    with open_store(place, timeout_ms=2000) as store:
         dump(store, IDS[:2], 0)
         wait_until(lambda: not status_of(place).slots["filling"], "its slot is given back")
 
