@@ -259,3 +259,18 @@ def test_what_a_silent_node_cache_has_not_taken_yet_is_promised_and_dumped_when_
     engine.copied(*engine.take_dumping())
     assert engine.step({}).released == ("a",)
     assert engine.slots()["ready"] == 4
+
+
+def test_nothing_is_promised_or_kept_for_a_node_cache_silent_for_longer_than_a_dump_may_take():
+    link = Loopback()
+    engine = Engine(link, timeout_ms=1, dump_timeout_ms=1)
+    request = engine.add("a", 64, says=h.Wanted())
+    link.mute = True
+    for _ in range(2):
+        assert engine.side.matched_tokens(request, 0)[0] is None
+        time.sleep(0.6)  # longer than the lookup's deadline and its grace
+    assert engine.admit(request) == 0
+    time.sleep(0.002)
+    engine.step({"a": 64})
+    assert engine.side.finished(request, engine.blocks(request)) == (True, None)
+    assert engine.step({}).released == ("a",)

@@ -57,7 +57,13 @@ class SchedulerSide:
         self._failed: set[int] = set()
         self._idle_wait_s = IDLE_WAIT_S
         self._epochs = Epochs(settings, facts, manifest)
-        self._session = NodeSession(link, self._epochs.opening(), world_size=facts.world_size)
+        dump_timeout_s = settings.dump_timeout_ms / 1000
+        self._session = NodeSession(
+            link,
+            self._epochs.opening(),
+            world_size=facts.world_size,
+            dump_timeout_s=dump_timeout_s,
+        )
         self._promises = PromiseBook(self._session, self._epochs, stats)
         self._gauges = NodeGauges(self._session, stats)
         self._hits = Hits(
@@ -73,7 +79,7 @@ class SchedulerSide:
             self._session,
             facts,
             block_tokens=settings.block_tokens,
-            timeout_s=settings.dump_timeout_ms / 1000,
+            timeout_s=dump_timeout_s,
         )
         self._session.on_lookup = self._hits.on_reply
         self._session.on_reserve = self._dumps.on_reply

@@ -16,14 +16,14 @@ from ucm.store.node.link import NodeLink
 
 logger = logging.getLogger(__name__)
 
-_PATIENCE_S = 5.0
-
 
 class NodeSession:
     """Owned by the engine's thread. The handlers are set by the scheduler side. `namespace` is the
-    number of the one that is open now."""
+    number of the one that is open now. Storing goes on for `dump_timeout_s` of silence."""
 
-    def __init__(self, link: NodeLink, opening: p.OpenNamespace, *, world_size: int) -> None:
+    def __init__(
+        self, link: NodeLink, opening: p.OpenNamespace, *, world_size: int, dump_timeout_s: float
+    ) -> None:
         self.on_lookup: Callable[[p.LookupReply], None] = lambda reply: None
         self.on_reserve: Callable[[p.ReserveReply], None] = lambda reply: None
         self.on_status: Callable[[p.Status], None] = lambda status: None
@@ -33,6 +33,7 @@ class NodeSession:
         self._opening = opening
         self.namespace = opening.ns
         self._world_size = world_size
+        self._dump_timeout_s = dump_timeout_s
         self._ids = itertools.count(1)
         self._seen_generation = link.generation
         self._opened_generation = -1
@@ -56,7 +57,9 @@ class NodeSession:
         """Who stores waits for nothing, so it may have patience with a node cache that is silent,
         perhaps because its machine stood still."""
         since_s = self._silent_since_s
-        return self._is_open and (since_s is None or time.monotonic() - since_s < _PATIENCE_S)
+        return self._is_open and (
+            since_s is None or time.monotonic() - since_s < self._dump_timeout_s
+        )
 
     @property
     def _is_open(self) -> bool:
