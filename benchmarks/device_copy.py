@@ -25,7 +25,8 @@ import torch
 from torch import Tensor
 
 from ucm.integration.vllm.arena import Arena
-from ucm.integration.vllm.copies import CopyEngine, Direction, PagePart, make_copy_engine
+from ucm.integration.vllm.copies import CopyEngine, Direction, PagePart
+from ucm.integration.vllm.copy_engines import make_copy_engine
 from ucm.integration.vllm.views import KV, LayoutKind, layer_view
 from ucm.store.page import PageGeometry, rank_share
 

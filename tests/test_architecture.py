@@ -6,6 +6,7 @@ A rule that only a document states is broken by the second change after it.
 from __future__ import annotations
 
 import ast
+import graphlib
 import re
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -40,7 +41,7 @@ FOREIGN: dict[str, tuple[str, ...]] = {
     "typer": ("ucm.cli", "ucm.pd.toy_proxy_server"),
 }
 # tests/gpu needs these on machines that have torch and no vLLM.
-TORCH_ONLY = ("ucm.integration.vllm.views", "ucm.integration.vllm.copies")
+TORCH_ONLY = {"ucm.integration.vllm.views", "ucm.integration.vllm.copy_engines"}
 # What lies below the node cache's process, and is used by it.
 BELOW_NODE = {
     *("keys", "canonical", "namespace", "weights", "page", "slots"),
@@ -58,12 +59,14 @@ ENTRY_POINTS = {
 
 @dataclass(frozen=True)
 class Module:
-    """One Python file, with every name that it imports, wherever in the file it does."""
+    """One Python file, with every name that it imports, wherever in the file it does; `needs` are
+    those without which it can't run: not for types only."""
 
     path: Path
     name: str
     tree: ast.Module
     imports: frozenset[str]
+    needs: frozenset[str]
 
     def __str__(self) -> str:
         return str(self.path.relative_to(ROOT))
@@ -83,13 +86,23 @@ def modules() -> tuple[Module, ...]:
         name = ".".join(parts[:-1] if is_package else parts)
         tree = ast.parse(path.read_bytes(), filename=str(path))
         package = name if is_package else name.rpartition(".")[0]
-        found.append(Module(path, name, tree, frozenset(imported_names(tree, package))))
+        imports = frozenset(imported_names(ast.walk(tree), package))
+        needs = frozenset(imported_names(run_nodes(tree), package))
+        found.append(Module(path, name, tree, imports, needs))
     return tuple(found)
 
 
-def imported_names(tree: ast.Module, package: str) -> Iterator[str]:
+def run_nodes(tree: ast.AST) -> Iterator[ast.AST]:
+    """All but what stands under `if TYPE_CHECKING`."""
+    yield tree
+    for child in ast.iter_child_nodes(tree):
+        if not (isinstance(child, ast.If) and ast.unparse(child.test) == "TYPE_CHECKING"):
+            yield from run_nodes(child)
+
+
+def imported_names(nodes: Iterator[ast.AST], package: str) -> Iterator[str]:
     """`import a.b` gives a.b; `from a import b` gives a and a.b, as b may be a module."""
-    for node in ast.walk(tree):
+    for node in nodes:
         if isinstance(node, ast.Import):
             yield from (alias.name for alias in node.names)
         elif isinstance(node, ast.ImportFrom):
@@ -130,6 +143,12 @@ def test_imports_between_rooms_only_go_down() -> None:
                 assert other in ROOMS[room] | {room, "ucm"}, f"{module} imports {name}"
 
 
+def test_no_two_files_need_each_other() -> None:
+    needed = {module.name: module.needs for module in ours()}
+    files = {name: {other for other in names if other in needed} for name, names in needed.items()}
+    graphlib.TopologicalSorter(files).prepare()
+
+
 @pytest.mark.parametrize("package", FOREIGN)
 def test_foreign_packages_stay_in_their_rooms(package: str) -> None:
     """The store, the node cache and the proxy run without vLLM and torch."""
@@ -142,10 +161,15 @@ def test_foreign_packages_stay_in_their_rooms(package: str) -> None:
 
 
 def test_the_copy_code_does_not_know_vllm() -> None:
-    """It is tested on GPU machines that have torch only."""
-    for module in ours():
-        if module.name in TORCH_ONLY:
-            assert not any(within(name, "vllm") for name in module.imports), f"{module}"
+    """It is tested on GPU machines that have torch only. What it needs needs no vLLM either."""
+    by_name = {module.name: module for module in ours()}
+    known: set[str] = set()
+    unread = set(TORCH_ONLY)
+    while unread:
+        module = by_name[unread.pop()]
+        known.add(module.name)
+        assert not any(within(name, "vllm") for name in module.imports), f"{module}"
+        unread |= module.needs & by_name.keys() - known
 
 
 def test_what_the_node_cache_is_made_of_does_not_know_it() -> None:

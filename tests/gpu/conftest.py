@@ -13,7 +13,8 @@ from tests.integration.kv_layouts import (
     make_arena,
 )
 from ucm.integration.vllm.arena import Arena
-from ucm.integration.vllm.copies import CopyEngine, make_copy_engine
+from ucm.integration.vllm.copies import CopyEngine
+from ucm.integration.vllm.copy_engines import make_copy_engine
 from ucm.integration.vllm.device_copies import DeviceCopyEngine
 from ucm.store.page import PageGeometry
 

@@ -14,7 +14,8 @@ from tests.integration.kv_layouts import (
     wait_for,
     whole_pages,
 )
-from ucm.integration.vllm.copies import PagePart, make_copy_engine
+from ucm.integration.vllm.copies import PagePart
+from ucm.integration.vllm.copy_engines import make_copy_engine
 from ucm.integration.vllm.views import LayoutKind, layer_view
 from ucm.store.page import PageGeometry, rank_share
 

@@ -15,7 +15,8 @@ import torch
 
 from tests.integration.kv_layouts import LATENT_LAYOUTS, Rank, make_rank, wait_for
 from ucm.integration.vllm.arena import Arena, Piece
-from ucm.integration.vllm.copies import CopyEngine, Direction, PagePart, make_copy_engine
+from ucm.integration.vllm.copies import CopyEngine, Direction, PagePart
+from ucm.integration.vllm.copy_engines import make_copy_engine
 from ucm.integration.vllm.device_copies import Accelerator, DeviceCopyEngine
 from ucm.store.page import PageGeometry
 

@@ -27,7 +27,8 @@ from tests.integration.kv_layouts import (
     page_of_blocks,
     whole_pages,
 )
-from ucm.integration.vllm.copies import Direction, PagePart, make_copy_engine
+from ucm.integration.vllm.copies import Direction, PagePart
+from ucm.integration.vllm.copy_engines import make_copy_engine
 from ucm.integration.vllm.host_copies import HostCopyEngine
 
 

@@ -146,16 +146,7 @@ class DumpTask(Task):
         """The answer comes after the commits were acted on; and the blocks that the node cache said
         it has may have been another client's, not complete yet."""
         self.waits_for = "another client, which is dumping the same block"
-        node.ask(
-            lambda number: p.Find(
-                id=number,
-                ns=node.NAMESPACE,
-                keys=list(self._to_verify),
-                storage=False,
-                timeout_ms=self.timeout_ms(),
-            ),
-            partial(self._on_verified, node),
-        )
+        self._find(node, self._to_verify, partial(self._on_verified, node))
 
     def _on_verified(self, node: Transfers, found: p.Found) -> None:
         if self.has_ended:

@@ -63,7 +63,7 @@ class LoadTask(Task):
                 keys=list(batch),
                 read_from=0,
                 load=True,
-                timeout_ms=self.timeout_ms(),
+                timeout_ms=self._timeout_ms(),
             ),
             partial(self._on_reply, node),
         )
@@ -114,16 +114,7 @@ class PrefetchTask(Task):
         self._max_blocks = max_blocks
 
     def begin(self, node: Transfers) -> None:
-        node.ask(
-            lambda number: p.Find(
-                id=number,
-                ns=node.NAMESPACE,
-                keys=list(self._keys),
-                storage=False,
-                timeout_ms=self.timeout_ms(),
-            ),
-            partial(self._on_found, node),
-        )
+        self._find(node, self._keys, partial(self._on_found, node))
 
     def _on_found(self, node: Transfers, found: p.Found) -> None:
         stored = [

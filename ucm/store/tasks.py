@@ -85,8 +85,28 @@ class Task:
     def _release(self) -> None:
         """Lets go of the user's memory, which lives as long as the handle otherwise."""
 
-    def timeout_ms(self) -> int:
+    def _timeout_ms(self) -> int:
         return max(1, int((self.deadline_s - _ANSWER_S - time.monotonic()) * 1000))
+
+    def _find(
+        self,
+        node: Transfers,
+        keys: Sequence[Key],
+        on_found: Callable[[p.Found], None],
+        *,
+        storage: bool = False,
+    ) -> None:
+        """Asks where these blocks are."""
+        node.ask(
+            lambda number: p.Find(
+                id=number,
+                ns=node.NAMESPACE,
+                keys=list(keys),
+                storage=storage,
+                timeout_ms=self._timeout_ms(),
+            ),
+            on_found,
+        )
 
 
 class FindTask(Task):
@@ -101,16 +121,7 @@ class FindTask(Task):
 
     def begin(self, node: Transfers) -> None:
         self.waits_for = "storage"
-        node.ask(
-            lambda number: p.Find(
-                id=number,
-                ns=node.NAMESPACE,
-                keys=list(self._keys),
-                storage=self._storage,
-                timeout_ms=self.timeout_ms(),
-            ),
-            self._on_found,
-        )
+        self._find(node, self._keys, self._on_found, storage=self._storage)
 
     def _on_found(self, found: p.Found) -> None:
         self.places, self.reason = found.places, found.reason

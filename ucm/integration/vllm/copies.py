@@ -46,8 +46,7 @@ from enum import Enum
 
 from ucm.errors import UcmError
 from ucm.integration.vllm.arena import Arena
-from ucm.integration.vllm.views import LayerView
-from ucm.store.page import PageGeometry, RankShare
+from ucm.store.page import PageGeometry
 
 # Copies take milliseconds. One that has not ended by then never will: the device hangs.
 COPY_TIMEOUT_S = 60.0
@@ -163,7 +162,7 @@ class JobLedger:
 
 
 class CopyEngine(ABC):
-    """See the module. Made by `make_copy_engine`."""
+    """See the module. Made by `copy_engines.make_copy_engine`."""
 
     def __init__(self, num_layers: int) -> None:
         self._num_layers = num_layers
@@ -242,27 +241,6 @@ class CopyEngine(ABC):
     @abstractmethod
     def close(self) -> None:
         """Lets submitted copies end, bounded, and stops. Any thread; more than once is fine."""
-
-
-def make_copy_engine(
-    views: Sequence[LayerView],
-    *,
-    geometry: PageGeometry,
-    share: RankShare,
-    engine_block_tokens: int,
-) -> CopyEngine:
-    """The engine for the device that the views are on. `views` are in the order of
-    `share.layers`."""
-    block_tokens = {view.num_units * geometry.unit_tokens for view in views}
-    if block_tokens != {engine_block_tokens}:
-        raise ValueError(f"views of {sorted(block_tokens)} tokens, blocks of {engine_block_tokens}")
-    if views[0].parts[0].device.type == "cpu":
-        from ucm.integration.vllm.host_copies import HostCopyEngine
-
-        return HostCopyEngine(views, geometry=geometry, share=share)
-    from ucm.integration.vllm.device_copies import DeviceCopyEngine
-
-    return DeviceCopyEngine(views, geometry=geometry, share=share)
 
 
 def first_units(part: PagePart, *, geometry: PageGeometry, block_units: int) -> range:

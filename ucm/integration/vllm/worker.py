@@ -21,7 +21,8 @@ import torch
 from ucm.config import Settings
 from ucm.errors import UnsupportedEngine
 from ucm.integration.vllm.arena import Arena
-from ucm.integration.vllm.copies import CopyEngine, Direction, PagePart, make_copy_engine
+from ucm.integration.vllm.copies import CopyEngine, Direction, PagePart
+from ucm.integration.vllm.copy_engines import make_copy_engine
 from ucm.integration.vllm.copy_meter import CopyMeter
 from ucm.integration.vllm.engine_facts import EngineFacts, layer_index
 from ucm.integration.vllm.metadata import IDLE_WAIT_S, CopyJob, RankReport, StepMetadata

@@ -1,0 +1,28 @@
+"""Which copy engine fits a device."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from ucm.integration.vllm.copies import CopyEngine
+from ucm.integration.vllm.device_copies import DeviceCopyEngine
+from ucm.integration.vllm.host_copies import HostCopyEngine
+from ucm.integration.vllm.views import LayerView
+from ucm.store.page import PageGeometry, RankShare
+
+
+def make_copy_engine(
+    views: Sequence[LayerView],
+    *,
+    geometry: PageGeometry,
+    share: RankShare,
+    engine_block_tokens: int,
+) -> CopyEngine:
+    """The engine for the device that the views are on. `views` are in the order of
+    `share.layers`."""
+    block_tokens = {view.num_units * geometry.unit_tokens for view in views}
+    if block_tokens != {engine_block_tokens}:
+        raise ValueError(f"views of {sorted(block_tokens)} tokens, blocks of {engine_block_tokens}")
+    if views[0].parts[0].device.type == "cpu":
+        return HostCopyEngine(views, geometry=geometry, share=share)
+    return DeviceCopyEngine(views, geometry=geometry, share=share)
