@@ -32,10 +32,12 @@ print(os.getpid(), child.pid, daemon.pid, memory.name, flush=True)
 time.sleep(600)
 """
 
+# SIGHUP is ignored where the tests run under nohup.
 PARENT = """
-import sys, time
+import signal, sys, time
 from pathlib import Path
 from examples.cluster.processes import GuardedProcess, run_folder
+signal.signal(signal.SIGHUP, signal.SIG_DFL)
 print(run_folder(), flush=True)
 with GuardedProcess([sys.executable, "-c", sys.argv[1]], log=Path(sys.argv[2])):
     time.sleep(600)
@@ -74,10 +76,13 @@ def test_a_server_and_its_whole_family_die_with_their_parent(tmp_path: Path, num
         folder = Path(parent.stdout.readline().strip())
         assert folder.is_dir() and memory.exists()
 
-        parent.send_signal(number)
+        try:
+            parent.send_signal(number)
 
-        eventually(lambda: not any(is_alive(pid) for pid in pids))
-        eventually(lambda: not folder.exists() and not memory.exists())
+            eventually(lambda: not any(is_alive(pid) for pid in pids))
+            eventually(lambda: not folder.exists() and not memory.exists())
+        finally:
+            parent.kill()
 
 
 def test_a_killed_server_leaves_no_children_and_no_memory_but_its_daemons_live(tmp_path: Path):
