@@ -114,6 +114,19 @@ def test_links_find_the_next_node_cache_by_themselves_and_hit_its_files(place: P
         assert rank.taker.generations == other_rank.taker.generations == [0, 1, 2, 3]
 
 
+def test_a_link_that_is_closed_starts_no_node_cache_any_more(place: Place) -> None:
+    threads = threading.active_count()
+    for _ in range(5):
+        link = NodeLink(place.settings(), engine_id="engine")
+        assert link.wait_connected(SOON_S)
+        assert link.client is not None
+        kill(link.client.welcome.pid)
+
+        link.close()
+
+        assert threading.active_count() == threads, "nobody is left who could start one"
+
+
 def test_a_rank_that_saw_one_loss_more_comes_back_to_the_scheduler_side(place: Place) -> None:
     settings = place.settings()
     with (

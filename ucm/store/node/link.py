@@ -27,6 +27,7 @@ _BACKOFF_FIRST_S = 0.05
 _BACKOFF_LAST_S = 5.0
 _AHEAD_S = 2.0
 _LISTEN_S = 0.2
+_CLOSE_S = 1.0
 
 
 def session_name(engine_id: str, generation: int) -> str:
@@ -54,7 +55,8 @@ class NodeLink:
         self._lock = threading.Lock()
         self._arrived: deque[NodeClient] = deque()
         self._closed = threading.Event()
-        threading.Thread(target=self._keep_connected, name="ucm-link", daemon=True).start()
+        self._thread = threading.Thread(target=self._keep_connected, name="ucm-link", daemon=True)
+        self._thread.start()
 
     @property
     def client(self) -> NodeClient | None:
@@ -94,6 +96,7 @@ class NodeLink:
         return self._client is not None
 
     def close(self) -> None:
+        """Waits a moment for the thread, so that it starts no node cache any more."""
         with self._lock:
             self._closed.set()
             clients = [*self._arrived, *([self._client] if self._client is not None else [])]
@@ -101,6 +104,7 @@ class NodeLink:
         for client in clients:
             client.close()
         self._client = None
+        self._thread.join(_CLOSE_S)
 
     def _current(self) -> NodeClient | None:
         if self._client is None:
@@ -129,8 +133,11 @@ class NodeLink:
                     session=session_name(self._engine_id, generation),
                     role=self._role,
                     timeout_s=_START_S,
+                    given_up=self._closed,
                 )
             except (UcmError, OSError) as error:
+                if self._closed.is_set():
+                    return
                 logger.warning("no node cache: %s; next try in %.2g s", error, backoff_s)
                 self.problem = error
                 self._closed.wait(backoff_s)
@@ -219,6 +226,7 @@ class RankLink(threading.Thread):
                     session=session_name(self._engine_id, generation),
                     role="worker",
                     timeout_s=_START_S,
+                    given_up=self._closed,
                 )
                 backoff_s = _BACKOFF_FIRST_S
                 self._serve(client, generation)

@@ -11,6 +11,7 @@ import math
 import os
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
 
@@ -31,11 +32,17 @@ _LOG_FORMAT = "%(asctime)s %(levelname)s %(name)s: %(message)s"
 
 
 def connect_or_start(
-    settings: StoreSettings, *, session: str, role: str, timeout_s: float
+    settings: StoreSettings,
+    *,
+    session: str,
+    role: str,
+    timeout_s: float,
+    given_up: threading.Event | None = None,
 ) -> NodeClient:
     """A connection to the node cache at `settings.socket_path`, which is started when nobody
-    answers. Blocks up to `timeout_s`; raises NodeUnavailable with where to look, or ConfigError for
-    a socket directory that somebody else controls."""
+    answers. Blocks up to `timeout_s`, or until `given_up` is set; raises NodeUnavailable with where
+    to look, or ConfigError for a socket directory that somebody else controls."""
+    given_up = given_up or threading.Event()
     ensure_private_directory(settings.socket_path)
     deadline_s = time.monotonic() + timeout_s
     started_s = -math.inf
@@ -45,7 +52,7 @@ def connect_or_start(
                 settings.socket_path, session=session, role=role, timeout_s=_HANDSHAKE_S
             )
         except NodeUnavailable as error:
-            if time.monotonic() >= deadline_s:
+            if given_up.is_set() or time.monotonic() >= deadline_s:
                 raise NodeUnavailable(
                     f"{error}; see {log_path(settings)} for why it did not start"
                 ) from error
@@ -53,7 +60,7 @@ def connect_or_start(
         if time.monotonic() - started_s > _START_AGAIN_S:
             spawn(settings)
             started_s = time.monotonic()
-        time.sleep(_RETRY_S)
+        given_up.wait(_RETRY_S)
 
 
 def spawn(settings: StoreSettings) -> None:
