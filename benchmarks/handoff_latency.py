@@ -17,7 +17,7 @@ from __future__ import annotations
 import random
 import statistics
 import time
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import cycle
@@ -27,7 +27,7 @@ from rich.table import Table
 
 from benchmarks.contenders import KV_CACHE_TOKENS, Contender, Servers, prompt_of
 from benchmarks.streaming import stages_s, stream
-from examples.cluster.client import Counters
+from examples.cluster.client import Counters, by_label, total
 
 MAX_TOKENS = 4
 # For what still runs behind an answer, such as writes.
@@ -49,7 +49,7 @@ class Sample:
     local_s: float
     waited_s: float
     computed_tokens: int
-    recomputed: dict[str, int]
+    recomputed: Counter[str]
     is_right: bool
 
     @property
@@ -116,19 +116,11 @@ def _sample(servers: Servers, handoff: str, prompt: list[int]) -> Sample:
         ttft_s=handed.ttft_s,
         prefill_s=stages_s(handed)["prefill"],
         local_s=local.ttft_s,
-        waited_s=sum(value for name, value in grown.items() if name.startswith(_WAITED)),
+        waited_s=total(grown, _WAITED),
         computed_tokens=Counters.of(grown).computed,
-        recomputed=_by_reason(grown),
+        recomputed=by_label(grown, _RECOMPUTED, "reason"),
         is_right=handed.token_ids == right.token_ids,
     )
-
-
-def _by_reason(grown: dict[str, float]) -> dict[str, int]:
-    found = {}
-    for name, value in grown.items():
-        if name.startswith(_RECOMPUTED) and value > 0:
-            found[name.partition('reason="')[2].partition('"')[0]] = int(value)
-    return found
 
 
 def table(groups: Sequence[Group]) -> Table:
@@ -150,10 +142,8 @@ def _row(group: Group) -> list[str]:
         return f"{statistics.median(seconds) * 1000:.0f}"
 
     samples = group.samples
-    recomputed: defaultdict[str, int] = defaultdict(int)
-    for sample in samples:
-        for reason, count in sample.recomputed.items():
-            recomputed[reason] += count
+    # Adding leaves out what is zero.
+    recomputed = sum((s.recomputed for s in samples), Counter())
     wrong = sum(not s.is_right for s in samples)
     notes = [f"{count} {reason}" for reason, count in recomputed.items()]
     notes += [f"{wrong} of {len(samples)} answers differ"] if wrong else []

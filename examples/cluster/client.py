@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import http.client
 import json
+import re
 import time
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -60,16 +62,12 @@ class Counters:
     @classmethod
     def of(cls, samples: Mapping[str, float]) -> Counters:
         """Of what Client.metrics has found."""
-
-        def total(name: str, label: str = "") -> int:
-            return int(sum(v for k, v in samples.items() if k.startswith(name) and label in k))
-
-        by_source = "vllm:prompt_tokens_by_source_total{"
+        by_source = by_label(samples, "vllm:prompt_tokens_by_source_total", "source")
         return cls(
-            computed=total(by_source, 'source="local_compute"'),
-            local_hits=total(by_source, 'source="local_cache_hit"'),
-            external_hits=total("vllm:external_prefix_cache_hits_total{"),
-            external_queries=total("vllm:external_prefix_cache_queries_total{"),
+            computed=by_source["local_compute"],
+            local_hits=by_source["local_cache_hit"],
+            external_hits=int(total(samples, "vllm:external_prefix_cache_hits_total")),
+            external_queries=int(total(samples, "vllm:external_prefix_cache_queries_total")),
         )
 
     def __sub__(self, earlier: Counters) -> Counters:
@@ -79,6 +77,21 @@ class Counters:
             external_hits=self.external_hits - earlier.external_hits,
             external_queries=self.external_queries - earlier.external_queries,
         )
+
+
+def total(samples: Mapping[str, float], name: str) -> float:
+    """The sum of a metric over its labels, of what Client.metrics has found."""
+    return sum(value for key, value in samples.items() if key.startswith(f"{name}{{"))
+
+
+def by_label(samples: Mapping[str, float], name: str, label: str) -> Counter[str]:
+    """The sums of a metric for each value of one label."""
+    found: Counter[str] = Counter()
+    for key, value in samples.items():
+        named = re.search(f'{label}="([^"]*)"', key)
+        if key.startswith(f"{name}{{") and named:
+            found[named[1]] += int(value)
+    return found
 
 
 @dataclass

@@ -5,9 +5,7 @@ from __future__ import annotations
 import http.client
 import json
 import random
-import re
 import time
-from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
@@ -15,7 +13,7 @@ from dataclasses import dataclass
 from functools import partial
 from typing import TypeVar
 
-from examples.cluster.client import Client, Counters
+from examples.cluster.client import Client, Counters, by_label, total
 from tests.e2e.deployment import Engine
 
 LENGTHS = (1, 127, 128, 129, 1500, 3500)
@@ -104,8 +102,7 @@ def abandon(client: Client, prompt: Prompt, *, after_s: float) -> None:
 
 def metric(client: Client, name: str) -> int:
     """The sum of a metric over its labels."""
-    samples = client.metrics().items()
-    return int(sum(value for key, value in samples if key.startswith(f"{name}{{")))
+    return int(total(client.metrics(), name))
 
 
 @dataclass(frozen=True)
@@ -128,20 +125,11 @@ class HandedOver:
 
 def handed_over(client: Client) -> HandedOver:
     samples = client.metrics()
-
-    def by(name: str, label: str) -> dict[str, int]:
-        found: Counter[str] = Counter()
-        for key, value in samples.items():
-            named = re.search(f'{label}="([^"]*)"', key)
-            if key.startswith(f"{name}{{") and named:
-                found[named[1]] += int(value)
-        return found
-
     return HandedOver(
-        metric(client, "ucm_handoff_promised_tokens_total"),
-        metric(client, "ucm_handoff_loaded_tokens_total"),
-        by("ucm_handoff_recomputed_tokens_total", "reason"),
-        by("ucm_receipts_total", "outcome"),
+        int(total(samples, "ucm_handoff_promised_tokens_total")),
+        int(total(samples, "ucm_handoff_loaded_tokens_total")),
+        by_label(samples, "ucm_handoff_recomputed_tokens_total", "reason"),
+        by_label(samples, "ucm_receipts_total", "outcome"),
     )
 
 

@@ -60,7 +60,7 @@ def oracle(started_oracle: Oracle) -> Oracle:
 # vLLM refuses a required tool call without them.
 TOOLS = ("--enable-auto-tool-choice", "--tool-call-parser", "pythonic")
 
-DeploymentMaker = Callable[..., Deployment]
+DeploymentMaker = Callable[[str], Deployment]
 
 
 @pytest.fixture(scope="session")

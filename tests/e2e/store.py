@@ -85,9 +85,16 @@ class Store:
         if len(prompt) < BLOCK_TOKENS:
             return
         deadline_s = time.monotonic() + timeout_s
-        while not self._namespaces(layout) or not self.files(prompt, layout)[-1].exists():
+
+        def wait() -> None:
             assert time.monotonic() < deadline_s, f"{len(prompt)} tokens: not stored in time"
             time.sleep(0.01)
+
+        while not self._namespaces(layout):
+            wait()
+        last = self.files(prompt, layout)[-1]
+        while not last.exists():
+            wait()
         missing = [file for file in self.files(prompt, layout) if not file.exists()]
         assert not missing, "the last block was visible before one that precedes it"
 

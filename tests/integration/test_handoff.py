@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import time
+from types import SimpleNamespace
 
 import msgspec
 import pytest
@@ -241,20 +242,25 @@ def test_two_engines_that_were_reset_do_not_share_until_they_are_told_to():
     assert two.admit(two.add("b", 100)) == 0
 
 
-def test_what_a_silent_node_cache_has_not_taken_yet_is_promised_and_dumped_when_it_speaks_again():
-    link = Loopback()
-    engine = Engine(link, timeout_ms=1)
+def admit_unanswered(engine: Engine) -> SimpleNamespace:
+    """A request of 64 tokens that nobody answers for: the node cache is found silent."""
     request = engine.add("a", 64, says=h.Wanted())
-    link.mute = True
+    engine.link.mute = True
     for _ in range(2):
         assert engine.side.matched_tokens(request, 0)[0] is None
         time.sleep(0.6)  # longer than the lookup's deadline and its grace
     assert engine.admit(request) == 0
+    return request
+
+
+def test_what_a_silent_node_cache_has_not_taken_yet_is_promised_and_dumped_when_it_speaks_again():
+    engine = Engine(Loopback(), timeout_ms=1)
+    request = admit_unanswered(engine)
     engine.step({"a": 64})
     held, params = engine.side.finished(request, engine.blocks(request))
     assert (held, receipt_of(params).tokens) == (True, 64)
 
-    link.mute = False
+    engine.link.mute = False
     engine.step({})
     engine.copied(*engine.take_dumping())
     assert engine.step({}).released == ("a",)
@@ -262,14 +268,8 @@ def test_what_a_silent_node_cache_has_not_taken_yet_is_promised_and_dumped_when_
 
 
 def test_nothing_is_promised_or_kept_for_a_node_cache_silent_for_longer_than_a_dump_may_take():
-    link = Loopback()
-    engine = Engine(link, timeout_ms=1, dump_timeout_ms=1)
-    request = engine.add("a", 64, says=h.Wanted())
-    link.mute = True
-    for _ in range(2):
-        assert engine.side.matched_tokens(request, 0)[0] is None
-        time.sleep(0.6)  # longer than the lookup's deadline and its grace
-    assert engine.admit(request) == 0
+    engine = Engine(Loopback(), timeout_ms=1, dump_timeout_ms=1)
+    request = admit_unanswered(engine)
     time.sleep(0.002)
     engine.step({"a": 64})
     assert engine.side.finished(request, engine.blocks(request)) == (True, None)
