@@ -25,6 +25,10 @@ demo: $(READY) ## prefill, decode and proxy on this machine, and a table of what
 test: $(READY) ## unit tests, then real processes, then real vLLM (CPU); stops between stages on red
 	@exec $(BIN)/python -m pytest $(ARGS)
 
+.PHONY: test-long
+test-long: $(READY) ## storms and matrices: what `make test` leaves out because it takes minutes each
+	@exec $(BIN)/python -m pytest -m long $(ARGS)
+
 .PHONY: test-gpu
 test-gpu: ## copies between a GPU and slots; uses PYTHON's own torch, skipped without an accelerator
 	@python=$${PYTHON:-}
