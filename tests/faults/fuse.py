@@ -95,13 +95,16 @@ def mount_fuse(
     *,
     negative_timeout_s: float = 0.0,
     entry_timeout_s: float = 0.0,
+    listing_timeout_s: float = 0.0,
+    believes_until_changed: bool = False,
     delays_s: Mapping[str, float] | None = None,
     hang: Collection[str] = (),
 ) -> Iterator[FuseMount]:
     """Mounts `source` at `path`, both made if need be, while the context lasts.
 
     `negative_timeout_s`: how long the kernel remembers that a name is missing. `entry_timeout_s`:
-    how long it trusts a name that is there (attributes are asked for each time). `delays_s`: how
+    how long it trusts a name that is there (attributes are asked for each time).
+    `listing_timeout_s`, `believes_until_changed`: as in `fuse_client.py`. `delays_s`: how
     much longer each operation of a name takes. `hang`: operations that wait for `release`.
 
     Leave it in the thread that entered it: the server goes when that thread does.
@@ -116,6 +119,8 @@ def mount_fuse(
         "path": mounted_at,
         "negative_timeout_s": negative_timeout_s,
         "entry_timeout_s": entry_timeout_s,
+        "listing_timeout_s": listing_timeout_s,
+        "believes_until_changed": believes_until_changed,
         "delays_s": dict(delays_s),
         "hang": list(hang),
         "starter": os.getpid(),

@@ -18,6 +18,8 @@ import threading
 import time
 from collections import Counter
 
+from tests.faults.fuse_client import Client
+
 _ATTR = struct.Struct("<QQQQQQIIIIIIIIII")
 _ENTRY = struct.Struct("<QQQQII")
 _SETATTR = struct.Struct("<IIQQQQQQIIIIIIII")
@@ -81,8 +83,16 @@ class Passthrough:
     """The operations: each takes the node it is about and the request's body, returns the answer's
     body, and raises OSError."""
 
-    def __init__(self, source: str, *, negative_timeout_s: float, entry_timeout_s: float) -> None:
+    def __init__(
+        self,
+        source: str,
+        *,
+        negative_timeout_s: float,
+        entry_timeout_s: float,
+        client: Client,
+    ) -> None:
         self._nodes = Nodes(source)
+        self._client = client
         self._negative_timeout_s = negative_timeout_s
         self._entry_timeout_s = entry_timeout_s
         # The descriptor of an open folder is its handle; the listing is made when it is first read.
@@ -101,9 +111,13 @@ class Passthrough:
     # -- names -----------------------------------------------------------------------------
 
     def lookup(self, node: int, body: memoryview) -> bytes:
+        name, folder = _names(body)[0], self._nodes.fd(node)
         try:
-            return self._entry(_names(body)[0], self._nodes.fd(node))
+            if self._client.believes_absent(node, name, os.fstat(folder)):
+                raise FileNotFoundError(errno.ENOENT, "as it was")
+            return self._entry(name, folder)
         except FileNotFoundError:
+            self._client.found_absent(node, name, os.fstat(folder))
             if not self._negative_timeout_s:
                 raise
             # Node 0: there is none, and that can be remembered.
@@ -239,7 +253,7 @@ class Passthrough:
     def readdir(self, node: int, body: memoryview) -> bytes:
         fd, offset, size = struct.unpack_from("<QQI", body)
         if offset == 0:
-            self._listings[fd] = _listing(fd)
+            self._listings[fd] = self._client.listing(node, lambda: _listing(fd))
         answer = b""
         for i, (ino, kind, name) in enumerate(self._listings[fd][offset:], start=offset + 1):
             record = _DIRENT.pack(ino, i, len(name), kind) + name

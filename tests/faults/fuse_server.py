@@ -22,6 +22,7 @@ import time
 from collections import Counter
 from typing import NoReturn
 
+from tests.faults.fuse_client import Client
 from tests.faults.fuse_folder import MAX_WRITE, Passthrough, libc
 
 # By the kernel's numbers. Others are answered with ENOSYS, and the kernel does without them.
@@ -194,6 +195,10 @@ def main(settings: str) -> None:
         wanted["source"],
         negative_timeout_s=wanted["negative_timeout_s"],
         entry_timeout_s=wanted["entry_timeout_s"],
+        client=Client(
+            listing_timeout_s=wanted["listing_timeout_s"],
+            believes_until_changed=wanted["believes_until_changed"],
+        ),
     )
     faults = Faults(wanted["delays_s"], wanted["hang"])
     try:

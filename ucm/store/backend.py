@@ -15,6 +15,7 @@ from typing import TypeVar
 
 from ucm.errors import TierError, TierErrorReason
 from ucm.store import paths
+from ucm.store.mounts import mount_of
 
 _logger = logging.getLogger(__name__)
 _T = TypeVar("_T")
@@ -41,6 +42,19 @@ class Backend:
     def __init__(self, path: str, *, direct_io: bool) -> None:
         self.path = os.path.normpath(path)
         self.direct_io = direct_io
+        # By device: the mount may be another one later.
+        self._remembers: tuple[int, bool] | None = None
+
+    def remembers_absences(self) -> bool:
+        """Whether this machine may take a name for missing that another one has made since."""
+        try:
+            device = os.stat(self.path).st_dev
+        except OSError:
+            return False
+        if self._remembers is None or self._remembers[0] != device:
+            mount = mount_of(self.path)
+            self._remembers = device, mount is None or not mount.is_local
+        return self._remembers[1]
 
     def try_direct(self, act: Callable[[int], _T]) -> _T:
         """`act(flags)` opens its file with `flags` added. O_DIRECT is tried as long as it works:

@@ -40,6 +40,9 @@ class MeasuredTier(Tier):
     def contains_now(self, namespace: TierNamespace, key: Key) -> bool:
         return self._tier.contains_now(namespace, key)
 
+    def doubt(self, namespace: TierNamespace, key: Key) -> None:
+        self._tier.doubt(namespace, key)
+
     def read_manifest(self, fingerprint: bytes) -> bytes | None:
         return self._tier.read_manifest(fingerprint)
 

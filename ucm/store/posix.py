@@ -27,7 +27,7 @@ from ucm.store import paths
 from ucm.store.backend import READ_ONLY_ERRNOS, Backend, tier_error, unlink_if_there
 from ucm.store.blockfile import BlockId, Scratch, read_block, write_block
 from ucm.store.keys import Key
-from ucm.store.names import is_there_now
+from ucm.store.names import doubt, is_there_now
 from ucm.store.tier import ABSENT, HIT, PageRead, ReadStatus, Staged, Tier, TierNamespace
 
 # Buffered reads stop often to verify what is still in the CPU's cache. Direct ones don't pass
@@ -64,7 +64,8 @@ class PosixTier(Tier):
             try:
                 os.stat(path)
             except FileNotFoundError:
-                return i
+                if not (backend.remembers_absences() and self.contains_now(namespace, key)):
+                    return i
             except OSError as error:
                 raise tier_error(path, "can't be looked up", error) from error
         return len(keys)
@@ -78,6 +79,15 @@ class PosixTier(Tier):
             return is_there_now(path, below=backend.path)
         except OSError as error:
             raise tier_error(path, "can't be looked up", error) from error
+
+    def doubt(self, namespace: TierNamespace, key: Key) -> None:
+        try:
+            backend = self._backend_of(key)
+        except TierError:
+            return
+        if backend is not None:
+            path = paths.block_path(backend.path, namespace.fingerprint, key)
+            doubt(path, below=backend.path)
 
     def read_manifest(self, fingerprint: bytes) -> bytes | None:
         for backend in self._backends:

@@ -89,14 +89,19 @@ class Tier(ABC):
     def contains(self, namespace: TierNamespace, keys: Sequence[Key]) -> int:
         """Number of leading keys that are present.
 
-        A page that is there but damaged may be counted: `read` decides. Raises TierError when
-        storage can't tell.
+        A page that is there but damaged may be counted: `read` decides. Where this node may
+        remember absences that have ended, the first missing key is asked for as `contains_now`
+        does. Raises TierError when storage can't tell.
         """
 
     def contains_now(self, namespace: TierNamespace, key: Key) -> bool:
         """`contains` of one key that another node may have stored just now: past whatever this
         node remembers of a name that was not there. Costs more."""
         return self.contains(namespace, [key]) == 1
+
+    def doubt(self, namespace: TierNamespace, key: Key) -> None:  # noqa: B027 few need it
+        """A key that was promised long ago is still not there: makes this node and others give up
+        what they may remember of its absence. Changes nothing that is stored, and never raises."""
 
     @abstractmethod
     def read_manifest(self, fingerprint: bytes) -> bytes | None:

@@ -113,10 +113,15 @@ class Timers:
 
 class Node:
     def __init__(
-        self, *, num_slots: int = 64, keeps_unpinned: bool = True, has_tier: bool = True
+        self,
+        *,
+        num_slots: int = 64,
+        keeps_unpinned: bool = True,
+        has_tier: bool = True,
+        tier: MemoryTier | None = None,
     ) -> None:
         self.memory = memoryview(bytearray(PAGE * num_slots))
-        self.tier = MemoryTier()
+        self.tier = tier or MemoryTier()
         self.reads, self.writes = HeldPool(), HeldPool()
         self.now_s = 0.0
         self.timers = Timers()

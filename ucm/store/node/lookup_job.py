@@ -49,6 +49,9 @@ class LookupJob:
     wanted: set[int] = field(default_factory=set)
     look_pending: bool = False
     pause_s: float = 0.0
+    # When to doubt next that what can't be seen isn't there; None before the first look.
+    doubt_s: float | None = None
+    doubt_pause_s: float = 0.0
     # The last promised block is in storage, so it has them all.
     all_there: bool = False
     # An engine of this node brings pages.

@@ -52,7 +52,11 @@ class Lookups:
         self._tier = tier
         self._reads = reads
         self._promises = Promises(
-            tier=tier, reads=reads, call_later=call_later, on_looked=self._on_looked
+            tier=tier,
+            reads=reads,
+            call_later=call_later,
+            clock=clock,
+            on_looked=self._on_looked,
         )
         self._writeback = writeback
         self._count = count
@@ -272,7 +276,7 @@ class Lookups:
             self._have_stored(job, fresh)
             job.all_there = result.all_there
             if there:
-                job.pause_s = FIRST_PAUSE_S
+                self._promises.take_heart(job)
             missing = [i for i in blocks[result.leading :] if i in job.wanted]
             if missing and result.all_there:
                 job.shorten(missing[0], "evicted")

@@ -23,6 +23,9 @@ CallLater = Callable[[float, Callable[[], None]], object]
 
 FIRST_PAUSE_S = 0.001
 LAST_PAUSE_S = 0.05
+# After so long a page may be there unseen (`names.py`). To doubt costs storage a few writes.
+FIRST_DOUBT_S = 0.2
+LAST_DOUBT_S = 1.0
 # An engine of this node brings the pages: a look is for what it might not know of.
 FED_PAUSE_S = 1.0
 
@@ -45,11 +48,13 @@ class Promises:
         tier: Tier | None,
         reads: Pool,
         call_later: CallLater,
+        clock: Callable[[], float],
         on_looked: Callable[[LookupJob, Sequence[int], object], None],
     ) -> None:
         self._tier = tier
         self._reads = reads
         self._call_later = call_later
+        self._clock = clock
         self._on_looked = on_looked
         self._wanted: defaultdict[Key, list[tuple[LookupJob, int]]] = defaultdict(list)
 
@@ -96,16 +101,28 @@ class Promises:
         if job.closed or job.look_pending or not blocks or self._tier is None:
             return
         job.look_pending = True
+        keys = [job.keys[i] for i in blocks]
+        last = job.keys[job.promised - 1]
+        doubted = (keys[0], last) if self._must_doubt(job) else ()
         self._reads.submit(
-            partial(
-                _look,
-                self._tier,
-                job.namespace.tier,
-                [job.keys[i] for i in blocks],
-                job.keys[job.promised - 1],
-            ),
+            partial(_look, self._tier, job.namespace.tier, keys, last, doubted),
             partial(self._looked, job, blocks),
         )
+
+    def _must_doubt(self, job: LookupJob) -> bool:
+        """At once for nobody, then ever more seldom while nothing comes."""
+        now_s = self._clock()
+        if job.doubt_s is None:
+            job.doubt_s, job.doubt_pause_s = now_s + FIRST_DOUBT_S, FIRST_DOUBT_S / 2
+        if now_s < job.doubt_s:
+            return False
+        job.doubt_pause_s = min(2 * job.doubt_pause_s, LAST_DOUBT_S)
+        job.doubt_s = now_s + job.doubt_pause_s
+        return True
+
+    def take_heart(self, job: LookupJob) -> None:
+        """A look has found something: the next ones come soon again."""
+        job.pause_s, job.doubt_s = FIRST_PAUSE_S, None
 
     def look_later(self, job: LookupJob) -> None:
         """After a look that has found nothing."""
@@ -126,7 +143,15 @@ class Promises:
             self._on_looked(job, blocks, result)
 
 
-def _look(tier: Tier, namespace: TierNamespace, keys: Sequence[Key], last: Key) -> Looked:
+def _look(
+    tier: Tier,
+    namespace: TierNamespace,
+    keys: Sequence[Key],
+    last: Key,
+    doubted: Sequence[Key],
+) -> Looked:
+    for key in doubted:
+        tier.doubt(namespace, key)
     all_there = tier.contains_now(namespace, last)
     leading = 0
     while leading < len(keys) and tier.contains_now(namespace, keys[leading]):

@@ -1,0 +1,71 @@
+"""Which filesystem a directory lies on, and what may be expected of it. Linux.
+
+Read from the kernel, by the directory's device where that names one mount's filesystem,
+and else by the longest mount point above it (btrfs and overlay give files devices of their own).
+"""
+
+from __future__ import annotations
+
+import os
+import re
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+_MOUNTINFO = "/proc/thread-self/mountinfo"
+# One kernel has them, so nobody else can change them behind its back.
+_LOCAL = frozenset(
+    ("ext2", "ext3", "ext4", "xfs", "btrfs", "zfs", "f2fs", "bcachefs", "tmpfs", "ramfs")
+) | frozenset(("overlay", "rootfs", "vfat", "exfat", "jfs", "reiserfs", "ntfs3", "squashfs"))
+_OCTAL = re.compile(r"\\([0-7]{3})")
+
+
+@dataclass(frozen=True)
+class Mount:
+    """One line of the mount table. `device` as in st_dev; `kind` is "nfs4", "fuse.sshfs", ..."""
+
+    point: str
+    kind: str
+    device: int
+
+    @property
+    def is_local(self) -> bool:
+        """Only this machine can change it, so what this machine remembers of it is true."""
+        return self.kind in _LOCAL
+
+
+def mount_of(path: str) -> Mount | None:
+    """Of what lies at `path` now. None where the mount table can't tell. Raises OSError if nothing
+    is there."""
+    path = os.path.realpath(path)
+    device = os.stat(path).st_dev
+    try:
+        with open(_MOUNTINFO, encoding="utf-8", errors="surrogateescape") as file:
+            return choose(parse(file), path, device)
+    except OSError:
+        return None
+
+
+def parse(lines: Iterable[str]) -> list[Mount]:
+    """The mount table, in its order: a later mount hides an earlier one of the same place."""
+    mounts = []
+    for line in lines:
+        before, _, after = line.partition(" - ")
+        fields, kinds = before.split(), after.split()
+        if len(fields) < 5 or not kinds:
+            continue
+        major, _, minor = fields[2].partition(":")
+        point = _OCTAL.sub(lambda found: chr(int(found[1], 8)), fields[4])
+        mounts.append(Mount(point, kinds[0], os.makedev(int(major), int(minor))))
+    return mounts
+
+
+def choose(mounts: Iterable[Mount], path: str, device: int) -> Mount | None:
+    """The mount that `path`, absolute and without links, is seen through."""
+    above = [mount for mount in mounts if _is_below(path, mount.point)]
+    found = [mount for mount in above if mount.device == device] or above
+    # Of equally long ones the last: it was mounted over the others.
+    return max(reversed(found), key=lambda mount: len(mount.point), default=None)
+
+
+def _is_below(path: str, point: str) -> bool:
+    return path == point or path.startswith(point.rstrip("/") + "/")
