@@ -130,7 +130,7 @@ class Engine:
         manifest: Manifest = MANIFEST,
         **more: Any,
     ) -> None:
-        self.link = link
+        self.link, self.layerwise = link, layerwise
         store = StoreSettings(socket_path="/nowhere")
         settings = Settings(
             block_tokens=BLOCK,
@@ -228,6 +228,9 @@ class Engine:
         """A request whose prompt ends up in the store. Its `receipt` is vLLM's to send."""
         request = self.add(name, num_tokens, says=says)
         extra = self.admit(request)
+        if extra and not self.layerwise:
+            # vLLM computes nothing of a request before its load has arrived.
+            self.copied(*(job.job_id for job in self.step({}).loads))
         self.step({name: num_tokens - extra})
         _, request.receipt = self.side.finished(request, self.blocks(request))
         self.step({})

@@ -129,3 +129,26 @@ def test_after_the_node_cache_could_not_run_storage_has_no_more_than_a_moment() 
     (reply,) = node.inbox
     assert isinstance(reply, p.LookupReply)
     assert (len(reply.offsets), reply.reason) == (0, "timeout")
+
+
+def test_a_prompts_head_that_the_device_serves_outlives_the_documents_behind_it() -> None:
+    """Nobody reads it here, and no document is found without it."""
+    node = Node(num_slots=8, has_tier=False)
+    head, documents, new = [key(1), key(2)], [key(11), key(12), key(13)], [key(21), key(22)]
+    for each in [*head, *documents]:
+        node.reserve(each)
+        node.commit(each)
+    for number, document in enumerate(documents):
+        node.inbox.clear()
+        lookup = p.Lookup(
+            id=number, ns=1, keys=[*head, document], read_from=2, load=True, timeout_ms=1000
+        )
+        node.core.handle(node.connection, lookup)
+        (reply,) = node.inbox
+        assert len(reply.offsets) == 1  # type: ignore[union-attr]
+        node.core.handle(node.connection, p.Release(lookups=[number]))
+    node.reserve(*new, *[key(30 + i) for i in range(4)])
+
+    there = {each for each in [*head, *documents] if node.core.slots.find(each) is not None}
+
+    assert there == set(head)

@@ -4,7 +4,8 @@
 
 Slots are asked for one step ahead of the computation, so a long prompt holds no more memory than
 its next step can fill, and a step hardly ever waits for the answer. Blocks are copied and committed
-in prompt order. vLLM keeps a finished request's device blocks until its copies have ended.
+in prompt order. vLLM keeps a finished request's device blocks until its copies have ended; whose
+blocks may be read is asked of the ledger (`block_ledger.py`).
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ from collections import deque
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 
+from ucm.integration.vllm.block_ledger import BlockLedger, Ending
 from ucm.integration.vllm.engine_facts import EngineFacts
 from ucm.integration.vllm.metadata import CopyJob
 from ucm.integration.vllm.requests import RequestState, parents, part_of_block
@@ -27,8 +29,12 @@ logger = logging.getLogger(__name__)
 
 @dataclass(eq=False)
 class DumpJob:
+    """`device_blocks` are all of the request's when the job was planned: what it copies depends on
+    every one of them up to its own."""
+
     job_id: int
     blocks: list[int]
+    device_blocks: Sequence[int]
     generation: int
     ended: bool = False
     failed: bool = False
@@ -55,9 +61,16 @@ class Dumps:
     """All dumps of one engine. Owned by the engine's thread."""
 
     def __init__(
-        self, session: NodeSession, facts: EngineFacts, *, block_tokens: int, timeout_s: float
+        self,
+        session: NodeSession,
+        facts: EngineFacts,
+        ledger: BlockLedger,
+        *,
+        block_tokens: int,
+        timeout_s: float,
     ) -> None:
         self._session = session
+        self._ledger = ledger
         self._facts = facts
         self._block_tokens = block_tokens
         self._timeout_s = timeout_s
@@ -93,17 +106,18 @@ class Dumps:
             self._session.wait_for(lambda: dump.todo[0] in dump.slots)
         self._copy(state, dump, num_blocks)
 
-    def preempted(self, state: RequestState) -> None:
-        """vLLM has taken the request's device blocks away; this step may write into them. Copies
-        under way are waited for by the ranks, the others don't start."""
+    def taken_back(self, state: RequestState) -> None:
+        """vLLM has the request's device blocks again, or waits for a load into them, and nothing
+        more is read; the coming step may write into them. Copies under way are waited for by the
+        ranks, the others don't start."""
+        self._fence.extend(self._ledger.take_back(state.request_id))
         dump = self._dumps.pop(state.request_id, None)
         if dump is not None:
-            self._fence.extend(job.job_id for job in dump.jobs if not job.ended)
             self._close(dump)
 
     def finished(self, state: RequestState) -> bool:
-        """The request has ended. True: its device blocks are still being copied from. Its
-        `kept_blocks` are known now."""
+        """The request has ended, and no load of it is under way. True: its device blocks are still
+        being copied from. Its `kept_blocks` are known now."""
         dump = self._dumps.get(state.request_id)
         if dump is None:
             return False
@@ -113,7 +127,8 @@ class Dumps:
         dump.todo = deque(block for block in dump.todo if block < num_blocks)
         self._reserve(dump, computed)
         state.kept_blocks = dump.lost_from
-        if not dump.todo and not dump.jobs:
+        ending = self._ledger.finish(state.request_id, more_to_dump=bool(dump.todo))
+        if ending is not Ending.HELD:
             self._close(self._dumps.pop(state.request_id))
             return False
         self._draining[state.request_id] = (state, time.monotonic())
@@ -137,7 +152,7 @@ class Dumps:
                 why = "no slots in time" if late else "the node cache doesn't answer"
                 logger.warning("%d blocks of %s not stored: %s", len(dump.todo), request_id, why)
                 self._give_up(dump)
-            if not dump.todo and not dump.jobs:
+            if not dump.todo and self._ledger.release(request_id):
                 del self._draining[request_id]
                 # Slots that were asked for in vain may still be given.
                 self._close(self._dumps.pop(request_id))
@@ -205,18 +220,36 @@ class Dumps:
             )
         if not blocks:
             return
-        job = DumpJob(self._session.next_id(), blocks, self._session.generation)
+        job = DumpJob(
+            self._session.next_id(), blocks, state.device_blocks, self._session.generation
+        )
         dump.jobs.append(job)
+        self._ledger.dump(state.request_id, job.job_id)
         self._jobs[job.job_id] = (dump, job)
         self._planned.append(CopyJob(job.job_id, state.request_id, job.generation, tuple(parts)))
 
     # -- endings ---------------------------------------------------------------------------
+
+    def is_under_way(self, job_id: int) -> bool:
+        return job_id in self._jobs
+
+    def spoiled(self, device_blocks: set[int]) -> None:
+        """These blocks, which a step has computed with, hold no KV: nor does what was computed
+        behind them. Nothing of it is committed. Other requests may have shared them."""
+        for dump, job in self._jobs.values():
+            if not device_blocks.isdisjoint(job.device_blocks):
+                job.failed = True
+                dump.lost_from = min(dump.lost_from, job.blocks[0])
+        for dump in self._dumps.values():
+            if not device_blocks.isdisjoint(dump.state.device_blocks):
+                self._close(dump)
 
     def ended(self, job_id: int, *, failed: bool) -> None:
         """All ranks have copied. Commits what is complete in prompt order."""
         dump, job = self._jobs.pop(job_id, (None, None))
         if dump is None or job is None:
             return
+        self._ledger.ended(job_id)
         job.ended, job.failed = True, job.failed or failed
         while dump.jobs and dump.jobs[0].ended:
             done = dump.jobs.popleft()

@@ -9,18 +9,23 @@ ask again at its next step.
 
 from __future__ import annotations
 
+import logging
 import time
 from dataclasses import dataclass
 
 import msgspec
 
+from ucm.integration.vllm.block_ledger import BlockLedger
+from ucm.integration.vllm.copies import PagePart
 from ucm.integration.vllm.engine_facts import EngineFacts
-from ucm.integration.vllm.metadata import STEP_WAIT_S, CopyJob
+from ucm.integration.vllm.metadata import NO_GENERATION, STEP_WAIT_S, CopyJob
 from ucm.integration.vllm.requests import RequestState, parts_of_tokens
 from ucm.integration.vllm.session import NodeSession
 from ucm.integration.vllm.stats import UcmStats
 from ucm.metrics import METRICS
 from ucm.store.node import protocol as p
+
+logger = logging.getLogger(__name__)
 
 # The node cache settles a lookup by its deadline; an answer later than this will never come, unless
 # the machine itself stood still: it gets as long again from when that is noticed.
@@ -46,6 +51,15 @@ class Hit:
         return (self.read_from + count) * block_tokens
 
 
+@dataclass(frozen=True)
+class Load:
+    """Copies into `device_blocks`. Without a hit they can only fail."""
+
+    state: RequestState
+    hit: Hit | None
+    device_blocks: list[int]
+
+
 class Hits:
     """All lookups and loads of one engine. Owned by the engine's thread."""
 
@@ -53,6 +67,7 @@ class Hits:
         self,
         session: NodeSession,
         facts: EngineFacts,
+        ledger: BlockLedger,
         *,
         layerwise: bool,
         block_tokens: int,
@@ -62,6 +77,7 @@ class Hits:
     ) -> None:
         self._session = session
         self._facts = facts
+        self._ledger = ledger
         self._layerwise = layerwise
         self._block_tokens = block_tokens
         self._timeout_s = timeout_s
@@ -70,7 +86,7 @@ class Hits:
         self._hits: dict[str, Hit] = {}
         self._by_lookup: dict[int, Hit] = {}
         self._planned: list[CopyJob] = []
-        self._loading: dict[int, tuple[RequestState, Hit]] = {}
+        self._loading: dict[int, Load] = {}
 
     # -- what vLLM asks --------------------------------------------------------------------
 
@@ -151,8 +167,9 @@ class Hits:
     def _offer(self, state: RequestState, hit: Hit, num_computed: int) -> tuple[int, bool]:
         num_prompt = state.num_prompt
         # In a step that loads and computes, one token must be left to compute. An asynchronous
-        # load may cover the whole prompt: vLLM then computes the last token again.
-        limit = num_prompt - 1 if self._layerwise else num_prompt
+        # load may cover the whole prompt: vLLM then computes the last token again. With nothing in
+        # front of that token it would find nothing computed, and ask again, for ever.
+        limit = num_prompt - 1 if self._layerwise or num_prompt == 1 else num_prompt
         extra = min(hit.end_tokens(self._block_tokens), limit) - num_computed
         if extra <= 0:
             self._release(hit)
@@ -186,44 +203,85 @@ class Hits:
 
     def allocated(self, state: RequestState, start: int, num_tokens: int) -> None:
         """vLLM has given device blocks to tokens [start, start + num_tokens) of the store's."""
-        hit = self._hits.pop(state.request_id)
-        assert hit.reply is not None
-        slots = {hit.read_from + i: offset for i, offset in enumerate(hit.reply.offsets)}
-        job = CopyJob(
-            job_id=self._session.next_id(),
-            request_id=state.request_id,
-            generation=hit.generation,
-            parts=parts_of_tokens(
-                start,
-                start + num_tokens,
-                slots,
-                state.device_blocks,
-                block_tokens=self._block_tokens,
-                unit=self._facts.block_tokens,
-            ),
-        )
-        self._loading[job.job_id] = state, hit
-        self._planned.append(job)
+        if self._ledger.is_loading(state.request_id):
+            return  # said twice
+        hit = self._hits.pop(state.request_id, None)
+        parts = self._parts(hit, state, start, start + num_tokens) if hit is not None else ()
+        if hit is None or hit.reply is None or not parts:
+            if hit is not None:
+                self._release(hit)
+            self._plan_failure(state, start, start + num_tokens)
+            return
+        self._plan(state, hit, hit.generation, parts)
         from_files = min(num_tokens, hit.reply.from_files * self._block_tokens)
         self._stats.count("ucm_hit_tokens", from_files, source="files")
         self._stats.count("ucm_hit_tokens", num_tokens - from_files, source="memory")
+
+    def _parts(self, hit: Hit, state: RequestState, start: int, end: int) -> tuple[PagePart, ...]:
+        """Nothing if this is not what was offered, of this node cache."""
+        if hit.generation != self._session.generation or hit.reply is None:
+            return ()
+        unit = self._facts.block_tokens
+        covered = hit.read_from * self._block_tokens <= start < end
+        if not covered or end > hit.end_tokens(self._block_tokens) or start % unit:
+            return ()
+        return parts_of_tokens(
+            start,
+            end,
+            {hit.read_from + i: offset for i, offset in enumerate(hit.reply.offsets)},
+            state.device_blocks,
+            block_tokens=self._block_tokens,
+            unit=unit,
+        )
+
+    def _plan(
+        self, state: RequestState, hit: Hit | None, generation: int, parts: tuple[PagePart, ...]
+    ) -> None:
+        job = CopyJob(self._session.next_id(), state.request_id, generation, parts)
+        self._loading[job.job_id] = Load(state, hit, [b for part in parts for b in part.block_ids])
+        if not self._layerwise:
+            self._ledger.load(state.request_id, job.job_id)
+        self._planned.append(job)
+
+    def _plan_failure(self, state: RequestState, start: int, end: int) -> None:
+        """vLLM counts on tokens that nobody has (any more): it must hear of a load, and that it has
+        failed. No rank has the memory of NO_GENERATION."""
+        logger.error(
+            "%s: vLLM expects tokens %d to %d from the store, which has not promised them (any "
+            "more): they are computed, if kv_load_failure_policy is recompute",
+            state.request_id,
+            start,
+            end,
+        )
+        unit = self._facts.block_tokens
+        blocks = tuple(state.device_blocks[start // unit : -(-end // unit)])
+        part = PagePart(slot_offset=0, first_token=0, block_ids=blocks)
+        self._plan(state, None, NO_GENERATION, (part,))
 
     def take_planned(self) -> tuple[CopyJob, ...]:
         """The loads for this step's metadata."""
         planned, self._planned = tuple(self._planned), []
         return planned
 
-    def ended(self, job_id: int, *, failed: bool) -> bool:
-        """All ranks have copied: the pins go. False if this wasn't a load. After one that failed
-        vLLM computes the blocks, and asks anew if none is left: it must not be told the same."""
-        if job_id not in self._loading:
-            return False
-        state, hit = self._loading.pop(job_id)
-        if failed:
-            state.no_loads, state.end_reason = True, "io_error"
-        if hit.generation == self._session.generation:
+    def is_under_way(self, job_id: int) -> bool:
+        return job_id in self._loading
+
+    def failed(self, job_id: int) -> set[int]:
+        """A rank could not copy. vLLM computes the blocks, and asks anew if none is left: it must
+        not be told the same. The device blocks that a forward pass has used all the same."""
+        load = self._loading.get(job_id)
+        if load is None:
+            return set()
+        load.state.no_loads, load.state.end_reason = True, "io_error"
+        return set(load.device_blocks) if self._layerwise else set()
+
+    def ended(self, job_id: int) -> None:
+        """All ranks have copied: the pins go."""
+        load = self._loading.pop(job_id, None)
+        self._ledger.ended(job_id)
+        hit = load.hit if load is not None else None
+        if hit is not None and hit.generation == self._session.generation:
             self._session.send(p.Release(lookups=[hit.lookup_id]))
-        return True
 
     def known(self, state: RequestState) -> Hit | None:
         """The request's lookup, answered or not."""

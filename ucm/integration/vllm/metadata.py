@@ -24,6 +24,9 @@ STEP_WAIT_S = 0.001
 IDLE_WAIT_S = 0.005
 IDLE_WAIT_MAX_S = 0.02
 
+# Of no node cache: a job in its memory fails at every rank.
+NO_GENERATION = -1
+
 
 @dataclass(frozen=True)
 class CopyJob:

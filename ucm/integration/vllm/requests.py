@@ -98,7 +98,8 @@ def request_keys(
     root = root_key(fingerprint, lora_digest=lora_digest, cache_salt=request.cache_salt)
     keys = block_keys(root, tokens, block_tokens=block_tokens, items=items)
     start = len(keys) * block_tokens
-    if with_tail and start < len(tokens):
+    # A hit must leave something computed in front of the last token, which vLLM computes again.
+    if with_tail and start < len(tokens) and len(tokens) > 1:
         parent = keys[-1] if keys else root
         keys.append(
             tail_key(

@@ -13,6 +13,7 @@ from typing import Any
 from vllm.v1.request import RequestStatus
 
 from ucm.config import Settings
+from ucm.integration.vllm.block_ledger import BlockLedger
 from ucm.integration.vllm.dumps import Dumps
 from ucm.integration.vllm.engine_facts import AdapterDigests, EngineFacts
 from ucm.integration.vllm.epochs import Epochs
@@ -53,6 +54,7 @@ class SchedulerSide:
         self._stats = stats
         self._adapters = AdapterDigests()
         self._states: dict[str, RequestState] = {}
+        self._ledger = BlockLedger()
         self._acks: dict[int, int] = {}
         self._failed: set[int] = set()
         self._idle_wait_s = IDLE_WAIT_S
@@ -69,6 +71,7 @@ class SchedulerSide:
         self._hits = Hits(
             self._session,
             facts,
+            self._ledger,
             layerwise=settings.use_layerwise,
             block_tokens=settings.block_tokens,
             timeout_s=settings.lookup_timeout_ms / 1000,
@@ -78,6 +81,7 @@ class SchedulerSide:
         self._dumps = Dumps(
             self._session,
             facts,
+            self._ledger,
             block_tokens=settings.block_tokens,
             timeout_s=dump_timeout_s,
         )
@@ -94,15 +98,19 @@ class SchedulerSide:
         self._state_of(request)
 
     def matched_tokens(self, request: Any, num_computed: int) -> tuple[int | None, bool]:
+        if RequestStatus.is_finished(request.status):
+            return 0, False
         state = self._state_of(request)
         self._session.poll()
         if self._dumps.is_planned(state):
             # vLLM asks anew because it has preempted the request.
-            self._dumps.preempted(state)
+            self._dumps.taken_back(state)
         state.local_tokens = num_computed
         return self._hits.matched_tokens(state, num_computed)
 
     def allocated(self, request: Any, device_blocks: list[int], num_external: int) -> None:
+        if RequestStatus.is_finished(request.status):
+            return
         state = self._state_of(request)
         state.device_blocks = device_blocks
         self._promises.account(state, state.local_tokens + num_external)
@@ -120,7 +128,7 @@ class SchedulerSide:
         block_state = output.kv_connector_block_state
         for request_id, num_tokens in output.num_scheduled_tokens.items():
             state = self._states.get(request_id)
-            if state is None:
+            if state is None or self._ledger.is_loading(request_id):
                 continue
             self._plan_dump(state)
             if not self._dumps.is_planned(state):
@@ -157,17 +165,29 @@ class SchedulerSide:
         return wait_s
 
     def ranks_reported(self, report: RankReport) -> None:
-        """Adds up acknowledgements; a job has ended when every rank has ended it."""
-        self._failed.update(report.failed)
+        """Adds up acknowledgements; a job has ended when every rank has ended it. Jobs that nobody
+        knows are not counted."""
+        for job_id in report.failed:
+            if self._is_under_way(job_id):
+                self._failed.add(job_id)
+                # Before anything is committed that was computed with it in the same step.
+                self._dumps.spoiled(self._hits.failed(job_id))
         for job_id, count in report.ended.items():
             acks = self._acks.pop(job_id, 0) + count
+            if not self._is_under_way(job_id):
+                continue
             if acks < self._facts.world_size:
                 self._acks[job_id] = acks
                 continue
             failed = job_id in self._failed
             self._failed.discard(job_id)
-            if not self._hits.ended(job_id, failed=failed):
+            if self._hits.is_under_way(job_id):
+                self._hits.ended(job_id)
+            else:
                 self._dumps.ended(job_id, failed=failed)
+
+    def _is_under_way(self, job_id: int) -> bool:
+        return self._hits.is_under_way(job_id) or self._dumps.is_under_way(job_id)
 
     def finished(
         self, request: Any, device_blocks: list[int]
@@ -177,11 +197,17 @@ class SchedulerSide:
         state = self._states.get(request.request_id)
         if state is None:
             return False, None
-        if state.device_blocks:
+        if self._ledger.is_held(state.request_id):
+            return True, None  # said twice: it is told once
+        if self._ledger.is_loading(state.request_id) or not device_blocks:
+            # vLLM hears of the load, and frees then; or it has preempted the request before.
+            self._dumps.taken_back(state)
+            is_copying = False
+        else:
             self._plan_dump(state, is_last_chance=True)
+            state.device_blocks = device_blocks
+            is_copying = self._dumps.finished(state)
         self._hits.drop(state)
-        state.device_blocks = device_blocks
-        is_copying = self._dumps.finished(state)
         if not is_copying:
             del self._states[request.request_id]
         return is_copying, self._promises.receipt(state)
@@ -221,7 +247,7 @@ class SchedulerSide:
     def _find_preempted(self) -> None:
         for state in self._states.values():
             if state.request.status == RequestStatus.PREEMPTED and self._dumps.is_planned(state):
-                self._dumps.preempted(state)
+                self._dumps.taken_back(state)
 
     def _node_lost(self) -> None:
         self._hits.node_lost()

@@ -187,6 +187,8 @@ class NodeCore:
         for lookup_id in message.lookups:
             self.lookups.withdraw(connection, lookup_id)
             self._unpin(connection.session.pinned.pop((connection, lookup_id), []))
+            # The head last, or it would be evicted before the tail that nobody finds without it.
+            self.lookups.touch(connection.session.heads.pop((connection, lookup_id), ()))
 
     def _unpin(self, slots: list[Slot]) -> None:
         # Tail first: the head of a prompt is shared by more prompts and should be evicted last.

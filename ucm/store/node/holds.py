@@ -4,8 +4,9 @@ being filled. All on the event loop's thread."""
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
+from ucm.store.keys import Key
 from ucm.store.node.lookup_job import LookupJob
 from ucm.store.slots import Slot, SlotTable
 
@@ -28,6 +29,14 @@ class Holds:
         for i in reversed(blocks):
             if i in job.pinned:
                 self._slots.unpin(job.pinned.pop(i))
+
+    def touch(self, keys: Sequence[Key]) -> None:
+        """An engine uses these pages, which it has itself: they are as hot as if they were read.
+        Tail first, as with `unpin`."""
+        for key in reversed(keys):
+            slot = self._slots.find(key)
+            if slot is not None:
+                self._slots.touch(slot)
 
     def wait(self, job: LookupJob, i: int, slot: Slot) -> None:
         job.waiting.add(i)

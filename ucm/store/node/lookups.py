@@ -160,7 +160,11 @@ class Lookups:
 
     # -- the head: is it stored? -----------------------------------------------------------
 
+    def touch(self, keys: Sequence[Key]) -> None:
+        self._holds.touch(keys)
+
     def _scan_head(self, job: LookupJob, *, storage: bool) -> None:
+        self.touch(job.keys[: job.read_from])
         while job.head_stored < job.read_from and self._is_stored(job.keys[job.head_stored]):
             job.head_stored += 1
         asked = [k for k in job.keys[job.head_stored : job.read_from] if not self._is_stored(k)]
@@ -333,6 +337,7 @@ class Lookups:
         slots = [job.pinned[i] for i in range(job.read_from, job.end)] if job.load else []
         if slots:
             job.connection.session.pinned[job.connection, job.id] = slots
+            job.connection.session.heads[job.connection, job.id] = job.keys[: job.read_from]
         job.connection.send(
             p.LookupReply(
                 id=job.id,

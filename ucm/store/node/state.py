@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
 from ucm.store.keys import Key
@@ -24,13 +24,14 @@ class OpenedNamespace:
 @dataclass(eq=False)
 class Session:
     """One engine's life here. `filling` holds the slots that its ranks write into; `pinned` the
-    pages promised to it, by the connection and the lookup that asked. Both are given back when
-    the last connection has closed."""
+    pages promised to it, by the connection and the lookup that asked, and `heads` what of the same
+    prompts the engine had itself. Slots are given back when the last connection has closed."""
 
     name: str
     connections: set[Connection] = field(default_factory=set)
     filling: dict[Key, Slot] = field(default_factory=dict)
     pinned: dict[tuple[Connection, int], list[Slot]] = field(default_factory=dict)
+    heads: dict[tuple[Connection, int], Sequence[Key]] = field(default_factory=dict)
 
 
 @dataclass(eq=False)
