@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from types import SimpleNamespace
 from typing import Any
 
@@ -167,17 +167,29 @@ class Engine:
         self.step({})
 
     def add(
-        self, name: str, num_tokens: int, *, salt: str | None = None, says: h.Handoff | None = None
+        self,
+        name: str,
+        num_tokens: int,
+        *,
+        salt: str | None = None,
+        says: h.Handoff | None = None,
+        features: Sequence[Any] = (),
+        lora: Any = None,
+        embeds: Any = None,
+        is_token: list[bool] | None = None,
+        resumable: bool = False,
     ) -> SimpleNamespace:
         request = SimpleNamespace(
             request_id=name,
-            prompt_token_ids=list(range(num_tokens)),
+            prompt_token_ids=list(range(num_tokens)) if embeds is None else None,
+            prompt_is_token_ids=is_token,
             num_prompt_tokens=num_tokens,
             num_computed_tokens=0,
-            prompt_embeds=None,
-            resumable=False,
-            mm_features=[],
-            lora_request=None,
+            prompt_embeds=embeds,
+            resumable=resumable,
+            mm_features=list(features),
+            lora_request=lora,
+            skip_reading_prefix_cache=False,
             cache_salt=salt,
             kv_transfer_params=None if says is None else h.params(says),
             status=RequestStatus.WAITING,

@@ -1,9 +1,6 @@
-"""From a request to keys, and from tokens to the parts of pages that the ranks copy."""
+"""From tokens to the parts of pages that the ranks copy."""
 
 from __future__ import annotations
-
-from dataclasses import dataclass, field
-from types import SimpleNamespace
 
 import pytest
 from hypothesis import given
@@ -11,70 +8,9 @@ from hypothesis import strategies as st
 
 pytest.importorskip("vllm")
 
-from ucm.integration.vllm.engine_facts import AdapterDigests
-from ucm.integration.vllm.requests import part_of_block, parts_of_tokens, request_keys
+from ucm.integration.vllm.requests import part_of_block, parts_of_tokens
 
 BLOCK = 128
-FINGERPRINT = b"f" * 32
-
-
-@dataclass
-class Request:
-    """What the scheduler side reads of vLLM's request."""
-
-    prompt_token_ids: list[int] | None = field(default_factory=lambda: list(range(300)))
-    prompt_embeds: object = None
-    resumable: bool = False
-    mm_features: list[object] = field(default_factory=list)
-    lora_request: object = None
-    cache_salt: str | None = None
-
-
-def image(content: str, start: int = 10, length: int = 20) -> object:
-    place = SimpleNamespace(offset=start, length=length)
-    return SimpleNamespace(mm_hash=content, identifier=content, mm_position=place)
-
-
-def keys(request: Request):
-    return request_keys(
-        request, fingerprint=FINGERPRINT, block_tokens=BLOCK, adapters=AdapterDigests()
-    )
-
-
-def test_only_full_blocks_have_keys():
-    assert len(keys(Request())) == 2
-    assert keys(Request(prompt_token_ids=[1] * 127)) == []
-
-
-def test_salt_and_images_change_the_keys():
-    image_hash = "ab" * 32
-    plain = keys(Request())
-    salted = keys(Request(cache_salt="tenant"))
-    pictured = keys(Request(mm_features=[image(image_hash)]))
-
-    assert len({plain[0], salted[0], pictured[0]}) == 3
-    assert pictured == keys(Request(mm_features=[image(image_hash)]))
-    assert pictured != keys(Request(mm_features=[image("cd" * 32)]))
-
-
-@pytest.mark.parametrize(
-    "request_",
-    [
-        Request(prompt_token_ids=None),
-        Request(prompt_embeds=object()),
-        Request(resumable=True),
-        Request(mm_features=[image("my-own-name-for-it")]),
-    ],
-    ids=["no tokens", "embeddings", "streamed prompt", "image named by the client"],
-)
-def test_a_request_whose_content_cant_be_named_bypasses_the_store(request_: Request):
-    assert keys(request_) == []
-
-
-def test_an_unreadable_adapter_bypasses_the_store(tmp_path):
-    lora = SimpleNamespace(lora_int_id=1, lora_path=str(tmp_path / "gone"), load_inplace=False)
-
-    assert keys(Request(lora_request=lora)) == []
 
 
 @given(

@@ -107,20 +107,72 @@ def test_every_large_tensor_is_sampled_somewhere(tmp_path: Path) -> None:
     assert expected != weights_identity(model)
 
 
-def test_another_name_or_size_or_number_of_files_is_another_model(tmp_path: Path) -> None:
+def test_how_a_model_is_cut_into_files_is_not_who_it_is(tmp_path: Path) -> None:
+    """One and the same checkpoint is published in shards and whole."""
+    shards = make_model(tmp_path / "shards")
+    whole = make_model(tmp_path / "whole")
+    tensors = {
+        "lm_head": bytes([0]) * BIG,
+        "layers.0.k": bytes([0, 1]) * (SMALL // 2),
+        "layers.0.q": bytes([0]) * SMALL,
+    }
+    for file in whole.glob("*.safetensors"):
+        file.unlink()
+    write_safetensors(whole / "model.safetensors", tensors)
+    assert weights_identity(shards) == weights_identity(whole)
+
+    write_safetensors(whole / "model.safetensors", {**tensors, "lm_head": bytes([0]) * (BIG - 1)})
+    assert weights_identity(shards) != weights_identity(whole)
+    del tensors["layers.0.k"]
+    write_safetensors(whole / "model.safetensors", tensors)
+    assert weights_identity(shards) != weights_identity(whole)
+
+
+def test_the_name_and_size_of_other_files_are_the_models(tmp_path: Path) -> None:
     """Whatever the samples say."""
+    file = tmp_path / "pytorch_model.bin"
+    file.write_bytes(bytes(10_000))
+    identities = {weights_identity(tmp_path)}
+    file.write_bytes(bytes(10_001))
+    identities.add(weights_identity(tmp_path))
+    file.rename(tmp_path / "pytorch_model-1.bin")
+    identities.add(weights_identity(tmp_path))
+
+    assert len(identities) == 3
+
+
+def write_index(model: Path, name: str = "model") -> None:
+    weight_map = {file.name: file.name for file in model.glob(f"{name}*.safetensors")}
+    (model / f"{name}.safetensors.index.json").write_text(json.dumps({"weight_map": weight_map}))
+
+
+def test_what_vllm_would_not_load_beside_the_shards_does_not_matter(tmp_path: Path) -> None:
+    """macOS leaves files that begin with "._" on shares, and an index says which shards count."""
     model = make_model(tmp_path / "qwen")
-    identities = {weights_identity(model)}
+    expected = weights_identity(model)
+    (model / "._model-00001-of-00002.safetensors").write_bytes(b"Mac OS X")
+    assert weights_identity(model) == expected
 
-    file = model / "model-00002-of-00002.safetensors"
-    file.write_bytes(file.read_bytes() + b"\0")
-    identities.add(weights_identity(model))
-    file.rename(model / "model-00003-of-00003.safetensors")
-    identities.add(weights_identity(model))
-    (model / "model-00003-of-00003.safetensors").unlink()
-    identities.add(weights_identity(model))
+    write_index(model)
+    assert weights_identity(model) == expected
+    (model / "model-of-before.safetensors").write_bytes(b"left behind")
+    assert weights_identity(model) == expected
+    (model / "consolidated.safetensors").write_bytes(b"the same in another format")
+    assert weights_identity(model, load_format="safetensors") == expected
 
-    assert len(identities) == 4
+
+def test_a_consolidated_file_is_the_model_where_vllm_loads_it(tmp_path: Path) -> None:
+    """vLLM prefers it unless told otherwise, and it need not be what the shards are."""
+    model = make_model(tmp_path / "qwen")
+    write_index(model)
+    other = {"layers.0.q": bytes([7]) * SMALL}
+    write_safetensors(model / "consolidated.safetensors", other)
+    alone = tmp_path / "alone"
+    alone.mkdir()
+    write_safetensors(alone / "consolidated.safetensors", other)
+
+    assert weights_identity(model) == weights_identity(alone)
+    assert weights_identity(model, load_format="mistral") == weights_identity(alone)
 
 
 def test_how_the_bytes_are_quantised_is_part_of_who_they_are(tmp_path: Path) -> None:

@@ -1,11 +1,14 @@
 """Who the weights are: a digest of a model folder or LoRA adapter, wherever it is mounted.
 
 Reading all of a large model would take minutes at every start. This reads what tells two models
-apart: names and sizes of the weight files, the safetensors headers (names, types, shapes of all
-tensors), and a sample of the bytes of their tensors, spread over all of them. Training changes
+apart: of safetensors files the names, types and shapes of all tensors, in whatever files they are;
+of other files names and sizes; and a sample of the bytes, spread over all of them. Training changes
 nearly every tensor nearly everywhere, so two fine-tunes of one base differ in thousands of the
 sampled bytes; a copy that was edited in one place by hand may not. `epoch` in the settings is for
 those.
+
+What counts are the files that vLLM would load from the folder, by its own rules; what else lies
+beside them does not.
 """
 
 from __future__ import annotations
@@ -25,6 +28,9 @@ from ucm.store.canonical import canonical_json
 
 # The first family that a folder has any file of is what the engine loads.
 _FAMILIES: Final = ((".safetensors",), (".bin", ".pt", ".pth"), (".gguf",))
+# One file of all weights in Mistral's own format; vLLM prefers it where it may choose.
+_CONSOLIDATED: Final = "consolidated"
+_CHOOSING_FORMATS: Final = ("auto", "mistral")
 # What training leaves beside the weights.
 _NOT_WEIGHTS: Final = ("training_args", "optimizer", "scheduler", "rng_state", "scaler")
 
@@ -36,6 +42,7 @@ _END_BYTES: Final = 64 << 10
 _HEADER_MAX_BYTES: Final = 256 << 20
 _READ_THREADS: Final = 16
 
+_ADAPTER_CONFIG: Final = "adapter_config.json"
 # Fields of adapter_config.json that say where an adapter came from, not what it does.
 _ADAPTER_PROVENANCE: Final = frozenset(
     {"base_model_name_or_path", "revision", "inference_mode", "auto_mapping", "task_type"}
@@ -51,19 +58,37 @@ class _Span:
     length: int
 
 
-def weights_identity(model_dir: Path) -> str:
-    """The identity of the weights in `model_dir` (a folder, or one file), independent of its path.
+@dataclass(frozen=True)
+class _Tensor:
+    """One tensor of a safetensors file, whose bytes are `span`."""
+
+    name: str
+    dtype: str
+    shape: list[int]
+    span: _Span
+
+    def sample(self) -> _Span:
+        """At a place that its name decides: not always its first rows."""
+        room = max(0, self.span.length - _SAMPLE_BYTES)
+        choice = hashlib.sha256(self.name.encode("utf-8", "surrogatepass")).digest()[:8]
+        start = self.span.start + int.from_bytes(choice, "little") % (room + 1)
+        return _Span(self.span.path, start, min(_SAMPLE_BYTES, self.span.length))
+
+
+def weights_identity(model_dir: Path, *, load_format: str = "auto") -> str:
+    """The identity of the weights in `model_dir` (a folder, or one file), independent of its path
+    and of how they are divided into files. `load_format` is vLLM's.
 
     Raises UnsupportedEngine when there is nothing to read.
     """
     try:
-        files = _weight_files(model_dir)
+        files = _weight_files(model_dir, load_format)
         if not files:
             raise UnsupportedEngine(
                 f"{model_dir} has no weight files (*.safetensors, *.bin, *.pt, *.gguf) to know the"
                 " model by: set model_id, to the same text on all instances that serve it"
             )
-        digest = hashlib.sha256(b"ucm-weights-1\n")
+        digest = hashlib.sha256(b"ucm-weights-2\n")
         folder = model_dir if model_dir.is_dir() else model_dir.parent
         digest.update(canonical_json(_weight_format(folder)) + b"\n")
         _digest_files(digest, files)
@@ -78,14 +103,12 @@ def weights_identity(model_dir: Path) -> str:
 def lora_digest(adapter_dir: Path) -> bytes:
     """The identity of a LoRA adapter: its weights, and the config that says how they apply."""
     try:
-        files = _weight_files(adapter_dir)
-        if not files:
-            raise UnsupportedEngine(f"the LoRA adapter {adapter_dir} has no weight files")
-        config = _json_file(adapter_dir / "adapter_config.json")
-        digest = hashlib.sha256(b"ucm-lora-1\n")
+        files = adapter_files(adapter_dir)
+        config = _json_file(adapter_dir / _ADAPTER_CONFIG)
+        digest = hashlib.sha256(b"ucm-lora-2\n")
         applied = {key: config[key] for key in config if key not in _ADAPTER_PROVENANCE}
         digest.update(canonical_json(applied) + b"\n")
-        _digest_files(digest, files)
+        _digest_files(digest, [file for file in files if file.name != _ADAPTER_CONFIG])
     except OSError as error:
         raise UnsupportedEngine(
             f"the LoRA adapter {adapter_dir} can't be read ({error.strerror or error})"
@@ -93,12 +116,25 @@ def lora_digest(adapter_dir: Path) -> bytes:
     return digest.digest()
 
 
-def _weight_files(path: Path) -> list[Path]:
+def adapter_files(adapter_dir: Path) -> list[Path]:
+    """All that `lora_digest` reads. Raises UnsupportedEngine where there are no weights."""
+    weights = _weight_files(adapter_dir, "hf")
+    if not weights:
+        raise UnsupportedEngine(f"the LoRA adapter {adapter_dir} has no weight files")
+    config = adapter_dir / _ADAPTER_CONFIG
+    return [*weights, config] if config.is_file() else weights
+
+
+def _weight_files(path: Path, load_format: str) -> list[Path]:
+    """Those that vLLM loads. What begins with a dot is no file of the model: macOS leaves such
+    things on shares."""
     if path.is_file():
         return [path]
     if not path.is_dir():
         return []
-    files = sorted(file for file in path.iterdir() if file.is_file())
+    files = sorted(
+        file for file in path.iterdir() if file.is_file() and not file.name.startswith(".")
+    )
     for suffixes in _FAMILIES:
         family = [
             file
@@ -106,8 +142,21 @@ def _weight_files(path: Path) -> list[Path]:
             if file.suffix in suffixes and not file.name.startswith(_NOT_WEIGHTS)
         ]
         if family:
-            return family
+            return _loaded(family, load_format) if suffixes == (".safetensors",) else family
     return []
+
+
+def _loaded(files: list[Path], load_format: str) -> list[Path]:
+    """Of several safetensors files those that an index names, where there is one."""
+    consolidated = [file for file in files if file.name.startswith(_CONSOLIDATED)]
+    chosen, index = files, "model.safetensors.index.json"
+    if consolidated and load_format in _CHOOSING_FORMATS:
+        chosen, index = consolidated, "consolidated.safetensors.index.json"
+    weight_map = _json_file(files[0].parent / index).get("weight_map")
+    if not isinstance(weight_map, dict):
+        return chosen
+    named = {str(name) for name in weight_map.values()}
+    return [file for file in chosen if file.name in named] or chosen
 
 
 def _weight_format(folder: Path) -> dict[str, Any]:
@@ -130,14 +179,22 @@ def _json_file(path: Path) -> dict[str, Any]:
 
 
 def _digest_files(digest: hashlib._Hash, files: Sequence[Path]) -> None:
-    candidates: list[_Span] = []
+    tensors: list[_Tensor] = []
+    plain: list[_Span] = []
     for file in files:
         size = file.stat().st_size
         header = _safetensors_header(file, size)
-        digest.update(canonical_json([file.name, size, len(header)]) + b"\n" + header)
-        candidates += (
-            _tensor_spans(file, size, header) if header else _plain_spans(file, size, len(files))
-        )
+        found = _tensors(file, header) if header else None
+        if found is None:
+            digest.update(canonical_json([file.name, size]) + b"\n")
+            plain += _spread(file, size, count=max(16, _MAX_SAMPLES // (2 * len(files))))
+        else:
+            tensors += found
+    tensors.sort(key=lambda tensor: (tensor.name, tensor.span.path.name))
+    for tensor in tensors:
+        described = [tensor.name, tensor.dtype, tensor.shape, tensor.span.length]
+        digest.update(canonical_json(described) + b"\n")
+    candidates = [tensor.sample() for tensor in tensors] + plain
     # Spread over all of them: every n-th, whatever file they are in.
     step = max(1, -(-len(candidates) // _MAX_SAMPLES))
     with ThreadPoolExecutor(_READ_THREADS, thread_name_prefix="ucm-weights") as threads:
@@ -160,30 +217,20 @@ def _safetensors_header(file: Path, size: int) -> bytes:
     return _read(_Span(file, 8, length))
 
 
-def _tensor_spans(file: Path, size: int, header: bytes) -> list[_Span]:
-    """One sample of each tensor, at a place that its name decides: not always its first rows."""
+def _tensors(file: Path, header: bytes) -> list[_Tensor] | None:
+    """None for a header that can't be understood."""
     data_start = 8 + len(header)
+    tensors: list[_Tensor] = []
     try:
-        offsets = sorted(
-            (name, *map(int, tensor["data_offsets"]))
-            for name, tensor in json.loads(header).items()
-            if name != "__metadata__"
-        )
+        for name, tensor in json.loads(header).items():
+            if name != "__metadata__":
+                start, end = map(int, tensor["data_offsets"])
+                span = _Span(file, data_start + start, max(0, end - start))
+                shape = [int(size) for size in tensor["shape"]]
+                tensors.append(_Tensor(name, str(tensor["dtype"]), shape, span))
     except (ValueError, TypeError, KeyError, AttributeError):
-        return _plain_spans(file, size, 1)
-    spans: list[_Span] = []
-    for name, start, end in offsets:
-        room = max(0, end - start - _SAMPLE_BYTES)
-        choice = int.from_bytes(
-            hashlib.sha256(name.encode("utf-8", "surrogatepass")).digest()[:8], "little"
-        )
-        first = data_start + start + choice % (room + 1)
-        spans.append(_Span(file, first, min(_SAMPLE_BYTES, end - start)))
-    return spans
-
-
-def _plain_spans(file: Path, size: int, num_files: int) -> list[_Span]:
-    return list(_spread(file, size, count=max(16, _MAX_SAMPLES // (2 * num_files))))
+        return None
+    return tensors
 
 
 def _spread(file: Path, size: int, *, count: int) -> Iterator[_Span]:

@@ -244,6 +244,11 @@ class Dumps:
             if not device_blocks.isdisjoint(dump.state.device_blocks):
                 self._close(dump)
 
+    def state_of(self, job_id: int) -> RequestState | None:
+        """The request whose blocks the job copies."""
+        dump, _ = self._jobs.get(job_id, (None, None))
+        return None if dump is None else dump.state
+
     def ended(self, job_id: int, *, failed: bool) -> None:
         """All ranks have copied. Commits what is complete in prompt order."""
         dump, job = self._jobs.pop(job_id, (None, None))

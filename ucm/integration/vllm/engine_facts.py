@@ -1,24 +1,20 @@
 """Everything that UCM needs to know about the engine, read from vLLM's configuration in one place.
 
-The only file that reads vLLM's configuration objects. An engine that can't be served correctly is
-refused here, with one sentence; what passes is described by `EngineFacts`.
+Only this file and `identity` read vLLM's configuration objects. An engine that can't be served
+correctly is refused here, with one sentence; what passes is described by `EngineFacts`.
 """
 
 from __future__ import annotations
 
-import logging
 import re
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 from ucm.config import Settings
 from ucm.errors import UnsupportedEngine
 from ucm.integration.vllm.views import LayoutKind
-from ucm.store.namespace import Manifest, lora_digest, model_shape, weights_identity
+from ucm.store.canonical import canonical_json
 from ucm.store.page import PageGeometry
-
-logger = logging.getLogger(__name__)
 
 _LAYER_INDEX = re.compile(r"(?:^|\.)(\d+)(?:\.|$)")
 # The instruction sets of vLLM's CPU attention whose order inside a block is a strided view.
@@ -28,7 +24,9 @@ _CPU_STRIDED_ISAS = ("vec", "vec16")
 @dataclass(frozen=True)
 class EngineFacts:
     """One engine. `layer_names` are the attention layers of this process in order: all of them, or
-    with pipeline parallelism a stage's. `loads` and `dumps` follow from kv_role."""
+    with pipeline parallelism a stage's. `loads` and `dumps` follow from kv_role; an engine that
+    could not use a hit (`why_no_hits` says why) loads nothing. `adapter_rules` is what of its
+    settings decides how a LoRA adapter is applied, empty for vLLM's defaults."""
 
     engine_id: str
     loads: bool
@@ -43,6 +41,8 @@ class EngineFacts:
     layout: LayoutKind
     layout_name: str
     geometry: PageGeometry
+    why_no_hits: str = ""
+    adapter_rules: str = ""
 
 
 def engine_facts(vllm_config: Any, kv_cache_config: Any, settings: Settings) -> EngineFacts:
@@ -58,6 +58,7 @@ def engine_facts(vllm_config: Any, kv_cache_config: Any, settings: Settings) -> 
             f"{block_tokens}: UCM's blocks must be a multiple of the engine's"
         )
     layout, layout_name = _layout(vllm_config, spec, settings)
+    no_hits = why_no_hits(vllm_config)
     num_layers = (
         len(layer_names)
         if parallel.pipeline_parallel_size == 1
@@ -66,7 +67,7 @@ def engine_facts(vllm_config: Any, kv_cache_config: Any, settings: Settings) -> 
     return EngineFacts(
         # People set engine_id, and set it alike; the instance makes it one of its kind.
         engine_id=f"{transfer.engine_id}-{vllm_config.instance_id}",
-        loads=bool(transfer.is_kv_consumer),
+        loads=bool(transfer.is_kv_consumer) and not no_hits,
         dumps=bool(transfer.is_kv_producer),
         world_size=int(parallel.world_size),
         tp_size=int(parallel.tensor_parallel_size),
@@ -78,7 +79,46 @@ def engine_facts(vllm_config: Any, kv_cache_config: Any, settings: Settings) -> 
         layout=layout,
         layout_name=layout_name,
         geometry=_geometry(vllm_config, spec, settings, layout, num_layers),
+        why_no_hits=no_hits,
+        adapter_rules=_adapter_rules(vllm_config),
     )
+
+
+def why_no_hits(vllm_config: Any) -> str:
+    """Why this engine could not use a hit, empty if it can: a hit makes it compute the rest of a
+    prompt on KV that it has not just computed, and some engines can't do that right.
+
+    vLLM says so of a model by `is_prefix_caching_supported`. Where a platform, an attention backend
+    or a way of attention forbids it, vLLM turns off both prefix caching and chunked prefill, which
+    is the same computation. A user who turns off prefix caching alone still has chunked prefill:
+    that engine can, and gets its hits.
+    """
+    model = vllm_config.model_config
+    if not model.is_prefix_caching_supported:
+        pooling = getattr(model.pooler_config, "seq_pooling_type", None)
+        what = f"with {pooling} pooling" if pooling else "of this kind"
+        return f"vLLM does not support prefix caching for a model {what}"
+    if not (
+        vllm_config.cache_config.enable_prefix_caching
+        or vllm_config.scheduler_config.enable_chunked_prefill
+    ):
+        return "prefix caching and chunked prefill are both off in this engine"
+    return ""
+
+
+def _adapter_rules(vllm_config: Any) -> str:
+    lora = vllm_config.lora_config
+    if lora is None:
+        return ""
+    rules: dict[str, object] = {}
+    if lora.lora_dtype not in ("auto", None, vllm_config.model_config.dtype):
+        rules["lora_dtype"] = str(lora.lora_dtype).removeprefix("torch.")
+    # Older versions of vLLM don't have these.
+    for name in ("target_modules", "enable_moe_shared_loras", "enable_mixed_moe_lora_format"):
+        value = getattr(lora, name, None)
+        if value:
+            rules[name] = sorted(value) if isinstance(value, (list, tuple, set)) else value
+    return canonical_json(rules).decode() if rules else ""
 
 
 def _only_group(kv_cache_config: Any) -> tuple[Any, tuple[str, ...]]:
@@ -99,6 +139,10 @@ def _only_group(kv_cache_config: Any) -> tuple[Any, tuple[str, ...]]:
     if type(spec) not in (FullAttentionSpec, MLAAttentionSpec):
         raise UnsupportedEngine(
             f"this model's KV cache is a {type(spec).__name__}; UCM serves full attention and MLA"
+        )
+    if getattr(spec, "non_causal", False):
+        raise UnsupportedEngine(
+            "this model's attention is not causal: a token's KV depends on those that follow it"
         )
     if spec.state_content_bytes is not None or spec.tokens_per_state != 1:
         raise UnsupportedEngine("this KV cache dtype packs its own scales or states into a block")
@@ -187,107 +231,3 @@ def _geometry(
         v_size=v_size,
         item_bytes=item_bytes,
     )
-
-
-def manifest(vllm_config: Any, facts: EngineFacts, settings: Settings) -> Manifest:
-    """The namespace of this engine. Reads the model's folder: weight file headers and samples."""
-    model = vllm_config.model_config
-    cache = vllm_config.cache_config
-    geometry = facts.geometry
-    return Manifest(
-        block_tokens=settings.block_tokens,
-        model_dtype=_dtype_name(model.dtype),
-        kv_dtype=_kv_dtype(model, cache),
-        kv_scales=_kv_scales(cache),
-        num_layers=geometry.num_layers,
-        num_kv_heads=geometry.num_kv_heads,
-        k_size=geometry.k_size,
-        v_size=geometry.v_size,
-        layout=f"opaque:{facts.layout_name}" if facts.layout_name else "canonical",
-        weights=_weights(vllm_config, settings),
-        model_shape=model_shape(
-            model.hf_text_config.to_dict(), max_model_len=int(model.max_model_len)
-        ),
-        quantization=_engine_quantization(model, settings),
-        epoch=settings.epoch,
-    )
-
-
-def _dtype_name(dtype: Any) -> str:
-    return str(dtype).removeprefix("torch.")
-
-
-def _kv_dtype(model: Any, cache: Any) -> str:
-    return _dtype_name(model.dtype) if cache.cache_dtype == "auto" else str(cache.cache_dtype)
-
-
-def _kv_scales(cache: Any) -> str:
-    if not str(cache.cache_dtype).startswith(("fp8", "int8", "nvfp4")):
-        return "none"
-    if getattr(cache, "calculate_kv_scales", False):
-        raise UnsupportedEngine(
-            "--calculate-kv-scales makes this engine's KV depend on its first prompt; use the "
-            "checkpoint's scales"
-        )
-    return "checkpoint"
-
-
-def _engine_quantization(model: Any, settings: Settings) -> str:
-    """Quantisation that the engine does itself. A checkpoint's own is part of its weights, and
-    vLLM's name for it differs between platforms."""
-    quantized = getattr(model.hf_config, "quantization_config", None) is not None
-    if model.quantization is None or quantized or settings.model_id is not None:
-        return "none"
-    return str(model.quantization)
-
-
-def _weights(vllm_config: Any, settings: Settings) -> str:
-    if settings.model_id is not None:
-        identity = f"model_id:{settings.model_id}"
-    elif vllm_config.load_config.load_format == "dummy":
-        raise UnsupportedEngine("--load-format dummy: the weights have no identity; set model_id")
-    else:
-        model = vllm_config.model_config
-        identity = weights_identity(_folder(model.model, model.revision))
-    speculative = vllm_config.speculative_config
-    draft = getattr(speculative, "draft_model_config", None)
-    if draft is not None:
-        # Draft layers may keep KV in the same pages.
-        drafted = weights_identity(_folder(draft.model, draft.revision))
-        identity = f"{identity}+{speculative.method}:{drafted}"
-    return identity
-
-
-def _folder(model: str, revision: str | None) -> Path:
-    folder = Path(model)
-    if folder.is_dir():
-        return folder
-    from huggingface_hub import snapshot_download
-
-    try:
-        return Path(snapshot_download(model, revision=revision, local_files_only=True))
-    except Exception as error:
-        raise UnsupportedEngine(
-            f"can't find the files of {model!r} to tell which weights these are ({error}); set "
-            "model_id"
-        ) from error
-
-
-class AdapterDigests:
-    """Digests of LoRA adapters, read once each."""
-
-    def __init__(self) -> None:
-        self._digests: dict[tuple[int, str], bytes | None] = {}
-
-    def of(self, lora_request: Any) -> bytes | None:
-        """None: the adapter's content can't be named, so its requests bypass the store."""
-        if getattr(lora_request, "load_inplace", False):
-            return None
-        key = (int(lora_request.lora_int_id), str(lora_request.lora_path))
-        if key not in self._digests:
-            try:
-                self._digests[key] = lora_digest(Path(lora_request.lora_path))
-            except UnsupportedEngine as error:
-                logger.warning("requests for this adapter bypass the store: %s", error)
-                self._digests[key] = None
-        return self._digests[key]

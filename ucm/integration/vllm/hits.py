@@ -94,6 +94,8 @@ class Hits:
         """As vLLM's get_num_new_matched_tokens; None asks vLLM to ask again."""
         if not state.keys or state.no_loads:
             return 0, False
+        # vLLM asks of requests that may read no cache as well, and drops the answer.
+        loads = self._facts.loads and not state.request.skip_reading_prefix_cache
         hit = self._hits.get(state.request_id)
         if hit is not None and not self._still_good(hit, num_computed):
             self.drop(state)
@@ -104,8 +106,8 @@ class Hits:
                 return 0, False
             if len(self._by_lookup) >= self._max_lookups:
                 return None, False
-            hit = self._ask(state, num_computed, load=self._facts.loads)
-        if not self._facts.loads:
+            hit = self._ask(state, num_computed, load=loads)
+        if not loads:
             return 0, False  # a producer only wants to know what is stored, and doesn't wait
         if hit.reply is None:
             self._session.wait_for_news()

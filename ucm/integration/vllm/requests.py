@@ -6,30 +6,33 @@ smaller. All ranges are half-open.
 
 from __future__ import annotations
 
-import re
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
+from ucm.handoff import Handoff
 from ucm.integration.vllm.copies import PagePart
-from ucm.integration.vllm.engine_facts import AdapterDigests
+from ucm.integration.vllm.items import NamedItems
 from ucm.integration.vllm.promises import Promise
-from ucm.store.keys import Item, Key, TailKey, block_keys, root_key, tail_key
+from ucm.store.keys import Key, TailKey, block_keys, root_key, tail_key
 
-# What vLLM's own hashing of an item's content looks like. Anything else is a name that the client
-# chose, which says nothing about the content.
-_CONTENT_HASH = re.compile(r"[0-9a-f]{32,128}")
+if TYPE_CHECKING:
+    from ucm.integration.vllm.naming import RequestNaming
 
 
 @dataclass(eq=False)
 class RequestState:
     """Lives from vLLM's first word of a request to its last. `device_blocks` are the engine's;
     `local_tokens` is how much of the prompt vLLM had itself when it last asked. The last of `keys`
-    may be that of a tail. `promise` is what somebody else has said of the prompt; whether
-    it was kept `is_accounted` when vLLM first allocates."""
+    may be that of a tail; there are none while `naming` goes on, and `lora_digest` is in them.
+    `promise` is what somebody else has said of the prompt; whether it was kept `is_accounted` when
+    vLLM first allocates."""
 
     request: Any
-    keys: list[Key]
+    keys: list[Key] = field(default_factory=list)
+    handoff: Handoff | None = None
+    naming: RequestNaming | None = None
+    lora_digest: bytes | None = None
     promise: Promise | None = None
     device_blocks: list[int] = field(default_factory=list)
     local_tokens: int = 0
@@ -74,28 +77,24 @@ def request_keys(
     *,
     fingerprint: bytes,
     block_tokens: int,
-    adapters: AdapterDigests,
+    named: NamedItems,
+    lora_digest: bytes | None = None,
     with_tail: bool = False,
 ) -> list[Key]:
-    """Keys of the prompt's full blocks, with `with_tail` also of what is left behind them. None
-    where something that shaped the KV can't be named by its content: prompt embeddings, streamed
-    prompts, items that the client named."""
-    tokens = request.prompt_token_ids
-    if tokens is None or request.prompt_embeds is not None or request.resumable:
+    """Keys of the prompt's full blocks, with `with_tail` also of what is left behind them; those
+    wholly before the first item that has no name. None where nothing can be named: streamed
+    prompts, and those whose adapter has no digest."""
+    if request.resumable or (request.lora_request is not None and lora_digest is None):
         return []
-    items = []
-    for feature in request.mm_features:
-        content = feature.mm_hash or feature.identifier
-        if not _CONTENT_HASH.fullmatch(content):
+    tokens = request.prompt_token_ids
+    if tokens is None:
+        if request.prompt_embeds is None:
             return []
-        place = feature.mm_position
-        items.append(Item(content, int(place.offset), int(place.length)))
-    lora_digest = None
-    if request.lora_request is not None:
-        lora_digest = adapters.of(request.lora_request)
-        if lora_digest is None:
-            return []
+        tokens = [0] * request.num_prompt_tokens
+    if named.end is not None:
+        tokens = tokens[: named.end // block_tokens * block_tokens]
     root = root_key(fingerprint, lora_digest=lora_digest, cache_salt=request.cache_salt)
+    items = [item for item in named.items if item.start < len(tokens)]
     keys = block_keys(root, tokens, block_tokens=block_tokens, items=items)
     start = len(keys) * block_tokens
     # A hit must leave something computed in front of the last token, which vLLM computes again.

@@ -15,9 +15,10 @@ from vllm.v1.request import RequestStatus
 from ucm.config import Settings
 from ucm.integration.vllm.block_ledger import BlockLedger
 from ucm.integration.vllm.dumps import Dumps
-from ucm.integration.vllm.engine_facts import AdapterDigests, EngineFacts
+from ucm.integration.vllm.engine_facts import EngineFacts
 from ucm.integration.vllm.epochs import Epochs
 from ucm.integration.vllm.hits import Hits
+from ucm.integration.vllm.items import NamedItems
 from ucm.integration.vllm.metadata import (
     IDLE_WAIT_MAX_S,
     IDLE_WAIT_S,
@@ -25,9 +26,11 @@ from ucm.integration.vllm.metadata import (
     RankReport,
     StepMetadata,
 )
+from ucm.integration.vllm.naming import Namer
 from ucm.integration.vllm.node_gauges import NodeGauges
 from ucm.integration.vllm.promise_book import PromiseBook
 from ucm.integration.vllm.promises import wants_tail
+from ucm.integration.vllm.proofs import Proofs
 from ucm.integration.vllm.requests import RequestState, request_keys
 from ucm.integration.vllm.session import NodeSession
 from ucm.integration.vllm.stats import UcmStats
@@ -52,7 +55,12 @@ class SchedulerSide:
         self._settings = settings
         self._facts = facts
         self._stats = stats
-        self._adapters = AdapterDigests()
+        self._namer = Namer(
+            self._named,
+            block_tokens=settings.block_tokens,
+            timeout_s=settings.lookup_timeout_ms / 1000,
+            adapter_rules=facts.adapter_rules,
+        )
         self._states: dict[str, RequestState] = {}
         self._ledger = BlockLedger()
         self._acks: dict[int, int] = {}
@@ -85,6 +93,7 @@ class SchedulerSide:
             block_tokens=settings.block_tokens,
             timeout_s=dump_timeout_s,
         )
+        self._proofs = Proofs(self._namer, self._dumps, timeout_s=dump_timeout_s)
         self._session.on_lookup = self._hits.on_reply
         self._session.on_reserve = self._dumps.on_reply
         self._session.on_status = self._gauges.on_status
@@ -102,6 +111,8 @@ class SchedulerSide:
             return 0, False
         state = self._state_of(request)
         self._session.poll()
+        if not self._namer.is_ready(state):
+            return None, False
         if self._dumps.is_planned(state):
             # vLLM asks anew because it has preempted the request.
             self._dumps.taken_back(state)
@@ -125,6 +136,7 @@ class SchedulerSide:
         self._session.poll()
         self._gauges.step()
         self._find_preempted()
+        self._proofs.settle()
         block_state = output.kv_connector_block_state
         for request_id, num_tokens in output.num_scheduled_tokens.items():
             state = self._states.get(request_id)
@@ -184,7 +196,7 @@ class SchedulerSide:
             if self._hits.is_under_way(job_id):
                 self._hits.ended(job_id)
             else:
-                self._dumps.ended(job_id, failed=failed)
+                self._proofs.dump_ended(job_id, failed=failed)
 
     def _is_under_way(self, job_id: int) -> bool:
         return self._hits.is_under_way(job_id) or self._dumps.is_under_way(job_id)
@@ -221,11 +233,14 @@ class SchedulerSide:
         self._dumps.forget_all()
         for state in self._states.values():
             state.keys, state.no_loads = [], True
+            self._namer.forget(state)
+        self._namer.reset()
         self._epochs.next()
         self._session.reopen(self._epochs.opening())
         self._stats.count("ucm_epochs")
 
     def close(self) -> None:
+        self._namer.close()
         self._session.close()
 
     # -- dumps follow lookups ----------------------------------------------------------------
@@ -256,14 +271,18 @@ class SchedulerSide:
     def _state_of(self, request: Any) -> RequestState:
         state = self._states.get(request.request_id)
         if state is None:
-            handoff = self._promises.heard(request)
-            keys = request_keys(
-                request,
-                fingerprint=self._epochs.fingerprint,
-                block_tokens=self._settings.block_tokens,
-                adapters=self._adapters,
-                with_tail=wants_tail(handoff, self._epochs.rules),
-            )
-            state = self._states[request.request_id] = RequestState(request, keys)
-            self._promises.note(state, handoff)
+            state = RequestState(request, handoff=self._promises.heard(request))
+            self._states[request.request_id] = state
+            self._namer.begin(state)
         return state
+
+    def _named(self, state: RequestState, items: NamedItems) -> None:
+        state.keys = request_keys(
+            state.request,
+            fingerprint=self._epochs.fingerprint,
+            block_tokens=self._settings.block_tokens,
+            named=items,
+            lora_digest=state.lora_digest,
+            with_tail=wants_tail(state.handoff, self._epochs.rules),
+        )
+        self._promises.note(state, state.handoff)

@@ -17,7 +17,8 @@ from vllm.distributed.kv_transfer.kv_connector.v1.base import (
 )
 
 from ucm.config import load_settings
-from ucm.integration.vllm.engine_facts import engine_facts, manifest
+from ucm.integration.vllm.engine_facts import engine_facts
+from ucm.integration.vllm.identity import manifest
 from ucm.integration.vllm.metadata import RankReport, StepMetadata
 from ucm.integration.vllm.scheduler import SchedulerSide
 from ucm.integration.vllm.stats import UcmPromMetrics, UcmStats
@@ -54,10 +55,14 @@ class UCMConnector(KVConnectorBase_V1):
         if role is KVConnectorRole.SCHEDULER:
             for warning in settings.warnings:
                 logger.warning("%s", warning)
+            if facts.why_no_hits:
+                logger.warning(
+                    "nothing is loaded from the store into this engine: %s", facts.why_no_hits
+                )
             self._scheduler = SchedulerSide(
                 settings,
                 facts,
-                manifest(vllm_config, facts, settings),
+                manifest(vllm_config, facts, settings, epoch=settings.epoch),
                 NodeLink(settings.store, engine_id=facts.engine_id),
                 stats=self._stats,
             )

@@ -1,0 +1,121 @@
+"""Which namespace an engine is in, read from vLLM's configuration: everything that shapes its KV.
+
+What two engines spell differently and compute alike has one spelling here; what they spell alike
+and compute differently has two.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any, Final
+
+from ucm.config import Settings
+from ucm.errors import UnsupportedEngine
+from ucm.integration.vllm.engine_facts import EngineFacts
+from ucm.store.namespace import Manifest, model_shape, weights_identity
+
+# Ways of speculation that keep no KV of their own: they guess from the text, or from the target's
+# last layer.
+_DRAFTS_WITHOUT_KV: Final = frozenset(
+    {"ngram", "ngram_gpu", "suffix", "medusa", "mlp_speculator", "extract_hidden_states"}
+)
+
+
+def manifest(vllm_config: Any, facts: EngineFacts, settings: Settings, *, epoch: int) -> Manifest:
+    """The namespace of this engine. Reads the model's folder: weight file headers and samples."""
+    model = vllm_config.model_config
+    cache = vllm_config.cache_config
+    geometry = facts.geometry
+    return Manifest(
+        block_tokens=settings.block_tokens,
+        model_dtype=_dtype_name(model.dtype),
+        kv_dtype=_kv_dtype(model, cache),
+        kv_scales=_kv_scales(cache),
+        num_layers=geometry.num_layers,
+        num_kv_heads=geometry.num_kv_heads,
+        k_size=geometry.k_size,
+        v_size=geometry.v_size,
+        layout=f"opaque:{facts.layout_name}" if facts.layout_name else "canonical",
+        weights=_weights(vllm_config, settings),
+        model_shape=model_shape(
+            model.hf_text_config.to_dict(), max_model_len=int(model.max_model_len)
+        ),
+        quantization=_engine_quantization(model, settings),
+        epoch=epoch,
+    )
+
+
+def _dtype_name(dtype: Any) -> str:
+    return str(dtype).removeprefix("torch.")
+
+
+def _kv_dtype(model: Any, cache: Any) -> str:
+    """vLLM's "fp8" is fp8_e4m3, whose bytes mean other numbers on AMD's older accelerators."""
+    if cache.cache_dtype == "auto":
+        return _dtype_name(model.dtype)
+    name = str(cache.cache_dtype)
+    if name not in ("fp8", "fp8_e4m3"):
+        return name
+    from vllm.platforms import current_platform
+
+    return "fp8_fnuz" if current_platform.is_fp8_fnuz() else "fp8"
+
+
+def _kv_scales(cache: Any) -> str:
+    if not str(cache.cache_dtype).startswith(("fp8", "int8", "nvfp4")):
+        return "none"
+    if getattr(cache, "calculate_kv_scales", False):
+        raise UnsupportedEngine(
+            "--calculate-kv-scales makes this engine's KV depend on its first prompt; use the "
+            "checkpoint's scales"
+        )
+    return "checkpoint"
+
+
+def _engine_quantization(model: Any, settings: Settings) -> str:
+    """What the engine does to weights itself: a checkpoint's own quantisation is part of its
+    weights, and vLLM's name for it differs between platforms. Pictures are seen by an encoder that
+    may compute in a type of its own."""
+    quantized = getattr(model.hf_config, "quantization_config", None) is not None
+    given = model.quantization is None or quantized or settings.model_id is not None
+    name = "none" if given else str(model.quantization)
+    encoder = getattr(getattr(model, "multimodal_config", None), "mm_encoder_attn_dtype", None)
+    return name if encoder is None else f"{name}+encoder:{_dtype_name(encoder)}"
+
+
+def _weights(vllm_config: Any, settings: Settings) -> str:
+    load_format = str(vllm_config.load_config.load_format)
+    if settings.model_id is not None:
+        identity = f"model_id:{settings.model_id}"
+    elif load_format == "dummy":
+        raise UnsupportedEngine("--load-format dummy: the weights have no identity; set model_id")
+    else:
+        model = vllm_config.model_config
+        identity = _identity(model.model, model.revision, load_format)
+    speculative = vllm_config.speculative_config
+    draft = getattr(speculative, "draft_model_config", None)
+    if draft is not None and speculative.method not in _DRAFTS_WITHOUT_KV:
+        # Draft layers may keep KV in the same pages.
+        drafted = _identity(draft.model, draft.revision, load_format)
+        identity = f"{identity}+{speculative.method}:{drafted}"
+    return identity
+
+
+def _identity(model: str, revision: str | None, load_format: str) -> str:
+    return weights_identity(_place(model, revision), load_format=load_format)
+
+
+def _place(model: str, revision: str | None) -> Path:
+    """The folder, or for some formats the file, that holds the weights."""
+    place = Path(model)
+    if place.exists():
+        return place
+    from huggingface_hub import snapshot_download
+
+    try:
+        return Path(snapshot_download(model, revision=revision, local_files_only=True))
+    except Exception as error:
+        raise UnsupportedEngine(
+            f"can't find the files of {model!r} to tell which weights these are ({error}); set "
+            "model_id"
+        ) from error
