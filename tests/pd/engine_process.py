@@ -2,6 +2,9 @@
 
     python -m tests.pd.engine_process --port N [--hold STAGE]
 
+POST /fault with a Fault as the body makes it answer so from then on, while /health says that it is
+well; with an empty body it is well again.
+
 Word k of an answer depends on the prompt up to the MARK and on k alone, and k counts the words that
 the prompt has behind the MARK: an answer that goes on elsewhere has the same words as one in one
 piece. With --hold it stops in that stage of each answer, says so on stdout, and never goes on.
@@ -35,6 +38,17 @@ class Stage(str, Enum):
     BEFORE_FIRST_BYTE = "before_first_byte"
     IN_THE_MIDDLE = "in_the_middle"
     BEFORE_THE_END = "before_the_end"
+
+
+class Fault(str, Enum):
+    """How an engine fails whose health is well."""
+
+    ANSWERS_500 = "500"
+    ANSWERS_404 = "404"
+    ANSWERS_401 = "401"
+    ANSWERS_503 = "503"
+    RESETS = "resets"
+    HANGS = "hangs"
 
 
 def said(stage: Stage) -> str:
@@ -83,9 +97,22 @@ class Engine:
 
     def __init__(self, hold: Stage | None) -> None:
         self._hold = hold
+        self._fault: Fault | None = None
+
+    async def set_fault(self, request: web.Request) -> web.Response:
+        kind = await request.text()
+        self._fault = Fault(kind) if kind else None
+        return web.Response()
 
     async def complete(self, request: web.Request) -> web.StreamResponse:
         fields = json.loads(await request.read())
+        if self._fault is Fault.RESETS:
+            assert request.transport is not None
+            request.transport.abort()
+        if self._fault in (Fault.RESETS, Fault.HANGS):
+            await asyncio.Event().wait()
+        if self._fault is not None:
+            return web.json_response({"error": self._fault.value}, status=int(self._fault.value))
         answer = words(fields["prompt"], fields["max_tokens"])
         await self._reached(Stage.BEFORE_HEAD)
         if fields.get("stream"):
@@ -146,9 +173,18 @@ def main() -> None:
     args = parser.parse_args()
     app = web.Application()
     app.router.add_get("/health", _health)
-    app.router.add_post(PATH, Engine(args.hold).complete)
+    engine = Engine(args.hold)
+    app.router.add_post(PATH, engine.complete)
+    app.router.add_post("/fault", engine.set_fault)
     # Whatever ends it, it is not to wait for what it holds.
-    web.run_app(app, host="127.0.0.1", port=args.port, shutdown_timeout=0.1, print=None)
+    web.run_app(
+        app,
+        host="127.0.0.1",
+        port=args.port,
+        shutdown_timeout=0.1,
+        handler_cancellation=True,
+        print=None,
+    )
 
 
 if __name__ == "__main__":

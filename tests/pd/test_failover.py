@@ -19,42 +19,6 @@ async def hang_up(request: web.Request) -> web.StreamResponse:
     return web.Response()
 
 
-async def test_another_prefill_instance_is_asked_when_one_can_not_be_reached(fleet: Fleet):
-    await fleet.start(2, 1, policy="round-robin")
-    await fleet.kill(fleet.prefill[0])
-
-    for i in range(4):
-        assert (200, "decode0", "pd") == await fleet.ask(prompt=f"prompt {i}")
-    assert 4 == len(fleet.prefill[1].asked)
-    # After that it was left alone.
-    assert 3 == await fleet.metric('ucm_pd_retries_total{role="prefill"}')
-
-
-@pytest.mark.parametrize(("status", "reason"), [(400, "4xx"), (500, "5xx"), (503, "5xx")])
-async def test_a_prefill_that_is_refused_is_counted_and_not_tried_elsewhere(
-    fleet: Fleet, status: int, reason: str
-):
-    await fleet.start(2, 1)
-    for engine in fleet.prefill:
-        engine.answer = answering(b"no", status=status)
-
-    assert (200, "decode0", "decode-only") == await fleet.ask()
-    assert 1 == sum(len(engine.asked) for engine in fleet.prefill)
-    assert 1 == await fleet.metric(f'ucm_pd_not_prefilled_total{{reason="{reason}"}}')
-
-
-async def test_a_prefill_that_takes_too_long_is_cancelled_and_decode_answers(fleet: Fleet):
-    await fleet.start(2, 1, prefill_timeout_s=0.2)
-    for engine in fleet.prefill:
-        engine.answer = engine.never
-
-    assert (200, "decode0", "decode-only") == await fleet.ask()
-    asked = [engine for engine in fleet.prefill if engine.asked]
-    assert 1 == len(asked)
-    await asyncio.wait_for(asked[0].cancelled.wait(), PATIENCE_S)
-    assert 1 == await fleet.metric('ucm_pd_not_prefilled_total{reason="timeout"}')
-
-
 @pytest.mark.parametrize("how", ["refused", "hangs up", "is busy", "breaks off its body"])
 async def test_another_decoder_answers_before_the_first_byte(fleet: Fleet, how: str):
     async def break_off(request: web.Request) -> web.StreamResponse:
@@ -87,15 +51,29 @@ async def test_the_second_try_has_a_request_id_of_its_own(fleet: Fleet):
     assert ["mine", "mine-r2"] == asked
 
 
-@pytest.mark.parametrize("status", [400, 404, 500])
-async def test_an_answer_of_decode_is_the_truth_and_not_tried_elsewhere(fleet: Fleet, status: int):
-    await fleet.start(1, 2)
+@pytest.mark.parametrize(
+    ("status", "num_asked"), [(400, 1), (404, 2), (401, 2), (500, 2), (502, 2), (504, 2)]
+)
+async def test_the_client_hears_the_error_on_which_decoders_agree(
+    fleet: Fleet, status: int, num_asked: int
+):
+    """At most one other is asked, and none about a request that is wrong."""
+    await fleet.start(1, 3)
     for engine in fleet.decode:
         engine.answer = answering(b"no", status=status)
 
     async with await fleet.post(prompt="hi") as response:
         assert (status, b"no") == (response.status, await response.read())
-    assert 1 == sum(len(engine.asked) for engine in fleet.decode)
+    assert num_asked == sum(len(engine.asked) for engine in fleet.decode)
+
+
+async def test_an_error_that_nobody_betters_is_the_first_ones(fleet: Fleet):
+    await fleet.start(1, 2, policy="round-robin")
+    fleet.decode[0].answer = answering(b"first", status=404)
+    fleet.decode[1].answer = hang_up
+
+    async with await fleet.post(prompt="hi") as response:
+        assert (404, b"first") == (response.status, await response.read())
 
 
 async def test_when_all_decoders_are_busy_the_client_hears_it_from_one(fleet: Fleet):

@@ -78,13 +78,14 @@ async def fail(fleet: Fleet, how: str) -> None:
     """Makes prefill fail so when decode has been asked."""
     decode, (prefill, other) = fleet.decode[0], fleet.prefill
     if how.isdecimal():
-        prefill.answer = after(decode.started, answering(b"no", status=int(how)))
+        for engine in fleet.prefill:
+            engine.answer = after(decode.started, answering(b"no", status=int(how)))
     elif how == "hangs up":
         # And nobody else is there.
         await fleet.kill(other)
         prefill.answer = after(decode.started, hang_up)
     else:
-        prefill.answer = prefill.never
+        prefill.answer, other.answer = prefill.never, other.never
     if how == "is cancelled":
         await prefill.started.wait()
         await decode.started.wait()
@@ -100,7 +101,7 @@ async def test_a_prefill_that_fails_is_withdrawn_and_the_same_decoder_asked_anew
 ):
     """The one that is cancelled for it has done nothing wrong: its breaker stays closed."""
     await fleet.start(
-        *(2, 2), handoff="overlap", policy="round-robin", prefill_timeout_s=2.0, breaker_failures=1
+        *(2, 2), handoff="overlap", policy="round-robin", prefill_timeout_s=1.0, breaker_failures=1
     )
     decode, other = fleet.decode
     answer = streaming(*PIECES) if stream else answering(b"".join(PIECES))
@@ -309,7 +310,7 @@ async def test_an_answer_that_comes_as_its_client_leaves_is_closed():
             await asyncio.Event().wait()
         except asyncio.CancelledError:
             pass
-        return Answer(Upstream(), b"", is_whole=False)
+        return Answer(Upstream(), b"", is_whole=False, heard=lambda: None)
 
     async def prefill() -> PrefillOutcome:
         await asyncio.Event().wait()

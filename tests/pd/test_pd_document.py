@@ -9,9 +9,10 @@ import re
 import textwrap
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
+from typing import Any
 
 from ucm import handoff
-from ucm.pd import prefill, promise, proxy, register, rewrite, upstream
+from ucm.pd import prefill, promise, proxy, register, relay, rewrite, upstream
 from ucm.pd.flags import HANDOFFS, ProxySettings, _parser
 from ucm.pd.metrics import ProxyMetrics
 
@@ -43,7 +44,7 @@ def texts(value: ast.AST | None) -> Iterator[str]:
         yield "".join(map(str, parts))
 
 
-def tree(function: Callable[..., object]) -> list[ast.AST]:
+def tree(function: Any) -> list[ast.AST]:
     return list(ast.walk(ast.parse(textwrap.dedent(inspect.getsource(function)))))
 
 
@@ -51,8 +52,9 @@ def assigned(nodes: Iterable[ast.AST], name: str) -> set[str]:
     """Texts that `name`, or an attribute of that name, is set to."""
     found: set[str] = set()
     for node in nodes:
-        if isinstance(node, ast.Assign):
-            targets = [getattr(each, "attr", getattr(each, "id", "")) for each in node.targets]
+        if isinstance(node, (ast.Assign, ast.AnnAssign)):
+            all_targets = node.targets if isinstance(node, ast.Assign) else [node.target]
+            targets = [getattr(each, "attr", getattr(each, "id", "")) for each in all_targets]
             if name in targets:
                 found.update(texts(node.value))
     return found
@@ -113,7 +115,7 @@ def test_it_names_every_path() -> None:
 
 def test_it_names_every_reason_for_which_a_request_is_not_prefilled() -> None:
     reasons = returned(rewrite.why_not_prefill) | returned(upstream.failure_reason)
-    reasons |= assigned(tree(prefill.Prefills._send), "failure")
+    reasons |= assigned(tree(prefill), "failure")
     reasons |= first_arguments(CODE, "PrefillOutcome")
     assert {"about_prompt", "refused", "queue_full", "no_prefiller", f"{ANY}xx"} <= reasons
     assert "cancelled" in reasons
@@ -126,6 +128,7 @@ def test_it_names_every_reason_for_which_a_request_is_not_prefilled() -> None:
 
 def test_it_names_every_way_to_fail() -> None:
     ways = first_arguments(CODE, "failed") | assigned(CODE, "_failure")
+    ways |= set(relay._FAILURES.values())
     assert {"unreachable", "broken_off", "client_left"} <= ways
 
     assert set() == ways - named()

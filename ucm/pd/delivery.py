@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable
 from dataclasses import dataclass
 
 import aiohttp
@@ -28,6 +28,11 @@ class Answer:
     upstream: aiohttp.ClientResponse
     first: bytes
     is_whole: bool
+    # To be called for each piece that comes from the engine.
+    heard: Callable[[], None]
+
+    def close(self) -> None:
+        self.upstream.close()
 
     @property
     def is_event_stream(self) -> bool:
@@ -36,7 +41,18 @@ class Answer:
     async def pieces(self) -> AsyncIterator[bytes]:
         yield self.first
         async for piece in self.upstream.content.iter_any():
+            self.heard()
             yield piece
+
+
+@dataclass(frozen=True)
+class Problem:
+    """Why an instance's answer is none for the client. `code` is the client's status if it stays
+    the last one; nobody else is asked if it `is_final`."""
+
+    text: str
+    code: int
+    is_final: bool = False
 
 
 class Delivery:

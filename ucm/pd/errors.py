@@ -10,6 +10,7 @@ _KINDS = {
     403: "PermissionDeniedError",
     404: "NotFoundError",
     502: "BadGatewayError",
+    504: "GatewayTimeoutError",
     503: "ServiceUnavailableError",
 }
 

@@ -17,7 +17,7 @@ import msgspec
 from yarl import URL
 
 from ucm.errors import ConfigError, UcmError
-from ucm.pd.instances import Role
+from ucm.pd.instance import Role
 
 PREFIX = "/ucm/instances/"
 CALL_TIMEOUT_S = 2.0

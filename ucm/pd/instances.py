@@ -2,87 +2,20 @@
 
 A pool is one role. A request is admitted to an instance when the instance runs less than it may;
 otherwise it waits its turn, in order, within bounds of number and time.
-
-A breaker per instance keeps requests away from one that can't be reached:
-
-    CLOSED ──failures in a row──► OPEN ──after a while──► one request tries ──► CLOSED, or OPEN
-
-A health check counts like a request.
 """
 
 from __future__ import annotations
 
 import asyncio
 import itertools
-import time
 from collections import deque
 from collections.abc import Callable, Collection, Iterable
 from dataclasses import dataclass
-from enum import Enum
 
 from yarl import URL
 
-
-class Role(str, Enum):
-    PREFILL = "prefill"
-    DECODE = "decode"
-    # Instances of one pool that do both; there is no prefill leg.
-    WORKER = "worker"
-
-
-@dataclass
-class Breaker:
-    """Pure but for the clock. See the module."""
-
-    max_failures: int
-    open_s: float
-    clock: Callable[[], float] = time.monotonic
-    failures: int = 0
-    closed_again_s: float = 0.0
-    _is_trying: bool = False
-
-    @property
-    def state(self) -> str:
-        if self.failures < self.max_failures:
-            return "closed"
-        return "open" if self.clock() < self.closed_again_s else "half-open"
-
-    def allows(self) -> bool:
-        state = self.state
-        return state == "closed" or (state == "half-open" and not self._is_trying)
-
-    def begin(self) -> None:
-        self._is_trying = self.state == "half-open"
-
-    def ended(self) -> None:
-        """The request that tried is over without a word about the instance."""
-        self._is_trying = False
-
-    def succeeded(self) -> None:
-        self.failures, self._is_trying = 0, False
-
-    def failed(self) -> None:
-        self._is_trying = False
-        self.failures += 1
-        if self.failures >= self.max_failures:
-            self.closed_again_s = self.clock() + self.open_s
-
-
-@dataclass(eq=False)
-class Instance:
-    """One server. `running` requests and their `tokens` are those that this proxy has sent."""
-
-    url: URL
-    role: Role
-    breaker: Breaker
-    running: int = 0
-    tokens: int = 0
-    served: int = 0
-    draining: bool = False
-
-    @property
-    def state(self) -> str:
-        return "draining" if self.draining else self.breaker.state
+from ucm.pd.breaker import Breaker
+from ucm.pd.instance import Instance, Role
 
 
 class QueueFull(Exception):
@@ -97,6 +30,7 @@ class NoInstance(Exception):
 class _Waiter:
     tokens: int
     but: tuple[Instance, ...]
+    kind: str
     future: asyncio.Future[Instance]
 
 
@@ -134,7 +68,8 @@ class Pool:
             known.draining = False
             self.dispatch()
             return False
-        self.instances.append(Instance(url, self.role, self._make_breaker()))
+        breakers = self._make_breaker(), self._make_breaker()
+        self.instances.append(Instance(url, self.role, *breakers))
         self.dispatch()
         return True
 
@@ -160,18 +95,30 @@ class Pool:
     def has_another(self, but: Collection[Instance]) -> bool:
         """Whether somebody else of this role could be asked."""
         return any(
-            each not in but and not each.draining and each.breaker.allows()
+            each not in but and not each.draining and each.is_well for each in self.instances
+        )
+
+    def has_room_at_another(self, but: Collection[Instance]) -> bool:
+        """Whether somebody else of this role could be asked at once."""
+        return any(
+            each not in but
+            and not each.draining
+            and each.is_well
+            and each.running < self._max_running
             for each in self.instances
         )
 
-    async def admit(self, *, tokens: int, but: Collection[Instance] = ()) -> Instance:
-        """An instance for one request, counted as running there until `leave`.
+    async def admit(
+        self, *, tokens: int, but: Collection[Instance] = (), kind: str = ""
+    ) -> Instance:
+        """An instance for one request, counted as running there until `leave`. `kind` is what
+        `Instance.lacks` is told.
 
         Raises NoInstance when all were tried (`but`) or none is there, QueueFull when it would have
         to wait longer than it may.
         """
         future: asyncio.Future[Instance] = asyncio.get_running_loop().create_future()
-        waiter = _Waiter(tokens, tuple(but), future)
+        waiter = _Waiter(tokens, tuple(but), kind, future)
         self._waiting.append(waiter)
         self.dispatch()
         if future.done():
@@ -206,7 +153,7 @@ class Pool:
         while self._waiting and self._may_suit_somebody():
             waiter = self._waiting.popleft()
             try:
-                chosen = self._choose(waiter.but)
+                chosen = self._choose(waiter.but, waiter.kind)
             except NoInstance as error:
                 waiter.future.set_exception(error)
                 continue
@@ -216,7 +163,7 @@ class Pool:
             chosen.running += 1
             chosen.tokens += waiter.tokens
             chosen.served += 1
-            chosen.breaker.begin()
+            chosen.begin()
             waiter.future.set_result(chosen)
         self._waiting.extendleft(reversed(passed_over))
 
@@ -227,23 +174,25 @@ class Pool:
     def leave(self, instance: Instance, *, tokens: int) -> None:
         instance.running -= 1
         instance.tokens -= tokens
-        instance.breaker.ended()
+        instance.ended()
         self.dispatch()
 
-    def _choose(self, but: Collection[Instance]) -> Instance | None:
+    def _choose(self, but: Collection[Instance], kind: str) -> Instance | None:
         """None: all of them are full. Raises NoInstance."""
         there = [each for each in self.instances if not each.draining and each not in but]
         if not there:
             raise NoInstance(f"there is no {self.role.value} instance to ask")
         # Where all are said to be unwell, that may be wrong: asking beats refusing.
-        well = [each for each in there if each.breaker.allows()] or there
+        well = [each for each in there if each.is_well] or there
         free = [each for each in well if each.running < self._max_running]
-        return self._best(free) if free else None
+        fit = [each for each in free if not each.is_unfit(kind)] or free
+        return self._best(fit) if fit else None
 
     def _best(self, free: list[Instance]) -> Instance:
         turn = next(self._turns)
         if self._policy == "round-robin":
             return free[turn % len(free)]
+        free = [each for each in free if not each.is_shunned] or free
         load = min(map(self._load, free))
         ties = [each for each in free if self._load(each) == load]
         return ties[turn % len(ties)]

@@ -19,7 +19,7 @@ from yarl import URL
 from ucm.config import read_yaml
 from ucm.errors import ConfigError
 from ucm.pd.flags import instance_url
-from ucm.pd.instances import Role
+from ucm.pd.instance import Role
 
 logger = logging.getLogger(__name__)
 

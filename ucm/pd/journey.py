@@ -33,6 +33,9 @@ class Journey:
         self.reason: str | None = None
         self.status = 0
         self.tokens = 0
+        # What requests that need the same of an instance have in common; empty for no claim.
+        self.kind = ""
+        self.is_streamed = False
         # The client has all it has asked for; whether it stays for the end is its own business.
         self.is_delivered = False
         self._metrics = metrics

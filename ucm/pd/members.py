@@ -11,7 +11,8 @@ from yarl import URL
 from ucm.pd.discovery import changes, follow
 from ucm.pd.etcd import Etcd, Registration
 from ucm.pd.flags import ProxySettings
-from ucm.pd.instances import Pool, Role
+from ucm.pd.instance import Role
+from ucm.pd.instances import Pool
 from ucm.pd.instances_file import Listed, follow_file
 
 logger = logging.getLogger(__name__)

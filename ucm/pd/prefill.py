@@ -9,20 +9,24 @@ from __future__ import annotations
 import asyncio
 import logging
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 
 import aiohttp
 from multidict import CIMultiDict
 from xxhash import xxh3_128_digest
 
-from ucm.pd import upstream
-from ucm.pd.instances import Instance, NoInstance, Pool, QueueFull
+from ucm.pd import upstream, verdict
+from ucm.pd.instance import Instance, unless_lost
+from ucm.pd.instances import NoInstance, Pool, QueueFull
 from ucm.pd.rewrite import params_of
+from ucm.pd.verdict import Verdict
 
 logger = logging.getLogger(__name__)
 
 _SHOWN_BYTES = 500
+# One that is busy comes after others for so long.
+_BUSY_S = 1.0
 
 
 @dataclass(frozen=True)
@@ -42,6 +46,7 @@ class Leg:
     headers: CIMultiDict[str]
     body: bytes
     tokens: int
+    kind: str = ""
 
     @property
     def digest(self) -> bytes:
@@ -79,6 +84,17 @@ class Share:
         if not self._has_left:
             self._has_left = True
             self.on_leave()
+
+
+@dataclass(eq=False)
+class _Tried:
+    """Whom one prefill has asked, and what has come of it. `refused` are those who say that they
+    lack what it needs, a model or a key."""
+
+    instances: list[Instance] = field(default_factory=list)
+    refused: list[Instance] = field(default_factory=list)
+    failure: str = "no_prefiller"
+    is_late: bool = False
 
 
 class Prefills:
@@ -122,31 +138,63 @@ class Prefills:
             del self._running[digest]
 
     async def _send(self, leg: Leg) -> PrefillOutcome:
-        tried: list[Instance] = []
-        failure = "no_prefiller"
+        tried = _Tried()
         while True:
             try:
-                instance = await self._pool.admit(tokens=leg.tokens, but=tried)
+                instance = await self._pool.admit(
+                    tokens=leg.tokens, but=tried.instances, kind=leg.kind
+                )
             except NoInstance:
-                return PrefillOutcome(failure)
+                return PrefillOutcome(tried.failure)
             except QueueFull as error:
                 logger.warning("not prefilled: %s", error)
                 return PrefillOutcome("queue_full")
+            tried.instances.append(instance)
             try:
-                return await asyncio.wait_for(self._ask(instance, leg), self._timeout_s)
-            except upstream.UNREACHABLE as error:
-                failure = upstream.failure_reason(error)
-                logger.warning("prefill %s: %s (%s)", instance.url, failure, error)
-                if failure == "timeout":
-                    return PrefillOutcome(failure)  # another one would take as long
-                instance.breaker.failed()
+                outcome = await self._ask(instance, leg, tried)
             finally:
                 self._pool.leave(instance, tokens=leg.tokens)
-            tried.append(instance)
-            if self._pool.has_another(tried):
+            if outcome is not None:
+                return outcome
+            if self._pool.has_another(tried.instances):
                 self._on_retry()
 
-    async def _ask(self, instance: Instance, leg: Leg) -> PrefillOutcome:
+    async def _ask(self, instance: Instance, leg: Leg, tried: _Tried) -> PrefillOutcome | None:
+        """None if another instance is to be asked; `tried` says then why."""
+        asked_s = instance.breaker.clock()
+        try:
+            asking = asyncio.wait_for(self._response(instance, leg), self._timeout_s)
+            response, answer = await unless_lost(instance, asking)
+        except upstream.UNREACHABLE as error:
+            tried.failure = upstream.failure_reason(error)
+            logger.warning("prefill %s: %s (%s)", instance.url, tried.failure, error)
+            if tried.failure != "timeout":
+                instance.failed()
+                return None
+            # Another one would take as long, unless this one has had nothing for anybody meanwhile.
+            instance.shun(instance.breaker.open_s)
+            may_ask = instance.heard_s < asked_s and not tried.is_late
+            tried.is_late = True
+            return None if may_ask else PrefillOutcome(tried.failure)
+        instance.heard()
+        what = verdict.of_status(response.status)
+        if what is Verdict.GOOD:
+            instance.succeeded()
+            for each in tried.refused:
+                each.lacks(leg.kind)
+            return PrefillOutcome(None, params_of(answer))
+        shown = answer[:_SHOWN_BYTES]
+        logger.warning("prefill %s answered %d: %s", instance.url, response.status, shown)
+        tried.failure = f"{response.status // 100}xx"
+        if what is Verdict.FAILED:
+            instance.failed()
+        elif what is Verdict.BUSY:
+            instance.shun(_BUSY_S)
+        elif what is Verdict.DOUBTED:
+            tried.refused.append(instance)
+        return PrefillOutcome(tried.failure) if what is Verdict.NO_WORD else None
+
+    async def _response(self, instance: Instance, leg: Leg) -> tuple[aiohttp.ClientResponse, bytes]:
         response = await upstream.ask(
             self._session,
             "POST",
@@ -155,11 +203,4 @@ class Prefills:
             headers=leg.headers,
         )
         async with response:
-            answer = await response.read()
-        instance.breaker.succeeded()
-        if response.ok:
-            return PrefillOutcome(None, params_of(answer))
-        logger.warning(
-            "prefill %s answered %d: %s", instance.url, response.status, answer[:_SHOWN_BYTES]
-        )
-        return PrefillOutcome(f"{response.status // 100}xx")
+            return response, await response.read()

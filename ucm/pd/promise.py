@@ -20,7 +20,7 @@ from typing import Any
 import msgspec
 
 from ucm import handoff
-from ucm.pd.delivery import Answer
+from ucm.pd.delivery import Answer, Problem
 from ucm.pd.journey import Journey
 from ucm.pd.prefill import PrefillOutcome, Share
 from ucm.pd.rewrite import with_params
@@ -32,7 +32,7 @@ _EXPECTED = msgspec.json.encode(handoff.params(handoff.Expected()))
 _WITHDRAWN = msgspec.json.encode(handoff.params(handoff.Withdrawn()))
 
 # Sends this body, with this behind the request's id: the beginning of the answer, or what is wrong.
-Ask = Callable[[bytes | None, str], Coroutine[Any, Any, Answer | str]]
+Ask = Callable[[bytes | None, str], Coroutine[Any, Any, Answer | Problem]]
 
 
 def told(outcome: PrefillOutcome | None, *, was_expected: bool) -> bytes | None:
@@ -76,7 +76,7 @@ class Promise:
             self._end()
         self._share.leave()
 
-    async def keep(self, ask: Ask, body: bytes) -> Answer | str:
+    async def keep(self, ask: Ask, body: bytes) -> Answer | Problem:
         """Asks decode; once more if it was told to expect a prefill that fails before it answers.
         `body` is the client's."""
         asked = self._body(body)
@@ -102,7 +102,7 @@ class Promise:
         self._was_expected = self._was_expected or params is _EXPECTED
         return body if params is None else with_params(body, params)
 
-    def _left_if_answered(self, found: Answer | str) -> Answer | str:
+    def _left_if_answered(self, found: Answer | Problem) -> Answer | Problem:
         """Who answers before its prefill has ended has found or computed everything itself."""
         if isinstance(found, Answer):
             self.leave()
@@ -121,11 +121,11 @@ class Promise:
         self._journey.spent("prefill", time.monotonic() - self._began_s)
 
 
-async def _drop(asking: asyncio.Task[Answer | str]) -> None:
+async def _drop(asking: asyncio.Task[Answer | Problem]) -> None:
     """It may have found an answer in the meantime, which nobody will read."""
     asking.cancel()
     await asyncio.wait({asking})
     if asking.cancelled() or asking.exception() is not None:
         return
     if isinstance(found := asking.result(), Answer):
-        found.upstream.close()
+        found.close()

@@ -14,9 +14,12 @@ from aiohttp import web
 
 from ucm.errors import ConfigError
 from ucm.pd import upstream
+from ucm.pd.breaker import Breaker
 from ucm.pd.errors import error_response
 from ucm.pd.flags import ProxySettings, instance_url
-from ucm.pd.instances import Breaker, Instance, Pool, Role, all_instances
+from ucm.pd.health import check_health
+from ucm.pd.instance import Instance, Role
+from ucm.pd.instances import Pool, all_instances
 from ucm.pd.journey import Journey
 from ucm.pd.members import Members
 from ucm.pd.metrics import ProxyMetrics
@@ -24,7 +27,7 @@ from ucm.pd.prefill import Leg, Prefills
 from ucm.pd.promise import Promise
 from ucm.pd.relay import Relay
 from ucm.pd.resume import Tracker
-from ucm.pd.rewrite import guess_tokens, parse_body, prefill_body, why_not_prefill
+from ucm.pd.rewrite import guess_tokens, kind_of, parse_body, prefill_body, why_not_prefill
 
 logger = logging.getLogger(__name__)
 
@@ -123,6 +126,8 @@ class Proxy:
 
         async def go(journey: Journey) -> web.StreamResponse:
             journey.tokens = guess_tokens(fields)
+            journey.kind = kind_of(request.path, fields)
+            journey.is_streamed = bool(fields.get("stream"))
             tracker = None
             if self._settings.resume and request.path in _RESUMABLE and fields.get("stream"):
                 tracker = Tracker(fields, is_chat=request.path == _CHAT)
@@ -182,6 +187,7 @@ class Proxy:
             headers=headers,
             body=prefill_body(fields, path=request.path),
             tokens=journey.tokens,
+            kind=journey.kind,
         )
         promise = Promise(self._prefills.join(leg), journey)
         try:
@@ -215,9 +221,10 @@ class Proxy:
         return web.json_response({"status": "ok", **counts})
 
     async def ready(self, request: web.Request) -> web.Response:
-        """Whether a request would find somebody to answer it."""
-        well = [each for each in self._answering.instances if each.state in ("closed", "half-open")]
-        if well:
+        """Whether a request would find somebody to answer it. Failed requests don't count: clients
+        could make some, and what an instance answers is an answer."""
+        there = [each for each in self._answering.instances if not each.draining]
+        if any(each.health.state != "open" for each in there):
             return web.json_response({"status": "ready"})
         return error_response(503, f"no {self._answering.role.value} instance is well")
 
@@ -262,7 +269,9 @@ class Proxy:
         interval_s = self._settings.health_interval_s
         while True:
             await asyncio.sleep(interval_s)
-            await asyncio.gather(*(_check(session, each, interval_s) for each in self._instances()))
+            await asyncio.gather(
+                *(check_health(session, each, interval_s) for each in self._instances())
+            )
             for pool in self._pools.values():
                 pool.dispatch()
 
@@ -278,22 +287,6 @@ async def _read(request: web.Request) -> bytes | web.Response:
 def _log_failure(task: asyncio.Task[None]) -> None:
     if not task.cancelled() and (error := task.exception()) is not None:
         logger.error("a background task of the proxy has failed", exc_info=error)
-
-
-async def _check(session: aiohttp.ClientSession, instance: Instance, timeout_s: float) -> None:
-    before = instance.breaker.state
-    try:
-        timeout = aiohttp.ClientTimeout(total=timeout_s)
-        async with session.get(instance.url / "health", timeout=timeout) as response:
-            is_well = response.ok
-    except upstream.UNREACHABLE:
-        is_well = False
-    if is_well:
-        instance.breaker.succeeded()
-    else:
-        instance.breaker.failed()
-    if (after := instance.breaker.state) != before:
-        logger.warning("%s %s: %s -> %s", instance.role.value, instance.url, before, after)
 
 
 def _described(instance: Instance) -> dict[str, object]:

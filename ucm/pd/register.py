@@ -23,7 +23,7 @@ try:
     from ucm.errors import ConfigError
     from ucm.pd.etcd import Etcd, EtcdError, Registration, etcd_url
     from ucm.pd.flags import OneLineParser, instance_url, seconds_flag
-    from ucm.pd.instances import Role
+    from ucm.pd.instance import Role
     from ucm.pd.upstream import IDLE_CONNECTION_S
 except ModuleNotFoundError as error:
     raise SystemExit(f"registering needs {error.name}: pip install 'ucm[proxy]'") from None

@@ -4,29 +4,70 @@ Decode's status, headers and body are the truth. An answer that has a length is 
 the client sees any of it, of a stream the first piece: until then another instance can be asked,
 and later one that goes on with the stream. A client that goes away cancels the handler, and with it
 the upstream request, so the engine stops.
+
+One that can't be reached is passed over, and one that is busy, as long as there are others. After
+an error that may be the instance's own, or its silence, one other is asked, and the client gets the
+better of both answers.
 """
 
 from __future__ import annotations
 
 import logging
+from collections.abc import Callable
+from dataclasses import dataclass, field
 from functools import partial
 
 import aiohttp
 from aiohttp import web
 
-from ucm.pd import upstream
-from ucm.pd.delivery import Answer, Delivery
+from ucm.pd import upstream, verdict
+from ucm.pd.delivery import Answer, Delivery, Problem
 from ucm.pd.errors import error_response
-from ucm.pd.instances import Instance, NoInstance, Pool, QueueFull
+from ucm.pd.instance import Instance, unless_lost
+from ucm.pd.instances import NoInstance, Pool, QueueFull
 from ucm.pd.journey import Journey
 from ucm.pd.promise import Ask, Promise
 from ucm.pd.resume import Tracker
+from ucm.pd.verdict import Verdict
 
 logger = logging.getLogger(__name__)
 
-# The instance is well and has no room: another may have.
-_TRY_ANOTHER = frozenset({429, 503})
 _RETRY_AFTER_S = 1
+_FAILURES = {502: "unreachable", 503: "turned_away", 504: "timeout"}
+
+
+@dataclass(eq=False)
+class _Tries:
+    """Whom one request has asked. `held` is the first answer that another one was to better."""
+
+    instances: list[Instance] = field(default_factory=list)
+    held: Answer | None = None
+    held_verdict: Verdict = Verdict.NO_WORD
+    # After an error or silence one other instance is asked, and no third one.
+    has_doubted: bool = False
+
+    def hold(self, answer: Answer, what: Verdict) -> None:
+        if self.held is None:
+            self.held, self.held_verdict = answer, what
+        else:
+            answer.close()
+
+    def better(self, answer: Answer, *, method: str, kind: str) -> Answer:
+        """What the client gets. Says of an instance that alone lacks something that it does."""
+        held, self.held = self.held, None
+        if held is None:
+            return answer
+        if not verdict.of_status(answer.upstream.status, method=method).is_settled:
+            answer.close()
+            return held
+        held.close()
+        if self.held_verdict is Verdict.DOUBTED and kind:
+            self.instances[0].lacks(kind)
+        return answer
+
+    def close(self) -> None:
+        if self.held is not None:
+            self.held.close()
 
 
 class Relay:
@@ -46,98 +87,163 @@ class Relay:
     ) -> web.StreamResponse:
         """The client's response, sent. Never raises but for a client that has left."""
         delivery = Delivery(request, journey, tracker)
-        tried: list[Instance] = []
-        problem = ""
+        tries = _Tries()
+        try:
+            return await self._answer(delivery, request, body, journey, promise, tries)
+        finally:
+            tries.close()
+
+    async def _answer(
+        self,
+        delivery: Delivery,
+        request: web.Request,
+        body: bytes | None,
+        journey: Journey,
+        promise: Promise | None,
+        tries: _Tries,
+    ) -> web.StreamResponse:
+        problem = Problem("", code=502)
         while True:
             try:
                 with journey.stage("queue"):
-                    instance = await self._pool.admit(tokens=journey.tokens, but=tried)
-            except NoInstance as error:
-                return await _give_up(delivery, journey, 502 if tried else 503, problem or error)
-            except QueueFull as error:
-                return await _give_up(delivery, journey, 503, error)
+                    instance = await self._pool.admit(
+                        tokens=journey.tokens, but=tries.instances, kind=journey.kind
+                    )
+            except (NoInstance, QueueFull) as error:
+                if tries.held is not None:
+                    await delivery.take(tries.held)
+                    assert delivery.response is not None
+                    return delivery.response
+                is_first = not tries.instances or isinstance(error, QueueFull)
+                return await _give_up(
+                    delivery, journey, Problem(str(error), code=503) if is_first else problem
+                )
             try:
-                tried.append(instance)
-                ask = partial(self._ask, tried, request, journey)
+                tries.instances.append(instance)
+                ask = partial(self._ask, tries, request, journey, delivery)
                 found = await _keep(promise, ask, delivery, body)
-                if isinstance(found, str):
-                    problem = found
-                else:
-                    async with found.upstream:
-                        broken = await delivery.take(found)
+                if isinstance(found, Answer):
+                    answer = tries.better(found, method=request.method, kind=journey.kind)
+                    async with answer.upstream:
+                        broken = await delivery.take(answer)
                     if broken is None:
                         assert delivery.response is not None
                         return delivery.response
-                    problem = broken
-                    if not delivery.can_resume:
-                        return await _give_up(delivery, journey, 502, problem)
-                    logger.warning("%s; another goes on with it", problem)
+                    found = Problem(broken, code=502, is_final=not delivery.can_resume)
+                    if delivery.can_resume:
+                        logger.warning("%s; another goes on with it", broken)
+                problem = found
+                if problem.is_final:
+                    return await _give_up(delivery, journey, problem)
             finally:
                 self._pool.leave(instance, tokens=journey.tokens)
-            if self._pool.has_another(tried):
+            if self._pool.has_another(tries.instances):
                 journey.retried(self._pool.role.value)
 
     async def _ask(
         self,
-        tried: list[Instance],
+        tries: _Tries,
         request: web.Request,
         journey: Journey,
+        delivery: Delivery,
         body: bytes | None,
         suffix: str,
-    ) -> Answer | str:
-        """The beginning of the answer of the last of `tried`, or what is wrong with it."""
-        instance = tried[-1]
-        request_id = journey.request_id + (f"-r{len(tried)}" if len(tried) > 1 else "") + suffix
+    ) -> Answer | Problem:
+        """The beginning of the answer of the last of `tries`, or what is wrong with it."""
+        instance, num_tries = tries.instances[-1], len(tries.instances)
+        request_id = journey.request_id + (f"-r{num_tries}" if num_tries > 1 else "") + suffix
         headers = upstream.request_headers(request.headers, request_id=request_id)
         url = upstream.target(instance.url, request.raw_path)
-        role = self._pool.role.value
+
+        async def begin() -> Answer:
+            response = await upstream.ask(
+                self._session, request.method, url, body=body, headers=headers
+            )
+            return await _begin(response, instance.heard)
+
+        asked_s = instance.breaker.clock()
         try:
             with journey.stage("decode_ttft"):
-                response = await upstream.ask(
-                    self._session, request.method, url, body=body, headers=headers
-                )
-                answer = await _begin(response)
+                answer = await unless_lost(instance, begin())
         except upstream.UNREACHABLE as error:
-            instance.breaker.failed()
-            problem = f"{upstream.failure_reason(error)} ({error})"
-            logger.warning("%s %s: %s", role, instance.url, problem)
-            return f"the {role} instance at {instance.url}: {problem}"
-        instance.breaker.succeeded()
-        if response.status in _TRY_ANOTHER and self._pool.has_another(tried):
-            response.close()
-            return f"the {role} instance at {instance.url} is too busy"
-        return answer
+            return self._unanswered(tries, error, journey, asked_s)
+        instance.heard()
+        return self._judged(tries, answer, request.method, is_resuming=bool(delivery.response))
+
+    def _unanswered(
+        self, tries: _Tries, error: BaseException, journey: Journey, asked_s: float
+    ) -> Problem:
+        instance, role = tries.instances[-1], self._pool.role.value
+        reason = upstream.failure_reason(error)
+        problem = f"{reason} ({error})"
+        logger.warning("%s %s: %s", role, instance.url, problem)
+        problem = f"the {role} instance at {instance.url}: {problem}"
+        if reason != "timeout":
+            instance.failed()
+            return Problem(problem, code=502)
+        # Whether it is well its health checks say. A whole answer takes as long elsewhere, and so
+        # does the beginning of a stream, unless the instance has had nothing for anybody meanwhile.
+        instance.shun(instance.breaker.open_s)
+        is_silent = journey.is_streamed and instance.heard_s < asked_s
+        may_ask = is_silent and not tries.has_doubted
+        tries.has_doubted = True
+        return Problem(problem, code=504, is_final=not may_ask)
+
+    def _judged(
+        self, tries: _Tries, answer: Answer, method: str, *, is_resuming: bool
+    ) -> Answer | Problem:
+        """The answer, if it is one for the client; otherwise it is held, and another is asked."""
+        instance = tries.instances[-1]
+        status = answer.upstream.status
+        what = verdict.of_status(status, method=method)
+        if what is Verdict.GOOD:
+            instance.succeeded()
+        elif what is Verdict.FAILED:
+            instance.failed()
+        elif what is Verdict.BUSY:
+            instance.shun(_RETRY_AFTER_S)
+        if what.is_settled or is_resuming or not verdict.may_ask_another(method):
+            return answer
+        if what is not Verdict.BUSY:
+            if tries.has_doubted:
+                return answer
+            tries.has_doubted = True
+        if not self._pool.has_room_at_another(tries.instances):
+            return answer
+        tries.hold(answer, what)
+        where = f"the {self._pool.role.value} instance at {instance.url}"
+        if what is not Verdict.BUSY:
+            logger.warning("%s answered %d; another one is asked", where, status)
+        return Problem(f"{where} answered {status}", code=502)
 
 
 async def _keep(
     promise: Promise | None, ask: Ask, delivery: Delivery, body: bytes | None
-) -> Answer | str:
+) -> Answer | Problem:
     """Who goes on with a stream is asked for more than the promise was about."""
     if promise is None or body is None or delivery.response is not None:
         return await ask(delivery.body(body), "")
     return await promise.keep(ask, body)
 
 
-async def _begin(response: aiohttp.ClientResponse) -> Answer:
+async def _begin(response: aiohttp.ClientResponse, heard: Callable[[], None]) -> Answer:
     try:
         if response.content_length is not None:
-            return Answer(response, await response.read(), is_whole=True)
-        return Answer(response, await response.content.readany(), is_whole=False)
+            return Answer(response, await response.read(), is_whole=True, heard=heard)
+        return Answer(response, await response.content.readany(), is_whole=False, heard=heard)
     except BaseException:
         response.close()
         raise
 
 
-async def _give_up(
-    delivery: Delivery, journey: Journey, code: int, problem: str | Exception
-) -> web.StreamResponse:
+async def _give_up(delivery: Delivery, journey: Journey, problem: Problem) -> web.StreamResponse:
     if delivery.response is not None:
-        await delivery.break_off(str(problem))
+        await delivery.break_off(problem.text)
         return delivery.response
-    journey.status = code
-    journey.failed("turned_away" if code == 503 else "unreachable")
-    response = error_response(code, str(problem))
+    journey.status = problem.code
+    journey.failed(_FAILURES[problem.code])
+    response = error_response(problem.code, problem.text)
     response.headers.update(journey.headers())
-    if code == 503:
+    if problem.code == 503:
         response.headers["Retry-After"] = str(_RETRY_AFTER_S)
     return response

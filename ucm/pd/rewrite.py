@@ -47,6 +47,7 @@ _ABOUT_THE_PROMPT = ("prompt_logprobs", "echo")
 # A guess at how many tokens an image becomes; only to compare instances.
 _IMAGE_TOKENS = 1000
 _BYTES_PER_TOKEN = 4
+_MAX_MODEL_CHARS = 256
 
 
 def parse_body(body: bytes) -> dict[str, Any] | None:
@@ -59,6 +60,11 @@ def parse_body(body: bytes) -> dict[str, Any] | None:
         except (ValueError, RecursionError):
             return None
     return fields if isinstance(fields, dict) else None
+
+
+def kind_of(path: str, fields: Mapping[str, Any]) -> str:
+    """The same for requests that need the same of an instance: its route, and its model."""
+    return f"{path} {str(fields.get('model'))[:_MAX_MODEL_CHARS]}"
 
 
 def prefill_body(fields: Mapping[str, Any], *, path: str) -> bytes:

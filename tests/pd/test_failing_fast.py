@@ -1,0 +1,133 @@
+"""One instance of two fails, fast or slowly, while its /health is well: clients don't notice.
+
+The engines are processes, and what fails is their work, not their sockets: fewest requests are
+where requests fail fastest, so whoever counts only those sends everything there.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import signal
+from collections.abc import Iterator
+
+import aiohttp
+import pytest
+
+from tests.pd.conftest import Fleet
+from tests.pd.engine_process import MARK, PATH, EngineServer, Fault, text_of, words
+
+pytestmark = pytest.mark.process
+
+START_TIMEOUT_S = 30.0
+NUM_REQUESTS = 200
+NUM_CLIENTS = 8
+MAX_TOKENS = 4
+TIMEOUTS = {"idle_timeout_s": 0.5, "prefill_timeout_s": 0.5}
+
+
+@pytest.fixture(scope="module")
+def engines(tmp_path_factory: pytest.TempPathFactory) -> Iterator[list[EngineServer]]:
+    """One that fails, one that is well, and one of the other role."""
+    folder = tmp_path_factory.mktemp("engines")
+    servers = [EngineServer(folder) for _ in range(3)]
+    try:
+        for server in servers:
+            server.wait_ready(START_TIMEOUT_S)
+        yield servers
+    finally:
+        for server in servers:
+            server.kill()
+
+
+async def set_fault(engine: EngineServer, fault: str) -> None:
+    async with (
+        aiohttp.ClientSession() as session,
+        session.post(engine.url / "fault", data=fault) as response,
+    ):
+        assert response.ok
+
+
+async def start(fleet: Fleet, engines: list[EngineServer], role: str, **settings: object) -> None:
+    faulty, well, other = (each.url for each in engines)
+    urls = {"prefillers": (other,), "decoders": (other,)}
+    urls["prefillers" if role == "prefill" else "decoders"] = (faulty, well)
+    await fleet.start(0, 0, **{**urls, "health_interval_s": 0.1, **settings})
+
+
+async def ask_all(fleet: Fleet, *, stream: bool | None = None) -> list[tuple[int, str, bool]]:
+    """Status, path, and whether the answer is the right one, of many requests, some at a time."""
+    numbers = iter(range(NUM_REQUESTS))
+    found = []
+
+    async def client() -> None:
+        for i in numbers:
+            prompt = f"question {i} {MARK}"
+            fields = {
+                "prompt": prompt,
+                "max_tokens": MAX_TOKENS,
+                "stream": i % 2 == 0 if stream is None else stream,
+            }
+            async with await fleet.post(PATH.lstrip("/"), **fields) as response:
+                body = await response.read()
+                path = response.headers["x-ucm-pd-path"]
+                is_right = response.ok and text_of(body) == "".join(words(prompt, MAX_TOKENS))
+                found.append((response.status, path, is_right))
+
+    await asyncio.gather(*(client() for _ in range(NUM_CLIENTS)))
+    return found
+
+
+@pytest.mark.parametrize("fault", Fault)
+@pytest.mark.parametrize("role", ["prefill", "decode"])
+async def test_clients_do_not_notice_an_instance_that_fails_while_another_is_well(
+    fleet: Fleet, engines: list[EngineServer], role: str, fault: Fault
+):
+    await start(fleet, engines, role, **TIMEOUTS)
+    await set_fault(engines[0], fault.value)
+    try:
+        # Of an answer that is not streamed nobody knows how long it takes.
+        found = await ask_all(fleet, stream=True if fault is Fault.HANGS else None)
+    finally:
+        await set_fault(engines[0], "")
+    assert {(200, "pd", True)} == set(found)
+    assert NUM_REQUESTS == len(found)
+
+
+@pytest.mark.parametrize("role", ["prefill", "decode"])
+async def test_who_waits_for_an_instance_that_stands_still_is_answered_by_another(
+    fleet: Fleet, engines: list[EngineServer], role: str
+):
+    """Its host accepts connections, and nothing ends them; only its health tells."""
+    await start(fleet, engines, role)
+    (process,) = engines[0].processes()
+    process.send_signal(signal.SIGSTOP)
+    try:
+        found = await ask_all(fleet)
+    finally:
+        process.send_signal(signal.SIGCONT)
+    assert {(200, "pd", True)} == set(found)
+
+
+async def test_an_instance_that_fails_draws_no_traffic_and_gets_its_share_when_it_is_well_again(
+    fleet: Fleet, engines: list[EngineServer]
+):
+    await start(fleet, engines, "decode", breaker_open_s=0.3)
+
+    async def served() -> list[int]:
+        async with fleet.client.get(fleet.proxy / "instances") as response:
+            found = (await response.json())["instances"]
+        return [each["served"] for each in found if each["role"] == "decode"]
+
+    for fault in (Fault.ANSWERS_500, Fault.ANSWERS_404):
+        before = await served()
+        await set_fault(engines[0], fault.value)
+        await ask_all(fleet)
+        during = await served()
+        faulty, well = (now - then for now, then in zip(during, before, strict=True))
+        assert faulty < well / 4, (faulty, well)
+        await set_fault(engines[0], "")
+        await asyncio.sleep(0.5)
+        await ask_all(fleet)
+        after = await served()
+        once_faulty, other = (now - then for now, then in zip(after, during, strict=True))
+        assert once_faulty > other / 4, (once_faulty, other)

@@ -1,0 +1,39 @@
+"""Looks at an instance's /health, and what follows from them."""
+
+from __future__ import annotations
+
+import logging
+
+import aiohttp
+
+from ucm.pd import upstream
+from ucm.pd.instance import Instance
+
+logger = logging.getLogger(__name__)
+
+
+async def check_health(
+    session: aiohttp.ClientSession, instance: Instance, timeout_s: float
+) -> None:
+    """A look that says nothing within `timeout_s` counts as a failed one. An instance that keeps
+    failing them, and from which nothing has come for as long, is lost: a busy one may be late with
+    its health, but not with everything."""
+    before = instance.state
+    if await _is_well(session, instance, timeout_s):
+        instance.health.succeeded()
+    else:
+        instance.health.failed()
+        patience_s = instance.health.max_failures * timeout_s
+        if instance.health.state == "open" and instance.is_silent_for(patience_s):
+            instance.lose()
+    if (after := instance.state) != before:
+        logger.warning("%s %s: %s -> %s", instance.role.value, instance.url, before, after)
+
+
+async def _is_well(session: aiohttp.ClientSession, instance: Instance, timeout_s: float) -> bool:
+    try:
+        timeout = aiohttp.ClientTimeout(total=timeout_s)
+        async with session.get(instance.url / "health", timeout=timeout) as response:
+            return response.ok
+    except upstream.UNREACHABLE:
+        return False
