@@ -60,6 +60,10 @@ class StoreSettings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fi
         default=1024, name="posix_write_queue_pages"
     )
     io_timeout_ms: _Milliseconds = msgspec.field(default=10_000, name="posix_io_timeout_ms")
+    recheck_s: Annotated[float, Meta(ge=0, le=86_400)] = msgspec.field(
+        default=10.0, name="posix_recheck_s"
+    )
+    retry_ms: _Milliseconds = msgspec.field(default=1_000, name="posix_retry_ms")
     idle_exit_s: Annotated[float, Meta(gt=0, le=31_536_000)] = msgspec.field(
         default=60.0, name="node_cache_idle_exit_s"
     )

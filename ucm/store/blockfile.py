@@ -154,6 +154,17 @@ def check_identity(found: BlockId, expected: BlockId) -> None:
     raise bad_block(f"page of {found.page_bytes} bytes, expected {expected.page_bytes}")
 
 
+def check_header(fd: int, expected: BlockId, *, scratch: Scratch) -> Header:
+    """Size, header and identity of a file, without its page. Raises `bad_block` or OSError."""
+    size_bytes = os.fstat(fd).st_size
+    if size_bytes != expected.file_bytes:
+        raise bad_block(f"{size_bytes} bytes long, expected {expected.file_bytes}")
+    _read_exactly(fd, [scratch.header], offset=0)
+    header = decode_header(scratch.header)
+    check_identity(header.block, expected)
+    return header
+
+
 def read_block(
     fd: int, expected: BlockId, page: memoryview, *, scratch: Scratch, chunk_bytes: int
 ) -> None:

@@ -15,7 +15,9 @@ from ucm.store.node import protocol as p
 from ucm.store.tasks import RETRY_S, Part, Task, batches
 
 if TYPE_CHECKING:
-    from ucm.store.transfers import Transfers
+    from ucm.store.transfers import Dumped, Transfers
+
+_NAMED = 5
 
 
 @dataclass(slots=True)
@@ -27,6 +29,15 @@ class OpenBlock:
     touched_s: float
     copied: set[int] = field(default_factory=set)
     broken: str = ""
+
+
+def not_written(blocks: Sequence[Dumped]) -> str:
+    """Names the first few."""
+    named = [
+        f"{dumped.block_id.hex()} ({dumped.refused or 'not there'})" for dumped in blocks[:_NAMED]
+    ]
+    more = f" and {len(blocks) - _NAMED} more" if len(blocks) > _NAMED else ""
+    return f"{len(blocks)} blocks are not in storage: {', '.join(named)}{more}"
 
 
 class DumpTask(Task):
@@ -121,8 +132,9 @@ class DumpTask(Task):
             self.fail(TaskFailed(f"a copy failed: {type(error).__name__}: {error}"))
         offsets = {key: node.blocks.pop(key).offset for key in complete}
         self._to_verify += [key for key, offset in offsets.items() if offset is None]
+        # First: what storage says of them comes after the commit.
+        node.note_dumped([(key, self._parts[key][0].block_id) for key in complete])
         node.commit([key for key, offset in offsets.items() if offset is not None])
-        node.note_dumped(complete)
         node.end_turn()
         if pause:
             node.later(RETRY_S, partial(self._take_another_turn, node))

@@ -43,6 +43,9 @@ class MeasuredTier(Tier):
     def doubt(self, namespace: TierNamespace, key: Key) -> None:
         self._tier.doubt(namespace, key)
 
+    def holds(self, namespace: TierNamespace, key: Key) -> bool:
+        return self._tier.holds(namespace, key)
+
     def read_manifest(self, fingerprint: bytes) -> bytes | None:
         return self._tier.read_manifest(fingerprint)
 

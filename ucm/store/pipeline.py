@@ -32,10 +32,11 @@ from ucm.config import CONNECTOR_NAME, StoreSettings, load_settings
 from ucm.errors import ConfigError, TaskFailed, TierError
 from ucm.store import namespace
 from ucm.store.buffers import Row, host_row
-from ucm.store.dumps import DumpTask
+from ucm.store.dumps import DumpTask, not_written
 from ucm.store.keys import Key
 from ucm.store.loads import LoadTask, PrefetchTask
 from ucm.store.node import protocol as p
+from ucm.store.node.start import log_path
 from ucm.store.shards import SHARD_KEYS, BlockNames, block_shape
 from ucm.store.tasks import FindTask, Part, Task, batch_blocks
 from ucm.store.tiers import keeps_pages
@@ -185,30 +186,36 @@ class UcmPipelineStore:
         return task.has_ended
 
     def flush(self, timeout_s: float | None = None) -> None:
-        """Until all blocks that were dumped here (the last 65536) are in storage.
+        """Until all blocks that were dumped here (the last 65536) since a flush has confirmed them
+        are in storage: storage is asked for each of them, now. What has gone from it meanwhile is
+        written again from memory.
 
-        Raises TierError when some did not get there, or not in time (default: `timeout_ms`). In a
-        pipeline without storage there is nothing to wait for.
+        Raises TierError, which names them, when some are not there, or not in time (default:
+        `timeout_ms`). In a pipeline without storage there is nothing to wait for.
         """
         if not self._settings.storage_backends:
             return
         deadline_s = time.monotonic() + (self._timeout_s if timeout_s is None else timeout_s)
         unsaved = self._transfers.unsaved
-        while True:
-            keys = list(unsaved)
-            places = dict(zip(keys, self._find(keys, storage=True), strict=True))
-            waiting = [key for key, place in places.items() if place & p.QUEUED]
-            if not waiting:
-                break
-            if time.monotonic() > deadline_s:
+        dumped = dict(list(unsaved.items()))
+        waiting = list(dumped)
+        lost: list[Key] = []
+        while waiting:
+            places = dict(zip(waiting, self._find(waiting, storage=True), strict=True))
+            for key in (key for key in waiting if places[key] & p.IN_STORAGE):
+                # Unless it was dumped once more.
+                if unsaved.get(key) is dumped[key]:
+                    unsaved.pop(key, None)
+            lost += [key for key in waiting if not places[key] & (p.IN_STORAGE | p.QUEUED)]
+            waiting = [key for key in waiting if places[key] & p.QUEUED]
+            if waiting and time.monotonic() > deadline_s:
                 raise TierError(f"{len(waiting)} blocks still wait to be written", reason="timeout")
-            time.sleep(_FLUSH_POLL_S)
-        for key in keys:
-            unsaved.pop(key, None)
-        num_lost = sum(not place & p.IN_STORAGE for place in places.values())
-        if num_lost:
+            if waiting:
+                time.sleep(_FLUSH_POLL_S)
+        if lost:
             raise TierError(
-                f"{num_lost} blocks did not reach storage; the log of the node cache says why",
+                f"{not_written([dumped[key] for key in lost])}; the log of the node cache says "
+                f"why: {log_path(self._settings)}",
                 reason="io_error",
             )
 

@@ -25,7 +25,7 @@ from xxhash import xxh3_64_intdigest
 from ucm.errors import TierError
 from ucm.store import paths
 from ucm.store.backend import READ_ONLY_ERRNOS, Backend, tier_error, unlink_if_there
-from ucm.store.blockfile import BlockId, Scratch, read_block, write_block
+from ucm.store.blockfile import BlockId, Scratch, check_header, read_block, write_block
 from ucm.store.keys import Key
 from ucm.store.names import doubt, is_there_now
 from ucm.store.tier import ABSENT, HIT, PageRead, ReadStatus, Staged, Tier, TierNamespace
@@ -89,6 +89,18 @@ class PosixTier(Tier):
             path = paths.block_path(backend.path, namespace.fingerprint, key)
             doubt(path, below=backend.path)
 
+    def holds(self, namespace: TierNamespace, key: Key) -> bool:
+        if not self.contains_now(namespace, key):
+            return False
+        backend = self._backend_of(key)
+        assert backend is not None
+        path = paths.block_path(backend.path, namespace.fingerprint, key)
+        block = BlockId(key, namespace.fingerprint, namespace.page_bytes)
+        try:
+            return self._is_whole(path, block)
+        except OSError as error:
+            raise tier_error(path, "can't be looked up", error) from error
+
     def read_manifest(self, fingerprint: bytes) -> bytes | None:
         for backend in self._backends:
             manifest = backend.read_manifest(fingerprint)
@@ -122,7 +134,7 @@ class PosixTier(Tier):
         block = BlockId(key, namespace.fingerprint, namespace.page_bytes)
         target = paths.block_path(backend.path, namespace.fingerprint, key)
         try:
-            if _has_size(target, block.file_bytes):
+            if self._is_whole(target, block):
                 return None
             temp = self._write(backend, namespace, block, target, page, num_tokens)
         except OSError as error:
@@ -205,6 +217,20 @@ class PosixTier(Tier):
             os.close(fd)
         return HIT
 
+    def _is_whole(self, path: str, block: BlockId) -> bool:
+        """By its size and header. What isn't counts as not there, and is replaced."""
+        try:
+            fd = os.open(path, os.O_RDONLY | os.O_NONBLOCK)
+        except FileNotFoundError:
+            return False
+        try:
+            check_header(fd, block, scratch=self._scratch())
+        except TierError:
+            return False
+        finally:
+            os.close(fd)
+        return True
+
     def _write(
         self,
         backend: Backend,
@@ -251,14 +277,6 @@ def _unless_read_only(write: Callable[[], object]) -> None:
         cause = error.__cause__
         if not (isinstance(cause, OSError) and cause.errno in READ_ONLY_ERRNOS):
             raise
-
-
-def _has_size(path: str, size_bytes: int) -> bool:
-    """A file of another size is damaged; it counts as not there and is replaced."""
-    try:
-        return os.stat(path).st_size == size_bytes
-    except FileNotFoundError:
-        return False
 
 
 def _move_aside(fd: int, path: str, backend: Backend, block: BlockId) -> str:

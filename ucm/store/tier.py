@@ -103,6 +103,11 @@ class Tier(ABC):
         """A key that was promised long ago is still not there: makes this node and others give up
         what they may remember of its absence. Changes nothing that is stored, and never raises."""
 
+    def holds(self, namespace: TierNamespace, key: Key) -> bool:
+        """Whether the page is there now, as far as its size and its header tell: what `flush`
+        promises. Past whatever this node remembers. Raises TierError when storage can't tell."""
+        return self.contains_now(namespace, key)
+
     @abstractmethod
     def read_manifest(self, fingerprint: bytes) -> bytes | None:
         """The manifest of a namespace that somebody has opened here; None if nobody has. Raises
@@ -146,6 +151,11 @@ class Tier(ABC):
     @abstractmethod
     def close(self) -> None:
         """Gives back what the tier holds in this process. May be repeated; no other call after."""
+
+
+def held_of(tier: Tier, namespace: TierNamespace, keys: Sequence[Key]) -> list[bool]:
+    """Which of `keys` storage holds, each by itself."""
+    return [tier.holds(namespace, key) for key in keys]
 
 
 class MemoryTier(Tier):

@@ -19,17 +19,19 @@ import threading
 import time
 from collections import OrderedDict, deque
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from typing import Any, Final
 
 from ucm.config import StoreSettings
 from ucm.errors import ConfigError, NodeUnavailable, TaskFailed, UcmError
 from ucm.store import namespace
-from ucm.store.dumps import DumpTask, OpenBlock
+from ucm.store.dumps import DumpTask, OpenBlock, not_written
 from ucm.store.keys import Key
 from ucm.store.node import protocol as p
 from ucm.store.node.client import NodeClient
 from ucm.store.node.link import NodeLink
 from ucm.store.node.memory import MappedMemory
+from ucm.store.node.notices import Notices
 from ucm.store.shards import BlockShape
 from ucm.store.tasks import Task
 
@@ -45,6 +47,14 @@ _START_S: Final = 15.0
 _MAP_BYTES: Final = 4 << 20
 
 
+@dataclass(eq=False, slots=True)
+class Dumped:
+    """One dump of a block, to be told from the next. `refused` says why storage did not take it."""
+
+    block_id: bytes
+    refused: str = ""
+
+
 class Transfers:
     """See the module's text. `start`, `wait_opened` and `close` may be called from any thread."""
 
@@ -55,8 +65,8 @@ class Transfers:
     ) -> None:
         self.blocks: dict[Key, OpenBlock] = {}
         self.capacity_bytes = 0
-        # Dumped through this store, and not seen in storage yet.
-        self.unsaved: OrderedDict[Key, None] = OrderedDict()
+        # Dumped through this store, and not seen in storage yet, by block id.
+        self.unsaved: OrderedDict[Key, Dumped] = OrderedDict()
         self._shape = shape
         self._manifest = shape.manifest()
         self._timeout_s = timeout_s
@@ -75,6 +85,7 @@ class Transfers:
         self._turn_is_taken = False
         self._closing = False
         self._expired_blocks_s = time.monotonic()
+        self._notices = Notices(time.monotonic)
         self._wake_fd = os.eventfd(0, os.EFD_NONBLOCK | os.EFD_CLOEXEC)
         self._thread = threading.Thread(target=self._run, name="ucm-store", daemon=True)
         self._thread.start()
@@ -164,9 +175,10 @@ class Transfers:
         if reserved:
             self.send(p.Abort(ns=self.NAMESPACE, keys=list(reserved)))
 
-    def note_dumped(self, keys: Sequence[Key]) -> None:
-        for key in keys:
-            self.unsaved[key] = None
+    def note_dumped(self, blocks: Sequence[tuple[Key, bytes]]) -> None:
+        for key, block_id in blocks:
+            self.unsaved[key] = Dumped(block_id)
+            self.unsaved.move_to_end(key)
         while len(self.unsaved) > _REMEMBERED_DUMPS:
             self.unsaved.popitem(last=False)
 
@@ -270,10 +282,22 @@ class Transfers:
             elif message.error:
                 logger.warning("pages may not reach storage: %s", message.error)
             self._opened.set()
+        elif isinstance(message, p.SavingNews):
+            self._note_saving(message)
         elif isinstance(message, (p.LookupReply, p.Found, p.ReserveReply)):
             on_reply = self._asked.pop(message.id, None)
             if on_reply is not None:
                 on_reply(message)
+
+    def _note_saving(self, news: p.SavingNews) -> None:
+        refused = [self.unsaved[key] for key in map(Key, news.refused) if key in self.unsaved]
+        for dumped in refused:
+            dumped.refused = news.reason
+        if refused:
+            self._notices.warn("not written", f"{not_written(refused)}; flush() tries once more")
+        for key in map(Key, news.saved):
+            if key in self.unsaved:
+                self.unsaved[key].refused = ""
 
     def _run_timers(self) -> None:
         now_s = time.monotonic()

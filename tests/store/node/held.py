@@ -119,6 +119,7 @@ class Node:
         keeps_unpinned: bool = True,
         has_tier: bool = True,
         tier: MemoryTier | None = None,
+        max_write_pages: int = 100,
     ) -> None:
         self.memory = memoryview(bytearray(PAGE * num_slots))
         self.tier = tier or MemoryTier()
@@ -133,7 +134,7 @@ class Node:
             page_of=self.page_of,
             populate=lambda offset, nbytes, on_done: None,
             ahead_bytes=0,
-            max_write_pages=100,
+            max_write_pages=max_write_pages,
             clock=lambda: self.now_s,
             call_later=self.timers,
         )
@@ -172,8 +173,7 @@ class Node:
         )
 
     def answer(self) -> tuple[list[int], str]:
-        (found,) = self.inbox
-        assert isinstance(found, p.Found)
+        (found,) = [message for message in self.inbox if isinstance(message, p.Found)]
         self.inbox.clear()
         return list(found.places), found.reason
 
@@ -212,6 +212,15 @@ class Node:
         replies = [message for message in self.inbox if isinstance(message, p.LookupReply)]
         assert len(replies) <= 1
         return replies[0] if replies else None
+
+    def told(self) -> dict[bytes, str]:
+        """What this client was told last of each page that is not kept, and why."""
+        told: dict[bytes, str] = {}
+        for news in (message for message in self.inbox if isinstance(message, p.SavingNews)):
+            told.update(dict.fromkeys(news.refused, news.reason))
+            for key in news.saved:
+                told.pop(key, None)
+        return told
 
     def release(self, number: int) -> None:
         self.core.handle(self.connection, p.Release(lookups=[number]))

@@ -53,6 +53,7 @@ def test_a_written_page_is_in_storage_once_it_is_published() -> None:
 
     node.writes.end_all()
     node.find(key(1), storage=True)
+    node.reads.end_all()
 
     assert node.answer() == ([BOTH], "")
 

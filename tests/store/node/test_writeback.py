@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from hashlib import sha256
 
 from hypothesis import given
@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 
 from ucm.errors import TierError
 from ucm.store.keys import Key
+from ucm.store.node.saved import Saving, SavingRules
 from ucm.store.node.state import OpenedNamespace
 from ucm.store.node.writeback import WriteBack
 from ucm.store.slots import Slot, SlotTable
@@ -77,6 +78,8 @@ class Bench:
         self.pool = HeldPool()
         self.counters: Counter[str] = Counter()
         self.parent: dict[Key, Key | None] = {}
+        self.now_s = 0.0
+        self.told: dict[Key, str] = {}
         self.writeback = WriteBack(
             tier=self.tier,
             pool=self.pool,
@@ -84,11 +87,18 @@ class Bench:
             page_of=self.page_of,
             count=self.count,
             max_pages=max_pages,
-            clock=lambda: 0.0,
+            clock=lambda: self.now_s,
+            tell=self.tell,
+            rules=SavingRules(),
         )
 
     def count(self, counter: str, by: int = 1) -> None:
         self.counters[counter] += by
+
+    def tell(self, refused: Sequence[Key], saved: Sequence[Key], reason: str) -> None:
+        self.told.update(dict.fromkeys(refused, reason))
+        for key in saved:
+            self.told.pop(key, None)
 
     def page_of(self, slot: Slot) -> memoryview:
         return self.memory[slot.offset : slot.offset + PAGE]
@@ -218,7 +228,7 @@ def test_what_was_dropped_is_written_when_it_is_dumped_again() -> None:
     for i in range(2, 8):
         slot = bench.slots.find(A[i])
         assert slot is not None
-        assert not bench.writeback.is_safe(A[i])
+        assert bench.writeback.state(A[i]) is Saving.REFUSED
         bench.writeback.enqueue(NAMESPACE, A[i], A[i - 1], slot)
     bench.pool.end_all()
 

@@ -13,7 +13,7 @@ from __future__ import annotations
 import logging
 import time
 from collections import deque
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 
 from ucm.integration.vllm.block_ledger import BlockLedger, Ending
@@ -69,6 +69,8 @@ class Dumps:
         block_tokens: int,
         timeout_s: float,
     ) -> None:
+        # Told of each block that this engine itself is to bring.
+        self.on_slot: Callable[[Key], None] = lambda key: None
         self._session = session
         self._ledger = ledger
         self._facts = facts
@@ -191,6 +193,8 @@ class Dumps:
             return  # asked of a node cache that is gone
         for block, offset in zip(blocks, reply.offsets, strict=True):
             dump.slots[block] = offset
+            if offset >= 0:
+                self.on_slot(dump.keys[block])
         if dump.closed:
             self._abort_slots(dump)
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import time
+from collections import OrderedDict
 from typing import Any
 
 from ucm import handoff as h
@@ -13,12 +14,14 @@ from ucm.integration.vllm.promises import promise_of, receipt_for
 from ucm.integration.vllm.requests import RequestState
 from ucm.integration.vllm.session import NodeSession
 from ucm.integration.vllm.stats import UcmStats
+from ucm.store.keys import Key
 from ucm.store.namespace import differences, from_json
 from ucm.store.node import protocol as p
 
 logger = logging.getLogger(__name__)
 
 _MAX_REFUSED = 1000
+_MAX_UNSAVED = 1 << 16
 
 
 class PromiseBook:
@@ -29,6 +32,7 @@ class PromiseBook:
         self._epochs = epochs
         self._stats = stats
         self._asked: dict[int, str] = {}
+        self._unsaved: OrderedDict[bytes, None] = OrderedDict()
         self._refused: set[tuple[str, bytes]] = set()
 
     def heard(self, request: Any) -> h.Handoff | None:
@@ -80,9 +84,11 @@ class PromiseBook:
         """The `kv_transfer_params` of a finished request that wanted one."""
         if not state.wants_receipt or not self._session.can_store:
             return None
+        # What storage has refused, or will not get, is in this node's memory at best.
+        refused = (i for i in range(state.kept_blocks) if state.keys[i] in self._unsaved)
         receipt = receipt_for(
             state.keys,
-            state.kept_blocks,
+            next(refused, state.kept_blocks) if self._unsaved else state.kept_blocks,
             num_prompt=state.num_prompt,
             rules=self._epochs.rules,
             issued_s=time.time(),
@@ -91,6 +97,27 @@ class PromiseBook:
             return None
         self._stats.count("ucm_receipts", outcome="issued")
         return h.params(receipt)
+
+    # -- what is not saved -----------------------------------------------------------------
+
+    def on_saving(self, news: p.SavingNews) -> None:
+        """The node cache says of which pages it can't keep what a receipt would promise. It says so
+        anew whenever this engine looks one of them up, so the oldest may be forgotten."""
+        for key in news.saved:
+            self._unsaved.pop(key, None)
+        for key in news.refused:
+            self._unsaved[key] = None
+            self._unsaved.move_to_end(key)
+        while len(self._unsaved) > _MAX_UNSAVED:
+            self._unsaved.popitem(last=False)
+
+    def on_slot(self, key: Key) -> None:
+        """This engine dumps it (again): it is on its way."""
+        self._unsaved.pop(key, None)
+
+    def node_lost(self) -> None:
+        """What the next node cache can't keep, it will say."""
+        self._unsaved.clear()
 
     # -- another namespace -----------------------------------------------------------------
 

@@ -98,6 +98,8 @@ class SchedulerSide:
         self._session.on_reserve = self._dumps.on_reply
         self._session.on_status = self._gauges.on_status
         self._session.on_manifest = self._promises.on_manifest
+        self._dumps.on_slot = self._promises.on_slot
+        self._session.on_saving = self._promises.on_saving
         self._session.on_lost = self._node_lost
         self._epochs.log()
 
@@ -267,6 +269,7 @@ class SchedulerSide:
     def _node_lost(self) -> None:
         self._hits.node_lost()
         self._dumps.node_lost()
+        self._promises.node_lost()
 
     def _state_of(self, request: Any) -> RequestState:
         state = self._states.get(request.request_id)

@@ -28,6 +28,7 @@ class NodeSession:
         self.on_reserve: Callable[[p.ReserveReply], None] = lambda reply: None
         self.on_status: Callable[[p.Status], None] = lambda status: None
         self.on_manifest: Callable[[p.ManifestFound], None] = lambda found: None
+        self.on_saving: Callable[[p.SavingNews], None] = lambda news: None
         self.on_lost: Callable[[], None] = lambda: None
         self._link = link
         self._opening = opening
@@ -112,16 +113,21 @@ class NodeSession:
             self._silent_since_s = None
             self._has_news = True
         for message in messages:
-            if isinstance(message, p.LookupReply):
-                self.on_lookup(message)
-            elif isinstance(message, p.ReserveReply):
-                self.on_reserve(message)
-            elif isinstance(message, p.NamespaceOpened):
-                self._on_opened(message)
-            elif isinstance(message, p.Status):
-                self.on_status(message)
-            elif isinstance(message, p.ManifestFound):
-                self.on_manifest(message)
+            self._hand_out(message)
+
+    def _hand_out(self, message: p.NodeMessage) -> None:
+        if isinstance(message, p.LookupReply):
+            self.on_lookup(message)
+        elif isinstance(message, p.ReserveReply):
+            self.on_reserve(message)
+        elif isinstance(message, p.SavingNews):
+            self.on_saving(message)
+        elif isinstance(message, p.NamespaceOpened):
+            self._on_opened(message)
+        elif isinstance(message, p.Status):
+            self.on_status(message)
+        elif isinstance(message, p.ManifestFound):
+            self.on_manifest(message)
 
     def take_news(self) -> bool:
         """Whether anything has arrived since this was last asked."""

@@ -20,8 +20,9 @@ from ucm.store.node.io import Pool
 from ucm.store.node.lookups import Lookups
 from ucm.store.node.notices import Notices
 from ucm.store.node.promises import CallLater
+from ucm.store.node.saved import SavingRules
 from ucm.store.node.state import Connection, OpenedNamespace, Session
-from ucm.store.node.writeback import WriteBack
+from ucm.store.node.storing import Storing
 from ucm.store.page import padded_bytes
 from ucm.store.slots import Slot, SlotTable
 from ucm.store.tier import Tier, TierNamespace
@@ -45,28 +46,31 @@ class NodeCore:
         max_write_pages: int,
         clock: Callable[[], float],
         call_later: CallLater,
+        saving: SavingRules | None = None,
     ) -> None:
         self.slots = slots
         self.counters: Counter[str] = Counter()
         self.sessions: dict[str, Session] = {}
         notices = Notices(clock)
-        self.writeback: WriteBack | None = None
-        if tier is not None:
-            self.writeback = WriteBack(
-                tier=tier,
-                pool=writes,
-                slots=slots,
-                page_of=page_of,
-                count=self.count,
-                notices=notices,
-                max_pages=max_write_pages,
-                clock=clock,
-            )
+        storing = Storing(
+            sessions=self.sessions,
+            slots=slots,
+            tier=tier,
+            reads=reads,
+            writes=writes,
+            page_of=page_of,
+            count=self.count,
+            notices=notices,
+            max_pages=max_write_pages,
+            clock=clock,
+            rules=saving or SavingRules(),
+        )
+        self.writeback = storing.writeback
         self.lookups = Lookups(
             slots=slots,
             tier=tier,
             reads=reads,
-            writeback=self.writeback,
+            storing=storing,
             page_of=page_of,
             count=self.count,
             notices=notices,
@@ -76,12 +80,16 @@ class NodeCore:
         self._fillings = Fillings(
             slots=slots,
             lookups=self.lookups,
-            writeback=self.writeback,
+            storing=storing,
             page_of=page_of,
             count=self.count,
         )
         self.finds = Finds(
-            slots=slots, tier=tier, reads=reads, writeback=self.writeback, clock=clock
+            slots=slots,
+            tier=tier,
+            reads=reads,
+            storing=storing,
+            clock=clock,
         )
         # Set when the process is about to end: what is queued is written, nothing new is begun.
         self.leaving = False

@@ -10,7 +10,7 @@ from ucm.store.keys import Key, TailKey
 from ucm.store.node import protocol as p
 from ucm.store.node.lookups import Lookups
 from ucm.store.node.state import Connection, OpenedNamespace, Session
-from ucm.store.node.writeback import WriteBack
+from ucm.store.node.storing import Storing
 from ucm.store.page import blank_behind
 from ucm.store.slots import Slot, SlotState, SlotTable
 
@@ -25,15 +25,19 @@ class Fillings:
         *,
         slots: SlotTable,
         lookups: Lookups,
-        writeback: WriteBack | None,
+        storing: Storing,
         page_of: Callable[[Slot], memoryview],
         count: Callable[[str], None],
     ) -> None:
         self._slots = slots
         self._lookups = lookups
-        self._writeback = writeback
+        self._writeback = storing.writeback
         self._page_of = page_of
         self._count = count
+        self._on_met = storing.met
+        self._tell = storing.tell
+        # Keys of FILLING slots that somebody else counts on, having been told HAVE.
+        self._counted_on: set[Key] = set()
 
     def reserve(
         self,
@@ -49,7 +53,7 @@ class Fillings:
         if message.tail_tokens and not namespace.num_rows:
             raise ProtocolError("a tail in a namespace whose pages have none")
         for key, parent in _with_parents(keys, message.parents):
-            offset = self._reserve_one(connection.session, namespace, key, parent, leaving=leaving)
+            offset = self._reserve_one(connection, namespace, key, parent, leaving=leaving)
             offsets.append(offset)
             if offset == p.NO_ROOM:
                 for lost in keys[len(offsets) - 1 :]:
@@ -69,7 +73,7 @@ class Fillings:
 
     def _reserve_one(
         self,
-        session: Session,
+        connection: Connection,
         namespace: OpenedNamespace,
         key: Key,
         parent: Key | None,
@@ -80,16 +84,19 @@ class Fillings:
         slot = self._slots.find(key)
         if slot is not None:
             self._slots.touch(slot)
-            if slot.state is SlotState.READY and writeback and not writeback.is_safe(key):
-                # It was dropped from a full queue, or its file went bad: another try.
-                writeback.enqueue(namespace, key, parent, slot)
+            if slot.state is SlotState.READY:
+                self._on_met(connection, namespace, [key], [parent])
+            elif key not in connection.session.filling:
+                self._counted_on.add(key)
             return p.HAVE
         if leaving or (writeback is not None and writeback.is_full):
             return p.NO_ROOM
         slot = self._slots.reserve(key, namespace.slot_bytes)
         if slot is None:
             return p.NO_ROOM
-        session.filling[key] = slot
+        if writeback is not None:
+            writeback.take_place(key)
+        connection.session.filling[key] = slot
         self._lookups.being_filled(slot)
         return slot.offset
 
@@ -99,6 +106,7 @@ class Fillings:
             if slot is None or slot.key is None:
                 continue
             key = slot.key
+            self._counted_on.discard(key)
             if isinstance(key, TailKey):
                 # Behind it are whatever tokens the engine's block and the slot had before.
                 blank_behind(
@@ -126,6 +134,9 @@ class Fillings:
     def _give_up_filling(self, session: Session, key: Key, slot: Slot) -> None:
         del session.filling[key]
         self._count("dump_aborted")
+        if key in self._counted_on:
+            self._counted_on.discard(key)
+            self._tell([key], (), "aborted")
         self._slots.abandon(slot)
         if self._writeback is not None:
             self._writeback.filling_ended(key)

@@ -1,7 +1,9 @@
 """Finds: where is each of these keys? For the store API, whose blocks stand for themselves.
 
 Memory answers at once. Storage is asked in parallel, in groups, about what memory can't answer; at
-the deadline the rest is nowhere, with a reason. Everything here runs on the event loop's thread.
+the deadline the rest is nowhere, with a reason. A find of what is in storage believes storage and
+nothing else: what is not there, though it was once, is queued from memory or said to be missing.
+Everything here runs on the event loop's thread.
 """
 
 from __future__ import annotations
@@ -14,10 +16,11 @@ from ucm.errors import ProtocolError
 from ucm.store.keys import Key
 from ucm.store.node import protocol as p
 from ucm.store.node.io import Pool, error_reason
+from ucm.store.node.saved import Saving
 from ucm.store.node.state import Connection, OpenedNamespace
-from ucm.store.node.writeback import WriteBack
+from ucm.store.node.storing import Storing
 from ucm.store.slots import SlotState, SlotTable
-from ucm.store.tier import Tier, TierNamespace
+from ucm.store.tier import Tier, TierNamespace, held_of
 
 _MAX_GROUP = 64
 
@@ -28,8 +31,10 @@ class FindJob:
 
     id: int
     connection: Connection
+    namespace: OpenedNamespace
     keys: list[Key]
     places: bytearray
+    storage: bool
     deadline_s: float
     groups_running: int = 0
     reason: str = ""
@@ -44,14 +49,15 @@ class Finds:
         slots: SlotTable,
         tier: Tier | None,
         reads: Pool,
-        writeback: WriteBack | None,
+        storing: Storing,
         clock: Callable[[], float],
     ) -> None:
         self._slots = slots
         self._tier = tier
         self._reads = reads
-        self._writeback = writeback
+        self._writeback = storing.writeback
         self._clock = clock
+        self._on_met = storing.met
         self._open: dict[tuple[Connection, int], FindJob] = {}
 
     @property
@@ -65,13 +71,17 @@ class Finds:
         job = FindJob(
             id=message.id,
             connection=connection,
+            namespace=namespace,
             keys=keys,
-            places=bytearray(map(self._place, keys)),
+            places=bytearray(self._place(key, is_sure=message.storage) for key in keys),
+            storage=message.storage,
             deadline_s=self._clock() + message.timeout_ms / 1000,
         )
         self._open[connection, message.id] = job
-        enough = p.IN_STORAGE | (p.QUEUED if message.storage else p.IN_MEMORY)
+        enough = p.QUEUED if message.storage else p.IN_STORAGE | p.IN_MEMORY
         unknown = [i for i, place in enumerate(job.places) if not place & enough]
+        if not message.storage:
+            self._on_met(connection, namespace, keys, [None] * len(keys))
         if unknown and self._reads.stalled:
             job.reason = "timeout"
         elif unknown and self._tier is not None:
@@ -92,14 +102,15 @@ class Finds:
                 job.groups_running = 0
                 self._answer_if_settled(job)
 
-    def _place(self, key: Key) -> int:
+    def _place(self, key: Key, *, is_sure: bool) -> int:
+        """What is known at once; with `is_sure` nothing that may not be true any more."""
         slot = self._slots.find(key)
         place = p.IN_MEMORY if slot is not None and slot.state is SlotState.READY else 0
-        if self._writeback is not None:
-            if self._writeback.was_stored(key):
-                place |= p.IN_STORAGE
-            elif self._writeback.is_safe(key):
-                place |= p.QUEUED
+        state = self._writeback.state(key) if self._writeback is not None else Saving.MEMORY_ONLY
+        if state is Saving.QUEUED:
+            place |= p.QUEUED
+        elif state is Saving.SAVED and not is_sure:
+            place |= p.IN_STORAGE
         return place
 
     def _ask_storage(
@@ -111,7 +122,12 @@ class Finds:
         job.groups_running = len(groups)
         for group in groups:
             self._reads.submit(
-                partial(_stored_of, tier, namespace, [job.keys[i] for i in group]),
+                partial(
+                    held_of if job.storage else _stored_of,
+                    tier,
+                    namespace,
+                    [job.keys[i] for i in group],
+                ),
                 partial(self._on_asked, job, group),
             )
 
@@ -120,13 +136,24 @@ class Finds:
             return
         job.groups_running -= 1
         if isinstance(result, list):
-            for i in (i for i, stored in zip(group, result, strict=True) if stored):
-                job.places[i] |= p.IN_STORAGE
-                if self._writeback is not None:
-                    self._writeback.note_stored(job.keys[i])
+            for i, is_stored in zip(group, result, strict=True):
+                self._on_told(job, i, is_stored=is_stored)
         else:
             job.reason = error_reason(result)
         self._answer_if_settled(job)
+
+    def _on_told(self, job: FindJob, i: int, *, is_stored: bool) -> None:
+        key = job.keys[i]
+        assert self._writeback is not None
+        if is_stored:
+            job.places[i] |= p.IN_STORAGE
+            self._writeback.note_stored(key)
+            return
+        self._writeback.note_gone(key)
+        if job.storage:
+            # It may be in memory still.
+            self._on_met(job.connection, job.namespace, [key], [None])
+            job.places[i] = self._place(key, is_sure=True)
 
     def _answer_if_settled(self, job: FindJob) -> None:
         if job.groups_running == 0:

@@ -14,12 +14,13 @@ OPEN (`promises.py`). Everything here runs on the event loop's thread.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from functools import partial
 
 from ucm.errors import ProtocolError
 from ucm.store.keys import Key
 from ucm.store.node import protocol as p
+from ucm.store.node.heads import Heads
 from ucm.store.node.holds import Holds
 from ucm.store.node.io import Pool, error_reason
 from ucm.store.node.lookup_job import LookupJob
@@ -27,7 +28,7 @@ from ucm.store.node.notices import Notices
 from ucm.store.node.page_reads import PageReads
 from ucm.store.node.promises import FIRST_PAUSE_S, CallLater, Looked, Promises
 from ucm.store.node.state import Connection, OpenedNamespace
-from ucm.store.node.writeback import WriteBack
+from ucm.store.node.storing import Storing
 from ucm.store.slots import Slot, SlotState, SlotTable
 from ucm.store.tier import Tier
 
@@ -41,13 +42,14 @@ class Lookups:
         slots: SlotTable,
         tier: Tier | None,
         reads: Pool,
-        writeback: WriteBack | None,
+        storing: Storing,
         page_of: Callable[[Slot], memoryview],
         count: Callable[[str, int], None],
         notices: Notices,
         clock: Callable[[], float],
         call_later: CallLater,
     ) -> None:
+        self._on_met = storing.met
         self._slots = slots
         self._tier = tier
         self._reads = reads
@@ -58,12 +60,18 @@ class Lookups:
             clock=clock,
             on_looked=self._on_looked,
         )
-        self._writeback = writeback
         self._count = count
         self._notices = notices
         self._clock = clock
         self._open: dict[tuple[Connection, int], LookupJob] = {}
         self._holds = Holds(slots, clock)
+        self._heads = Heads(
+            slots=slots,
+            tier=tier,
+            reads=reads,
+            writeback=storing.writeback,
+            answer=self._answer_if_settled,
+        )
         self._page_reads: PageReads | None = None
         if tier is not None:
             self._page_reads = PageReads(
@@ -71,7 +79,7 @@ class Lookups:
                 tier=tier,
                 pool=reads,
                 holds=self._holds,
-                writeback=writeback,
+                writeback=storing.writeback,
                 page_of=page_of,
                 count=count,
                 notices=notices,
@@ -107,7 +115,8 @@ class Lookups:
         self._open[lookup] = job
         self._count("lookups", 1)
         storage = self._tier is not None and not self._reads.stalled
-        self._scan_head(job, storage=storage)
+        self.touch(job.keys[: job.read_from])
+        self._heads.scan(job, storage=storage)
         for i in range(job.read_from, len(job.keys)):
             if i >= job.end:
                 break
@@ -158,42 +167,8 @@ class Lookups:
     def _is_being_read(self, slot: Slot) -> bool:
         return self._page_reads is not None and slot in self._page_reads.filling
 
-    # -- the head: is it stored? -----------------------------------------------------------
-
     def touch(self, keys: Sequence[Key]) -> None:
         self._holds.touch(keys)
-
-    def _scan_head(self, job: LookupJob, *, storage: bool) -> None:
-        self.touch(job.keys[: job.read_from])
-        while job.head_stored < job.read_from and self._is_stored(job.keys[job.head_stored]):
-            job.head_stored += 1
-        asked = [k for k in job.keys[job.head_stored : job.read_from] if not self._is_stored(k)]
-        if not asked or self._tier is None or not storage:
-            if not asked:
-                job.head_stored = job.read_from
-            return
-        job.head_open = True
-
-        def probed(result: object) -> None:
-            leading = result if isinstance(result, int) else 0
-            self._note_stored(asked[:leading])
-            while job.head_stored < job.read_from and self._is_stored(job.keys[job.head_stored]):
-                job.head_stored += 1
-            job.head_open = False
-            self._answer_if_settled(job)
-
-        self._reads.submit(partial(self._tier.contains, job.namespace.tier, asked), probed)
-
-    def _is_stored(self, key: Key) -> bool:
-        """In this node's memory, or seen in the tier a moment ago."""
-        if self._slots.find(key) is not None:
-            return True
-        return self._writeback is not None and self._writeback.was_stored(key)
-
-    def _note_stored(self, keys: Iterable[Key]) -> None:
-        if self._writeback is not None:
-            for key in keys:
-                self._writeback.note_stored(key)
 
     # -- the tail: bring it here -----------------------------------------------------------
 
@@ -227,7 +202,7 @@ class Lookups:
     def _on_probed(self, job: LookupJob, group: list[int], result: object) -> None:
         job.probes_running -= 1
         leading = result if isinstance(result, int) else 0
-        self._note_stored(job.keys[i] for i in group[:leading])
+        self._heads.note_stored(job.keys[i] for i in group[:leading])
         if job.closed:
             return
         if isinstance(result, Exception):
@@ -272,7 +247,7 @@ class Lookups:
             self._lookup_failed(job, blocks[0], result)
         elif isinstance(result, Looked):
             there = blocks[: result.leading]
-            self._note_stored(job.keys[i] for i in there)
+            self._heads.note_stored(job.keys[i] for i in there)
             # Some may have come another way meanwhile.
             fresh = [i for i in there if i in job.wanted]
             for i in fresh:
@@ -335,6 +310,9 @@ class Lookups:
         if job.reason:
             self._count(f"lookup_ended_{job.reason}", 1)
         slots = [job.pinned[i] for i in range(job.read_from, job.end)] if job.load else []
+        # Everything before each of these is here or in storage.
+        kept = job.keys[: job.end if job.head_stored == job.read_from else job.head_stored]
+        self._on_met(job.connection, job.namespace, kept, [None, *kept])
         if slots:
             job.connection.session.pinned[job.connection, job.id] = slots
             job.connection.session.heads[job.connection, job.id] = job.keys[: job.read_from]

@@ -24,7 +24,7 @@ from msgspec import Meta
 from ucm.errors import ProtocolError
 from ucm.store.keys import Key, TailKey
 
-VERSION: Final = 2
+VERSION: Final = 3
 # A peer with so long a backlog that it does not read is as good as gone.
 MAX_UNSENT_BYTES: Final = 64 << 20
 MAX_FRAME_BYTES: Final = 64 << 20
@@ -214,6 +214,16 @@ class ReserveReply(msgspec.Struct, frozen=True, kw_only=True, tag=True, array_li
     offsets: list[int]
 
 
+class SavingNews(msgspec.Struct, frozen=True, kw_only=True, tag=True, array_like=True):
+    """Of the pages that were accepted or counted on, whoever did: `refused` are not in storage and
+    not on their way there (`reason`), so nobody is to promise them. `saved` had been refused
+    before."""
+
+    refused: list[_Bytes32]
+    saved: list[_Bytes32]
+    reason: str
+
+
 class MemoryInUse(msgspec.Struct, frozen=True, kw_only=True, tag=True, array_like=True):
     """To workers: this part of the memory holds slots or soon will; pin or map it ahead."""
 
@@ -259,6 +269,7 @@ NodeMessage = (
     | LookupReply
     | Found
     | ReserveReply
+    | SavingNews
     | MemoryInUse
     | RanksReady
     | Status

@@ -31,6 +31,7 @@ from ucm.store.node.core import NodeCore
 from ucm.store.node.io import IoPool
 from ucm.store.node.memory import SharedMemory, available_bytes, give_way
 from ucm.store.node.place import SocketLock, is_trusted, peer_uid
+from ucm.store.node.saved import SavingRules
 from ucm.store.node.state import Connection
 from ucm.store.slots import SlotTable
 from ucm.store.tiers import build_tier, keeps_pages
@@ -84,6 +85,7 @@ class NodeServer:
             max_write_pages=settings.write_queue_pages,
             clock=time.monotonic,
             call_later=loop.call_later,
+            saving=SavingRules(recheck_s=settings.recheck_s, retry_s=settings.retry_ms / 1000),
         )
         self.arena = uuid.uuid4().hex
         # Clients that have said Hello. Who doesn't, keeps no node cache from leaving.

@@ -4,37 +4,55 @@ A block's file is published only after the file of the block before it, so on st
 block of a prompt stands for all of them. Pages are staged (written under a temporary name) in
 parallel and published one after the other:
 
-    queued ──staged──► staged ──parent published──► publishing ──► stored
-       └──────── failed: so does every block after it in the prompt
+    place ──commit──► queued ──staged──► staged ──parent published──► publishing ──► stored
+       └── given back    └──────── failed: so does every block after it in the prompt
 
-The queue is bounded by `max_pages`; what doesn't fit is dropped and counted. A page in the queue
-is pinned, so its slot can't be reused before its bytes are out.
+The queue has `max_pages` places. A dump takes its place when its slot is reserved, so what is
+committed is queued; a page that is met unsaved takes one if there is one. What is not written is
+told: every page that was accepted is in the end in storage, or in a `tell` with the reason. A page
+in the queue is pinned, so its slot can't be reused before its bytes are out.
+
+`saved.py` says what is known of a page that is not in the queue.
 """
 
 from __future__ import annotations
 
-from collections import OrderedDict
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from functools import partial
-from typing import TypeVar
+from typing import Protocol
 
 from ucm.errors import TierError
 from ucm.store.keys import Key, num_tokens_of
 from ucm.store.node.io import Pool
 from ucm.store.node.notices import Notices
+from ucm.store.node.saved import SavedBook, Saving, SavingRules
 from ucm.store.node.state import OpenedNamespace
 from ucm.store.slots import Slot, SlotState, SlotTable
 from ucm.store.tier import Staged, Tier
 
-_REMEMBERED_KEYS = 1 << 16
-# How long "this node cache has seen the file" saves asking storage again before a dump.
-_REMEMBERED_S = 60.0
-_V = TypeVar("_V")
+AFTER_FAILED = "after_failed"
+QUEUE_FULL = "queue_full"
+
+
+class Tell(Protocol):
+    """Tells the node cache's clients. `reason` is that of the refusals."""
+
+    def __call__(self, refused: Sequence[Key], saved: Sequence[Key], reason: str) -> None: ...
+
+
+@dataclass(frozen=True)
+class Met:
+    """A READY page that somebody counts on, and the block before it."""
+
+    key: Key
+    parent: Key | None
+    slot: Slot
 
 
 @dataclass(eq=False, slots=True)
 class _Write:
+    namespace: OpenedNamespace
     key: Key
     parent: Key | None
     slot: Slot
@@ -57,6 +75,8 @@ class WriteBack:
         count: Callable[[str], None],
         max_pages: int,
         clock: Callable[[], float],
+        tell: Tell,
+        rules: SavingRules,
         notices: Notices | None = None,
     ) -> None:
         self._tier = tier
@@ -66,12 +86,13 @@ class WriteBack:
         self._count = count
         self._notices = notices or Notices(clock)
         self._max_pages = max_pages
-        self._clock = clock
+        self._tell = tell
+        self._book = SavedBook(rules, clock)
         self._writes: dict[Key, _Write] = {}
+        # Of slots that are being filled. They are in the queue as far as its bound goes.
+        self._places: set[Key] = set()
         # Writes whose parent's slot is still being filled: nothing to queue behind yet.
         self._waiting: dict[Key, list[_Write]] = {}
-        self._failed: OrderedDict[Key, None] = OrderedDict()
-        self._stored_s: OrderedDict[Key, float] = OrderedDict()
 
     @property
     def depth(self) -> int:
@@ -79,64 +100,127 @@ class WriteBack:
 
     @property
     def is_full(self) -> bool:
-        return len(self._writes) >= self._max_pages
+        return len(self._writes) + len(self._places) >= self._max_pages
+
+    # -- what is known of a page -----------------------------------------------------------
+
+    def state(self, key: Key) -> Saving:
+        if key in self._writes:
+            return Saving.QUEUED
+        if self._book.is_saved(key):
+            return Saving.SAVED
+        return Saving.REFUSED if self._book.refusal(key) else Saving.MEMORY_ONLY
+
+    def why_refused(self, key: Key) -> str:
+        refusal = self._book.refusal(key)
+        return refusal.reason if refusal is not None else AFTER_FAILED
 
     def was_stored(self, key: Key) -> bool:
         """Whether this node cache saw `key` in the tier a moment ago."""
-        seen_s = self._stored_s.get(key)
-        return seen_s is not None and self._clock() - seen_s <= _REMEMBERED_S
-
-    def is_safe(self, key: Key) -> bool:
-        """Stored a moment ago, or about to be."""
-        return key in self._writes or self.was_stored(key)
+        return self._book.is_saved(key)
 
     def note_stored(self, key: Key) -> None:
-        self._failed.pop(key, None)
-        _remember(self._stored_s, key, self._clock())
+        if self._book.note_saved(key):
+            self._tell((), [key], "")
+
+    def note_gone(self, key: Key) -> None:
+        """Storage was asked, and does not have it."""
+        self._book.note_gone(key)
+
+    def meet(self, namespace: OpenedNamespace, pages: Sequence[Met]) -> tuple[list[Key], list[Met]]:
+        """Somebody counts on these pages, in prompt order. Queues what is not saved. Returns what
+        can't be queued now, and what was seen in storage too long ago to be trusted."""
+        unsaved: list[Key] = []
+        old: list[Met] = []
+        refused: list[Key] = []
+        for page in pages:
+            key = page.key
+            if key in self._writes or self._book.is_saved(key):
+                continue
+            if self._book.was_saved(key):
+                old.append(page)
+            elif not self._may_retry(page):
+                unsaved.append(key)
+            elif not self._begin(namespace, page):
+                refused.append(key)
+        self._drop(refused, QUEUE_FULL)
+        return unsaved, old
+
+    def _is_lost(self, key: Key | None) -> bool:
+        """Storage has refused it, and it is not on its way again."""
+        return key is not None and key not in self._writes and self._book.refusal(key) is not None
+
+    def _may_retry(self, page: Met) -> bool:
+        if self._is_lost(page.parent):
+            return False
+        refusal = self._book.refusal(page.key)
+        return refusal is None or refusal.reason == AFTER_FAILED or self._book.may_retry(page.key)
+
+    # -- places ----------------------------------------------------------------------------
+
+    def take_place(self, key: Key) -> bool:
+        """For a slot that is to be filled. False: the queue has no place left."""
+        if self.is_full:
+            return False
+        self._places.add(key)
+        return True
+
+    # -- the queue -------------------------------------------------------------------------
 
     def enqueue(self, namespace: OpenedNamespace, key: Key, parent: Key | None, slot: Slot) -> None:
-        """Queues the READY page in `slot`. Drops it when the queue is full, or when the block
-        before it was dropped: a file that nothing leads to would only fill the disk."""
+        """Queues the READY page in `slot`, at the place that was taken for it. Refuses it when
+        there is none, or when the block before it was refused: a file that nothing leads to would
+        only fill the disk."""
         if key in self._writes:
             return
-        waiting = self._waiting.pop(key, [])
-        if parent is not None and parent in self._failed:
-            self._drop(key, waiting, "dump_dropped_after_failed")
-            return
-        if self.is_full:
-            self._drop(key, waiting, "dump_dropped_queue_full")
-            return
-        self._failed.pop(key, None)
-        write = _Write(key, parent, slot, after=waiting)
+        reason = AFTER_FAILED if self._is_lost(parent) else ""
+        if reason or not self._begin(namespace, Met(key, parent, slot)):
+            self._places.discard(key)
+            self._drop([key], reason or QUEUE_FULL)
+            self._drop_waiting(key)
+
+    def _begin(self, namespace: OpenedNamespace, page: Met) -> bool:
+        """False if there is no place for it."""
+        key, slot = page.key, page.slot
+        if key in self._places:
+            self._places.discard(key)
+        elif self.is_full:
+            return False
+        write = _Write(namespace, key, page.parent, slot, after=self._waiting.pop(key, []))
         self._writes[key] = write
         self._slots.pin(slot)
-        page = self._page_of(slot)
         self._pool.submit(
             partial(
                 self._tier.stage,
                 namespace.tier,
                 key,
-                page,
+                self._page_of(slot),
                 num_tokens=num_tokens_of(key, block_tokens=namespace.block_tokens),
             ),
             partial(self._on_staged, write),
             on_overdue=partial(self._count, "write_overdue"),
         )
+        return True
 
     def filling_ended(self, key: Key) -> None:
-        """The slot of `key` was given up before it was READY: what waited for it is dropped."""
-        for write in self._waiting.pop(key, []):
-            self._fail(write, "dump_dropped_after_failed")
+        """The slot of `key` was given up before it was READY: its place is free, and what waited
+        for it is dropped."""
+        self._places.discard(key)
+        self._drop_waiting(key)
 
     def filled_from_tier(self, key: Key, *, is_hit: bool) -> None:
         """The slot of `key` was not filled by an engine but read: it is stored, or is not."""
         if not is_hit:
-            self._stored_s.pop(key, None)
-            self.filling_ended(key)
+            self._book.note_gone(key)
+            self._drop_waiting(key)
             return
         self.note_stored(key)
         for write in self._waiting.pop(key, []):
             self._publish_in_order(write)
+
+    def _drop_waiting(self, key: Key) -> None:
+        for write in self._waiting.pop(key, []):
+            self._drop(self._doom(write), AFTER_FAILED)
 
     def _on_staged(self, write: _Write, result: object) -> None:
         if isinstance(result, TierError):
@@ -145,6 +229,7 @@ class WriteBack:
         write.is_staged = True
         write.staged = result if isinstance(result, Staged) else None
         if write.doomed:
+            # What was given up while it was written must never be seen: nothing leads to it.
             self._discard(write)
         elif write.staged is None:
             self._stored(write, "write_already_there")
@@ -158,8 +243,8 @@ class WriteBack:
             if before is not None:
                 before.after.append(write)
                 return
-            if parent in self._failed:
-                self._fail(write, "dump_dropped_after_failed")
+            if self._is_lost(parent):
+                self._drop(self._doom(write), AFTER_FAILED)
                 return
             filling = self._slots.find(parent)
             if filling is not None and filling.state is SlotState.FILLING:
@@ -189,23 +274,43 @@ class WriteBack:
         for after in write.after:
             self._publish_in_order(after)
 
-    def _fail_write(self, write: _Write, error: TierError) -> None:
-        counter = f"write_failed_{error.reason}"
-        self._notices.warn(counter, error)
-        self._fail(write, counter)
+    # -- what is not written ---------------------------------------------------------------
 
-    def _fail(self, write: _Write, counter: str) -> None:
-        """Drops `write` and everything that waits behind it. Iterative: a prompt may be long."""
-        doomed = [write]
+    def _fail_write(self, write: _Write, error: TierError) -> None:
+        """Storage has refused it. Nothing will lead to what waits behind it."""
+        counter = f"write_failed_{error.reason}"
+        self._count(counter)
+        self._notices.warn(counter, error)
+        lost = self._doom(write)
+        self.refuse(lost[:1], error.reason)
+        self._drop(lost[1:], AFTER_FAILED)
+
+    def _drop(self, keys: Sequence[Key], reason: str) -> None:
+        """Never written at all."""
+        for _ in keys:
+            self._count(f"dump_dropped_{reason}")
+        self.refuse(keys, reason)
+
+    def refuse(self, keys: Sequence[Key], reason: str) -> None:
+        """Nobody is to promise these."""
+        for key in keys:
+            self._book.note_refused(key, reason)
+        if keys:
+            self._tell(keys, (), reason)
+
+    def _doom(self, write: _Write) -> list[Key]:
+        """Takes `write` and all that waits behind it out of the queue; returns their keys, its own
+        first. Iterative: a prompt may be long."""
+        doomed, lost = [write], []
         while doomed:
             current = doomed.pop()
-            self._count(counter)
-            counter = "dump_dropped_after_failed"
-            _remember(self._failed, current.key, None)
+            if not current.doomed:
+                lost.append(current.key)
             current.doomed = True
             doomed.extend(current.after)
             current.after = []
             self._discard(current)
+        return lost
 
     def _discard(self, write: _Write) -> None:
         staged, write.staged = write.staged, None
@@ -219,16 +324,3 @@ class WriteBack:
         if self._writes.get(write.key) is write:
             del self._writes[write.key]
             self._slots.unpin(write.slot)
-
-    def _drop(self, key: Key, waiting: list[_Write], counter: str) -> None:
-        self._count(counter)
-        _remember(self._failed, key, None)
-        for write in waiting:
-            self._fail(write, "dump_dropped_after_failed")
-
-
-def _remember(memory: OrderedDict[Key, _V], key: Key, value: _V) -> None:
-    memory[key] = value
-    memory.move_to_end(key)
-    if len(memory) > _REMEMBERED_KEYS:
-        memory.popitem(last=False)

@@ -1,0 +1,64 @@
+"""The head of a prompt, which the client of a lookup has itself: how much of it is stored?"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from functools import partial
+
+from ucm.store.keys import Key
+from ucm.store.node.io import Pool
+from ucm.store.node.lookup_job import LookupJob
+from ucm.store.node.writeback import WriteBack
+from ucm.store.slots import SlotTable
+from ucm.store.tier import Tier
+
+
+class Heads:
+    """Owned by the event loop's thread. `answer` is called when storage has told of a head."""
+
+    def __init__(
+        self,
+        *,
+        slots: SlotTable,
+        tier: Tier | None,
+        reads: Pool,
+        writeback: WriteBack | None,
+        answer: Callable[[LookupJob], None],
+    ) -> None:
+        self._slots = slots
+        self._tier = tier
+        self._reads = reads
+        self._writeback = writeback
+        self._answer = answer
+
+    def scan(self, job: LookupJob, *, storage: bool) -> None:
+        self._count(job)
+        asked = [k for k in job.keys[job.head_stored : job.read_from] if not self._is_stored(k)]
+        if not asked or self._tier is None or not storage:
+            return
+        job.head_open = True
+        self._reads.submit(
+            partial(self._tier.contains, job.namespace.tier, asked),
+            partial(self._probed, job, asked),
+        )
+
+    def _probed(self, job: LookupJob, asked: list[Key], result: object) -> None:
+        self.note_stored(asked[: result if isinstance(result, int) else 0])
+        self._count(job)
+        job.head_open = False
+        self._answer(job)
+
+    def _count(self, job: LookupJob) -> None:
+        while job.head_stored < job.read_from and self._is_stored(job.keys[job.head_stored]):
+            job.head_stored += 1
+
+    def _is_stored(self, key: Key) -> bool:
+        """In this node's memory, or seen in the tier a moment ago."""
+        if self._slots.find(key) is not None:
+            return True
+        return self._writeback is not None and self._writeback.was_stored(key)
+
+    def note_stored(self, keys: Iterable[Key]) -> None:
+        if self._writeback is not None:
+            for key in keys:
+                self._writeback.note_stored(key)

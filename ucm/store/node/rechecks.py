@@ -1,0 +1,93 @@
+"""Pages in memory that were seen in storage once: are their files still there?
+
+A lookup or a dump that meets such a page goes on at once; the answer decides about the next one.
+What has gone is queued from memory. No more than `max_pages` are asked about at a time: what is
+beyond that is asked about when it is met again.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from functools import partial
+
+from ucm.store.keys import Key
+from ucm.store.node.io import Pool, error_reason
+from ucm.store.node.notices import Notices
+from ucm.store.node.state import OpenedNamespace
+from ucm.store.node.writeback import Met, WriteBack
+from ucm.store.slots import SlotState, SlotTable
+from ucm.store.tier import Tier, held_of
+
+_MAX_GROUP = 64
+
+
+def ready_pages(slots: SlotTable, keys: Sequence[Key], parents: Sequence[Key | None]) -> list[Met]:
+    """Those of `keys` that are in memory."""
+    found = [(slots.find(key), parent) for key, parent in zip(keys, parents, strict=False)]
+    return [
+        Met(slot.key, parent, slot)
+        for slot, parent in found
+        if slot is not None and slot.key is not None and slot.state is SlotState.READY
+    ]
+
+
+class Rechecks:
+    """Owned by the event loop's thread."""
+
+    def __init__(
+        self,
+        *,
+        tier: Tier,
+        reads: Pool,
+        writeback: WriteBack,
+        slots: SlotTable,
+        count: Callable[[str, int], None],
+        notices: Notices,
+        max_pages: int,
+    ) -> None:
+        self._tier = tier
+        self._reads = reads
+        self._writeback = writeback
+        self._slots = slots
+        self._count = count
+        self._notices = notices
+        self._max_pages = max_pages
+        self._open: set[Key] = set()
+
+    def meet(self, namespace: OpenedNamespace, pages: Sequence[Met]) -> list[Key]:
+        """Somebody counts on these READY pages. Returns those that are neither saved nor queued."""
+        unsaved, old = self._writeback.meet(namespace, pages)
+        fresh = [page for page in old if page.key not in self._open]
+        del fresh[max(0, self._max_pages - len(self._open)) :]
+        self._open.update(page.key for page in fresh)
+        for start in range(0, len(fresh), _MAX_GROUP):
+            group = fresh[start : start + _MAX_GROUP]
+            self._reads.submit(
+                partial(held_of, self._tier, namespace.tier, [page.key for page in group]),
+                partial(self._on_asked, namespace, group),
+            )
+        return unsaved
+
+    def _on_asked(self, namespace: OpenedNamespace, group: list[Met], result: object) -> None:
+        self._open.difference_update(page.key for page in group)
+        if not isinstance(result, list):
+            self._notices.warn("recheck_failed", result)
+            self._writeback.refuse([page.key for page in group], error_reason(result))
+            return
+        for page, is_held in zip(group, result, strict=True):
+            if is_held:
+                self._writeback.note_stored(page.key)
+            else:
+                self._lost(namespace, page)
+
+    def _lost(self, namespace: OpenedNamespace, page: Met) -> None:
+        self._count("saved_page_gone", 1)
+        self._notices.warn(
+            "page gone from storage", f"{page.key.hex()}: its file is not there any more"
+        )
+        self._writeback.note_gone(page.key)
+        slot = self._slots.find(page.key)
+        if slot is page.slot and slot.state is SlotState.READY:
+            self._writeback.enqueue(namespace, page.key, page.parent, slot)
+        else:
+            self._writeback.refuse([page.key], "gone")
