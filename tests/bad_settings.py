@@ -106,6 +106,9 @@ BAD_TOP: list[tuple[dict[str, Any], str]] = [
     ({"model_id": ""}, "model_id: expected text of length >= 1"),
     ({"epoch": -1}, "epoch: expected a whole number >= 0, got -1"),
     ({"epoch": 1 << 64}, "epoch: expected a whole number <= "),
+    ({"epoch_file": "run/epoch"}, 'epoch_file: expected an absolute path, got "run/epoch"'),
+    ({"epoch_file": "/run/epoch", "epoch": 1}, "epoch: epoch_file is given as well"),
+    ({"reset_epoch": "kept"}, 'expected one of new, keep, got "kept", did you mean keep?'),
     (
         {"kv_layout": "opaqe"},
         'kv_layout: expected one of auto, opaque, got "opaqe", did you mean opaque?',

@@ -35,6 +35,9 @@ _STORE_PATH: Final = "ucm_connectors[0].ucm_connector_config"
 _CAPACITY_KEY: Final = "cache_buffer_capacity_gb"
 _CAPACITY_MAX_GB: Final = 1 << 20
 
+# From here on an epoch is one engine's own, made up at a reset: nobody else has it, or ever will.
+PRIVATE_EPOCH: Final = 1 << 62
+
 _Milliseconds = Annotated[int, Meta(ge=1, le=3_600_000)]
 
 
@@ -78,7 +81,9 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=
     enable_event_sync: bool = True
     block_tokens: Annotated[int, Meta(gt=0, le=65_536, multiple_of=16)] = 128
     model_id: Annotated[str, Meta(min_length=1)] | None = None
-    epoch: Annotated[int, Meta(ge=0, le=(1 << 63) - 1)] = 0
+    epoch: Annotated[int, Meta(ge=0, lt=PRIVATE_EPOCH)] = 0
+    epoch_file: Annotated[str, Meta(min_length=1)] | None = None
+    reset_epoch: Literal["new", "keep"] = "new"
     kv_layout: Literal["auto", "opaque"] = "auto"
     lookup_timeout_ms: _Milliseconds = 2_000
     max_lookups: Annotated[int, Meta(ge=1, le=65_536)] = 64
@@ -159,6 +164,7 @@ def _parse(tree: object, *, source: str) -> Settings:
     settings_tree |= {"store": store_tree, "warnings": warnings}
     settings = convert_tree(settings_tree, Settings, source=source, names={"store": _STORE_PATH})
     _check_socket_path(settings.store.socket_path, source=source)
+    _check_epoch_file(settings, source=source)
     return settings
 
 
@@ -266,3 +272,33 @@ def _check_socket_path(path: str, *, source: str) -> None:
             f"{where}: {show(path)} has {num_bytes} bytes, a socket's path at most"
             f" {SOCKET_PATH_MAX_BYTES}: set a shorter one"
         )
+
+
+def _check_epoch_file(settings: Settings, *, source: str) -> None:
+    path = settings.epoch_file
+    if path is None:
+        return
+    if not os.path.isabs(path) or "\0" in path:
+        raise ConfigError(f"{source}: epoch_file: expected an absolute path, got {show(path)}")
+    if settings.epoch:
+        raise ConfigError(f"{source}: epoch: epoch_file is given as well, which holds the epoch")
+
+
+def start_epoch(settings: Settings) -> int:
+    """The epoch that an engine starts in. Raises ConfigError."""
+    return settings.epoch if settings.epoch_file is None else read_epoch(settings.epoch_file)
+
+
+def read_epoch(path: str) -> int:
+    """The number in an epoch_file. Raises ConfigError."""
+    try:
+        with open(path, encoding="ascii") as file:
+            text = file.read(64).strip()
+    except (OSError, ValueError) as error:
+        raise ConfigError(f"epoch_file {path}: can't be read: {error}") from error
+    if not text.isdigit() or int(text) >= PRIVATE_EPOCH:
+        raise ConfigError(
+            f"epoch_file {path}: expected a whole number >= 0 and < {PRIVATE_EPOCH},"
+            f" got {show(text)}"
+        )
+    return int(text)

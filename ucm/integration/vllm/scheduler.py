@@ -227,17 +227,18 @@ class SchedulerSide:
         return is_copying, self._promises.receipt(state)
 
     def reset(self) -> None:
-        """vLLM has thrown its prefix cache away, most likely because the weights are others now.
-        From here on nothing that was stored before is found, and what is being computed with the
-        old ones is not stored."""
+        """vLLM has thrown its caches away. If the weights may be others now, nothing that was
+        stored before is found from here on, and what is being computed with the old ones is not
+        stored."""
         self._session.poll()
+        self._namer.reset()
+        if not self._epochs.reset():
+            return
         self._hits.forget_all()
         self._dumps.forget_all()
         for state in self._states.values():
             state.keys, state.no_loads = [], True
             self._namer.forget(state)
-        self._namer.reset()
-        self._epochs.next()
         self._session.reopen(self._epochs.opening())
         self._stats.count("ucm_epochs")
 

@@ -1,7 +1,9 @@
 """UCMConnector: vLLM's connector interface, and nothing else.
 
 Each hook is handed to the scheduler side or to the worker side; what they do is in `scheduler` and
-`worker`. Nothing in vLLM is patched, and importing this module does nothing.
+`worker`. Nothing in vLLM is patched. Importing this module does one thing: it tells vLLM's registry
+of connectors where the name UCMConnector is, because MultiConnector looks up its children's
+statistics by name.
 """
 
 from __future__ import annotations
@@ -9,6 +11,7 @@ from __future__ import annotations
 import logging
 from typing import TYPE_CHECKING, Any
 
+from vllm.distributed.kv_transfer.kv_connector.factory import KVConnectorFactory
 from vllm.distributed.kv_transfer.kv_connector.v1.base import (
     KVConnectorBase_V1,
     KVConnectorMetadata,
@@ -16,7 +19,7 @@ from vllm.distributed.kv_transfer.kv_connector.v1.base import (
     KVConnectorWorkerMetadata,
 )
 
-from ucm.config import load_settings
+from ucm.config import load_settings, start_epoch
 from ucm.integration.vllm.engine_facts import engine_facts
 from ucm.integration.vllm.identity import manifest
 from ucm.integration.vllm.metadata import RankReport, StepMetadata
@@ -62,7 +65,7 @@ class UCMConnector(KVConnectorBase_V1):
             self._scheduler = SchedulerSide(
                 settings,
                 facts,
-                manifest(vllm_config, facts, settings, epoch=settings.epoch),
+                manifest(vllm_config, facts, settings, epoch=start_epoch(settings)),
                 NodeLink(settings.store, engine_id=facts.engine_id),
                 stats=self._stats,
             )
@@ -216,3 +219,16 @@ def _log_like_vllm() -> None:
         ours.handlers = list(theirs.handlers)
         ours.setLevel(theirs.level)
         ours.propagate = False
+
+
+def _register() -> None:
+    """A name that is taken already stays what it is."""
+    try:
+        KVConnectorFactory.register_connector(
+            UCMConnector.__name__, __name__, UCMConnector.__name__
+        )
+    except ValueError:
+        logger.debug("vLLM knows a connector of this name already")
+
+
+_register()
