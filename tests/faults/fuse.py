@@ -69,8 +69,13 @@ class FuseMount:
         assert operation in OPERATIONS.values(), operation
         self._ask("hang", operation)
 
+    def fail(self, operation: str, error: int, *, times: int = 10_000) -> None:
+        """The next `times` such operations don't happen, and give this errno."""
+        assert operation in OPERATIONS.values(), operation
+        self._ask("fail", operation, str(error), str(times))
+
     def release(self) -> None:
-        """Ends every hang, of those that wait and of those to come."""
+        """Ends every hang and failure, of those that wait and of those to come."""
         self._ask("release")
 
     def kill_server(self) -> None:

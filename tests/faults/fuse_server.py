@@ -84,6 +84,7 @@ class Faults:
     def __init__(self, delays_s: dict[str, float], hang: list[str]) -> None:
         self._delays_s = delays_s
         self._hung = set(hang)
+        self._failing: dict[str, list[int]] = {}
         self._calls: Counter[str] = Counter()
         self._changed = threading.Condition()
 
@@ -94,12 +95,18 @@ class Faults:
         time.sleep(self._delays_s.get(operation, 0.0))
         with self._changed:
             self._changed.wait_for(lambda: operation not in self._hung)
+            if self._failing.get(operation):
+                error = self._failing[operation].pop()
+                raise OSError(error, os.strerror(error))
 
     def obey(self, command: str, *words: str) -> dict[str, int]:
         with self._changed:
             if command == "hang":
                 self._hung.add(words[0])
+            elif command == "fail":
+                self._failing[words[0]] = [int(words[1])] * int(words[2])
             elif command == "release":
+                self._failing.clear()
                 self._hung.clear()
                 self._changed.notify_all()
             return dict(self._calls)
@@ -144,8 +151,8 @@ class Connection:
         name = OPERATIONS.get(opcode, "")
         body, error = b"", errno.ENOSYS
         if name:
-            self._faults.pass_through(_COUNTED_AS.get(name, name))
             try:
+                self._faults.pass_through(_COUNTED_AS.get(name, name))
                 body, error = getattr(self._folder, name)(node, request[_IN_HEADER.size :]), 0
             except OSError as failed:
                 error = failed.errno or errno.EIO

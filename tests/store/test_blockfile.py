@@ -262,3 +262,20 @@ def test_old_bytes_in_the_padding_of_a_slot_do_not_reach_the_file(fd: int) -> No
     write(fd, BLOCK, page)
 
     assert not any(os.pread(fd, 4096, HEADER_BYTES + BLOCK.page_bytes))
+
+
+def test_storage_that_takes_no_bytes_fails_the_write(
+    fd: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Instead of being asked for ever. Linux filesystems say EIO by themselves; a write of nothing
+    that is no error is allowed all the same, and no filesystem here can be made to do it."""
+    calls: list[int] = []
+
+    def pwritev(fd: int, parts: list[memoryview], offset: int) -> int:
+        calls.append(offset)
+        assert len(calls) < 100, "asked for ever"
+        return 0
+
+    monkeypatch.setattr(os, "pwritev", pwritev)
+    with pytest.raises(OSError, match="takes no more"):
+        write(fd, BLOCK, page_for(BLOCK))

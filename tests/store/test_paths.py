@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import os
+import time
 
 import pytest
 from hypothesis import given
@@ -68,6 +69,17 @@ def test_a_temporary_file_lies_beside_its_target_and_names_its_writer() -> None:
     assert parsed.target == f"{KEY_HEX}.kv"
     assert parsed.writer.pid == os.getpid()
     assert parsed.writer.created_s > 1_700_000_000
+
+
+def test_a_clock_before_1970_makes_names_that_can_be_parsed(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """A machine whose clock was never set can store all the same."""
+    monkeypatch.setattr(time, "time", lambda: -86400.0)
+    target = paths.block_path(BACKEND, FINGERPRINT, KEY)
+    assert paths.temp_target(paths.temp_path(target)) == target
+    quarantined = paths.quarantine_path(BACKEND, FINGERPRINT, KEY)
+    assert paths.parse_quarantine_path(below_backend(quarantined)) is not None
 
 
 def test_no_two_temporary_names_are_equal() -> None:

@@ -26,6 +26,10 @@ _REASONS: dict[int | None, TierErrorReason] = {
     errno.EDQUOT: "full",
     errno.ETIMEDOUT: "timeout",
 }
+# Another node removed the file while this one was at it: NFS says ESTALE, others sometimes EBADF.
+_GONE = frozenset({errno.ENOENT, errno.ESTALE, errno.EBADF})
+# In a row: one file may be refused for a reason of its own.
+_MAX_DIRECT_REFUSALS = 8
 _NO_HARD_LINKS = frozenset({errno.EPERM, errno.EOPNOTSUPP, errno.ENOSYS, errno.EMLINK})
 _ID_BYTES = 8
 
@@ -35,6 +39,11 @@ def tier_error(path: str, doing: str, error: OSError) -> TierError:
     return TierError(f"{path}: {doing}: {error.strerror or error}", reason=reason)
 
 
+def is_gone(error: OSError) -> bool:
+    """Whether a name, or what was open, is not there (any more): absent, and no fault."""
+    return error.errno in _GONE
+
+
 class Backend:
     """`path` is the directory. It is made on first use if its parent is there; parents are never
     made, because a missing one is most likely a mount that is not there yet."""
@@ -42,6 +51,7 @@ class Backend:
     def __init__(self, path: str, *, direct_io: bool) -> None:
         self.path = os.path.normpath(path)
         self.direct_io = direct_io
+        self._direct_refusals = 0
         # By device: the mount may be another one later.
         self._remembers: tuple[int, bool] | None = None
 
@@ -59,16 +69,24 @@ class Backend:
     def try_direct(self, act: Callable[[int], _T]) -> _T:
         """`act(flags)` opens its file with `flags` added. O_DIRECT is tried as long as it works:
         filesystems refuse it at open, or at the first transfer, or take it from some offsets only,
-        so the first use is the probe, and one EINVAL turns it off for good."""
-        if self.direct_io:
-            try:
-                return act(os.O_DIRECT)
-            except OSError as error:
-                if error.errno != errno.EINVAL:
-                    raise
+        so the first uses are the probe. What is refused without it as well was not refused
+        because of it."""
+        if not self.direct_io:
+            return act(0)
+        try:
+            done = act(os.O_DIRECT)
+        except OSError as error:
+            if error.errno != errno.EINVAL:
+                raise
+        else:
+            self._direct_refusals = 0
+            return done
+        done = act(0)
+        self._direct_refusals += 1
+        if self._direct_refusals == _MAX_DIRECT_REFUSALS:
             self.direct_io = False
             _logger.info("%s: no O_DIRECT here, reading and writing buffered", self.path)
-        return act(0)
+        return done
 
     def make_dirs(self, directory: str) -> None:
         """Makes `directory`, which lies below the backend, and what is missing above it."""

@@ -26,6 +26,7 @@ part of the namespace: files of two versions never share a directory.
 
 from __future__ import annotations
 
+import errno
 import mmap
 import os
 import struct
@@ -234,6 +235,8 @@ def _write_all(fd: int, parts: list[memoryview]) -> None:
     offset = 0
     while parts:
         num_written = os.pwritev(fd, parts, offset)
+        if num_written == 0:
+            raise OSError(errno.EIO, "storage takes no more bytes, and doesn't say why")
         offset += num_written
         parts = _rest(parts, num_written)
 

@@ -142,7 +142,9 @@ def _block_file_name(key: Key) -> str:
 def _new_writer() -> str:
     # Asked anew each time: a cached process id is wrong after a fork.
     host = re.sub(r"[^A-Za-z0-9._]", "_", os.uname().nodename)[:_MAX_HOST_CHARS] or "_"
-    return f"{host}-{os.getpid()}-{int(time.time())}-{secrets.token_hex(8)}"
+    # A clock that was never set may stand before 1970, and a name has no sign.
+    created_s = max(0, int(time.time()))
+    return f"{host}-{os.getpid()}-{created_s}-{secrets.token_hex(8)}"
 
 
 def _block_name(match: re.Match[str]) -> BlockName:

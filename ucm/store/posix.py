@@ -14,6 +14,7 @@ backends' ids): adding one moves only the keys that it takes.
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import os
 import threading
@@ -24,7 +25,7 @@ from xxhash import xxh3_64_intdigest
 
 from ucm.errors import TierError
 from ucm.store import paths
-from ucm.store.backend import READ_ONLY_ERRNOS, Backend, tier_error, unlink_if_there
+from ucm.store.backend import READ_ONLY_ERRNOS, Backend, is_gone, tier_error, unlink_if_there
 from ucm.store.blockfile import BlockId, Scratch, check_header, read_block, write_block
 from ucm.store.keys import Key
 from ucm.store.names import doubt, is_there_now
@@ -63,11 +64,11 @@ class PosixTier(Tier):
             path = paths.block_path(backend.path, namespace.fingerprint, key)
             try:
                 os.stat(path)
-            except FileNotFoundError:
+            except OSError as error:
+                if not is_gone(error):
+                    raise tier_error(path, "can't be looked up", error) from error
                 if not (backend.remembers_absences() and self.contains_now(namespace, key)):
                     return i
-            except OSError as error:
-                raise tier_error(path, "can't be looked up", error) from error
         return len(keys)
 
     def contains_now(self, namespace: TierNamespace, key: Key) -> bool:
@@ -78,6 +79,8 @@ class PosixTier(Tier):
         try:
             return is_there_now(path, below=backend.path)
         except OSError as error:
+            if is_gone(error):
+                return False
             raise tier_error(path, "can't be looked up", error) from error
 
     def doubt(self, namespace: TierNamespace, key: Key) -> None:
@@ -117,13 +120,18 @@ class PosixTier(Tier):
             return ABSENT
         block = BlockId(key, namespace.fingerprint, namespace.page_bytes)
         path = paths.block_path(backend.path, namespace.fingerprint, key)
+        read = partial(self._read, backend, path, block, page)
         try:
-            return backend.try_direct(lambda flags: self._read(backend, path, block, page, flags))
-        except FileNotFoundError:
-            return ABSENT
+            try:
+                return backend.try_direct(read)
+            except OSError as error:
+                if error.errno == errno.ENOENT or not is_gone(error):
+                    raise
+                # Another node has replaced the file: what has the name now may be read.
+                return backend.try_direct(read)
         except OSError as error:
-            if error.errno == errno.ESTALE:
-                return ABSENT  # another node removed the file while it was being read over NFS
+            if is_gone(error):
+                return ABSENT
             return PageRead(ReadStatus.IO_ERROR, str(tier_error(path, "can't be read", error)))
 
     def stage(
@@ -214,21 +222,26 @@ class PosixTier(Tier):
             moved = _move_aside(fd, path, backend, block)
             return PageRead(ReadStatus.CORRUPT, f"{path}: {bad}; {moved}")
         finally:
-            os.close(fd)
+            # Every byte has been verified by then, or none counts.
+            with contextlib.suppress(OSError):
+                os.close(fd)
         return HIT
 
     def _is_whole(self, path: str, block: BlockId) -> bool:
         """By its size and header. What isn't counts as not there, and is replaced."""
         try:
             fd = os.open(path, os.O_RDONLY | os.O_NONBLOCK)
-        except FileNotFoundError:
-            return False
-        try:
-            check_header(fd, block, scratch=self._scratch())
+            try:
+                check_header(fd, block, scratch=self._scratch())
+            finally:
+                with contextlib.suppress(OSError):
+                    os.close(fd)
         except TierError:
             return False
-        finally:
-            os.close(fd)
+        except OSError as error:
+            if is_gone(error):
+                return False
+            raise
         return True
 
     def _write(
