@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +12,7 @@ import pytest
 from tests.bad_settings import BAD_FILES, BAD_STORE, BAD_TOP, SEED, STORE
 from ucm._config_keys import UNUSED_KEYS, UnusedKeys
 from ucm.config import (
+    NODE_PROTOCOL,
     VOCABULARY,
     Settings,
     StoreSettings,
@@ -277,15 +279,51 @@ def test_equal_backends_meet_in_one_node_cache_and_others_do_not() -> None:
     assert same != socket({"storage_backends": "/mnt/a:/mnt/b", "store_pipeline": "Posix"})
 
 
-def test_the_default_socket_lies_in_the_runtime_directory(
+def test_the_default_socket_is_not_where_a_logout_removes_it(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Where there is none, or where it can't be used, in the directory for temporary files."""
-    monkeypatch.setenv("XDG_RUNTIME_DIR", str(tmp_path))
-    assert load_settings(tree()).store.socket_path.startswith(f"{tmp_path}/ucm-")
+    """Node caches outlive the session of who started the first engine, and all have to agree."""
+    monkeypatch.delenv("XDG_RUNTIME_DIR", raising=False)
+    elsewhere = load_settings(tree()).store.socket_path
 
-    monkeypatch.setenv("XDG_RUNTIME_DIR", str(tmp_path / "missing"))
-    assert not load_settings(tree()).store.socket_path.startswith(str(tmp_path))
+    monkeypatch.setenv("XDG_RUNTIME_DIR", str(tmp_path))
+    assert load_settings(tree()).store.socket_path == elsewhere
+
+
+def test_an_upgrade_that_speaks_another_protocol_looks_elsewhere(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    before = load_settings(tree()).store.socket_path
+    monkeypatch.setattr("ucm.config.NODE_PROTOCOL", NODE_PROTOCOL + 1)
+    after = load_settings(tree()).store.socket_path
+
+    assert before != after
+    assert f".v{NODE_PROTOCOL}." in before
+
+
+def test_a_default_directory_that_is_squatted_is_stepped_around(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Somebody else's, open to others, or a link; everybody of this user goes to the same next."""
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
+
+    def directory() -> Path:
+        return Path(load_settings(tree()).store.socket_path).parent
+
+    plain = directory()
+    assert plain == tmp_path / f"ucm-{os.getuid()}"
+    plain.symlink_to(tmp_path)
+    one = directory()
+    assert one == tmp_path / f"ucm-{os.getuid()}-1"
+    one.mkdir()
+    assert directory() == one, "a directory of our own is used"
+    one.chmod(0o777)
+    two = directory()
+    assert two == tmp_path / f"ucm-{os.getuid()}-2"
+    if os.getuid() == 0:
+        two.mkdir(mode=0o700)
+        os.chown(two, 65534, 65534)
+        assert directory() == tmp_path / f"ucm-{os.getuid()}-3"
 
 
 def test_no_setting_is_both_used_and_without_effect() -> None:

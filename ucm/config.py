@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import hashlib
 import os
+import stat
 import tempfile
 from collections.abc import Mapping
 from typing import Annotated, Final, Literal
@@ -28,8 +29,14 @@ CONNECTOR_NAME: Final = "UcmPipelineStore"
 PIPELINES: Final = ("Cache|Posix", "Posix", "Cache")
 STAGES: Final = ("Cache", "Posix")
 
+# What a node cache and its clients speak (ucm/store/node/protocol.py). Part of a node cache's
+# default name, so that an upgrade doesn't meet one that it can't talk to.
+NODE_PROTOCOL: Final = 4
+
 # sun_path holds 108 bytes on Linux and 104 elsewhere, with a NUL at its end.
 SOCKET_PATH_MAX_BYTES: Final = 103
+
+_MAX_SQUATTED: Final = 8
 
 _STORE_PATH: Final = "ucm_connectors[0].ucm_connector_config"
 _CAPACITY_KEY: Final = "cache_buffer_capacity_gb"
@@ -252,14 +259,25 @@ def _capacity(value: object, *, source: str) -> int:
 
 def _default_socket_path(pipeline: tuple[str, ...], backends: tuple[str, ...]) -> str:
     """One node cache per user, pipeline and backends. Engines of one node find it without being
-    told, as long as they see the same directory for temporary files."""
-    runtime_dir = os.environ.get("XDG_RUNTIME_DIR", "")
-    # A shell that was entered by su has the variable and not the directory.
-    if not os.path.isabs(runtime_dir) or not os.access(runtime_dir, os.W_OK | os.X_OK):
-        runtime_dir = tempfile.gettempdir()
+    told, as long as they see the same directory for temporary files. Not in the directory of a
+    login session, which a logout removes and the node cache survives."""
     identity = msgspec.json.encode([pipeline, backends])
     name = hashlib.sha256(identity).hexdigest()[:16]
-    return os.path.join(runtime_dir, f"ucm-{os.getuid()}", f"{name}.sock")
+    directory = os.path.join(tempfile.gettempdir(), f"ucm-{os.getuid()}")
+    # Anybody may have made it first. Everybody of this user steps around in the same way.
+    others = (f"{directory}-{number}" for number in range(1, _MAX_SQUATTED + 1))
+    own = next((each for each in (directory, *others) if _may_be_own(each)), directory)
+    return os.path.join(own, f"{name}.v{NODE_PROTOCOL}.sock")
+
+
+def _may_be_own(directory: str) -> bool:
+    """Whether a directory is missing, or this user's alone."""
+    try:
+        info = os.lstat(directory)
+    except OSError:
+        return True
+    is_private = not info.st_mode & (stat.S_IWGRP | stat.S_IWOTH)
+    return stat.S_ISDIR(info.st_mode) and info.st_uid == os.getuid() and is_private
 
 
 def _check_socket_path(path: str, *, source: str) -> None:

@@ -3,14 +3,20 @@
 from __future__ import annotations
 
 import os
+import signal
 import socket
 import sys
+import time
+from pathlib import Path
 
 import msgspec
 
 from tests.store.node.support import Engine, engine, make_keys
 from ucm.config import StoreSettings
 from ucm.store.node import protocol as p
+from ucm.store.node.link import MemoryTaker, NodeLink, RankLink
+
+CROWD = 100
 
 
 def hold(settings: StoreSettings) -> None:
@@ -47,11 +53,67 @@ def intrude(settings: StoreSettings) -> None:
     print(len(data), len(fds), flush=True)
 
 
+class Reporter(MemoryTaker):
+    """A rank that says which generations it has got to."""
+
+    def memory_arrived(self, generation: int, memory_fd: int, welcome: p.Welcome) -> None:
+        report(f"rank{os.getpid()}", generation, welcome.pid)
+
+    def memory_in_use(self, generation: int, offset: int, nbytes: int) -> None:
+        pass
+
+    def is_used(self, generation: int) -> bool:
+        return False
+
+
+def crowd(settings: StoreSettings) -> None:
+    """Many processes at once, each of which says when it is connected, and to which node cache. One
+    in three is a rank. What they start is counted in a file, whatever becomes of it."""
+    starts = Path(settings.socket_path).parent.parent / "starts"
+    python = starts.with_name("python")
+    python.write_text(f"""#!/bin/sh\necho $$ >>'{starts}'\nexec '{sys.executable}' "$@"\n""")
+    python.chmod(0o755)
+    sys.executable = str(python)
+    wait()
+    children = []
+    for number in range(CROWD):
+        child = os.fork()
+        if not child:
+            try:
+                one_of_the_crowd(settings, number)
+            finally:
+                os._exit(0)
+        children.append(child)
+    sys.stdin.readline()
+    for child in children:
+        os.kill(child, signal.SIGKILL)
+        os.waitpid(child, 0)
+
+
+def one_of_the_crowd(settings: StoreSettings, number: int) -> None:
+    if number % 3 == 0:
+        RankLink(settings, engine_id=f"engine{number + 1}", on_memory=Reporter()).start()
+        time.sleep(600)
+    link = NodeLink(settings, engine_id=f"engine{number}")
+    reported = -1
+    while True:
+        link.poll(0.2)
+        if link.client is not None and link.generation > reported:
+            reported = link.generation
+            report(f"engine{number}", reported, link.client.welcome.pid)
+        elif link.client is None:
+            time.sleep(0.2)
+
+
+def report(who: str, generation: int, pid: int) -> None:
+    os.write(1, f"{who} {generation} {pid}\n".encode())
+
+
 def wait() -> None:
     print("ready", flush=True)
     sys.stdin.readline()
 
 
 if __name__ == "__main__":
-    what = {"hold": hold, "copy": copy, "intrude": intrude}[sys.argv[1]]
+    what = {"hold": hold, "copy": copy, "intrude": intrude, "crowd": crowd}[sys.argv[1]]
     what(msgspec.json.decode(sys.argv[2], type=StoreSettings))

@@ -10,6 +10,7 @@ import threading
 from collections.abc import Callable, Iterator
 from contextlib import closing, contextmanager
 
+import msgspec
 import pytest
 from msgspec.structs import replace
 
@@ -56,9 +57,12 @@ def connect(path: str, timeout_s: float = SOON_S) -> NodeClient:
     return NodeClient.connect(path, session="x/0", role="tool", timeout_s=timeout_s)
 
 
-def welcome(sock: socket.socket, *, version: int = p.VERSION) -> None:
+def welcome(sock: socket.socket, place: Place | None = None, *, version: int = p.VERSION) -> None:
+    """As the node cache of `place` does it."""
     memory_fd = os.memfd_create("test")
-    socket.send_fds(sock, [p.encode(replace(WELCOME, version=version))], [memory_fd])
+    settings = msgspec.to_builtins(place.settings()) if place is not None else {}
+    message = replace(WELCOME, version=version, settings=settings)
+    socket.send_fds(sock, [p.encode(message)], [memory_fd])
     os.close(memory_fd)
 
 
@@ -196,7 +200,7 @@ def test_a_link_goes_on_to_the_next_generation_with_each_loss(
     hellos: list[bytes] = []
 
     def serve(sock: socket.socket) -> None:
-        welcome(sock)
+        welcome(sock, place)
         sock.sendall(p.encode(p.RanksReady(count=2)))
         hang_up.acquire(timeout=SOON_S)
 
@@ -228,7 +232,7 @@ def test_a_link_that_nobody_polls_has_the_next_connection_when_it_is_asked(place
     hellos: list[bytes] = []
 
     def serve(sock: socket.socket) -> None:
-        welcome(sock)
+        welcome(sock, place)
         sock.sendall(p.encode(p.RanksReady(count=len(hellos))))
         hang_up.wait(SOON_S)
         hang_up.clear()
@@ -255,7 +259,7 @@ def test_a_connection_that_is_lost_is_not_used_again(
 
     def serve(sock: socket.socket) -> None:
         if not refuse.is_set():
-            welcome(sock)
+            welcome(sock, place)
         refuse.set()
 
     with peer(place, serve), closing(NodeLink(place.settings(), engine_id="engine")) as link:
@@ -273,7 +277,11 @@ def decode_hello(data: bytes) -> p.Hello:
 
 
 def test_a_closed_link_says_nothing_and_leaves_no_descriptor(place: Place) -> None:
-    with peer(place, healthy):
+    def serve(sock: socket.socket) -> None:
+        welcome(sock, place)
+        wait_for_end(sock)
+
+    with peer(place, serve):
         before = num_open_files()
         link = NodeLink(place.settings(), engine_id="engine")
         assert link.wait_connected(SOON_S)

@@ -1,4 +1,4 @@
-"""`python -m ucm.store.node SETTINGS_JSON`: a detached node cache (see start.spawn)."""
+"""`python -m ucm.store.node SETTINGS_JSON LOCK_FD`: a detached node cache (see start.spawn)."""
 
 from __future__ import annotations
 
@@ -19,4 +19,4 @@ if __name__ == "__main__":
 
     # Stay in nobody's directory: it may be a mount that someone wants to take away.
     os.chdir("/")
-    run_detached(sys.argv[1])
+    run_detached(sys.argv[1], int(sys.argv[2]))

@@ -18,6 +18,7 @@ from ucm.config import StoreSettings
 from ucm.errors import UcmError
 from ucm.store.node import protocol as p
 from ucm.store.node.client import NodeClient
+from ucm.store.node.notices import Notices
 from ucm.store.node.start import connect_or_start
 
 logger = logging.getLogger(__name__)
@@ -124,6 +125,7 @@ class NodeLink:
     # -- the link's thread -----------------------------------------------------------------
 
     def _keep_connected(self) -> None:
+        notices = Notices(time.monotonic)
         backoff_s = _BACKOFF_FIRST_S
         generation = 0
         while not self._closed.is_set():
@@ -138,7 +140,7 @@ class NodeLink:
             except (UcmError, OSError) as error:
                 if self._closed.is_set():
                     return
-                logger.warning("no node cache: %s; next try in %.2g s", error, backoff_s)
+                notices.warn("no_node_cache", error)
                 self.problem = error
                 self._closed.wait(backoff_s)
                 backoff_s = min(backoff_s * 2, _BACKOFF_LAST_S)
@@ -217,6 +219,7 @@ class RankLink(threading.Thread):
         self._closed.set()
 
     def run(self) -> None:
+        notices = Notices(time.monotonic)
         backoff_s = _BACKOFF_FIRST_S
         while not self._closed.is_set():
             generation = self._generation
@@ -231,7 +234,7 @@ class RankLink(threading.Thread):
                 backoff_s = _BACKOFF_FIRST_S
                 self._serve(client, generation)
             except (UcmError, OSError) as error:
-                logger.info("this rank has no node cache: %s", error)
+                notices.warn("this_rank_has_no_node_cache", error)
             self._let_go()
             self._closed.wait(backoff_s)
             backoff_s = min(backoff_s * 2, _BACKOFF_LAST_S)

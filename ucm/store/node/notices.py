@@ -1,4 +1,4 @@
-"""What people should hear of storage, without drowning in it: each kind of trouble once a minute.
+"""What people should hear of trouble, without drowning in it: each kind of it once a minute.
 
 Counters say how often; a notice says what, with the file's name and the system's words.
 """
@@ -15,7 +15,7 @@ _EVERY_S = 60.0
 
 
 class Notices:
-    """Owned by the event loop's thread."""
+    """Owned by one thread: the event loop's, or a link's."""
 
     def __init__(self, clock: Callable[[], float]) -> None:
         self._clock = clock

@@ -1,19 +1,19 @@
-"""Where a node cache is found: a socket, the lock beside it, and a directory that is its owner's.
+"""Where a node cache is found: its directory, the files in it, and who is at the other end.
 
-Whoever owns the socket's name can feed pages to a model. So the directory must belong to this user
-or to root and be writable by nobody else, and both ends check who is at the other one.
+Whoever owns the socket's name can keep a node from its pages. So the directory must belong to this
+user or to root and be writable by nobody else, files in it are not opened through links, and both
+ends of a connection check who is at the other one.
 """
 
 from __future__ import annotations
 
-import fcntl
+import errno
 import os
 import socket
 import stat
 import struct
-from pathlib import Path
 
-from ucm.errors import ConfigError, NodeUnavailable
+from ucm.errors import ConfigError
 
 _OTHERS_WRITE = stat.S_IWGRP | stat.S_IWOTH
 
@@ -36,13 +36,45 @@ def ensure_private_directory(socket_path: str) -> None:
                 f"node_cache_socket: {directory} belongs to uid {info.st_uid}, who could pose as "
                 f"your node cache: remove it, or set a path in a directory of your own"
             )
-    mode = found[1].st_mode
-    # In a sticky directory such as /tmp nobody can replace what is another's.
-    if mode & _OTHERS_WRITE and not mode & stat.S_ISVTX:
+    # Also one where nobody can replace what is another's, such as /tmp: anybody may be first there.
+    if found[1].st_mode & _OTHERS_WRITE:
+        shared = found[1].st_mode & stat.S_ISVTX
+        own = f"{directory.rstrip('/')}/ucm/{os.path.basename(socket_path)}"
         raise ConfigError(
             f"node_cache_socket: others may write to {directory}, and could pose as your node "
-            f"cache: chmod 700 it, or set a path in a directory of your own"
+            f"cache: {f'set it to {own}' if shared else 'chmod 700 it'}, or set a path in a "
+            f"directory of your own"
         )
+
+
+def open_own_file(path: str, flags: int) -> int:
+    """A descriptor of a plain file of ours, which is made if it is missing. Raises ConfigError for
+    what somebody else has put there."""
+    try:
+        fd = os.open(path, flags | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW | os.O_NONBLOCK, 0o600)
+    except OSError as error:
+        why = "it is a link" if error.errno == errno.ELOOP else error.strerror
+        raise ConfigError(
+            f"node_cache_socket: uid {os.getuid()} can't open {path}: {why}; remove it, or set a "
+            f"path in a directory of your own"
+        ) from error
+    info = os.fstat(fd)
+    if not stat.S_ISREG(info.st_mode) or not is_trusted(info.st_uid) or info.st_nlink > 1:
+        os.close(fd)
+        raise ConfigError(
+            f"node_cache_socket: {path} is not a plain file of uid {os.getuid()}'s own (it belongs "
+            f"to uid {info.st_uid}): remove it, or set a path in a directory of your own"
+        )
+    return fd
+
+
+def is_file_at(fd: int, path: str) -> bool:
+    """Whether the file that is open as `fd` still has this name."""
+    try:
+        there, opened = os.lstat(path), os.fstat(fd)
+    except OSError:
+        return False
+    return (there.st_dev, there.st_ino) == (opened.st_dev, opened.st_ino)
 
 
 def is_trusted(uid: int) -> bool:
@@ -54,36 +86,3 @@ def peer_uid(sock: socket.socket) -> int:
     credentials = sock.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, struct.calcsize("3i"))
     _, uid, _ = struct.unpack("3i", credentials)
     return int(uid)
-
-
-class SocketLock:
-    """The right to serve at a socket path; held while the object lives, lost with the process."""
-
-    def __init__(self, socket_path: str) -> None:
-        """Raises NodeUnavailable when another process holds it, ConfigError when the directory is
-        not to be trusted."""
-        ensure_private_directory(socket_path)
-        self.path = Path(socket_path)
-        lock_path = f"{socket_path}.lock"
-        self._fd = os.open(lock_path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
-        try:
-            fcntl.flock(self._fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError as error:
-            os.close(self._fd)
-            raise NodeUnavailable(f"another node cache serves at {socket_path}") from error
-
-    def listen(self) -> socket.socket:
-        self.path.unlink(missing_ok=True)
-        listener = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM | socket.SOCK_CLOEXEC)
-        umask = os.umask(0o177)
-        try:
-            listener.bind(str(self.path))
-        finally:
-            os.umask(umask)
-        listener.listen(256)
-        listener.setblocking(False)
-        return listener
-
-    def release(self) -> None:
-        self.path.unlink(missing_ok=True)
-        os.close(self._fd)

@@ -16,15 +16,16 @@ connection. Offsets are bytes into the shared memory.
 from __future__ import annotations
 
 import struct
-from typing import Annotated, Final, TypeVar
+from typing import Annotated, Any, Final, TypeVar
 
 import msgspec
 from msgspec import Meta
 
+from ucm.config import NODE_PROTOCOL
 from ucm.errors import ProtocolError
 from ucm.store.keys import Key, TailKey
 
-VERSION: Final = 3
+VERSION: Final = NODE_PROTOCOL
 # A peer with so long a backlog that it does not read is as good as gone.
 MAX_UNSENT_BYTES: Final = 64 << 20
 MAX_FRAME_BYTES: Final = 64 << 20
@@ -163,10 +164,14 @@ class Shutdown(msgspec.Struct, frozen=True, kw_only=True, tag=True, array_like=T
 
 
 class Welcome(msgspec.Struct, frozen=True, kw_only=True, tag=True, array_like=True):
+    """`settings` are those that the node cache was started with, by their names in StoreSettings:
+    whose pages it serves, and all the rest. Every version can read every other's first fields."""
+
     version: int
     arena: str
     capacity_bytes: int
     pid: int
+    settings: dict[str, Any] = msgspec.field(default_factory=dict)
 
 
 class NamespaceOpened(msgspec.Struct, frozen=True, kw_only=True, tag=True, array_like=True):

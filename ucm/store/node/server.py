@@ -24,13 +24,14 @@ from typing import cast
 import msgspec
 
 from ucm.config import StoreSettings
-from ucm.errors import ProtocolError
+from ucm.errors import ConfigError, ProtocolError
 from ucm.store.measured import MeasuredTier
 from ucm.store.node import protocol as p
 from ucm.store.node.core import NodeCore
 from ucm.store.node.io import IoPool
+from ucm.store.node.lock import SocketLock, this_process
 from ucm.store.node.memory import SharedMemory, available_bytes, give_way
-from ucm.store.node.place import SocketLock, is_trusted, peer_uid
+from ucm.store.node.place import is_trusted, peer_uid
 from ucm.store.node.saved import SavingRules
 from ucm.store.node.state import Connection
 from ucm.store.slots import SlotTable
@@ -39,6 +40,7 @@ from ucm.store.tiers import build_tier, keeps_pages
 logger = logging.getLogger(__name__)
 
 _TICK_S = 0.05
+_LOOK_S = 1.0
 _HELD_UP_S = 1.0
 _NICE = -10
 _DRAIN_S = 30.0
@@ -49,7 +51,7 @@ class NodeServer:
     """Owns the memory, the tier, the threads and the listening socket of one node cache."""
 
     def __init__(self, settings: StoreSettings, loop: asyncio.AbstractEventLoop) -> None:
-        self._settings = settings
+        self.settings = settings
         self._loop = loop
         available = available_bytes()
         capacity_bytes = settings.cache_capacity_bytes or available // 4
@@ -111,22 +113,33 @@ class NodeServer:
         totals = {} if self.tier is None else self.tier.totals()
         return msgspec.structs.replace(status, counters={**status.counters, **totals})
 
-    async def serve(self, listener: socket.socket) -> None:
-        """Serves until told to leave or idle. Writes that are queued then are finished, bounded."""
-        accepting = asyncio.create_task(self._accept(listener))
-        idle_since_s = time.monotonic()
+    async def serve(self, lock: SocketLock) -> None:
+        """Serves until told to leave, or idle, or another has the lock. Writes that are queued then
+        are finished, bounded."""
+        door = _Door(self, lock)
+        lock.note(this_process(failures=0, tried_s=time.time()))
+        logger.info("node cache %d serves at %s", os.getpid(), lock.path)
+        idle_since_s = looked_s = time.monotonic()
         while not self.leaving.is_set():
+            if time.monotonic() - looked_s > _LOOK_S:
+                looked_s = time.monotonic()
+                if not _has_lock(lock):
+                    logger.warning("another process has the lock of %s: leaving", lock.path)
+                    break
+                if not lock.is_listening():
+                    logger.warning("%s is gone: listening anew", lock.path)
+                    await door.close()
+                    door = _Door(self, lock)
             slept_since_s = time.monotonic()
             await asyncio.sleep(_TICK_S)
             self._note_held_up(time.monotonic() - slept_since_s)
             self.core.tick()
             if self.num_connections or any(self.core.queues().values()):
                 idle_since_s = time.monotonic()
-            if time.monotonic() - idle_since_s > self._settings.idle_exit_s:
-                logger.info("idle for %g s: leaving", self._settings.idle_exit_s)
+            if time.monotonic() - idle_since_s > self.settings.idle_exit_s:
+                logger.info("idle for %g s: leaving", self.settings.idle_exit_s)
                 break
-        accepting.cancel()
-        listener.close()
+        await door.close()
         self.core.leaving = True
         await self._drain()
 
@@ -152,6 +165,23 @@ class NodeServer:
                 return
             await asyncio.sleep(_TICK_S / 5)
 
+
+class _Door:
+    """The listening socket, and who comes in by it."""
+
+    def __init__(self, server: NodeServer, lock: SocketLock) -> None:
+        self._server = server
+        self._loop = asyncio.get_running_loop()
+        self._listener = lock.listen()
+        self._accepting = asyncio.create_task(self._accept(self._listener))
+
+    async def close(self) -> None:
+        """No new clients. Those that are in stay."""
+        self._accepting.cancel()
+        with suppress(asyncio.CancelledError):
+            await self._accepting
+        self._listener.close()
+
     async def _accept(self, listener: socket.socket) -> None:
         while True:
             await self._accept_one(listener)
@@ -164,7 +194,7 @@ class NodeServer:
                 logger.warning("refused a connection from uid %d", uid)
                 sock.close()
                 return
-            peer = _Peer(self, sock)
+            peer = _Peer(self._server, sock)
             await self._loop.connect_accepted_socket(lambda: peer, sock)
         except OSError as error:
             # Out of descriptors, or a client that is gone already. Going on is better than serving
@@ -221,6 +251,7 @@ class _Peer(asyncio.Protocol):
             arena=server.arena,
             capacity_bytes=server.core.slots.capacity_bytes,
             pid=os.getpid(),
+            settings=msgspec.to_builtins(server.settings),
         )
         try:
             # Past the transport: it can't pass descriptors. Nothing was sent before, so the buffer
@@ -249,13 +280,20 @@ class _Peer(asyncio.Protocol):
             self._transport.abort()
 
 
-def run(settings: StoreSettings) -> None:
-    """Serves at `settings.socket_path` until SIGTERM, SIGINT, Shutdown, or idle for long.
+def _has_lock(lock: SocketLock) -> bool:
+    """Takes it anew where its file was removed, also with its directory."""
+    try:
+        return lock.renew()
+    except ConfigError as error:
+        logger.warning("%s", error)
+        return False
 
-    Raises NodeUnavailable when another node cache serves there, ConfigError for settings that
-    can't work on this machine.
-    """
-    lock = SocketLock(settings.socket_path)
+
+def run(settings: StoreSettings, lock: SocketLock) -> None:
+    """Serves at `settings.socket_path` until SIGTERM, SIGINT, Shutdown, or idle for long, and gives
+    the lock back. Raises ConfigError for settings that can't work on this machine."""
+    holder = lock.holder
+    lock.note(this_process(failures=holder.failures, tried_s=holder.tried_s))
     try:
         asyncio.run(_run(settings, lock))
     finally:
@@ -277,7 +315,5 @@ async def _run(settings: StoreSettings, lock: SocketLock) -> None:
     _come_first()
     for number in (signal.SIGTERM, signal.SIGINT):
         loop.add_signal_handler(number, server.leaving.set)
-    listener = lock.listen()
-    logger.info("node cache %d serves at %s", os.getpid(), settings.socket_path)
-    await server.serve(listener)
+    await server.serve(lock)
     logger.info("node cache %d leaves; %s", os.getpid(), dict(server.core.counters))

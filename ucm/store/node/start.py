@@ -1,19 +1,21 @@
 """Finding the node cache of this machine, and starting it if there is none.
 
-Anybody may start one at any time: the lock beside the socket lets only one of them serve, the
-others end at once.
+Who starts one takes the lock beside the socket first, and hands it to the process that it starts.
+Who can't have the lock waits: somebody serves, starts or leaves. `docs/node-cache.md` has the
+rules.
 """
 
 from __future__ import annotations
 
 import logging
-import math
 import os
+import random
 import subprocess
 import sys
 import threading
 import time
 from pathlib import Path
+from typing import Final
 
 import msgspec
 
@@ -21,14 +23,21 @@ from ucm.config import StoreSettings
 from ucm.errors import NodeUnavailable
 from ucm.store.node import server
 from ucm.store.node.client import NodeClient
-from ucm.store.node.place import ensure_private_directory
+from ucm.store.node.greeting import check_pages, ignored_settings
+from ucm.store.node.lock import Holder, SocketLock, take_lock, try_lock
+from ucm.store.node.place import ensure_private_directory, open_own_file
 
 logger = logging.getLogger(__name__)
 
-_RETRY_S = 0.02
-_START_AGAIN_S = 2.0
-_HANDSHAKE_S = 5.0
-_LOG_FORMAT = "%(asctime)s %(levelname)s %(name)s: %(message)s"
+_FIRST_PAUSE_S: Final = 0.02
+_LAST_PAUSE_S: Final = 1.0
+_FIRST_HANDSHAKE_S: Final = 5.0
+_LAST_HANDSHAKE_S: Final = 30.0
+_LAST_RESTART_S: Final = 60.0
+_LAST_DOUBLING: Final = 6
+_LOG_FORMAT: Final = "%(asctime)s %(levelname)s %(name)s: %(message)s"
+# The others wait for theirs: of 72 clients of a node, 64 are ranks.
+_STARTERS: Final = ("scheduler", "store", "tool")
 
 
 def connect_or_start(
@@ -41,39 +50,91 @@ def connect_or_start(
 ) -> NodeClient:
     """A connection to the node cache at `settings.socket_path`, which is started when nobody
     answers. Blocks up to `timeout_s`, or until `given_up` is set; raises NodeUnavailable with where
-    to look, or ConfigError for a socket directory that somebody else controls."""
+    to look, or ConfigError for a place that somebody else controls, or that serves other pages."""
     given_up = given_up or threading.Event()
     ensure_private_directory(settings.socket_path)
     deadline_s = time.monotonic() + timeout_s
-    started_s = -math.inf
+    pause_s, handshake_s = _FIRST_PAUSE_S, _FIRST_HANDSHAKE_S
     while True:
         try:
-            return NodeClient.connect(
-                settings.socket_path, session=session, role=role, timeout_s=_HANDSHAKE_S
+            client = NodeClient.connect(
+                settings.socket_path, session=session, role=role, timeout_s=handshake_s
             )
         except NodeUnavailable as error:
             if given_up.is_set() or time.monotonic() >= deadline_s:
                 raise NodeUnavailable(
                     f"{error}; see {log_path(settings)} for why it did not start"
                 ) from error
-        # Again after a while: the one that was started may have found another that was leaving.
-        if time.monotonic() - started_s > _START_AGAIN_S:
+            if isinstance(error.__cause__, TimeoutError):
+                # Somebody listens, on a machine that has too much to do.
+                handshake_s = min(handshake_s * 2, _LAST_HANDSHAKE_S)
+        else:
+            _accept(settings, client, role)
+            return client
+        if role in _STARTERS:
             spawn(settings)
-            started_s = time.monotonic()
-        given_up.wait(_RETRY_S)
+        given_up.wait(pause_s * random.uniform(0.5, 1.5))
+        pause_s = min(pause_s * 1.5, _LAST_PAUSE_S)
 
 
-def spawn(settings: StoreSettings) -> None:
-    """Starts a node cache that outlives this process. It ends at once if one serves already."""
-    ensure_private_directory(settings.socket_path)
-    with open(log_path(settings), "ab") as log:
+def _accept(settings: StoreSettings, client: NodeClient, role: str) -> None:
+    """Closes `client` and raises ConfigError when it leads to other pages."""
+    try:
+        check_pages(settings, client.welcome)
+    except BaseException:
+        client.close()
+        raise
+    ignored = ignored_settings(settings, client.welcome)
+    if ignored and role in _STARTERS:
+        logger.warning(
+            "the node cache (pid %d) was started with other settings, so these have no effect "
+            "here until it has left: %s",
+            client.welcome.pid,
+            ignored,
+        )
+
+
+def spawn(settings: StoreSettings) -> bool:
+    """Starts a node cache that outlives this process, unless somebody serves or starts already, or
+    the last ones have failed to start a moment ago."""
+    lock = try_lock(settings.socket_path)
+    if lock is None:
+        return False
+    holder = lock.holder
+    now_s = time.time()
+    if not may_start(holder, now_s=now_s):
+        lock.release()
+        return False
+    lock.note(Holder(tried_s=now_s, failures=holder.failures + 1))
+    try:
+        _spawn(settings, lock)
+    finally:
+        lock.handed_over()
+    return True
+
+
+def may_start(holder: Holder, *, now_s: float) -> bool:
+    """A node cache that dies before it serves is tried again ever more seldom."""
+    if not holder.failures:
+        return True
+    pause_s = min(2.0 ** min(holder.failures, _LAST_DOUBLING), _LAST_RESTART_S)
+    return not holder.tried_s <= now_s < holder.tried_s + pause_s
+
+
+def _spawn(settings: StoreSettings, lock: SocketLock) -> None:
+    with open(open_own_file(log_path(settings), os.O_WRONLY | os.O_APPEND), "ab") as log:
         # The child forks again and its parent ends, so the node cache isn't ours: an engine that
         # ends its process tree doesn't take the unwritten pages with it.
         subprocess.run(
-            [sys.executable, "-m", "ucm.store.node", msgspec.json.encode(settings).decode()],
+            [
+                *(sys.executable, "-m", "ucm.store.node"),
+                msgspec.json.encode(settings).decode(),
+                str(lock.fd),
+            ],
             stdin=subprocess.DEVNULL,
             stdout=log,
             stderr=log,
+            pass_fds=[lock.fd],
             # `-m` looks for `ucm` in the working directory first: the one that this process uses.
             cwd=Path(__file__).resolve().parents[3],
             check=False,
@@ -88,18 +149,18 @@ def log_path(settings: StoreSettings) -> str:
 def run_by_hand(settings: StoreSettings) -> None:
     """`ucm node-cache`: serves in the foreground, logging to stderr. Raises as `server.run`."""
     logging.basicConfig(level=logging.INFO, format=_LOG_FORMAT)
-    server.run(settings)
+    lock = take_lock(settings.socket_path)
+    server.run(settings, lock)
 
 
-def run_detached(settings_json: str) -> None:
+def run_detached(settings_json: str, lock_fd: int) -> None:
     """What `spawn` runs, in the process that is to become the node cache."""
     logging.basicConfig(level=logging.INFO, format=_LOG_FORMAT)
     # Engines bind their processes to cores; the node cache works for all of them.
     os.sched_setaffinity(0, range(os.cpu_count() or 1))
     try:
-        server.run(msgspec.json.decode(settings_json, type=StoreSettings))
-    except NodeUnavailable as error:
-        logger.info("not needed: %s", error)
+        settings = msgspec.json.decode(settings_json, type=StoreSettings)
+        server.run(settings, SocketLock.adopt(settings.socket_path, lock_fd))
     except Exception:
         logger.exception("the node cache failed")
         raise

@@ -1,0 +1,125 @@
+"""A node cache whose place is disturbed, shared or somebody else's."""
+
+from __future__ import annotations
+
+import logging
+import os
+import shutil
+import signal
+import stat
+from contextlib import closing
+from pathlib import Path
+
+import pytest
+
+from tests.store.node.support import (
+    SOON_S,
+    Engine,
+    Place,
+    alive,
+    engine,
+    make_keys,
+    wait_until,
+)
+from ucm.errors import ConfigError
+from ucm.store.node.link import NodeLink
+from ucm.store.node.lock import lock_path
+from ucm.store.node.start import connect_or_start, log_path
+
+pytestmark = pytest.mark.process
+KEYS = make_keys("a", 4)
+
+
+def socket_of(place: Place) -> Path:
+    return Path(place.settings().socket_path)
+
+
+@pytest.mark.parametrize("gone", ["socket", "lock and socket", "directory"])
+def test_a_node_cache_whose_place_is_cleared_up_is_found_again(place: Place, gone: str) -> None:
+    """By a logout, or by what cleans up old temporary files: nobody needs to start another."""
+    settings = place.settings()
+    with engine(settings, "one/0") as one:
+        one.dump(KEYS)
+        if gone == "directory":
+            shutil.rmtree(socket_of(place).parent)
+        else:
+            socket_of(place).unlink()
+        if gone == "lock and socket":
+            os.unlink(lock_path(settings.socket_path))
+        wait_until(socket_of(place).exists, "it listens anew")
+
+        with engine(settings, "two/0") as two:
+            assert two.pid == one.pid
+            assert two.load(KEYS) == (4, 0)
+        assert stat.S_IMODE(socket_of(place).parent.stat().st_mode) == 0o700
+        assert place.pids() == [one.pid]
+
+
+def test_a_node_cache_that_has_lost_its_place_to_another_leaves_it_alone(place: Place) -> None:
+    settings = place.settings()
+    with Engine(settings, "one/0") as one:
+        # It can't look before the next one is there.
+        os.kill(one.pid, signal.SIGSTOP)
+        shutil.rmtree(socket_of(place).parent)
+        with Engine(settings, "two/0") as two:
+            assert two.pid != one.pid
+            os.kill(one.pid, signal.SIGCONT)
+            wait_until(lambda: not alive(one.pid), "the first has left")
+            with Engine(settings, "three/0") as three:
+                assert three.pid == two.pid
+
+
+def test_a_socket_right_in_a_directory_of_everybody_is_refused(place: Place) -> None:
+    """Nobody can replace what is another's there, but anybody may be first."""
+    shared = place.directory / "tmp"
+    shared.mkdir()
+    shared.chmod(0o1777)
+    settings = place.settings("../tmp/x")
+
+    with pytest.raises(ConfigError, match=r"others may write to .*/tmp.*set it to .*/ucm/x\.sock"):
+        connect_or_start(settings, session="x/0", role="scheduler", timeout_s=1.0)
+    assert list(shared.iterdir()) == []
+
+
+def test_a_log_that_is_a_link_is_not_written_through(place: Place) -> None:
+    settings = place.settings()
+    precious = place.directory / "precious"
+    precious.write_text("keep me")
+    socket_of(place).parent.mkdir(mode=0o700)
+    os.symlink(precious, log_path(settings))
+
+    with pytest.raises(ConfigError, match=r"\.log: it is a link; remove it"):
+        connect_or_start(settings, session="x/0", role="scheduler", timeout_s=1.0)
+    assert precious.read_text() == "keep me"
+    assert place.pids() == []
+
+
+def test_an_engine_that_wants_other_files_is_refused_and_stores_nothing(place: Place) -> None:
+    other = place.directory / "other"
+    other.mkdir()
+    settings = place.settings()
+    with engine(settings, "one/0"):
+        wanting = place.settings(storage_backends=(str(other),))
+        with closing(NodeLink(wanting, engine_id="two")) as link:
+            wait_until(lambda: link.problem, "it is refused")
+            assert isinstance(link.problem, ConfigError)
+            message = str(link.problem)
+            assert not link.wait_connected(0.5)
+
+    assert f"serves Cache|Posix in {place.store}, " in message
+    assert f"wants Cache|Posix in {other}: " in message
+    assert list(other.iterdir()) == []
+
+
+def test_settings_without_effect_are_in_the_log_of_the_engine(
+    place: Place, caplog: pytest.LogCaptureFixture
+) -> None:
+    with Engine(place.settings(), "one/0") as one:
+        changed = place.settings(write_threads=9, idle_exit_s=61.0)
+        with closing(NodeLink(changed, engine_id="two")) as link:
+            assert link.wait_connected(SOON_S)
+            assert link.client is not None
+            assert link.client.welcome.pid == one.pid
+    said = [each.getMessage() for each in caplog.records if each.levelno == logging.WARNING]
+    (warning,) = (each for each in said if "other settings" in each)
+    assert "node_cache_idle_exit_s 61.0 (it has 60.0), posix_write_threads 9 (it has 4)" in warning
