@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import logging
 from collections.abc import AsyncIterator, Callable
 from dataclasses import dataclass
@@ -30,6 +31,8 @@ class Answer:
     is_whole: bool
     # To be called for each piece that comes from the engine.
     heard: Callable[[], None]
+    # None where the connection has one already.
+    idle_timeout_s: float | None = None
 
     def close(self) -> None:
         self.upstream.close()
@@ -40,7 +43,7 @@ class Answer:
 
     async def pieces(self) -> AsyncIterator[bytes]:
         yield self.first
-        async for piece in self.upstream.content.iter_any():
+        while piece := await asyncio.wait_for(self.upstream.content.readany(), self.idle_timeout_s):
             self.heard()
             yield piece
 

@@ -41,6 +41,7 @@ class ProxySettings:
     connect_timeout_s: float = 5.0
     prefill_timeout_s: float = 600.0
     idle_timeout_s: float = 600.0
+    answer_timeout_s: float | None = None
     health_interval_s: float = 2.0
     breaker_failures: int = 3
     breaker_open_s: float = 5.0
@@ -182,7 +183,8 @@ def _parser(description: str) -> argparse.ArgumentParser:
         ("queue-timeout-s", seconds_flag, "how long one waits before it is turned away (503)"),
         ("connect-timeout-s", seconds_flag, "for a connection to an instance"),
         ("prefill-timeout-s", seconds_flag, "for a prefill; then decode computes the prompt"),
-        ("idle-timeout-s", seconds_flag, "without a byte from an instance that answers"),
+        ("idle-timeout-s", seconds_flag, "without a byte from an instance that streams"),
+        ("answer-timeout-s", seconds_flag, "for an answer that is not streamed; none: no limit"),
         ("health-interval-s", seconds_flag, "between two looks at an instance's /health"),
         ("breaker-failures", _positive, "failed connections before an instance is left alone"),
         ("breaker-open-s", seconds_flag, "how long it is left alone"),

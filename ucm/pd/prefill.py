@@ -102,13 +102,13 @@ class Prefills:
 
     def __init__(
         self,
-        session: aiohttp.ClientSession,
+        client: upstream.Client,
         pool: Pool,
         *,
         timeout_s: float,
         on_retry: Callable[[], None],
     ) -> None:
-        self._session = session
+        self._client = client
         self._pool = pool
         self._timeout_s = timeout_s
         self._on_retry = on_retry
@@ -196,11 +196,12 @@ class Prefills:
 
     async def _response(self, instance: Instance, leg: Leg) -> tuple[aiohttp.ClientResponse, bytes]:
         response = await upstream.ask(
-            self._session,
+            self._client,
             "POST",
             upstream.target(instance.url, leg.path),
             body=leg.body,
             headers=leg.headers,
+            idle_timeout_s=None,
         )
         async with response:
             return response, await response.read()

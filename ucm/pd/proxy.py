@@ -92,13 +92,17 @@ class Proxy:
         """For the application's life: connections, and looks at the instances' health."""
         del app
         settings = self._settings
-        async with upstream.client_session(
-            connect_timeout_s=settings.connect_timeout_s, idle_timeout_s=settings.idle_timeout_s
-        ) as session:
-            self._relay = Relay(session, self._answering)
+        async with upstream.client(connect_timeout_s=settings.connect_timeout_s) as client:
+            session = client.pooled
+            self._relay = Relay(
+                client,
+                self._answering,
+                idle_timeout_s=settings.idle_timeout_s,
+                answer_timeout_s=settings.answer_timeout_s,
+            )
             if Role.PREFILL in self._pools:
                 self._prefills = Prefills(
-                    session,
+                    client,
                     self._pools[Role.PREFILL],
                     timeout_s=settings.prefill_timeout_s,
                     on_retry=self._metrics.retries.labels(Role.PREFILL.value).inc,

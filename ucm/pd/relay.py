@@ -12,10 +12,12 @@ better of both answers.
 
 from __future__ import annotations
 
+import asyncio
 import logging
-from collections.abc import Callable
-from dataclasses import dataclass, field
+from collections.abc import Callable, Coroutine
+from dataclasses import dataclass, field, replace
 from functools import partial
+from typing import Any
 
 import aiohttp
 from aiohttp import web
@@ -73,9 +75,18 @@ class _Tries:
 class Relay:
     """Sends requests to one pool. Owned by the event loop's thread."""
 
-    def __init__(self, session: aiohttp.ClientSession, pool: Pool) -> None:
-        self._session = session
+    def __init__(
+        self,
+        client: upstream.Client,
+        pool: Pool,
+        *,
+        idle_timeout_s: float,
+        answer_timeout_s: float | None,
+    ) -> None:
+        self._client = client
         self._pool = pool
+        self._idle_timeout_s = idle_timeout_s
+        self._answer_timeout_s = answer_timeout_s
 
     async def answer(
         self,
@@ -155,29 +166,49 @@ class Relay:
         headers = upstream.request_headers(request.headers, request_id=request_id)
         url = upstream.target(instance.url, request.raw_path)
 
-        async def begin() -> Answer:
+        async def begin(idle_timeout_s: float | None) -> Answer:
             response = await upstream.ask(
-                self._session, request.method, url, body=body, headers=headers
+                self._client,
+                request.method,
+                url,
+                body=body,
+                headers=headers,
+                idle_timeout_s=idle_timeout_s,
             )
             return await _begin(response, instance.heard)
+
+        if journey.is_streamed:
+            asking = begin(self._idle_timeout_s)
+        else:
+            asking = self._answer_in_time(begin(None))
 
         asked_s = instance.breaker.clock()
         try:
             with journey.stage("decode_ttft"):
-                answer = await unless_lost(instance, begin())
+                answer = await unless_lost(instance, asking)
         except upstream.UNREACHABLE as error:
             return self._unanswered(tries, error, journey, asked_s)
         instance.heard()
         return self._judged(tries, answer, request.method, is_resuming=bool(delivery.response))
+
+    async def _answer_in_time(self, beginning: Coroutine[Any, Any, Answer]) -> Answer:
+        """Nothing comes of an answer that is not streamed before all of it does. If it turns out to
+        be a stream, it has a stream's limits from then on."""
+        answer = await asyncio.wait_for(beginning, self._answer_timeout_s)
+        return replace(answer, idle_timeout_s=self._idle_timeout_s)
 
     def _unanswered(
         self, tries: _Tries, error: BaseException, journey: Journey, asked_s: float
     ) -> Problem:
         instance, role = tries.instances[-1], self._pool.role.value
         reason = upstream.failure_reason(error)
-        problem = f"{reason} ({error})"
-        logger.warning("%s %s: %s", role, instance.url, problem)
-        problem = f"the {role} instance at {instance.url}: {problem}"
+        what = str(error)
+        if reason == "timeout" and journey.is_streamed:
+            what = f"nothing came for --idle-timeout-s, {self._idle_timeout_s:g} s"
+        elif reason == "timeout":
+            what = f"no whole answer within --answer-timeout-s, {self._answer_timeout_s:g} s"
+        logger.warning("%s %s: %s (%s)", role, instance.url, reason, what)
+        problem = f"the {role} instance at {instance.url}: {reason} ({what})"
         if reason != "timeout":
             instance.failed()
             return Problem(problem, code=502)

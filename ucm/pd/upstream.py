@@ -5,7 +5,9 @@ from __future__ import annotations
 import asyncio
 import contextlib
 from collections.abc import AsyncIterator
+from dataclasses import dataclass
 from io import BytesIO
+from types import SimpleNamespace
 
 import aiohttp
 from multidict import CIMultiDict, CIMultiDictProxy
@@ -36,27 +38,57 @@ _REQUEST_ONLY = frozenset({"host", "content-length", "expect"})
 _UNPACKED = frozenset({"gzip", "deflate", "br"})
 _NO_DEFAULTS = ("Accept", "Accept-Encoding", "Content-Type", "User-Agent")
 
+_RESET = (aiohttp.ServerDisconnectedError, aiohttp.ClientOSError, ConnectionError)
 # The engine can't be reached, or has gone, or is silent: another one may do.
 UNREACHABLE = (aiohttp.ClientError, OSError, asyncio.TimeoutError)
 
 
+@dataclass(frozen=True)
+class Client:
+    """Connections to the engines. `pooled` keeps them for what comes next; `fresh` makes one for
+    each request."""
+
+    pooled: aiohttp.ClientSession
+    fresh: aiohttp.ClientSession
+    connect_timeout_s: float
+
+
 @contextlib.asynccontextmanager
-async def client_session(
-    *, connect_timeout_s: float, idle_timeout_s: float
-) -> AsyncIterator[aiohttp.ClientSession]:
+async def client(*, connect_timeout_s: float) -> AsyncIterator[Client]:
     """No limit and no total timeout: a decode may stream for an hour, and thousands at once."""
-    connector = aiohttp.TCPConnector(limit=0, keepalive_timeout=IDLE_CONNECTION_S)
-    timeout = aiohttp.ClientTimeout(
-        total=None, sock_connect=connect_timeout_s, sock_read=idle_timeout_s
-    )
-    async with aiohttp.ClientSession(
+    trace = aiohttp.TraceConfig()
+    trace.on_connection_reuseconn.append(_note_reuse)
+    pooled = aiohttp.TCPConnector(limit=0, keepalive_timeout=IDLE_CONNECTION_S)
+    fresh = aiohttp.TCPConnector(limit=0, force_close=True)
+    async with _session(pooled, trace) as one, _session(fresh) as other:
+        yield Client(one, other, connect_timeout_s)
+
+
+def _session(
+    connector: aiohttp.TCPConnector, *traces: aiohttp.TraceConfig
+) -> aiohttp.ClientSession:
+    return aiohttp.ClientSession(
         connector=connector,
-        timeout=timeout,
         auto_decompress=False,
         cookie_jar=aiohttp.DummyCookieJar(),
         skip_auto_headers=_NO_DEFAULTS,
-    ) as session:
-        yield session
+        trace_configs=list(traces),
+    )
+
+
+@dataclass
+class _Sending:
+    """`is_reused`: it went out on a connection that was kept from before."""
+
+    is_reused: bool = False
+
+
+async def _note_reuse(
+    session: aiohttp.ClientSession, context: SimpleNamespace, params: object
+) -> None:
+    del session, params
+    if isinstance(context.trace_request_ctx, _Sending):
+        context.trace_request_ctx.is_reused = True
 
 
 def target(instance: URL, raw_path: str) -> URL:
@@ -68,17 +100,42 @@ def target(instance: URL, raw_path: str) -> URL:
 
 
 async def ask(
-    session: aiohttp.ClientSession,
+    client: Client,
     method: str,
     url: URL,
     *,
     body: bytes | None,
     headers: CIMultiDict[str],
+    idle_timeout_s: float | None,
 ) -> aiohttp.ClientResponse:
-    """The answer once its headers are there; the caller releases it. Raises UNREACHABLE."""
-    # A file object is sent in pieces; bytes of many MiB at once would hold up every other stream.
-    data = None if body is None else BytesIO(body)
-    return await session.request(method, url, data=data, headers=headers, allow_redirects=False)
+    """The answer once its headers are there; the caller releases it. Raises UNREACHABLE.
+
+    A server may close a connection that is kept at the moment in which a request goes out on it.
+    That is nobody's failure: the request is sent once more on a new one.
+    """
+    timeout = aiohttp.ClientTimeout(
+        total=None, sock_connect=client.connect_timeout_s, sock_read=idle_timeout_s
+    )
+
+    async def send(session: aiohttp.ClientSession, sending: _Sending) -> aiohttp.ClientResponse:
+        # A file object is sent in pieces; many MiB at once would hold up every other stream.
+        return await session.request(
+            method,
+            url,
+            data=None if body is None else BytesIO(body),
+            headers=headers,
+            allow_redirects=False,
+            timeout=timeout,
+            trace_request_ctx=sending,
+        )
+
+    sending = _Sending()
+    try:
+        return await send(client.pooled, sending)
+    except _RESET as error:
+        if not sending.is_reused or failure_reason(error) != "broken_off":
+            raise
+    return await send(client.fresh, sending)
 
 
 def request_headers(headers: CIMultiDictProxy[str], *, request_id: str) -> CIMultiDict[str]:
