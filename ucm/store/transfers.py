@@ -32,6 +32,7 @@ from ucm.store.node.client import NodeClient
 from ucm.store.node.link import NodeLink
 from ucm.store.node.memory import MappedMemory
 from ucm.store.node.notices import Notices
+from ucm.store.node.start import log_path
 from ucm.store.shards import BlockShape
 from ucm.store.tasks import Task
 
@@ -70,6 +71,7 @@ class Transfers:
         self._shape = shape
         self._manifest = shape.manifest()
         self._timeout_s = timeout_s
+        self._log_path = log_path(settings)
         self._link = NodeLink(settings, engine_id=name, role="store")
         self._client: NodeClient | None = None
         self._memory: MappedMemory | None = None
@@ -95,14 +97,20 @@ class Transfers:
     def wait_opened(self) -> None:
         """Until the node cache has opened this store's namespace. Raises NodeUnavailable, or
         ConfigError if that can't work."""
-        deadline_s = time.monotonic() + max(_START_S, self._timeout_s)
+        started_s = time.monotonic()
+        deadline_s = started_s + max(_START_S, self._timeout_s)
         while not self._opened.wait(_CONNECTING_POLL_S):
             problem = self._link.problem
             if isinstance(problem, ConfigError):
                 raise problem
             if time.monotonic() > deadline_s:
+                if self.capacity_bytes:
+                    raise NodeUnavailable(
+                        f"the node cache has not answered for {time.monotonic() - started_s:.0f} s;"
+                        f" its log may say why: {self._log_path}"
+                    )
                 why = problem or "it takes too long to start"
-                raise NodeUnavailable(f"there is no node cache: {why}")
+                raise NodeUnavailable(f"there is no node cache: {why}; its log: {self._log_path}")
         if self._ended_by is not None:
             raise self._ended_by
 

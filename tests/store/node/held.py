@@ -146,6 +146,7 @@ class Node:
             NAMESPACE_MESSAGE,
         )
         self.writes.end_all()
+        self.timers.waiting.clear()
         self.inbox.clear()
 
     def page_of(self, slot: Slot) -> memoryview:
@@ -227,7 +228,7 @@ class Node:
 
     def manifest(self, fingerprint: bytes) -> bytes:
         self.core.handle(self.connection, p.GetManifest(id=1, fingerprint=fingerprint))
-        self.reads.end_all()
+        self.writes.end_all()
         (found,) = self.inbox
         assert isinstance(found, p.ManifestFound) and not found.error
         self.inbox.clear()
@@ -246,6 +247,7 @@ class Engine:
         hello = p.Hello(version=p.VERSION, session="other", role="scheduler", pid=2)
         self._connection = self._core.connect(hello, self.inbox.append)
         self._handle(NAMESPACE_MESSAGE)
+        node.timers.waiting.clear()
 
     def _handle(self, message: p.ClientMessage) -> None:
         self._core.handle(self._connection, message)

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable
-from functools import partial
 
 from ucm.errors import ProtocolError
 from ucm.store.node import protocol as p
@@ -19,13 +18,13 @@ from ucm.store.node.finds import Finds
 from ucm.store.node.io import Pool
 from ucm.store.node.lookups import Lookups
 from ucm.store.node.notices import Notices
+from ucm.store.node.openings import Openings
 from ucm.store.node.promises import CallLater
 from ucm.store.node.saved import SavingRules
 from ucm.store.node.state import Connection, OpenedNamespace, Session
 from ucm.store.node.storing import Storing
-from ucm.store.page import padded_bytes
 from ucm.store.slots import Slot, SlotTable
-from ucm.store.tier import Tier, TierNamespace
+from ucm.store.tier import Tier
 
 _AFTER_HELD_UP_S = 0.25
 
@@ -47,6 +46,8 @@ class NodeCore:
         clock: Callable[[], float],
         call_later: CallLater,
         saving: SavingRules | None = None,
+        control: Pool | None = None,
+        open_timeout_s: float = 5.0,
     ) -> None:
         self.slots = slots
         self.counters: Counter[str] = Counter()
@@ -78,24 +79,22 @@ class NodeCore:
             call_later=call_later,
         )
         self._fillings = Fillings(
-            slots=slots,
-            lookups=self.lookups,
-            storing=storing,
-            page_of=page_of,
-            count=self.count,
+            slots=slots, lookups=self.lookups, storing=storing, page_of=page_of, count=self.count
         )
-        self.finds = Finds(
-            slots=slots,
-            tier=tier,
-            reads=reads,
-            storing=storing,
-            clock=clock,
-        )
+        self.finds = Finds(slots=slots, tier=tier, reads=reads, storing=storing, clock=clock)
         # Set when the process is about to end: what is queued is written, nothing new is begun.
         self.leaving = False
-        self._tier = tier
         self._reads = reads
         self._writes = writes
+        self._control = control or writes
+        self._openings = Openings(
+            slots=slots,
+            tier=tier,
+            pool=self._control,
+            notices=notices,
+            call_later=call_later,
+            timeout_s=open_timeout_s,
+        )
         self._ahead = MemoryAhead(
             slots,
             up_to_bytes=ahead_bytes,
@@ -111,6 +110,7 @@ class NodeCore:
         """Finds what is late; takes memory while nobody waits. Called many times a second."""
         self._reads.tick()
         self._writes.tick()
+        self._control.tick()
         self.lookups.tick()
         self.finds.tick()
         if self._reads.depth or self.lookups.num_open:
@@ -182,9 +182,9 @@ class NodeCore:
         elif isinstance(message, p.Abort):
             self._fillings.abort(connection.session, message)
         elif isinstance(message, p.OpenNamespace):
-            self._open_namespace(connection, message)
+            self._openings.open(connection, message)
         elif isinstance(message, p.GetManifest):
-            self._find_manifest(connection, message)
+            self._openings.find_manifest(connection, message)
         elif isinstance(message, p.MemoryReady):
             connection.memory_ready = True
             self._tell_ranks_ready(connection.session)
@@ -202,48 +202,6 @@ class NodeCore:
         # Tail first: the head of a prompt is shared by more prompts and should be evicted last.
         for slot in reversed(slots):
             self.slots.unpin(slot)
-
-    # -- namespaces ------------------------------------------------------------------------
-
-    def _open_namespace(self, connection: Connection, message: p.OpenNamespace) -> None:
-        def answer(result: object) -> None:
-            error = str(result) if isinstance(result, Exception) else ""
-            connection.send(p.NamespaceOpened(ns=message.ns, error=error, refused=False))
-
-        slot_bytes = padded_bytes(message.page_bytes)
-        if not self.slots.fits(slot_bytes):
-            error = (
-                f"one page takes {slot_bytes} bytes and the node cache has "
-                f"{self.slots.capacity_bytes}: raise cache_buffer_capacity_gb"
-            )
-            connection.send(p.NamespaceOpened(ns=message.ns, error=error, refused=True))
-            return
-        namespace = TierNamespace(
-            fingerprint=message.fingerprint,
-            page_bytes=message.page_bytes,
-            manifest_json=message.manifest,
-        )
-        connection.namespaces[message.ns] = OpenedNamespace(
-            tier=namespace,
-            slot_bytes=slot_bytes,
-            block_tokens=message.block_tokens,
-            num_rows=message.num_rows,
-        )
-        if self._tier is None:
-            answer(None)
-        else:
-            self._writes.submit(partial(self._tier.open_namespace, namespace), answer)
-
-    def _find_manifest(self, connection: Connection, message: p.GetManifest) -> None:
-        def answer(result: object) -> None:
-            manifest = result if isinstance(result, bytes) else b""
-            error = str(result) if isinstance(result, Exception) else ""
-            connection.send(p.ManifestFound(id=message.id, manifest=manifest, error=error))
-
-        if self._tier is None:
-            answer(None)
-        else:
-            self._reads.submit(partial(self._tier.read_manifest, message.fingerprint), answer)
 
     def _namespace(self, connection: Connection, number: int) -> OpenedNamespace:
         namespace = connection.namespaces.get(number)

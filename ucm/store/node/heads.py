@@ -40,6 +40,7 @@ class Heads:
         self._reads.submit(
             partial(self._tier.contains, job.namespace.tier, asked),
             partial(self._probed, job, asked),
+            urgent=True,
         )
 
     def _probed(self, job: LookupJob, asked: list[Key], result: object) -> None:

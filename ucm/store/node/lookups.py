@@ -197,6 +197,8 @@ class Lookups:
             self._reads.submit(
                 partial(self._tier.contains, job.namespace.tier, keys),
                 partial(self._on_probed, job, group),
+                # A question costs little, and must not wait behind the pages of others.
+                urgent=True,
             )
 
     def _on_probed(self, job: LookupJob, group: list[int], result: object) -> None:

@@ -107,6 +107,7 @@ class Promises:
         self._reads.submit(
             partial(_look, self._tier, job.namespace.tier, keys, last, doubted),
             partial(self._looked, job, blocks),
+            urgent=True,
         )
 
     def _must_doubt(self, job: LookupJob) -> bool:

@@ -44,6 +44,8 @@ _LOOK_S = 1.0
 _HELD_UP_S = 1.0
 _NICE = -10
 _DRAIN_S = 30.0
+# Less than any client waits for a node cache.
+_OPEN_S = 5.0
 _GIB = 1 << 30
 
 
@@ -75,6 +77,8 @@ class NodeServer:
         self._writes = pool(
             "write", num_threads=settings.write_threads, keeps_queue_when_stalled=True
         )
+        # Nobody's start waits behind pages.
+        self._control = pool("control", num_threads=2, keeps_queue_when_stalled=False)
         self._populate = pool("populate", num_threads=1, keeps_queue_when_stalled=True)
         self.core = NodeCore(
             slots=slots,
@@ -87,6 +91,8 @@ class NodeServer:
             max_write_pages=settings.write_queue_pages,
             clock=time.monotonic,
             call_later=loop.call_later,
+            control=self._control,
+            open_timeout_s=min(timeout_s, _OPEN_S),
             saving=SavingRules(recheck_s=settings.recheck_s, retry_s=settings.retry_ms / 1000),
         )
         self.arena = uuid.uuid4().hex
