@@ -92,6 +92,9 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=
     epoch_file: Annotated[str, Meta(min_length=1)] | None = None
     reset_epoch: Literal["new", "keep"] = "new"
     kv_layout: Literal["auto", "opaque"] = "auto"
+    engine_layout: Literal["auto", "keep", "head_major"] = "auto"
+    pin_piece_mb: Annotated[int, Meta(ge=0, le=65_536)] = 64
+    copy_staging_mb: Annotated[int, Meta(ge=1, le=1_024)] = 16
     lookup_timeout_ms: _Milliseconds = 2_000
     max_lookups: Annotated[int, Meta(ge=1, le=65_536)] = 64
     dump_timeout_ms: _Milliseconds = 10_000
@@ -99,6 +102,14 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=
     handoff_timeout_ms: _Milliseconds = 5_000
     expect_timeout_ms: _Milliseconds = 30_000
     warnings: tuple[str, ...] = ()
+
+    @property
+    def pin_piece_bytes(self) -> int:
+        return self.pin_piece_mb << 20
+
+    @property
+    def copy_staging_bytes(self) -> int:
+        return self.copy_staging_mb << 20
 
 
 def _names(struct: type[msgspec.Struct]) -> set[str]:

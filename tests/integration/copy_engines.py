@@ -7,17 +7,17 @@ only a stream does at once what it is asked to. tests/gpu runs the same checks o
 
 from __future__ import annotations
 
-import itertools
 import threading
 from collections.abc import Callable, Sequence
 
 import torch
 
 from tests.integration.kv_layouts import LATENT_LAYOUTS, Rank, make_rank, wait_for
+from ucm.integration.vllm.accelerator import Accelerator
 from ucm.integration.vllm.arena import Arena, Piece
 from ucm.integration.vllm.copies import CopyEngine, Direction, PagePart
 from ucm.integration.vllm.copy_engines import make_copy_engine
-from ucm.integration.vllm.device_copies import Accelerator, DeviceCopyEngine
+from ucm.integration.vllm.device_copies import DeviceCopyEngine
 from ucm.store.page import PageGeometry
 
 HEADS = PageGeometry(
@@ -75,8 +75,8 @@ class MainMemory(Accelerator):
             self.waited_for.append(event)
         event.synchronize()
 
-    def upload(self, ids: Sequence[Sequence[int]]) -> torch.Tensor:
-        return torch.tensor(ids)
+    def upload(self, ids) -> torch.Tensor:
+        return torch.from_numpy(ids)
 
     def pinned(self, nbytes: int) -> torch.Tensor:
         return torch.empty(nbytes, dtype=torch.uint8)
@@ -90,9 +90,12 @@ class MainMemory(Accelerator):
 class StripedArena(Arena):
     """Every other 1000 bytes are pinned."""
 
-    def pieces(self, start: int, nbytes: int) -> list[Piece]:
-        cuts = [start, *range(start - start % 1000 + 1000, start + nbytes, 1000), start + nbytes]
-        return [Piece(a, b - a, pinned=a // 1000 % 2 == 0) for a, b in itertools.pairwise(cuts)]
+    def __init__(self, mapping) -> None:
+        super().__init__(mapping)
+        nbytes = self.bytes.numel()
+        self._registered = [
+            Piece(start, min(1000, nbytes - start), pinned=True) for start in range(0, nbytes, 2000)
+        ]
 
 
 MakeEngine = Callable[[Rank], CopyEngine]

@@ -15,7 +15,6 @@ from tests.integration.copy_engines import (
     MakeEngine,
     StripedArena,
     copy_and_wait,
-    on_host,
     rank_of,
 )
 from tests.integration.kv_layouts import (
@@ -222,12 +221,27 @@ def test_more_threads_than_pages_are_fine() -> None:
     assert torch.equal(page_of_blocks(rank.cache.read(), [1]), page_in(arena, HEADS, 1))
 
 
-def test_a_job_submitted_to_a_closed_arena_is_refused() -> None:
-    rank = rank_of("LBHNC")
-    engine = on_host(rank)
-    arena = make_arena(1, HEADS)
-    arena.close()
-    with pytest.raises(RuntimeError, match="closed"):
-        engine.submit(1, LOAD, whole_pages(rank, [(0,)]), arena)
-    engine.fence([1])
-    engine.close()
+def test_a_job_that_can_t_be_submitted_ends_as_failed_and_frees_its_arena(
+    make: MakeEngine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Whatever it is that is raised: an arena that has been closed, a device that fails."""
+    rank = rank_of("LBHNC", seed=9)
+    engine = make(rank)
+    closed, arena = make_arena(1, HEADS), make_arena(1, HEADS)
+    closed.close()
+    engine.submit(1, LOAD, whole_pages(rank, [(0,)]), closed)
+    with monkeypatch.context() as patch:
+        patch.setattr(engine, "_enqueue", raise_error)
+        engine.submit(2, DUMP, whole_pages(rank, [(2,)]), arena)
+        for layer in range(3):
+            engine.submit_layer(3, LOAD, layer, whole_pages(rank, [(2,)]), arena)
+
+    assert [1, 2, 3] == engine.finished()
+    assert [1, 2, 3] == engine.failed()
+    engine.fence([1, 2, 3])
+    copy_and_wait(engine, DUMP, whole_pages(rank, [(2,)]), arena)
+    assert arena.close(timeout_s=0)
+
+
+def raise_error(*args: object) -> None:
+    raise RuntimeError("the device fails")

@@ -8,68 +8,28 @@ import pytest
 
 pytest.importorskip("vllm")
 
-import os
-
 from tests.integration.kv_layouts import make_rank
+from tests.integration.rank_parts import (
+    BLOCK_TOKENS,
+    GEOMETRY,
+    LAYERS,
+    NUM_BLOCKS,
+    FakeLink,
+    facts_of,
+)
 from ucm.config import Settings, StoreSettings
 from ucm.integration.vllm import worker as worker_module
 from ucm.integration.vllm.copies import BusyClock, Direction, JobLedger, PagePart
-from ucm.integration.vllm.engine_facts import EngineFacts
 from ucm.integration.vllm.metadata import CopyJob, StepMetadata
 from ucm.integration.vllm.stats import UcmStats
-from ucm.integration.vllm.views import LayoutKind
 from ucm.integration.vllm.worker import WorkerSide
-from ucm.store.node import protocol as p
-from ucm.store.page import PageGeometry
-
-GEOMETRY = PageGeometry(
-    num_layers=3, num_kv_heads=4, block_tokens=32, k_size=16, v_size=16, item_bytes=2
-)
-NUM_BLOCKS = 16
-BLOCK_TOKENS = 8
-LAYERS = ("layers.0", "layers.1", "layers.2")
-
-
-class FakeLink:
-    """Brings 4 slots of memory at once."""
-
-    def __init__(self, settings: StoreSettings, *, engine_id: str, on_memory) -> None:
-        self._on_memory = on_memory
-
-    def start(self) -> None:
-        capacity_bytes = 4 * GEOMETRY.slot_bytes
-        fd = os.memfd_create("slots")
-        os.ftruncate(fd, capacity_bytes)
-        welcome = p.Welcome(version=p.VERSION, arena="a", capacity_bytes=capacity_bytes, pid=1)
-        self._on_memory.memory_arrived(0, fd, welcome)
-        os.close(fd)
-
-    def follow(self, generation: int) -> None:
-        pass
-
-    def close(self) -> None:
-        pass
 
 
 class Bench:
     """One of `tp_size` ranks, with vLLM's part played."""
 
     def __init__(self, *, tp_rank: int, tp_size: int, layerwise: bool) -> None:
-        facts = EngineFacts(
-            engine_id="e",
-            loads=True,
-            dumps=True,
-            world_size=tp_size,
-            tp_size=tp_size,
-            pp_size=1,
-            block_tokens=BLOCK_TOKENS,
-            num_blocks=NUM_BLOCKS,
-            max_step_tokens=64,
-            layer_names=LAYERS,
-            layout=LayoutKind.PACKED,
-            layout_name="",
-            geometry=GEOMETRY,
-        )
+        facts = facts_of(tp_size=tp_size)
         settings = Settings(
             block_tokens=GEOMETRY.block_tokens,
             store=StoreSettings(socket_path="/nowhere"),
@@ -89,6 +49,7 @@ class Bench:
     def step(self, step: StepMetadata) -> None:
         """A step that computes nothing, until its copies have ended."""
         self.side.fence(step)
+        self.side.begin(step)
         self.side.start_loads(step)
         for name in LAYERS:
             self.side.wait_layer(name)
@@ -238,15 +199,15 @@ def test_what_is_still_under_way_counts_up_to_now() -> None:
 def test_each_direction_has_its_own_time_from_the_first_submission_to_the_last_end() -> None:
     clock = Clock()
     ledger = JobLedger(clock)
-    ledger.open(1, Direction.LOAD, submissions=2)
+    ledger.begin(1, Direction.LOAD, 0, of=range(2))
     clock.pass_(1)
-    ledger.open(1, Direction.LOAD, submissions=2)
-    ledger.open(2, Direction.DUMP, submissions=1)
-    ledger.close_one(1, ok=True)
+    ledger.begin(1, Direction.LOAD, 1, of=range(2))
+    ledger.begin(2, Direction.DUMP, None, of=[None])
+    ledger.close_one(1, 1, ok=True)
     clock.pass_(2)
-    ledger.close_one(2, ok=False)
+    ledger.close_one(2, None, ok=False)
     clock.pass_(4)
-    ledger.close_one(1, ok=True)
+    ledger.close_one(1, 0, ok=True)
     clock.pass_(8)
 
     assert ledger.take_busy() == {Direction.LOAD: 7, Direction.DUMP: 2}

@@ -12,8 +12,8 @@ pytest.importorskip("vllm")
 
 import torch
 
+from ucm.integration.vllm.memories import Memories
 from ucm.integration.vllm.metadata import CopyJob
-from ucm.integration.vllm.worker import Memories
 from ucm.store.node import protocol as p
 
 CAPACITY_BYTES = 1 << 20

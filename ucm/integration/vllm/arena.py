@@ -4,12 +4,12 @@ One `Arena` is the memory of one node cache incarnation, mapped from its memfd. 
 as long as the object lives, so a copy that is still running when its node cache dies writes into
 memory that nobody else uses any more.
 
-Where there is an accelerator, the parts in use are pinned (`prepare`), in the background and part
-by part, because pinning touches every page. What isn't pinned yet, or can't be (no such call on
-this accelerator, a limit on locked memory), is copied by way of a small pinned ring; the copy
-engine asks `pieces` which is which. Where there is none, `prepare` only fills the page table, so
-that the first copies don't: a first touch costs 0.5 to 1 us per 4 KiB, as much as the copy itself
-three times over.
+Where there is an accelerator, the parts in use are pinned (`prepare`), in the background and piece
+by piece (`preparing`), because pinning touches every page. What isn't pinned yet, or can't be (no
+such call on this accelerator, a refusal), is copied by way of a small pinned ring; the copy engine
+asks `pieces` or `whole` which is which. Where there is none, `prepare` only fills the page table,
+so that the first copies don't: a first touch costs 0.5 to 1 us per 4 KiB, as much as the copy
+itself three times over.
 
 Threads: everything may be called from any thread. A copy engine holds the arena (`hold`, `release`)
 from a job's submission to its end. `close` waits for the holders, bounded, then unpins; if time
@@ -24,11 +24,13 @@ import mmap
 import threading
 import time
 from dataclasses import dataclass
-from typing import Any
 
+import numpy as np
+import numpy.typing as npt
 import torch
 from torch import Tensor
 
+from ucm.integration.vllm.registration import Registrar, registrar_for
 from ucm.store.node.memory import populate
 
 logger = logging.getLogger(__name__)
@@ -53,11 +55,19 @@ class Arena:
     """The memory of one node cache incarnation, `name`. `bytes` is all of it, as flat uint8."""
 
     def __init__(
-        self, mapping: mmap.mmap, *, device: torch.device | None = None, name: str = ""
+        self,
+        mapping: mmap.mmap,
+        *,
+        device: torch.device | None = None,
+        name: str = "",
+        registrar: Registrar | None = None,
     ) -> None:
         self.name = name
         self.bytes: Tensor = torch.frombuffer(mapping, dtype=torch.uint8)
-        self._device = device if device is not None and device.type != "cpu" else None
+        on_device = device is not None and device.type != "cpu"
+        self._registrar = registrar or registrar_for(device if on_device else None)
+        # Whether `prepare` is for an accelerator, be it one that can't pin this memory.
+        self.pins = on_device or registrar is not None
         self._as_dtype = {torch.uint8: self.bytes}
         # Guards everything below. Registering happens outside of it, one thread at a time.
         self._cond = threading.Condition()
@@ -65,12 +75,10 @@ class Arena:
         self._registered: list[Piece] = []
         self._holders = 0
         self._closed = False
-        self._can_register = self._device is not None and self._device.type == "cuda"
 
     @property
-    def pins(self) -> bool:
-        """Whether `prepare` pins memory for an accelerator."""
-        return self._device is not None
+    def closed(self) -> bool:
+        return self._closed
 
     def typed(self, dtype: torch.dtype) -> Tensor:
         """All of the memory as one flat tensor of another dtype (a tail that doesn't fit is left
@@ -81,29 +89,30 @@ class Arena:
             view = self._as_dtype[dtype] = self.bytes[:usable].view(dtype)
         return view
 
-    def prepare(self, start: int, nbytes: int) -> None:
-        """Makes [start, start + nbytes), whole pages of memory, fast to copy to and from. For a
-        thread of its own; may be called again for what overlaps."""
-        if self._device is not None:
-            self.register_extent(start, nbytes)
-        else:
+    def prepare(self, start: int, nbytes: int) -> str:
+        """Makes [start, start + nbytes), whole pages of memory, fast to copy to and from; says why
+        it could not (try again), or nothing. May be called again for what overlaps."""
+        if self._registrar is not None:
+            return self._register(start, nbytes)
+        if not self.pins:
             populate(self._address(start), nbytes)
+        return ""
 
-    def register_extent(self, start: int, nbytes: int) -> bool:
-        """Pins what isn't pinned yet. False: not (all of it) possible here."""
+    def _register(self, start: int, nbytes: int) -> str:
+        """Pins what isn't pinned yet."""
+        assert self._registrar is not None
         with self._registering:
             for piece in self.pieces(start, nbytes):
                 if piece.pinned:
                     continue
-                if self._closed or not self._can_register:
-                    return False
-                if not _pin(self._address(piece.start), piece.nbytes, self._device):
-                    self._can_register = False
-                    return False
+                if self._closed:
+                    return ""
+                if refused := self._registrar.register(self._address(piece.start), piece.nbytes):
+                    return refused
                 with self._cond:
                     pinned = Piece(piece.start, piece.nbytes, pinned=True)
                     bisect.insort(self._registered, pinned, key=lambda p: p.start)
-        return True
+        return ""
 
     def pieces(self, start: int, nbytes: int) -> list[Piece]:
         """[start, start + nbytes) cut where pinning changes: no copy by a device may cross that."""
@@ -124,6 +133,22 @@ class Arena:
             if position < end:
                 found.append(Piece(position, end - position, pinned=False))
             return found
+
+    def whole(
+        self, starts: npt.NDArray[np.int64], sizes: npt.NDArray[np.int64]
+    ) -> npt.NDArray[np.bool_]:
+        """Which of these ranges lie in one pinned piece each: one `pieces` for thousands."""
+        if starts.size:
+            low, high = int(starts.min()), int((starts + sizes).max())
+            assert 0 <= low <= high <= self.bytes.numel(), f"{low} to {high}"
+        with self._cond:
+            registered = [(piece.start, piece.end) for piece in self._registered]
+        if not registered:
+            return np.zeros(starts.shape, dtype=np.bool_)
+        table = np.array(registered, dtype=np.int64)
+        at = np.searchsorted(table[:, 0], starts, side="right") - 1
+        inside: npt.NDArray[np.bool_] = starts + sizes <= table[np.maximum(at, 0), 1]
+        return inside & (at >= 0)
 
     def hold(self) -> None:
         """Keeps the memory pinned until `release`."""
@@ -166,42 +191,6 @@ class Arena:
             with self._cond:
                 pinned, self._registered = self._registered, []
             for piece in pinned:
-                _unpin(self._address(piece.start), self._device)
-
-
-# The one place that names an accelerator's own call. Torch has no generic one for memory that it
-# did not allocate; CUDA and ROCm share this.
-
-
-def _pin(address: int, nbytes: int, device: torch.device | None) -> bool:
-    with torch.cuda.device(device):
-        error = _cudart().cudaHostRegister(address, nbytes, 0)
-        if int(error.value) == 0:
-            return True
-        _forget_last_error(device)
-    logger.warning(
-        "can't pin %d MiB of the node cache's memory (%s): copies go through a pinned ring; "
-        "check the limit on locked memory (ulimit -l)",
-        nbytes >> 20,
-        error,
-    )
-    return False
-
-
-def _unpin(address: int, device: torch.device | None) -> None:
-    with torch.cuda.device(device):
-        error = _cudart().cudaHostUnregister(address)
-    if int(error.value) != 0:
-        logger.warning("can't unpin memory of a node cache that is gone (%s)", error)
-
-
-def _cudart() -> Any:
-    return torch.cuda.cudart()  # type: ignore[no-untyped-call]
-
-
-def _forget_last_error(device: torch.device | None) -> None:
-    """CUDA keeps a failed call's error until the thread's next kernel launch, which raises it."""
-    try:
-        torch.zeros(1, device=device)
-    except RuntimeError:
-        pass
+                assert self._registrar is not None, "registered by nobody"
+                if refused := self._registrar.unregister(self._address(piece.start)):
+                    logger.warning("can't unpin memory of a node cache that is gone (%s)", refused)

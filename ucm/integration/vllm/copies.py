@@ -31,12 +31,15 @@ their stream, never for the copies themselves. On the CPU they wait for the copi
 side frees blocks only after `finished` has named the job or after a fence, commits slots and
 unpins only after `finished`.
 
-A copy that fails (a fault of the device, a bug) is logged, and its job is named by `failed` as well
-as by `finished`: a dump must then not be committed, and the blocks of a load hold no KV.
+Who fails how. Nothing here raises into the forward pass. A copy that fails (a fault of the device,
+a bug, a wait that was too long) is logged, and its job is named by `failed` as well as by
+`finished`: a dump must then not be committed, and the blocks of a load hold no KV. Every job that
+was submitted ends, also those of a thread that met something nobody thought of.
 """
 
 from __future__ import annotations
 
+import logging
 import threading
 import time
 from abc import ABC, abstractmethod
@@ -47,6 +50,8 @@ from enum import Enum
 from ucm.errors import UcmError
 from ucm.integration.vllm.arena import Arena
 from ucm.store.page import PageGeometry
+
+logger = logging.getLogger(__name__)
 
 # Copies take milliseconds. One that has not ended by then never will: the device hangs.
 COPY_TIMEOUT_S = 60.0
@@ -98,38 +103,66 @@ class BusyClock:
 
 
 class JobLedger:
-    """What is left of every job. A job is a number of submissions, one or one per layer.
+    """What is left of every job. A job is one submission (its layer is None), or one per layer.
 
-    Thread-safe. Invariant: a job is either open (in `_left`) or was put into `_ended` once.
+    Thread-safe, and never raises: it is told things by threads whose end nobody would see, in an
+    order that is the engine's. Invariants: each layer of a job is submitted once and ends once; a
+    job is either open (in `_left`) or was put into `_ended` once; a job of which any part failed is
+    named as failed.
     """
 
     def __init__(self, now_s: Callable[[], float] = time.monotonic) -> None:
         self._cond = threading.Condition()
-        self._left: dict[int, int] = {}
+        self._left: dict[int, set[int | None]] = {}
+        self._to_come: dict[int, set[int | None]] = {}
         self._clock_of: dict[int, BusyClock] = {}
         self._clocks = {direction: BusyClock(now_s) for direction in Direction}
         self._ended: list[int] = []
         self._failing: set[int] = set()
         self._failed: list[int] = []
 
-    def open(self, job_id: int, direction: Direction, *, submissions: int) -> None:
-        """Expects so many. A job that is open already stays as it is."""
+    def begin(
+        self, job_id: int, direction: Direction, layer: int | None, *, of: Iterable[int | None]
+    ) -> bool:
+        """One of the submissions `of` which this job is made. False: it has been submitted already,
+        and this one must not be copied."""
         with self._cond:
             if job_id not in self._left:
-                self._left[job_id] = submissions
+                if job_id in self._ended:
+                    return False
+                self._left[job_id] = set(of)
+                self._to_come[job_id] = set(self._left[job_id])
                 self._clock_of[job_id] = self._clocks[direction]
                 self._clocks[direction].start()
+            if layer not in self._to_come[job_id]:
+                return False
+            self._to_come[job_id].discard(layer)
+            return True
 
-    def close_one(self, job_id: int, *, ok: bool) -> None:
+    def close_one(self, job_id: int, layer: int | None, *, ok: bool) -> None:
         with self._cond:
+            left = self._left.get(job_id, set())
+            if layer not in left:
+                logger.error("job %d: layer %s has ended and was not under way", job_id, layer)
+                return
             if not ok:
                 self._failing.add(job_id)
-            self._left[job_id] -= 1
-            if self._left[job_id] == 0:
-                del self._left[job_id]
+            left.discard(layer)
+            if not left:
+                del self._left[job_id], self._to_come[job_id]
                 self._clock_of.pop(job_id).stop()
                 self._ended.append(job_id)
                 self._cond.notify_all()
+
+    def fail(self, job_ids: Iterable[int]) -> None:
+        """Whatever becomes of the rest of these jobs. Jobs that have ended stay as they are."""
+        with self._cond:
+            self._failing.update(self._left.keys() & set(job_ids))
+
+    def is_failing(self, job_id: int) -> bool:
+        """What is left of it need not be copied."""
+        with self._cond:
+            return job_id in self._failing
 
     def take_ended(self) -> list[int]:
         with self._cond:
@@ -152,13 +185,16 @@ class JobLedger:
         with self._cond:
             self._cond.wait_for(lambda: self._ended or not self._left, timeout_s)
 
-    def wait(self, job_ids: Iterable[int], *, timeout_s: float) -> None:
-        """Until these jobs have ended."""
+    def wait(self, job_ids: Iterable[int], *, timeout_s: float) -> list[int]:
+        """Until these jobs have ended. Those that have not, when the time is over."""
         waited = set(job_ids)
         with self._cond:
-            if not self._cond.wait_for(lambda: waited.isdisjoint(self._left), timeout_s):
-                late = sorted(waited & self._left.keys())
-                raise UcmError(f"the copies of jobs {late} have not ended within {timeout_s:.0f} s")
+            self._cond.wait_for(lambda: waited.isdisjoint(self._left), timeout_s)
+            return sorted(waited & self._left.keys())
+
+    def wait_for_all(self, *, timeout_s: float) -> None:
+        with self._cond:
+            self._cond.wait_for(lambda: not self._left, timeout_s)
 
 
 class CopyEngine(ABC):
@@ -172,9 +208,7 @@ class CopyEngine(ABC):
         self, job_id: int, direction: Direction, parts: Sequence[PagePart], arena: Arena
     ) -> None:
         """Copies all layers of `parts`."""
-        arena.hold()
-        self._ledger.open(job_id, direction, submissions=1)
-        self._enqueue(job_id, direction, None, parts, arena)
+        self._submit(job_id, direction, None, parts, arena, of=(None,))
 
     def submit_layer(
         self,
@@ -185,10 +219,36 @@ class CopyEngine(ABC):
         arena: Arena,
     ) -> None:
         """Copies one layer, a position in the rank's share. The job ends when each of the rank's
-        layers was submitted once and copied."""
-        arena.hold()
-        self._ledger.open(job_id, direction, submissions=self._num_layers)
-        self._enqueue(job_id, direction, layer, parts, arena)
+        layers was submitted and copied. A layer that was submitted already is not copied again."""
+        self._submit(job_id, direction, layer, parts, arena, of=range(self._num_layers))
+
+    def _submit(
+        self,
+        job_id: int,
+        direction: Direction,
+        layer: int | None,
+        parts: Sequence[PagePart],
+        arena: Arena,
+        *,
+        of: Iterable[int | None],
+    ) -> None:
+        """Never raises: a job that can't be submitted ends as failed, its arena free."""
+        if not self._ledger.begin(job_id, direction, layer, of=of):
+            return
+        held = False
+        try:
+            arena.hold()
+            held = True
+            self._enqueue(job_id, direction, layer, parts, arena)
+        except Exception:
+            logger.exception("job %d: a %s can't be started", job_id, direction.value)
+            if held:
+                arena.release()
+            self._ledger.close_one(job_id, layer, ok=False)
+
+    def fail(self, job_ids: Iterable[int]) -> None:
+        """The bytes of these jobs are not wanted any more, if they are still under way."""
+        self._ledger.fail(job_ids)
 
     def finished(self) -> list[int]:
         """The jobs that ended since the last call, failed ones too."""
@@ -208,6 +268,11 @@ class CopyEngine(ABC):
         self._ledger.wait_for_news(timeout_s)
 
     @abstractmethod
+    def wait_until_queued(self) -> None:
+        """Waits, bounded, until the device knows of every copy that was submitted: who waits for
+        the device from then on waits for them too."""
+
+    @abstractmethod
     def _enqueue(
         self,
         job_id: int,
@@ -216,7 +281,8 @@ class CopyEngine(ABC):
         parts: Sequence[PagePart],
         arena: Arena,
     ) -> None:
-        """When the copies have ended, releases the arena and tells the ledger."""
+        """When the copies have ended, releases the arena and tells the ledger. If it raises,
+        nothing of this submission was or will be copied."""
 
     @abstractmethod
     def order_after_forward(self) -> None:
@@ -236,7 +302,8 @@ class CopyEngine(ABC):
 
     @abstractmethod
     def fence(self, job_ids: Iterable[int]) -> None:
-        """Waits for the copies of these jobs. Jobs that have ended are no error."""
+        """Waits for the copies of these dumps; those that don't get under way in time fail
+        instead, as what they read may be overwritten. Jobs that have ended are no error."""
 
     @abstractmethod
     def close(self) -> None:

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+from ucm.integration.vllm.accelerator import BatchedCopy
 from ucm.integration.vllm.copies import CopyEngine
-from ucm.integration.vllm.device_copies import DeviceCopyEngine
+from ucm.integration.vllm.device_copies import STAGING_BYTES, DeviceCopyEngine
 from ucm.integration.vllm.host_copies import HostCopyEngine
 from ucm.integration.vllm.views import LayerView
 from ucm.store.page import PageGeometry, RankShare
@@ -17,12 +18,16 @@ def make_copy_engine(
     geometry: PageGeometry,
     share: RankShare,
     engine_block_tokens: int,
+    batched: BatchedCopy | None = None,
+    staging_bytes: int = STAGING_BYTES,
 ) -> CopyEngine:
-    """The engine for the device that the views are on. `views` are in the order of
-    `share.layers`."""
+    """The engine for the device that the views are on. `views` are in the order of `share.layers`.
+    `batched` is the engine's own call for many copies at once, if it has one."""
     block_tokens = {view.num_units * geometry.unit_tokens for view in views}
     if block_tokens != {engine_block_tokens}:
         raise ValueError(f"views of {sorted(block_tokens)} tokens, blocks of {engine_block_tokens}")
     if views[0].parts[0].device.type == "cpu":
         return HostCopyEngine(views, geometry=geometry, share=share)
-    return DeviceCopyEngine(views, geometry=geometry, share=share)
+    return DeviceCopyEngine(
+        views, geometry=geometry, share=share, batched=batched, staging_bytes=staging_bytes
+    )

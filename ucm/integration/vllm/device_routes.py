@@ -16,32 +16,42 @@ from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from ucm.integration.vllm.arena import Arena
 from ucm.integration.vllm.copies import Direction, PagePart, check_blocks, first_units
-from ucm.integration.vllm.device_transfers import Transfers
+from ucm.integration.vllm.device_transfers import Offsets, Transfers
 from ucm.integration.vllm.views import LayerView, PlacedPart, placed_parts
 from ucm.store.page import PageGeometry, RankShare
+
+
+@dataclass(frozen=True)
+class Pages:
+    """What one submission copies. `ids` are the block ids of all parts in order, on the device;
+    None if there are no blocks, or no route has a `staging_bytes`."""
+
+    parts: Sequence[PagePart]
+    arena: Arena
+    ids: Tensor | None
 
 
 class Route(ABC):
     """The way of one stack of layers. `staging_bytes` is what `copy` needs of a lane's buffer."""
 
     layers: range
+    num_blocks: int
     staging_bytes: int = 0
 
     @abstractmethod
-    def copy(
-        self,
-        parts: Sequence[PagePart],
-        layers: range,
-        arena: Arena,
-        transfers: Transfers,
-        staging: Tensor,
-    ) -> None:
+    def copy(self, pages: Pages, layers: range, transfers: Transfers, staging: Tensor) -> None:
         """Puts the copies of `layers`, all of this route's or one of them, on the stream."""
+
+    def check(self, parts: Sequence[PagePart]) -> None:
+        """Before anything of them is issued."""
+        for part in parts:
+            check_blocks(part, num_blocks=self.num_blocks)
 
 
 def plan_routes(
@@ -67,11 +77,12 @@ def plan_routes(
 
 @dataclass(frozen=True)
 class _Runs:
-    """What a block and a page have in common: runs of `nbytes`. `starts` are bytes from the first
-    byte of the block and of its part of the page."""
+    """What a block and a page have in common: runs of `nbytes`, with the bytes from the first byte
+    of the block, and of its part of the page, to the start of each."""
 
     nbytes: int
-    starts: tuple[tuple[int, int], ...]
+    on_device: Offsets
+    in_page: Offsets
 
 
 def _runs(placed: PlacedPart) -> _Runs:
@@ -85,19 +96,21 @@ def _runs(placed: PlacedPart) -> _Runs:
     run = 1
     while dims and dims[-1][1:] == (run, run):
         run *= dims.pop()[0]
-    starts = tuple(
+    starts = [
         (
             sum(i * stride for i, (_, stride, _) in zip(index, dims, strict=True)) * item_bytes,
             sum(i * stride for i, (_, _, stride) in zip(index, dims, strict=True)) * item_bytes,
         )
         for index in itertools.product(*(range(size) for size, _, _ in dims))
-    )
-    return _Runs(run * item_bytes, starts)
+    ]
+    on_device, in_page = np.array(starts, dtype=np.int64).T
+    return _Runs(run * item_bytes, on_device, in_page)
 
 
 class _DirectRoute(Route):
     def __init__(self, placed: PlacedPart, *, geometry: PageGeometry) -> None:
         self.layers = placed.layers
+        self.num_blocks = placed.tensor.shape[1]
         self._geometry = geometry
         self._placed = {
             layers: placed.within(layers)
@@ -108,29 +121,26 @@ class _DirectRoute(Route):
         self._storage = torch.empty(0, dtype=torch.uint8, device=placed.tensor.device)
         self._storage.set_(storage, 0, (storage.nbytes(),), (1,))
 
-    def copy(
-        self,
-        parts: Sequence[PagePart],
-        layers: range,
-        arena: Arena,
-        transfers: Transfers,
-        staging: Tensor,
-    ) -> None:
+    def copy(self, pages: Pages, layers: range, transfers: Transfers, staging: Tensor) -> None:
         placed, runs = self._placed[layers], self._runs[layers]
         tensor = placed.tensor
         first = int(tensor.storage_offset()) * tensor.element_size()
         stride = tensor.stride(1) * tensor.element_size()
-        for part in parts:
-            check_blocks(part, num_blocks=tensor.shape[1])
+        ids: list[int] = []
+        in_slots: list[int] = []
+        for part in pages.parts:
             page = part.slot_offset + placed.page_offset_bytes
             units = first_units(part, geometry=self._geometry, block_units=placed.num_units)
-            for block_id, unit in zip(part.block_ids, units, strict=True):
-                block = first + block_id * stride
-                in_page = page + unit * self._geometry.unit_bytes
-                for on_device, in_slot in runs.starts:
-                    start = block + on_device
-                    run = self._storage[start : start + runs.nbytes]
-                    transfers.add(run, arena, in_page + in_slot)
+            ids += part.block_ids
+            in_slots += [page + unit * self._geometry.unit_bytes for unit in units]
+        blocks = first + np.array(ids, dtype=np.int64) * stride
+        transfers.add(
+            self._storage,
+            np.add.outer(blocks, runs.on_device).reshape(-1),
+            pages.arena,
+            np.add.outer(np.array(in_slots, dtype=np.int64), runs.in_page).reshape(-1),
+            runs.nbytes,
+        )
         transfers.flush()
 
 
@@ -146,6 +156,7 @@ class _StagedRoute(Route):
         staging_bytes: int,
     ) -> None:
         self.layers = stack[0].layers
+        self.num_blocks = stack[0].tensor.shape[1]
         self._stack = stack
         self._geometry = geometry
         self._share = share
@@ -155,31 +166,24 @@ class _StagedRoute(Route):
         # Of whole int64, the widest item of any part.
         self.staging_bytes = -(-pages * layers * self._layer_bytes // 8) * 8
 
-    def copy(
-        self,
-        parts: Sequence[PagePart],
-        layers: range,
-        arena: Arena,
-        transfers: Transfers,
-        staging: Tensor,
-    ) -> None:
+    def copy(self, pages: Pages, layers: range, transfers: Transfers, staging: Tensor) -> None:
+        if pages.ids is None:
+            return  # no blocks
+        device = transfers.device
         at_once = max(1, min(len(layers), staging.numel() // self._layer_bytes))
         for start in range(layers.start, layers.stop, at_once):
             some = range(start, min(start + at_once, layers.stop))
             stack = [placed.within(some) for placed in self._stack]
             max_pages = staging.numel() // (len(some) * self._layer_bytes)
-            for batch in _batches(parts, max_pages=max_pages):
-                for part in batch:
-                    check_blocks(part, num_blocks=stack[0].tensor.shape[1])
-                ids = transfers.device.upload([part.block_ids for part in batch])
+            for batch, ids in _batches(pages.parts, pages.ids, max_pages=max_pages):
                 if transfers.direction is Direction.LOAD:
-                    self._transfer(batch, some, arena, transfers, staging)
+                    self._transfer(batch, some, pages.arena, transfers, staging)
                     for placed in stack:
-                        placed.tensor[:, ids] = self._staged(placed, staging, batch)
+                        device.scatter(placed.tensor, ids, self._staged(placed, staging, batch))
                 else:
                     for placed in stack:
-                        self._staged(placed, staging, batch).copy_(placed.tensor[:, ids])
-                    self._transfer(batch, some, arena, transfers, staging)
+                        device.gather(placed.tensor, ids, self._staged(placed, staging, batch))
+                    self._transfer(batch, some, pages.arena, transfers, staging)
 
     def _units(self, batch: Sequence[PagePart]) -> range:
         return first_units(batch[0], geometry=self._geometry, block_units=self._stack[0].num_units)
@@ -208,45 +212,57 @@ class _StagedRoute(Route):
         staging: Tensor,
     ) -> None:
         page_bytes = len(layers) * self._layer_bytes
-        runs = list(self._page_runs(layers, self._units(batch), transfers.direction))
-        for index, part in enumerate(batch):
-            for staged, in_page, nbytes in runs:
-                start = index * page_bytes + staged
-                run = staging[start : start + nbytes]
-                transfers.add(run, arena, part.slot_offset + in_page)
+        staged, in_page, nbytes = self._page_runs(layers, self._units(batch), transfers.direction)
+        pages = np.arange(len(batch), dtype=np.int64) * page_bytes
+        slots = np.array([part.slot_offset for part in batch], dtype=np.int64)
+        transfers.add(
+            staging,
+            np.add.outer(pages, staged).reshape(-1),
+            arena,
+            np.add.outer(slots, in_page).reshape(-1),
+            nbytes,
+        )
         transfers.flush()
 
     def _page_runs(
         self, layers: range, units: range, direction: Direction
-    ) -> Iterator[tuple[int, int, int]]:
-        """Runs as (start in the staged page, start in the page, bytes)."""
+    ) -> tuple[Offsets, Offsets, int]:
+        """Runs: their starts in the staged page, their starts in the page, bytes."""
         geometry, heads = self._geometry, self._share.heads
         first = geometry.offset(self._share.layers[layers.start], heads.start)
         in_part = units.stop - units.start
+        each_layer = np.arange(len(layers), dtype=np.int64)
         if direction is Direction.DUMP and in_part < geometry.num_units:
             # The rest of the page is another dump's: only these units may be written.
-            skipped, nbytes = units.start * geometry.unit_bytes, in_part * geometry.unit_bytes
-            for layer, head in itertools.product(range(len(layers)), range(len(heads))):
-                head_start = head * geometry.head_bytes + skipped
-                yield (
-                    layer * self._layer_bytes + head_start,
-                    first + layer * geometry.layer_bytes + head_start,
-                    nbytes,
-                )
-        elif len(heads) == geometry.num_kv_heads:
-            yield 0, first, len(layers) * self._layer_bytes
-        else:
-            for layer in range(len(layers)):
-                yield (
-                    layer * self._layer_bytes,
-                    first + layer * geometry.layer_bytes,
-                    self._layer_bytes,
-                )
+            each_head = np.arange(len(heads), dtype=np.int64) * geometry.head_bytes
+            each_head += units.start * geometry.unit_bytes
+            return (
+                np.add.outer(each_layer * self._layer_bytes, each_head).reshape(-1),
+                first + np.add.outer(each_layer * geometry.layer_bytes, each_head).reshape(-1),
+                in_part * geometry.unit_bytes,
+            )
+        if len(heads) == geometry.num_kv_heads:
+            whole = np.zeros(1, dtype=np.int64)
+            return whole, whole + first, len(layers) * self._layer_bytes
+        return (
+            each_layer * self._layer_bytes,
+            first + each_layer * geometry.layer_bytes,
+            self._layer_bytes,
+        )
 
 
-def _batches(parts: Sequence[PagePart], *, max_pages: int) -> Iterator[list[PagePart]]:
-    """Neighbouring parts that lie alike in their pages, at most `max_pages` at a time."""
-    for _, group in itertools.groupby(parts, key=lambda p: (p.first_token, len(p.block_ids))):
-        alike = [part for part in group if part.block_ids]
+def _batches(
+    parts: Sequence[PagePart], ids: Tensor, *, max_pages: int
+) -> Iterator[tuple[list[PagePart], Tensor]]:
+    """Neighbouring parts that lie alike in their pages, at most `max_pages` at a time, each with
+    its ids as [part, block]."""
+    at = 0
+    for (_, num_blocks), group in itertools.groupby(
+        parts, key=lambda p: (p.first_token, len(p.block_ids))
+    ):
+        alike = list(group) if num_blocks else []
         for start in range(0, len(alike), max_pages):
-            yield alike[start : start + max_pages]
+            batch = alike[start : start + max_pages]
+            end = at + len(batch) * num_blocks
+            yield batch, ids[at:end].view(len(batch), num_blocks)
+            at = end

@@ -12,6 +12,7 @@ from typing import Any
 
 from ucm.config import Settings
 from ucm.errors import UnsupportedEngine
+from ucm.integration.vllm.device_facts import can_sleep, refuse_layerwise_with_micro_batches
 from ucm.integration.vllm.views import LayoutKind
 from ucm.store.canonical import canonical_json
 from ucm.store.page import PageGeometry
@@ -43,6 +44,7 @@ class EngineFacts:
     geometry: PageGeometry
     why_no_hits: str = ""
     adapter_rules: str = ""
+    can_sleep: bool = False
 
 
 def engine_facts(vllm_config: Any, kv_cache_config: Any, settings: Settings) -> EngineFacts:
@@ -51,6 +53,7 @@ def engine_facts(vllm_config: Any, kv_cache_config: Any, settings: Settings) -> 
     transfer = vllm_config.kv_transfer_config
     spec, layer_names = _only_group(kv_cache_config)
     _refuse_spread_engines(parallel)
+    refuse_layerwise_with_micro_batches(parallel, settings)
     block_tokens = int(spec.block_size)
     if settings.block_tokens % block_tokens:
         raise UnsupportedEngine(
@@ -81,6 +84,7 @@ def engine_facts(vllm_config: Any, kv_cache_config: Any, settings: Settings) -> 
         geometry=_geometry(vllm_config, spec, settings, layout, num_layers),
         why_no_hits=no_hits,
         adapter_rules=_adapter_rules(vllm_config),
+        can_sleep=can_sleep(vllm_config.model_config),
     )
 
 

@@ -28,8 +28,8 @@ import logging
 import os
 import threading
 import time
-from collections import Counter, deque
-from collections.abc import Iterable, Sequence
+from collections import defaultdict, deque
+from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -105,7 +105,7 @@ class HostCopyEngine(CopyEngine):
         # Guards the queues, the submissions' counts and `_layer_loads`.
         self._cond = threading.Condition()
         self._queues: dict[Direction, deque[_Task]] = {d: deque() for d in Direction}
-        self._layer_loads: Counter[int] = Counter()
+        self._layer_loads: dict[int, set[_Submission]] = defaultdict(set)
         self._closing = False
         cpus = _allowed_cpus()
         num_threads = num_threads or max(1, min(_MAX_THREADS, len(cpus)))
@@ -126,11 +126,20 @@ class HostCopyEngine(CopyEngine):
 
     def wait_layer(self, layer: int) -> None:
         with self._cond:
-            if not self._cond.wait_for(lambda: not self._layer_loads[layer], COPY_TIMEOUT_S):
-                raise UcmError(f"layer {layer} was not loaded within {COPY_TIMEOUT_S:.0f} s")
+            loads = self._layer_loads[layer]
+            if not self._cond.wait_for(lambda: not loads, COPY_TIMEOUT_S):
+                self._give_up({submission.job_id for submission in loads})
 
     def fence(self, job_ids: Iterable[int]) -> None:
-        self._ledger.wait(job_ids, timeout_s=COPY_TIMEOUT_S)
+        if late := self._ledger.wait(job_ids, timeout_s=COPY_TIMEOUT_S):
+            self._give_up(late)
+
+    def wait_until_queued(self) -> None:
+        self._ledger.wait_for_all(timeout_s=COPY_TIMEOUT_S)
+
+    def _give_up(self, job_ids: Collection[int]) -> None:
+        logger.error("jobs %s fail: not copied within %.0f s", sorted(job_ids), COPY_TIMEOUT_S)
+        self._ledger.fail(job_ids)
 
     def close(self) -> None:
         with self._cond:
@@ -157,8 +166,10 @@ class HostCopyEngine(CopyEngine):
         chunks = [parts[i : i + size] for i in range(0, len(parts), size)] or [()]
         submission = _Submission(job_id, direction, layer, arena, len(chunks))
         with self._cond:
+            if self._closing:
+                raise UcmError("the copying threads have ended")
             if direction is Direction.LOAD and layer is not None:
-                self._layer_loads[layer] += 1
+                self._layer_loads[layer].add(submission)
             self._queues[direction].extend(_Task(submission, chunk) for chunk in chunks)
             self._cond.notify_all()
 
@@ -170,7 +181,14 @@ class HostCopyEngine(CopyEngine):
         # Inference mode is per thread, and a tensor made in it can only be written in it.
         with torch.inference_mode():
             while (task := self._next()) is not None:
-                self._task_ended(task.submission, ok=self._attempt(task))
+                self._do(task)
+
+    def _do(self, task: _Task) -> None:
+        try:
+            self._task_ended(task.submission, ok=self._attempt(task))
+        except Exception:
+            # A thread that ends would take a share of all later jobs with it, unseen.
+            logger.exception("job %d: its end failed", task.submission.job_id)
 
     def _next(self) -> _Task | None:
         """The next task, loads first; None when closing and nothing is left."""
@@ -190,13 +208,17 @@ class HostCopyEngine(CopyEngine):
             if submission.tasks_left:
                 return
             if submission.direction is Direction.LOAD and submission.layer is not None:
-                self._layer_loads[submission.layer] -= 1
+                self._layer_loads[submission.layer].discard(submission)
                 self._cond.notify_all()
-        submission.arena.release()
-        self._ledger.close_one(submission.job_id, ok=submission.ok)
+        try:
+            submission.arena.release()
+        finally:
+            self._ledger.close_one(submission.job_id, submission.layer, ok=submission.ok)
 
     def _attempt(self, task: _Task) -> bool:
         try:
+            if self._ledger.is_failing(task.submission.job_id):
+                return False  # its blocks may be others' by now
             self._copy(task)
         except Exception:
             logger.exception("job %d: a copy failed", task.submission.job_id)

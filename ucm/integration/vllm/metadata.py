@@ -45,7 +45,9 @@ class StepMetadata(KVConnectorMetadata):
     """One step. `loads` are asynchronous; `step_loads` feed this step's own forward pass, layer by
     layer. The device blocks of the jobs in `fence` may be overwritten by this step. `released`
     requests have no copies left: each rank reports them to vLLM as finished. A step that is `idle`
-    computes nothing."""
+    computes nothing. One that `writes_before_fence` zeroes or copies blocks, which some of vLLM's
+    runners do before they call any hook: what is in `fence` then may have read what is there now.
+    """
 
     generation: int = 0
     idle: bool = False
@@ -53,6 +55,7 @@ class StepMetadata(KVConnectorMetadata):
     step_loads: tuple[CopyJob, ...] = ()
     dumps: tuple[CopyJob, ...] = ()
     fence: tuple[int, ...] = ()
+    writes_before_fence: bool = False
     released: tuple[str, ...] = ()
 
 

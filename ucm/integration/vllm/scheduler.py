@@ -14,6 +14,7 @@ from vllm.v1.request import RequestStatus
 
 from ucm.config import Settings
 from ucm.integration.vllm.block_ledger import BlockLedger
+from ucm.integration.vllm.device_facts import writes_before_hooks
 from ucm.integration.vllm.dumps import Dumps
 from ucm.integration.vllm.engine_facts import EngineFacts
 from ucm.integration.vllm.epochs import Epochs
@@ -165,6 +166,7 @@ class SchedulerSide:
             step_loads=loads if layerwise else (),
             dumps=self._dumps.take_planned(),
             fence=self._dumps.take_fence(),
+            writes_before_fence=writes_before_hooks(output),
             released=released,
         )
 

@@ -20,6 +20,7 @@ from vllm.distributed.kv_transfer.kv_connector.v1.base import (
 )
 
 from ucm.config import load_settings, start_epoch
+from ucm.integration.vllm.device_facts import wanted_layout
 from ucm.integration.vllm.engine_facts import engine_facts
 from ucm.integration.vllm.identity import manifest
 from ucm.integration.vllm.metadata import RankReport, StepMetadata
@@ -84,10 +85,10 @@ class UCMConnector(KVConnectorBase_V1):
     @classmethod
     def get_required_kvcache_layout(cls, vllm_config: VllmConfig) -> str | None:
         """A layout in which a block of a layer is one run, as it is in a page. A preference: vLLM
-        drops it where the backend can't."""
-        from vllm.platforms import current_platform
-
-        return None if current_platform.device_type == "cpu" else "LBHNC"
+        drops it where the backend can't. Not asked for where blocks would be staged anyway: the
+        attention kernels may be slower in it."""
+        extra_config = vllm_config.kv_transfer_config.kv_connector_extra_config
+        return wanted_layout(vllm_config, load_settings(extra_config))
 
     @classmethod
     def requires_piecewise_for_cudagraph(cls, extra_config: dict[str, Any]) -> bool:
@@ -107,6 +108,10 @@ class UCMConnector(KVConnectorBase_V1):
     def handle_preemptions(self, kv_connector_metadata: KVConnectorMetadata) -> None:
         assert isinstance(kv_connector_metadata, StepMetadata)
         self._rank.fence(kv_connector_metadata)
+
+    def bind_connector_metadata(self, connector_metadata: KVConnectorMetadata) -> None:
+        super().bind_connector_metadata(connector_metadata)
+        self._rank.begin(self._step)
 
     def start_load_kv(self, forward_context: ForwardContext, **kwargs: Any) -> None:
         self._rank.start_loads(self._step)

@@ -1,18 +1,18 @@
 """The worker side: one per rank. Maps the node cache's memory and copies between it and the device.
 
-vLLM calls everything here from the rank's own thread, in the order of a step: `fence`,
-`start_loads`, per layer `wait_layer` and `save_layer`, `end_of_forward`, `take_finished`. A
-background thread keeps the connection to the node cache and brings its memory; nothing is sent on
-the data path.
+vLLM calls everything here from the rank's own thread, in the order of a step: `fence`, `begin`,
+`start_loads`, per layer `wait_layer` and `save_layer`, `end_of_forward`, `take_finished`; the last
+two, and `start_loads` and the layers, also the other way round. A background thread keeps the
+connection to the node cache and brings its memory; nothing is sent on the data path.
+
+What is copied in a step is copied once, however often a hook is called: a draft model runs a layer
+several times, of which the first has computed the prompt's tokens.
 """
 
 from __future__ import annotations
 
 import logging
-import math
-import mmap
-import threading
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -21,104 +21,19 @@ import torch
 from ucm.config import Settings
 from ucm.errors import UnsupportedEngine
 from ucm.integration.vllm.arena import Arena
+from ucm.integration.vllm.batched_copy import batched_copy
 from ucm.integration.vllm.copies import CopyEngine, Direction, PagePart
 from ucm.integration.vllm.copy_engines import make_copy_engine
 from ucm.integration.vllm.copy_meter import CopyMeter
 from ucm.integration.vllm.engine_facts import EngineFacts, layer_index
+from ucm.integration.vllm.memories import Memories
 from ucm.integration.vllm.metadata import IDLE_WAIT_S, CopyJob, RankReport, StepMetadata
 from ucm.integration.vllm.stats import UcmStats
 from ucm.integration.vllm.views import layer_view
-from ucm.store.node.link import MemoryTaker, RankLink
-from ucm.store.node.memory import give_way
-from ucm.store.node.protocol import Welcome
+from ucm.store.node.link import RankLink
 from ucm.store.page import RankShare, rank_share
 
 logger = logging.getLogger(__name__)
-
-
-class Memories(MemoryTaker):
-    """The memory of the current node cache, and of earlier ones that may still be needed: until the
-    scheduler side has gone on to a later generation, and the jobs in them have ended.
-
-    Filled by the link's thread, used by the rank's; the lock guards everything.
-    """
-
-    def __init__(self, device: Any) -> None:
-        self._device = device
-        self._lock = threading.Lock()
-        self._arenas: dict[int, Arena] = {}
-        self._jobs: dict[int, int] = {}
-        self._planned_from: float = 0
-
-    def memory_arrived(self, generation: int, memory_fd: int, welcome: Welcome) -> None:
-        with self._lock:
-            known = self._arenas.get(generation)
-        if known is not None and known.name == welcome.arena:
-            return  # only the connection is new
-        mapped = mmap.mmap(memory_fd, welcome.capacity_bytes)
-        arena = Arena(mapped, device=self._device, name=welcome.arena)
-        with self._lock:
-            replaced = self._arenas.pop(generation, None)
-            self._arenas[generation] = arena
-        if replaced is not None:
-            replaced.close()
-
-    def memory_in_use(self, generation: int, offset: int, nbytes: int) -> None:
-        with self._lock:
-            arena = self._arenas.get(generation)
-        if arena is not None:
-            # Takes long, and this thread has a connection to watch.
-            threading.Thread(
-                target=_prepare, args=(arena, offset, nbytes), name="ucm-prepare", daemon=True
-            ).start()
-
-    def is_used(self, generation: int) -> bool:
-        with self._lock:
-            return generation >= self._planned_from or generation in self._jobs.values()
-
-    def planned_from(self, generation: int) -> None:
-        """No job for an earlier generation will come any more."""
-        if generation != self._planned_from:
-            self._planned_from = generation
-            self._close_unused()
-
-    def begin(self, job: CopyJob) -> Arena | None:
-        """The memory for this job, kept until `ended`. None: this rank doesn't have it."""
-        with self._lock:
-            arena = self._arenas.get(job.generation)
-            if arena is not None:
-                self._jobs[job.job_id] = job.generation
-            return arena
-
-    def ended(self, job_ids: Iterable[int]) -> None:
-        with self._lock:
-            generations = {self._jobs.pop(job_id, self._planned_from) for job_id in job_ids}
-        if any(generation < self._planned_from for generation in generations):
-            self._close_unused()
-
-    def close(self) -> None:
-        """No job will come any more. Waits for those that run, bounded."""
-        with self._lock:
-            self._planned_from = math.inf
-            arenas = list(self._arenas.values())
-            self._arenas.clear()
-        for arena in arenas:
-            arena.close()
-
-    def _close_unused(self) -> None:
-        with self._lock:
-            used = set(self._jobs.values())
-            past = [g for g in self._arenas if g < self._planned_from and g not in used]
-            unused = [self._arenas.pop(generation) for generation in past]
-        for arena in unused:
-            # Unpinning takes long, and this may be the thread of the forward pass.
-            threading.Thread(target=arena.close, name="ucm-unmap", daemon=True).start()
-
-
-def _prepare(arena: Arena, offset: int, nbytes: int) -> None:
-    if not arena.pins:
-        give_way()  # but not where others may wait for the accelerator's driver meanwhile
-    arena.prepare(offset, nbytes)
 
 
 class WorkerSide:
@@ -148,8 +63,11 @@ class WorkerSide:
         self._loads: dict[int, CopyJob] = {}
         self._received: set[str] = set()
         self._bad_blocks: set[int] = set()
+        # Of the step whose dumps were begun last.
+        self._dumping: StepMetadata | None = None
         self._step_dumps: list[tuple[CopyJob, Arena]] = []
         self._saved_layers: set[int] = set()
+        self._forward_ended = False
 
     def register(self, kv_caches: dict[str, Any]) -> None:
         """Takes the KV tensors of this rank. Raises UnsupportedEngine if they are not laid out as
@@ -177,8 +95,10 @@ class WorkerSide:
             geometry=facts.geometry,
             share=self._share,
             engine_block_tokens=facts.block_tokens // self._kernel_blocks,
+            batched=batched_copy(),
+            staging_bytes=self._settings.copy_staging_bytes,
         )
-        self._memories = Memories(first.device)
+        self._memories = Memories(first.device, pin_piece_bytes=self._settings.pin_piece_bytes)
         self._link = RankLink(
             self._settings.store, engine_id=facts.engine_id, on_memory=self._memories
         )
@@ -194,23 +114,38 @@ class WorkerSide:
             jobs = (*step.loads, *step.step_loads, *step.dumps)
             oldest = min([step.generation, *(job.generation for job in jobs)])
             self._memories.planned_from(oldest)
+            self._memories.first_step()
             self._link.follow(step.generation)
+        if self._engine is not None and step.fence:
+            if step.writes_before_fence:
+                self._engine.fail(step.fence)
+            self._engine.fence(step.fence)
+
+    def begin(self, step: StepMetadata) -> None:
+        """The step's loads come after what is on the stream now. vLLM's runners overwrite blocks
+        partly before `fence` and partly after it, and all before this: a load that were ordered
+        before the fence could overtake a dump that still reads its blocks, and one that were
+        ordered later would wait for the step's own forward pass."""
         if self._engine is not None:
             self._engine.order_before_forward()
-            if step.fence:
-                self._engine.fence(step.fence)
 
     def start_loads(self, step: StepMetadata) -> None:
         for job in step.loads:
+            if job.job_id in self._loads:
+                continue
             self._loads[job.job_id] = job
             if arena := self._begin(job, Direction.LOAD):
                 self._copying.submit(job.job_id, Direction.LOAD, self._parts(job), arena)
         for job in step.step_loads:
+            if job.job_id in self._loads:
+                continue
             self._loads[job.job_id] = job
             if arena := self._begin(job, Direction.LOAD):
                 parts = self._parts(job)
                 for layer in range(len(self._facts.layer_names)):
                     self._copying.submit_layer(job.job_id, Direction.LOAD, layer, parts, arena)
+        if self._facts.can_sleep:
+            self._copying.wait_until_queued()
 
     def wait_layer(self, layer_name: str) -> None:
         """Before a layer's attention: its part of this step's loads must be there."""
@@ -219,27 +154,24 @@ class WorkerSide:
             self._engine.wait_layer(layer)
 
     def save_layer(self, step: StepMetadata, layer_name: str) -> None:
-        """After a layer's attention. Only `use_layerwise` copies here."""
+        """After a layer's attention. Only `use_layerwise` copies here, once per layer and step."""
         layer = self._layer_at.get(layer_name)
         if layer is None or not self._settings.use_layerwise or not step.dumps:
             return
-        if not self._saved_layers:
-            self._step_dumps = self._begin_dumps(step)
-        self._saved_layers.add(layer)
-        self._save(layer)
+        self._begin_dumps(step)
+        if layer not in self._saved_layers and not self._forward_ended:
+            self._save(layer)
 
     def end_of_forward(self, step: StepMetadata) -> None:
         """Starts the dumps of this step, or what `save_layer` has left of them."""
-        if self._saved_layers:
-            for layer in range(len(self._facts.layer_names)):
-                if layer not in self._saved_layers:
-                    self._save(layer)
-        elif step.dumps:
-            self._order_after_forward()
-            for job, arena in self._begin_dumps(step):
-                self._copying.submit(job.job_id, Direction.DUMP, self._parts(job), arena)
-        self._step_dumps = []
-        self._saved_layers = set()
+        if step.dumps:
+            self._begin_dumps(step)
+            if not self._forward_ended:
+                self._forward_ended = True
+                self._dump_the_rest()
+        if self._facts.can_sleep and self._engine is not None:
+            # vLLM waits for the device, and for nobody's queue, before it unmaps the KV cache.
+            self._engine.wait_until_queued()
 
     def take_finished(self, step: StepMetadata) -> tuple[set[str], set[str]]:
         """Requests whose copies out have ended (vLLM may free their blocks) and whose loads have
@@ -301,14 +233,28 @@ class WorkerSide:
         if load is not None:
             self._bad_blocks.update(b for part in load.parts for b in part.block_ids)
 
-    def _begin_dumps(self, step: StepMetadata) -> list[tuple[CopyJob, Arena]]:
-        begun = []
+    def _begin_dumps(self, step: StepMetadata) -> None:
+        """Once per step."""
+        if self._dumping is step:
+            return
+        self._dumping, self._step_dumps = step, []
+        self._saved_layers, self._forward_ended = set(), False
         for job in step.dumps:
             if not self._share.dumps:
                 self._ended(job.job_id)  # another rank has the same bytes and copies them
             elif arena := self._begin(job, Direction.DUMP):
-                begun.append((job, arena))
-        return begun
+                self._step_dumps.append((job, arena))
+
+    def _dump_the_rest(self) -> None:
+        if self._saved_layers:
+            for layer in range(len(self._facts.layer_names)):
+                if layer not in self._saved_layers:
+                    self._save(layer)
+        elif self._step_dumps:
+            self._order_after_forward()
+            for job, arena in self._step_dumps:
+                self._copying.submit(job.job_id, Direction.DUMP, self._parts(job), arena)
+        self._step_dumps = []
 
     def _order_after_forward(self) -> None:
         if not self._settings.enable_event_sync and torch.accelerator.is_available():
@@ -316,6 +262,7 @@ class WorkerSide:
         self._copying.order_after_forward()
 
     def _save(self, layer: int) -> None:
+        self._saved_layers.add(layer)
         self._order_after_forward()
         for job, arena in self._step_dumps:
             self._copying.submit_layer(job.job_id, Direction.DUMP, layer, self._parts(job), arena)
