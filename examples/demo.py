@@ -53,6 +53,7 @@ ucm_connectors:
       store_pipeline: "Cache|Posix"
       storage_backends: "{store}"
       cache_buffer_capacity_gb: 0.5
+      min_free_gb: 0                       # a demo may use a disk that is nearly full
       node_cache_idle_exit_s: 5
       node_cache_socket: "{socket}"
 enable_event_sync: true

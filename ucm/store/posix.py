@@ -29,6 +29,7 @@ from ucm.store.backend import READ_ONLY_ERRNOS, Backend, is_gone, tier_error, un
 from ucm.store.blockfile import BlockId, Scratch, check_header, read_block, write_block
 from ucm.store.keys import Key
 from ucm.store.names import doubt, is_there_now
+from ucm.store.space import Reserve
 from ucm.store.tier import ABSENT, HIT, PageRead, ReadStatus, Staged, Tier, TierNamespace
 
 # Buffered reads stop often to verify what is still in the CPU's cache. Direct ones don't pass
@@ -42,9 +43,21 @@ _MAX_DIRECTORY_TRIES = 3
 class PosixTier(Tier):
     """Does no I/O before the first call, starts no threads, keeps no file open between calls."""
 
-    def __init__(self, storage_backends: Sequence[str], *, direct_io: bool = False) -> None:
+    def __init__(
+        self,
+        storage_backends: Sequence[str],
+        *,
+        direct_io: bool = False,
+        min_free_bytes: int | None = 0,
+        queue_pages: int = 0,
+    ) -> None:
+        """`min_free_bytes` and `queue_pages`: what stays free, see `space.py`."""
         assert storage_backends
         self._backends = [Backend(path, direct_io=direct_io) for path in storage_backends]
+        self._reserves = {
+            backend: Reserve(backend.path, min_free_bytes=min_free_bytes, queue_pages=queue_pages)
+            for backend in self._backends
+        }
         self._by_id: list[tuple[int, Backend]] | None = None
         self._has_manifest: set[tuple[Backend, bytes]] = set()
         self._thread = threading.local()
@@ -144,6 +157,7 @@ class PosixTier(Tier):
         try:
             if self._is_whole(target, block):
                 return None
+            self._reserves[backend].take(block.file_bytes)
             temp = self._write(backend, namespace, block, target, page, num_tokens)
         except OSError as error:
             raise tier_error(target, "can't be written", error) from error

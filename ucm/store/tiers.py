@@ -17,7 +17,13 @@ NODE_CACHE_STAGE = "Cache"
 
 
 def _posix(settings: StoreSettings) -> Tier:
-    return PosixTier(settings.storage_backends, direct_io=settings.direct_io)
+    min_free_gb = settings.min_free_gb
+    return PosixTier(
+        settings.storage_backends,
+        direct_io=settings.direct_io,
+        min_free_bytes=None if min_free_gb is None else int(min_free_gb * (1 << 30)),
+        queue_pages=settings.write_queue_pages,
+    )
 
 
 TIER_STAGES: dict[str, Callable[[StoreSettings], Tier]] = {"Posix": _posix}

@@ -18,6 +18,7 @@ def open_store(place: Place, **changes: Any) -> UcmPipelineStore:
         "store_pipeline": "Cache|Posix",
         "storage_backends": str(place.store),
         "cache_buffer_capacity_gb": 1 / 32,
+        "min_free_gb": 0,
         "node_cache_socket": place.settings().socket_path,
         "tensor_size_list": list(SIZES),
         "shard_size": sum(SIZES),

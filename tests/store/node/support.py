@@ -69,6 +69,7 @@ class Place:
             "storage_backends": (str(self.store),),
             "cache_capacity_bytes": 32 << 20,
             "idle_exit_s": 60.0,
+            "min_free_gb": 0.0,  # the disk that tests run on may be nearly full
             "socket_path": str(self.directory / "sockets" / f"{socket}.sock"),
         }
         return StoreSettings(**{**fields, **changes})
