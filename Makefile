@@ -37,6 +37,12 @@ test-gpu: ## copies between a GPU and slots; uses PYTHON's own torch, skipped wi
 	exec "$$python" -m pytest -c /dev/null --rootdir=. --import-mode=importlib -p no:asyncio \
 	    -ra tests/gpu $(ARGS)
 
+.PHONY: look-gpu
+look-gpu: ## the first ten minutes on a machine with a GPU: probes and verdicts; uses PYTHON's own torch
+	@python=$${PYTHON:-}
+	if [ -z "$$python" ]; then $(MAKE) --no-print-directory $(READY); python=$(BIN)/python; fi
+	exec "$$python" benchmarks/gpu_first_look.py $(ARGS)
+
 .PHONY: check
 check: $(READY) ## ruff, mypy --strict, architecture test
 	@$(BIN)/ruff check .

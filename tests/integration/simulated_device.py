@@ -90,7 +90,7 @@ class SimulatedDevice(Accelerator):
             _libc.mmap(None, CAPACITY_BYTES, prot, mmap.MAP_SHARED, self._fd, 0)
             for prot in (0, mmap.PROT_READ | mmap.PROT_WRITE)
         )
-        self._used = 0
+        self.used_bytes = 0
         self._lock = threading.Lock()
         self._seed, self._max_delay_s = seed, max_delay_s
         # By the name of the thread that it belongs to.
@@ -130,6 +130,11 @@ class SimulatedDevice(Accelerator):
             _libc.munmap(address, CAPACITY_BYTES)
         os.close(self._fd)
         assert self.violations == [], "\n".join(self.violations)
+
+    def forget_memory(self) -> None:
+        """Whoever used device memory has ended."""
+        self.synchronize()
+        self.used_bytes = 0
 
     def real(self, tensor: Tensor) -> Tensor:
         """The same tensor where it can be touched: device memory's other mapping."""
@@ -231,9 +236,9 @@ class SimulatedDevice(Accelerator):
 
     def empty(self, nbytes: int) -> Tensor:
         with self._lock:
-            start = self._used
-            self._used += -(-max(nbytes, 1) // _ALIGN) * _ALIGN
-            assert self._used <= CAPACITY_BYTES, "out of device memory"
+            start = self.used_bytes
+            self.used_bytes += -(-max(nbytes, 1) // _ALIGN) * _ALIGN
+            assert self.used_bytes <= CAPACITY_BYTES, "out of device memory"
         return _tensor_at(self._seen + start, nbytes)
 
     def pinned(self, nbytes: int) -> Tensor:

@@ -1,0 +1,1 @@
+"""The probes of benchmarks/gpu_first_look.py."""
