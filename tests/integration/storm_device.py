@@ -1,0 +1,174 @@
+"""Ranks without a device: what every token's KV is, and when each part of a copy happens.
+
+The KV of a token is a number made of the token and of the KV before it, as the blocks hold that: so
+one wrong block anywhere makes everything behind it wrong, and a page can be compared with what its
+tokens say.
+"""
+
+from __future__ import annotations
+
+import random
+from collections import deque
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+
+from vllm.v1.outputs import KVConnectorOutput
+
+from ucm.integration.vllm.copies import PagePart
+from ucm.integration.vllm.metadata import CopyJob, RankReport, StepMetadata
+
+UNIT = 16
+# As a page has it: one row, a token's content after the other's.
+TOKEN_BYTES = 256
+_MASK = (1 << 62) - 1
+
+
+def kv_of(before: int, token: int) -> int:
+    return hash((before, token)) & _MASK
+
+
+def kv_of_prompt(tokens: Iterable[int]) -> list[int]:
+    values, before = [], 0
+    for token in tokens:
+        before = kv_of(before, token)
+        values.append(before)
+    return values
+
+
+@dataclass(eq=False)
+class _Copy:
+    job: CopyJob
+    is_load: bool
+    fails: bool
+    parts: deque[PagePart]
+
+    @property
+    def blocks(self) -> set[int]:
+        return {block for part in self.job.parts for block in part.block_ids}
+
+
+class Rank:
+    """One of several: each keeps its own share of every token's KV, in its own device memory."""
+
+    def __init__(
+        self,
+        number: int,
+        *,
+        num_blocks: int,
+        block_tokens: int,
+        memory_of: Callable[[int], memoryview | None],
+        rng: random.Random,
+        failing: float,
+    ) -> None:
+        self.number = number
+        self.device = [[-1] * UNIT for _ in range(num_blocks)]
+        self.copies: dict[int, _Copy] = {}
+        self._block_tokens = block_tokens
+        self._memory_of = memory_of
+        self._rng = rng
+        self._failing = failing
+        self._ended: list[_Copy] = []
+
+    # -- a step ----------------------------------------------------------------------------
+
+    def fence(self, step: StepMetadata) -> None:
+        for job_id in step.fence:
+            if job_id in self.copies:
+                self._advance(self.copies[job_id], to_the_end=True)
+
+    def load_in_step(self, step: StepMetadata) -> None:
+        for job in step.step_loads:
+            self._begin(job, is_load=True)
+            if job.job_id in self.copies:
+                self._advance(self.copies[job.job_id], to_the_end=True)
+
+    def submit(self, step: StepMetadata) -> None:
+        for job in step.loads:
+            self._begin(job, is_load=True)
+        for job in step.dumps:
+            self._begin(job, is_load=False)
+
+    def run_some(self) -> None:
+        """Copies go on, a part here and a part there."""
+        for copy in list(self.copies.values()):
+            if self._rng.random() < 0.5:
+                self._advance(copy, to_the_end=self._rng.random() < 0.3)
+
+    def report(self, step: StepMetadata, *, all_of_them: bool) -> KVConnectorOutput:
+        report, received, bad = RankReport(), set(), set()
+        in_step = {job.job_id for job in step.step_loads}
+        for copy in list(self._ended):
+            job_id = copy.job.job_id
+            if not (all_of_them or job_id in in_step or self._rng.random() < 0.6):
+                continue
+            self._ended.remove(copy)
+            report.ended[job_id] = 1
+            if copy.is_load and job_id not in in_step:
+                received.add(copy.job.request_id)
+            if copy.fails:
+                report.failed[job_id] = 1
+                bad |= copy.blocks if copy.is_load else set()
+        return KVConnectorOutput(
+            finished_sending=set(step.released) or None,
+            finished_recving=received or None,
+            invalid_block_ids=bad,
+            kv_connector_worker_meta=report if report.ended else None,
+        )
+
+    # -- copies ----------------------------------------------------------------------------
+
+    def _begin(self, job: CopyJob, *, is_load: bool) -> None:
+        fails = self._memory_of(job.generation) is None or self._rng.random() < self._failing
+        copy = _Copy(job, is_load, fails, deque(job.parts))
+        if self._memory_of(job.generation) is None:
+            self._ended.append(copy)
+        else:
+            self.copies[job.job_id] = copy
+
+    def _advance(self, copy: _Copy, *, to_the_end: bool) -> None:
+        memory = self._memory_of(copy.job.generation)
+        assert memory is not None, "memory lives as long as jobs in it"
+        while copy.parts:
+            part = copy.parts.popleft()
+            self._copy(memory, part, is_load=copy.is_load, garbled=copy.fails)
+            if not to_the_end:
+                break
+        if not copy.parts:
+            del self.copies[copy.job.job_id]
+            self._ended.append(copy)
+
+    def _copy(self, memory: memoryview, part: PagePart, *, is_load: bool, garbled: bool) -> None:
+        token = part.first_token
+        for block in part.block_ids:
+            for i in range(UNIT):
+                at = part.slot_offset + token * TOKEN_BYTES + 8 * self.number
+                if is_load:
+                    value = int.from_bytes(memory[at : at + 8], "little")
+                    self.device[block][i] = -2 if garbled else value
+                elif token < self._block_tokens:
+                    value = -2 if garbled else self.device[block][i]
+                    memory[at : at + 8] = value.to_bytes(8, "little", signed=True)
+                token += 1
+
+    # -- the forward pass --------------------------------------------------------------------
+
+    def compute(self, tokens: list[int], blocks: list[int], start: int, end: int) -> int:
+        """Writes the KV of tokens [start, end). Returns the last one's."""
+        before = self._kv_at(blocks, start - 1) if start else 0
+        for at in range(start, end):
+            before = kv_of(before, tokens[at])
+            self.device[blocks[at // UNIT]][at % UNIT] = before
+        return before
+
+    def _kv_at(self, blocks: list[int], at: int) -> int:
+        return self.device[blocks[at // UNIT]][at % UNIT]
+
+
+def page_differs(page: memoryview, expected: list[int], *, num_ranks: int) -> str:
+    """Empty if the page holds the KV of these tokens for every rank, and else where it doesn't."""
+    for rank in range(num_ranks):
+        for i, value in enumerate(expected):
+            at = i * TOKEN_BYTES + 8 * rank
+            if int.from_bytes(page[at : at + 8], "little", signed=True) != value:
+                return f"rank {rank}, token {i}"
+    return ""
