@@ -24,7 +24,7 @@ LATENT = PageGeometry(
 LOAD, DUMP = Direction.LOAD, Direction.DUMP
 PAGES = 6
 
-MakeEngine = Callable[[Rank], CopyEngine]
+MakeEngine = Callable[..., CopyEngine]
 
 
 def rank_of(layout: str, device: torch.device, **more) -> Rank:

@@ -14,7 +14,6 @@ from tests.integration.kv_layouts import (
 )
 from ucm.integration.vllm.arena import Arena
 from ucm.integration.vllm.copies import CopyEngine
-from ucm.integration.vllm.copy_engines import make_copy_engine
 from ucm.integration.vllm.device_copies import DeviceCopyEngine
 from ucm.store.page import PageGeometry
 
@@ -36,19 +35,18 @@ def device() -> torch.device:
 
 @pytest.fixture
 def make(device: torch.device) -> Iterator[MakeEngine]:
-    """Makes engines that are closed at the end."""
+    """Makes engines that are closed at the end. Their fences have patience with a cold device."""
     made: list[CopyEngine] = []
 
-    def make_one(rank: Rank) -> CopyEngine:
+    def make_one(rank: Rank, fence_grace_s: float = 10.0) -> CopyEngine:
         made.append(
-            make_copy_engine(
+            DeviceCopyEngine(
                 rank.views(),
                 geometry=rank.geometry,
                 share=rank.share,
-                engine_block_tokens=rank.block_tokens,
+                fence_grace_s=fence_grace_s,
             )
         )
-        assert isinstance(made[-1], DeviceCopyEngine)
         return made[-1]
 
     yield make_one

@@ -35,7 +35,7 @@ def test_a_fence_returns_while_the_forward_pass_before_the_dumps_runs(
     rank = rank_of(layout, device, seed=4)
     before = rank.cache.read()
     arena = new_arena(HEADS)
-    engine = make(rank)
+    engine = make(rank, fence_grace_s=0.2)
     busy = Busy(device)
     kernels = busy.start()
     engine.order_after_forward()

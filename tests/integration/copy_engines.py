@@ -120,6 +120,7 @@ def on_device(
         accelerator=accelerator or MainMemory(),
         staging_bytes=staging_bytes,
         direct_run_bytes=direct_run_bytes,
+        fence_grace_s=30.0,
     )
 
 

@@ -42,7 +42,7 @@ STAGING_BYTES = 16 << 20
 # Below this a transfer's fixed cost, some microseconds, is more than its bytes take on the bus.
 DIRECT_RUN_BYTES = 64 << 10
 # Putting the copies of a whole prompt on a stream takes a lane a few ms.
-FENCE_GRACE_S = 0.05
+FENCE_GRACE_S = 0.2
 
 
 class DeviceCopyEngine(CopyEngine):

@@ -25,7 +25,7 @@ from torch import Tensor
 from ucm.errors import UcmError
 from ucm.integration.vllm.accelerator import Accelerator, Event
 from ucm.integration.vllm.arena import Arena
-from ucm.integration.vllm.copies import Direction, JobLedger, PagePart
+from ucm.integration.vllm.copies import Direction, JobLedger, PagePart, check_blocks
 from ucm.integration.vllm.device_routes import Pages, Route
 from ucm.integration.vllm.device_transfers import GivenUpError, Transfers
 
@@ -80,6 +80,7 @@ class Lane(threading.Thread):
         self._has_stream = False
         self._transfers = Transfers(direction, accelerator)
         self._staging = accelerator.empty(max(route.staging_bytes for route in routes))
+        self._num_blocks = min(route.num_blocks for route in routes)
         self._needs_ids = any(route.staging_bytes for route in routes)
 
     def put(self, submission: Submission) -> None:
@@ -151,8 +152,8 @@ class Lane(threading.Thread):
     def _copy(self, submission: Submission) -> None:
         job_id = submission.job_id
         self._transfers.begin(lambda: self._ledger.is_failing(job_id))
-        for route in self._routes:
-            route.check(submission.parts)
+        for part in submission.parts:
+            check_blocks(part, num_blocks=self._num_blocks)
         pages = Pages(submission.parts, submission.arena, self._upload(submission.parts))
         self._accelerator.wait(submission.after)
         for route in self._routes:

@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 
 from ucm.integration.vllm.arena import Arena
-from ucm.integration.vllm.copies import Direction, PagePart, check_blocks, first_units
+from ucm.integration.vllm.copies import Direction, PagePart, first_units
 from ucm.integration.vllm.device_transfers import Offsets, Transfers
 from ucm.integration.vllm.views import LayerView, PlacedPart, placed_parts
 from ucm.store.page import PageGeometry, RankShare
@@ -47,11 +47,6 @@ class Route(ABC):
     @abstractmethod
     def copy(self, pages: Pages, layers: range, transfers: Transfers, staging: Tensor) -> None:
         """Puts the copies of `layers`, all of this route's or one of them, on the stream."""
-
-    def check(self, parts: Sequence[PagePart]) -> None:
-        """Before anything of them is issued."""
-        for part in parts:
-            check_blocks(part, num_blocks=self.num_blocks)
 
 
 def plan_routes(

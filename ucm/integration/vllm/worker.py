@@ -63,7 +63,8 @@ class WorkerSide:
         self._loads: dict[int, CopyJob] = {}
         self._received: set[str] = set()
         self._bad_blocks: set[int] = set()
-        # Of the step whose dumps were begun last.
+        # The step whose loads were begun last, and that of the dumps, with what is known of it.
+        self._loading: StepMetadata | None = None
         self._dumping: StepMetadata | None = None
         self._step_dumps: list[tuple[CopyJob, Arena]] = []
         self._saved_layers: set[int] = set()
@@ -130,15 +131,15 @@ class WorkerSide:
             self._engine.order_before_forward()
 
     def start_loads(self, step: StepMetadata) -> None:
+        """Once per step."""
+        if self._loading is step:
+            return
+        self._loading = step
         for job in step.loads:
-            if job.job_id in self._loads:
-                continue
             self._loads[job.job_id] = job
             if arena := self._begin(job, Direction.LOAD):
                 self._copying.submit(job.job_id, Direction.LOAD, self._parts(job), arena)
         for job in step.step_loads:
-            if job.job_id in self._loads:
-                continue
             self._loads[job.job_id] = job
             if arena := self._begin(job, Direction.LOAD):
                 parts = self._parts(job)
