@@ -85,9 +85,11 @@ class Deployment:
         dtype: str = "float32",
         args: Sequence[str] = (),
         env: Mapping[str, str] | None = None,
+        wrap: Callable[[dict[str, Any]], dict[str, Any]] = lambda connector: connector,
         **top: Any,
     ) -> Engine:
-        """`top` are further settings of the top level."""
+        """`top` are further settings of the top level; `wrap` makes vLLM's kv_transfer_config of
+        our connector's part of it."""
         # JSON is YAML.
         config = self.folder / f"{name}.yaml"
         config.write_text(json.dumps(self.settings(node, use_layerwise=layerwise, **top)))
@@ -97,7 +99,7 @@ class Deployment:
             VllmServer,
             self._model,
             log=self.folder / f"{name}.log",
-            kv_transfer=ucm_connector(config, kv_role=role),
+            kv_transfer=wrap(ucm_connector(config, kv_role=role)),
             dtype=dtype,
             block_size=block_size,
             kv_cache_bytes=kv_cache_bytes,

@@ -9,6 +9,7 @@ import json
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -27,6 +28,9 @@ pytestmark = [pytest.mark.vllm, pytest.mark.timeout(600)]
 # More than a block of text on either side of the image.
 SENTENCE = "What does this picture show, and why was it taken at all? "
 NUM_SENTENCES = 12
+
+# How pictures are opened. With any such setting vLLM hashes also the names that clients give.
+OPENED = ("--media-io-kwargs", '{"image": {"rgba_background_color": [255, 255, 255]}}')
 
 # The tokenizer counts its special tokens from 0, and the image's is the last of them.
 IMAGE_ID = len(SPECIAL_TOKENS)
@@ -52,13 +56,17 @@ def image_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 def pair(fleets: Fleets, image_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Deployment:
-    """A prefill and a decode server of one node, without prefix caches of their own."""
+    """A prefill and a decode server of one node, without prefix caches of their own. They call
+    pictures by unlike names: by a hash of the bytes, and, as decode has no picture cache either, by
+    a hash of a number that its process has counted."""
 
     def start() -> Deployment:
         made = Deployment(tmp_path_factory.mktemp("images"), image_model)
         node = Node("images")
-        made.start("prefill", node, kv_cache_bytes=64 * MIB, args=SERVER_ARGS)
-        made.start("decode", node, layerwise=True, kv_cache_bytes=64 * MIB, args=SERVER_ARGS)
+        args = [*SERVER_ARGS, *OPENED, "--trust-request-mm-kwargs"]
+        made.start("prefill", node, kv_cache_bytes=64 * MIB, args=args)
+        args += ["--mm-processor-cache-gb", "0"]
+        made.start("decode", node, layerwise=True, kv_cache_bytes=64 * MIB, args=args)
         return made
 
     return fleets.use("images", start)
@@ -79,16 +87,28 @@ def picture(color: str) -> str:
     return "data:image/png;base64," + base64.b64encode(file.getvalue()).decode()
 
 
-def ask(client: Client, topic: str, color: str, *, cache_salt: str | None = None) -> Seen:
-    """`topic` is the beginning of the text, so that topics share nothing."""
+def ask(
+    client: Client,
+    topic: str,
+    color: str,
+    *,
+    cache_salt: str | None = None,
+    name: str | None = None,
+    opened: dict[str, Any] | None = None,
+) -> Seen:
+    """`topic` is the beginning of the text, so that topics share nothing. `name` is what the client
+    calls the picture, `opened` how it has it prepared."""
     around = SENTENCE * NUM_SENTENCES
+    named = {} if name is None else {"uuid": name}
     content = [
         {"type": "text", "text": f"{topic}: {around}"},
-        {"type": "image_url", "image_url": {"url": picture(color)}},
+        {"type": "image_url", "image_url": {"url": picture(color)}, **named},
         {"type": "text", "text": around},
     ]
-    fields = {"max_tokens": MAX_TOKENS, "temperature": 0, "ignore_eos": True}
+    fields: dict[str, Any] = {"max_tokens": MAX_TOKENS, "temperature": 0, "ignore_eos": True}
     salt = {} if cache_salt is None else {"cache_salt": cache_salt}
+    if opened is not None:
+        fields["mm_processor_kwargs"] = opened
     body = {"messages": [{"role": "user", "content": content}], "return_token_ids": True}
     status, text = client.post("/v1/chat/completions", {**body, **fields, **salt})
     assert status == 200, text
@@ -140,3 +160,42 @@ def test_another_image_in_the_same_text_shares_only_what_stands_before_it(
     assert through(front, pair, "two", "red") == (red, 0, there)
     assert through(front, pair, "two", "blue") == (blue, red.before_image, there)
     assert through(front, pair, "two", "red") == (red, here, there)
+
+
+# Hashes of names are no hashes of contents, and neither is a name that looks like one.
+@pytest.mark.parametrize("name", ["my picture", "0123456789abcdef" * 4])
+def test_two_clients_pictures_of_one_name_are_two_pictures(pair: Deployment, name: str) -> None:
+    topic = f"named {name[:2]}"
+    red, blue = (cold(pair["decode"], topic, color) for color in ("red", "blue"))
+    assert red.token_ids != blue.token_ids
+    assert ask(pair["prefill"].client, topic, "red", name=name) == red
+    pair["prefill"].node.wait_quiet()
+    # Each server has seen the name for one picture only.
+    client = pair["decode"].client
+    before = client.counters()
+    assert ask(client, topic, "blue", name=name) == blue
+    assert counted(client, before, len(blue.prompt)).external_hits == blue.before_image
+    # And red is red, whatever it is called.
+    before = client.counters()
+    assert ask(client, topic, "red", name=f"{name}, the red one") == red
+    loaded = counted(client, before, len(red.prompt)).external_hits
+    assert loaded == pair["decode"].full_hit_tokens(red.prompt)
+
+
+def test_a_picture_that_a_request_has_prepared_otherwise_is_another_one(pair: Deployment) -> None:
+    client = pair["decode"].client
+    plain = cold(pair["decode"], "prepared", "red")
+    dark = {"image_mean": [2.0, 2.0, 2.0]}
+    expected = ask(client, "prepared", "red", opened=dark, cache_salt="dark")
+    assert expected.token_ids != plain.token_ids
+    assert ask(pair["prefill"].client, "prepared", "red") == plain
+    pair["prefill"].node.wait_quiet()
+
+    before = client.counters()
+    assert ask(client, "prepared", "red", opened=dark) == expected
+    assert counted(client, before, len(plain.prompt)).external_hits == plain.before_image
+    pair["decode"].node.wait_quiet()
+    before = client.counters()
+    assert ask(client, "prepared", "red", opened=dark, name="dark") == expected
+    loaded = counted(client, before, len(plain.prompt)).external_hits
+    assert loaded == pair["decode"].full_hit_tokens(plain.prompt)
