@@ -45,7 +45,18 @@ TORCH_ONLY = {"ucm.integration.vllm.views", "ucm.integration.vllm.copy_engines"}
 # What lies below the node cache's process, and is used by it.
 BELOW_NODE = {
     *("keys", "canonical", "namespace", "weights", "page", "slots"),
-    *("tier", "measured", "blockfile", "paths", "names", "posix", "backend", "mounts", "space"),
+    *(
+        "tier",
+        "measured",
+        "blockfile",
+        "paths",
+        "names",
+        "posix",
+        "backend",
+        "mounts",
+        "space",
+        "plain_files",
+    ),
 }
 
 ENTRY_POINTS = {

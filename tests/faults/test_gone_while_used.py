@@ -120,3 +120,19 @@ def test_a_file_that_refuses_direct_io_does_not_turn_it_off_for_the_others(
         assert tier.read(NAMESPACE, KEY, new_page()).status is ReadStatus.HIT
     # Buffered ones would be answered by the kernel's page cache.
     assert mount.calls["read"] > reads
+
+
+def test_a_new_directory_costs_few_calls_and_no_look_at_the_manifest(mount: FuseMount) -> None:
+    """Of 65536 directories nearly every page of a young store is the first."""
+    tier, keys = PosixTier([str(mount.path)]), make_keys("new directories", 20)
+    page = new_page()
+    before = mount.calls
+    for i, key in enumerate(keys):
+        if i == 1:
+            before = mount.calls
+        staged = tier.stage(NAMESPACE, key, page, num_tokens=128)
+        assert staged is not None
+        tier.publish(staged)
+    calls = mount.calls - before
+    assert (calls["create"], calls["rename"], calls["open"]) == (19, 19, 0)
+    assert 19 < calls["mkdir"] <= 38

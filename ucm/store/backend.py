@@ -6,6 +6,7 @@ demand, small files that are written once, O_DIRECT where it works, errno turned
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import logging
 import os
@@ -16,6 +17,7 @@ from typing import TypeVar
 from ucm.errors import TierError, TierErrorReason
 from ucm.store import paths
 from ucm.store.mounts import mount_of
+from ucm.store.plain_files import NotPlain, check_directory, read_plain
 
 _logger = logging.getLogger(__name__)
 _T = TypeVar("_T")
@@ -30,6 +32,9 @@ _REASONS: dict[int | None, TierErrorReason] = {
 _GONE = frozenset({errno.ENOENT, errno.ESTALE, errno.EBADF})
 # In a row: one file may be refused for a reason of its own.
 _MAX_DIRECT_REFUSALS = 8
+_MAX_KNOWN_DIRS = 1 << 17
+# A manifest is a few KiB of JSON; an id is 17 bytes.
+_MAX_SMALL_FILE_BYTES = 1 << 20
 _NO_HARD_LINKS = frozenset({errno.EPERM, errno.EOPNOTSUPP, errno.ENOSYS, errno.EMLINK})
 _ID_BYTES = 8
 
@@ -52,6 +57,8 @@ class Backend:
         self.path = os.path.normpath(path)
         self.direct_io = direct_io
         self._direct_refusals = 0
+        # Looked at, and directories indeed.
+        self._known_dirs: set[str] = set()
         # By device: the mount may be another one later.
         self._remembers: tuple[int, bool] | None = None
 
@@ -89,19 +96,56 @@ class Backend:
         return done
 
     def make_dirs(self, directory: str) -> None:
-        """Makes `directory`, which lies below the backend, and what is missing above it."""
+        """Makes `directory`, which is the backend or lies below it, and what is missing above it.
+        Each is looked at once. Raises NotPlain if one of them is a link or no directory at all, and
+        OSError."""
+        for each in self._unknown(directory):
+            try:
+                check_directory(each)
+            except FileNotFoundError:
+                with contextlib.suppress(FileExistsError):
+                    os.mkdir(each)
+                check_directory(each)
+            self._note(each)
+
+    def check_dirs(self, directory: str) -> None:
+        """`make_dirs` for directories that are there."""
+        for each in self._unknown(directory):
+            check_directory(each)
+            self._note(each)
+
+    def forget_dirs(self) -> None:
+        """Something is missing that was there: looks at every directory again."""
+        self._known_dirs.clear()
+
+    def _unknown(self, directory: str) -> list[str]:
+        """What has to be looked at, from the backend downwards, which itself may be a link."""
+        self._make_root()
+        unknown: list[str] = []
+        while len(directory) > len(self.path) and directory not in self._known_dirs:
+            unknown.append(directory)
+            directory = os.path.dirname(directory)
+        return unknown[::-1]
+
+    def _note(self, directory: str) -> None:
+        if len(self._known_dirs) >= _MAX_KNOWN_DIRS:
+            self._known_dirs.clear()
+        self._known_dirs.add(directory)
+
+    def _make_root(self) -> None:
+        if self.path in self._known_dirs:
+            return
         try:
-            os.mkdir(directory)
+            os.mkdir(self.path)
         except FileExistsError:
-            return
-        except FileNotFoundError:
-            if directory == self.path:
-                raise
-            self.make_dirs(os.path.dirname(directory))
-            self.make_dirs(directory)
-            return
-        if directory == self.path:
+            if not os.path.isdir(self.path):
+                raise NotPlain(
+                    f"{self.path}: is no directory, or a link to nothing; mount or make what it "
+                    f"should be"
+                ) from None
+        else:
             _logger.info("%s: made this storage backend; it was not there", self.path)
+        self._note(self.path)
 
     def read_id(self) -> int | None:
         """The number that tells this backend from others, None if it has none yet.
@@ -173,10 +217,9 @@ def unlink_if_there(path: str) -> None:
 
 def _read_once(path: str) -> bytes | None:
     try:
-        with open(path, "rb") as file:
-            return file.read()
-    except FileNotFoundError:
-        return None
+        return read_plain(path, max_bytes=_MAX_SMALL_FILE_BYTES)
+    except NotPlain as error:
+        raise TierError(f"{path}: {error}; remove it", reason="corrupt") from error
     except OSError as error:
         raise tier_error(path, "can't be read", error) from error
 

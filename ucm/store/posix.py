@@ -29,6 +29,7 @@ from ucm.store.backend import READ_ONLY_ERRNOS, Backend, is_gone, tier_error, un
 from ucm.store.blockfile import BlockId, Scratch, check_header, read_block, write_block
 from ucm.store.keys import Key
 from ucm.store.names import doubt, is_there_now
+from ucm.store.plain_files import NotPlain, open_plain
 from ucm.store.space import Reserve
 from ucm.store.tier import ABSENT, HIT, PageRead, ReadStatus, Staged, Tier, TierNamespace
 
@@ -76,7 +77,8 @@ class PosixTier(Tier):
                 return i
             path = paths.block_path(backend.path, namespace.fingerprint, key)
             try:
-                os.stat(path)
+                # Whatever has the name counts: reading tells what it is.
+                os.lstat(path)
             except OSError as error:
                 if not is_gone(error):
                     raise tier_error(path, "can't be looked up", error) from error
@@ -113,7 +115,7 @@ class PosixTier(Tier):
         path = paths.block_path(backend.path, namespace.fingerprint, key)
         block = BlockId(key, namespace.fingerprint, namespace.page_bytes)
         try:
-            return self._is_whole(path, block)
+            return self._is_whole(path, backend, block)
         except OSError as error:
             raise tier_error(path, "can't be looked up", error) from error
 
@@ -155,7 +157,7 @@ class PosixTier(Tier):
         block = BlockId(key, namespace.fingerprint, namespace.page_bytes)
         target = paths.block_path(backend.path, namespace.fingerprint, key)
         try:
-            if self._is_whole(target, block):
+            if self._is_whole(target, backend, block):
                 return None
             self._reserves[backend].take(block.file_bytes)
             temp = self._write(backend, namespace, block, target, page, num_tokens)
@@ -229,11 +231,15 @@ class PosixTier(Tier):
         self, backend: Backend, path: str, block: BlockId, page: memoryview, flags: int
     ) -> PageRead:
         chunk_bytes = _DIRECT_CHUNK_BYTES if flags else _BUFFERED_CHUNK_BYTES
-        fd = os.open(path, os.O_RDONLY | flags)
+        try:
+            fd = open_plain(path, flags)
+        except NotPlain as bad:
+            moved = _move_aside(os.lstat(path), path, backend, block)
+            return PageRead(ReadStatus.CORRUPT, f"{path}: {bad}; {moved}")
         try:
             read_block(fd, block, page, scratch=self._scratch(), chunk_bytes=chunk_bytes)
         except TierError as bad:
-            moved = _move_aside(fd, path, backend, block)
+            moved = _move_aside(os.fstat(fd), path, backend, block)
             return PageRead(ReadStatus.CORRUPT, f"{path}: {bad}; {moved}")
         finally:
             # Every byte has been verified by then, or none counts.
@@ -241,15 +247,19 @@ class PosixTier(Tier):
                 os.close(fd)
         return HIT
 
-    def _is_whole(self, path: str, block: BlockId) -> bool:
+    def _is_whole(self, path: str, backend: Backend, block: BlockId) -> bool:
         """By its size and header. What isn't counts as not there, and is replaced."""
         try:
-            fd = os.open(path, os.O_RDONLY | os.O_NONBLOCK)
+            fd = open_plain(path)
             try:
                 check_header(fd, block, scratch=self._scratch())
             finally:
                 with contextlib.suppress(OSError):
                     os.close(fd)
+        except NotPlain:
+            # A directory can't be replaced by a file.
+            _move_aside(os.lstat(path), path, backend, block)
+            return False
         except TierError:
             return False
         except OSError as error:
@@ -286,12 +296,13 @@ class PosixTier(Tier):
 
         for _ in range(_MAX_DIRECTORY_TRIES):
             self._ensure_manifest(backend, namespace)
+            backend.make_dirs(os.path.dirname(target))
             try:
                 return backend.try_direct(write)
             except FileNotFoundError:
-                # A new directory; or the store was emptied under us, and its manifest with it.
+                # The store was emptied under us, and its manifest with it.
                 self._has_manifest.discard((backend, namespace.fingerprint))
-                backend.make_dirs(os.path.dirname(target))
+                backend.forget_dirs()
         return backend.try_direct(write)
 
 
@@ -306,20 +317,26 @@ def _unless_read_only(write: Callable[[], object]) -> None:
             raise
 
 
-def _move_aside(fd: int, path: str, backend: Backend, block: BlockId) -> str:
-    """Moves the damaged file that is open as `fd` to quarantine. Returns what was done, for people.
+def _move_aside(seen: os.stat_result, path: str, backend: Backend, block: BlockId) -> str:
+    """Moves what was `seen` at `path`, damaged or no file at all, to quarantine. Returns what was
+    done, for people.
 
     A writer may put a good file in its place between the comparison and the rename. That block is
     then lost, which costs one recomputation.
     """
     target = paths.quarantine_path(backend.path, block.fingerprint, block.key)
     try:
-        if not os.path.samestat(os.fstat(fd), os.stat(path)):
+        if not os.path.samestat(seen, os.lstat(path)):
             return "already replaced"
+        # Neither out of another tree nor into one.
+        backend.check_dirs(os.path.dirname(path))
         backend.make_dirs(os.path.dirname(target))
         os.rename(path, target)
     except FileNotFoundError:
+        backend.forget_dirs()
         return "already moved aside"
+    except TierError as error:
+        return f"can't be moved aside: {error}"
     except OSError as error:
         return f"can't be moved aside: {error.strerror}"
     return f"moved to {target}"

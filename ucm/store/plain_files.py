@@ -1,0 +1,75 @@
+"""Opens files and directories of the store, and nothing that only looks like one.
+
+Whoever can write into a storage backend can put a FIFO, a device, a directory or a link where a
+page belongs. A FIFO takes the thread that opens it for good, and what is written through a link
+lands outside of the store. So files are opened without waiting and without following a link, looked
+at before they are read, and directories below the backend are links never.
+"""
+
+from __future__ import annotations
+
+import errno
+import os
+import stat
+
+from ucm.errors import TierError
+
+_KINDS = {
+    stat.S_IFIFO: "a FIFO",
+    stat.S_IFDIR: "a directory",
+    stat.S_IFCHR: "a device",
+    stat.S_IFBLK: "a device",
+    stat.S_IFLNK: "a link",
+    stat.S_IFSOCK: "a socket",
+}
+# What open says of links, sockets and devices without a driver.
+_NOT_OPENED = frozenset({errno.ELOOP, errno.ENXIO, errno.ENODEV})
+
+
+class NotPlain(TierError):
+    """Something else lies where a file or a directory of the store belongs."""
+
+    def __init__(self, message: str) -> None:
+        super().__init__(message, reason="corrupt")
+
+
+def open_plain(path: str, flags: int = 0) -> int:
+    """A descriptor of the regular file at `path`, for reading. Raises NotPlain, or OSError."""
+    try:
+        fd = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_NOFOLLOW | os.O_CLOEXEC | flags)
+    except OSError as error:
+        kind = _kind(os.lstat(path)) if error.errno in _NOT_OPENED else ""
+        if not kind:
+            raise
+        raise NotPlain(f"is {kind} and no file") from error
+    kind = _kind(os.fstat(fd))
+    if kind:
+        os.close(fd)
+        raise NotPlain(f"is {kind} and no file")
+    return fd
+
+
+def read_plain(path: str, *, max_bytes: int) -> bytes | None:
+    """All of a small file; None if there is none. Raises NotPlain, also for one that is larger, and
+    OSError."""
+    try:
+        fd = open_plain(path)
+    except FileNotFoundError:
+        return None
+    with open(fd, "rb") as file:
+        content = file.read(max_bytes + 1)
+    if len(content) > max_bytes:
+        raise NotPlain(f"has more than {max_bytes} bytes")
+    return content
+
+
+def check_directory(path: str) -> None:
+    """Raises NotPlain if `path` is no directory, or a link to one; OSError if it can't be told."""
+    status = os.lstat(path)
+    if not stat.S_ISDIR(status.st_mode):
+        raise NotPlain(f"{path}: is {_kind(status) or 'a file'} and no directory; remove it")
+
+
+def _kind(status: os.stat_result) -> str:
+    """For people; empty for a regular file."""
+    return _KINDS.get(stat.S_IFMT(status.st_mode), "")
