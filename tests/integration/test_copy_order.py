@@ -14,7 +14,6 @@ from tests.integration.copy_engines import (
     LOAD,
     MainMemory,
     MakeEngine,
-    Point,
     copy_and_wait,
     on_device,
     rank_of,
@@ -209,35 +208,3 @@ class TestOrder:
             engine.wait_layer(layer)
         assert 4 == len(device.waited_for)
         wait_for(engine, 1, 2)
-
-
-class CountingWaits(MainMemory):
-    """Counts how often a thread waited for a point."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.waits = 0
-
-    def record(self) -> Point:
-        engine = self
-
-        class Counted(Point):
-            def synchronize(self) -> None:
-                engine.waits += 1
-
-        return Counted()
-
-
-def test_a_ring_buffer_is_used_again_only_after_its_copy() -> None:
-    """Six runs of 8 MiB by four buffers of 8 MiB: two have to be waited for on the way, four at the
-    end, and the forward pass once before it all."""
-    rank = make_rank("LBHNC", BIG, seed=15, num_blocks=3)
-    arena = make_arena(3, BIG)
-    device = CountingWaits()
-    make = on_device(staging_bytes=1 << 20, direct_run_bytes=1, accelerator=device)
-    engine = make(rank)
-    copy_and_wait(engine, DUMP, whole_pages(rank, [(0,), (1,), (2,)]), arena)
-    engine.close()
-
-    assert 2 + 4 + 1 == device.waits
-    assert torch.equal(page_of_blocks(rank.cache.read(), [0]), page_in(arena, BIG, 0))
