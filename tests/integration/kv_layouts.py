@@ -10,7 +10,7 @@ import mmap
 import os
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 
 import torch
 from torch import Tensor
@@ -33,9 +33,10 @@ _STRIDE_ORDERS = {
 
 @dataclass(frozen=True)
 class Cache:
-    """The KV of one rank: what the engine registers per layer, and how to read it back."""
+    """The KV of one rank: what the engine registers per layer, and how to read it back. Layers that
+    only a device may touch can't be shown."""
 
-    layers: list[KV]
+    layers: list[KV] = field(repr=False)
     kind: LayoutKind
     read: Callable[[], Tensor]
 
