@@ -129,17 +129,27 @@ def test_all_runs_of_a_rank_among_many_are_one_call_into_the_driver(
     assert torch.equal(page_of_blocks(rank.cache.read(), [3, 7, 0, 5]), pages)
 
 
-def test_where_the_batched_call_fails_copies_go_one_by_one(machine: Machine) -> None:
-    def fail(*tensors) -> None:
-        raise RuntimeError("the driver is too old for cuMemcpyBatchAsync")
+@pytest.mark.parametrize("fails", [1, 99], ids=["once", "always"])
+def test_where_the_batched_call_fails_copies_go_one_by_one(machine: Machine, fails: int) -> None:
+    """Once is no verdict: only where it fails again and again it is not tried any more."""
+    calls: list[int] = []
+
+    def fail(sources, targets, sizes) -> None:
+        calls.append(sizes.numel())
+        if len(calls) <= fails:
+            raise RuntimeError("the driver is too old for cuMemcpyBatchAsync")
+        machine.device._copy_batched(sources, targets, sizes)
 
     machine.device.batched = fail
     rank = machine.rank("LBHNC", seed=2)
     arena = machine.arena(1)
     engine = machine.engine(rank)
-    copy_and_wait(engine, DUMP, whole_pages(rank, [(3,)]), arena)
-    assert torch.equal(page_of_blocks(rank.cache.read(), [3]), page_in(arena, HEADS, 0))
-    assert machine.device.batched is None
+    for job in range(5):
+        page_in(arena, HEADS, 0).fill_(0)
+        engine.submit(job, DUMP, whole_pages(rank, [(3,)]), arena)
+        wait_for(engine, job)
+        assert torch.equal(page_of_blocks(rank.cache.read(), [3]), page_in(arena, HEADS, 0))
+    assert len(calls) == (5 if fails == 1 else 3)
 
 
 @pytest.mark.parametrize("machine", [{"is_batched": True}], indirect=True, ids=["batched"])

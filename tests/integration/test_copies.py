@@ -203,6 +203,28 @@ def test_memory_that_is_pinned_in_part_is_copied_whole(engine: str, direction: D
         assert torch.equal(expected, page_in(arena, HEADS, slot))
 
 
+def test_blocks_are_gathered_straight_into_the_staging_memory(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Without memory for what lies between: on a device it would be as much again."""
+    outs: list[int] = []
+    gather = torch.ops.aten.index.Tensor_out
+
+    def note(*args, out):
+        outs.append(out.data_ptr())
+        result = gather(*args, out=out)
+        assert result.data_ptr() == out.data_ptr()
+        return result
+
+    monkeypatch.setattr(torch.ops.aten.index, "Tensor_out", note)
+    rank = rank_of("LBNHC", seed=2)
+    engine = ENGINES["staged"](rank)
+    copy_and_wait(engine, DUMP, whole_pages(rank, [(2,), (3,)]), make_arena(2, HEADS))
+    engine.close()
+    assert len(outs) == 1
+    assert not [r for r in caplog.records if "need more memory" in r.getMessage()]
+
+
 def test_views_of_another_block_size_are_refused() -> None:
     rank = rank_of("LBHNC")
     with pytest.raises(ValueError, match=r"views of \[32\] tokens, blocks of 16"):

@@ -43,7 +43,7 @@ class Accelerator:
         self.device = device
         self.batched = batched
         self._gathers_straight = True
-        self._can_pin = True
+        self._warned: set[str] = set()
         # Torch keeps them for the next who asks. Allocating one later may wait for the device.
         warm = [self.pinned(8 * _MIN_IDS) for _ in range(_WARM_BUFFERS)]
         del warm
@@ -67,13 +67,11 @@ class Accelerator:
 
     def pinned(self, nbytes: int) -> Tensor:
         """A host buffer that the device can copy from by itself, or failing that any."""
-        if self._can_pin:
-            try:
-                return torch.empty(nbytes, dtype=torch.uint8, pin_memory=True)
-            except RuntimeError as error:
-                self._can_pin = False
-                logger.warning("copies go through memory that is not pinned: %s", error)
-        return torch.empty(nbytes, dtype=torch.uint8)
+        try:
+            return torch.empty(nbytes, dtype=torch.uint8, pin_memory=True)
+        except RuntimeError as error:
+            self._warn_once("copies go through memory that is not pinned", error)
+            return torch.empty(nbytes, dtype=torch.uint8)
 
     def upload(self, ids: npt.NDArray[np.int64]) -> Tensor:
         """An index tensor. From pinned memory: a driver may make who uploads from any other wait
@@ -95,11 +93,17 @@ class Accelerator:
             try:
                 torch.ops.aten.index.Tensor_out(blocks, [None, ids], out=into)
                 return
-            except (RuntimeError, NotImplementedError) as error:
+            except NotImplementedError as error:
                 self._gathers_straight = False
-                logger.warning("copies need more memory on this device: %s", error)
+                self._warn_once("copies need more memory on this device", error)
         into.copy_(blocks[:, ids])
 
     def scatter(self, blocks: Tensor, ids: Tensor, out_of: Tensor) -> None:
         """blocks[:, ids] = `out_of`."""
         blocks[:, ids] = out_of
+
+    def _warn_once(self, what: str, error: Exception) -> None:
+        """It is tried again each time, where it isn't a matter of the device's kind."""
+        if what not in self._warned:
+            self._warned.add(what)
+            logger.warning("%s: %s", what, error)

@@ -26,6 +26,8 @@ Offsets = npt.NDArray[np.int64]
 _MAX_TRANSFER_BYTES = 4 << 20
 # Transfers that are handed over in one call.
 _MAX_TRANSFERS = 512
+# Of the batched call, in a row, until it isn't tried any more.
+_MAX_FAILURES = 3
 _RING_BUFFERS = 4
 _RING_BUFFER_BYTES = 8 << 20
 _POLL_S = 0.0002
@@ -76,6 +78,7 @@ class Transfers:
         self.device = device
         self._max_bytes = max_transfer_bytes
         self._batches: list[_Batch] = []
+        self._failures = 0
         self._ring: deque[_RingBuffer] = deque()
         # Of the submission that is being issued.
         self._mine: list[_RingBuffer] = []
@@ -123,11 +126,18 @@ class Transfers:
         if self.device.batched is not None:
             try:
                 self._flush_batched(batches)
+                self._failures = 0
                 return
             except (RuntimeError, NotImplementedError) as error:
-                self.device.batched = None
-                logger.warning("the engine's batched copy fails, copies go one by one: %s", error)
+                self._batched_failed(error)
         self._flush_one_by_one(batches)
+
+    def _batched_failed(self, error: Exception) -> None:
+        """Once may be the moment's fault; several times in a row it is the driver's."""
+        self._failures += 1
+        if self._failures == _MAX_FAILURES:
+            self.device.batched = None
+            logger.warning("the engine's batched copy fails, copies go one by one: %s", error)
 
     def _flush_batched(self, batches: list[_Batch]) -> None:
         assert self.device.batched is not None
