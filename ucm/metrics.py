@@ -107,6 +107,13 @@ _TABLE = (
     Metric(
         "ucm_epochs", "counter", "Resets of the cache: what was stored before is not used again"
     ),
+    Metric(
+        "ucm_unnamed_requests",
+        "counter",
+        "Requests that go without the store, or from some block on, as what shapes their KV has no"
+        " name",
+        {"what": ("item", "adapter", "streamed", "timeout")},
+    ),
     Metric("ucm_loaded_bytes", "counter", "Bytes copied to the device, summed over ranks"),
     Metric("ucm_load_seconds", "counter", f"Seconds with copies to the device {_UNDER_WAY}"),
     Metric("ucm_dumped_bytes", "counter", "Bytes copied from the device, summed over ranks"),

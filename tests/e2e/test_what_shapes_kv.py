@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
-from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -30,18 +30,16 @@ NGRAM = {
 RUNTIME = {"VLLM_ALLOW_RUNTIME_LORA_UPDATING": "1", "VLLM_SERVER_DEV_MODE": "1"}
 
 
-def beside_another(ours: Mapping[str, Any], folder: Path) -> dict[str, Any]:
-    """docs/pd.md's example of MultiConnector."""
-    example = {
-        "kv_connector": "ExampleConnector",
-        "kv_role": "kv_both",
-        "kv_connector_extra_config": {"shared_storage_path": str(folder)},
-    }
-    return {
-        "kv_connector": "MultiConnector",
-        "kv_role": "kv_both",
-        "kv_connector_extra_config": {"connectors": [dict(ours), example]},
-    }
+def beside_another(ours: dict[str, Any], folder: Path) -> dict[str, Any]:
+    """docs/pd.md's example of MultiConnector, with the settings and the folder of here."""
+    text = (Path(__file__).parents[2] / "docs" / "pd.md").read_text()
+    examples = [json.loads(block) for block in re.findall(r"```json\n(.*?)```", text, re.DOTALL)]
+    (both,) = [made for made in examples if made.get("kv_connector") == "MultiConnector"]
+    own, other = both["kv_connector_extra_config"]["connectors"]
+    assert own.keys() == ours.keys()
+    own["kv_connector_extra_config"] = ours["kv_connector_extra_config"]
+    other["kv_connector_extra_config"]["shared_storage_path"] = str(folder)
+    return both
 
 
 @pytest.fixture

@@ -82,6 +82,7 @@ def test_an_adapter_that_was_changed_in_place_bypasses_until_it_has_a_new_id(
     assert keys(engine, lora=lora(folder)) == []
     make_adapter(folder)
     assert keys(engine, lora=lora(folder)) == []
+    assert engine.counted("ucm_unnamed_requests", what="adapter") == 2
 
     change(folder)
     again = keys(engine, lora=lora(folder, 2))
@@ -187,6 +188,7 @@ def test_an_adapter_on_a_disk_that_hangs_costs_its_requests_the_store_and_nobody
         assert len(keys(engine, features=[picture(red())])) == NUM_BLOCKS
         named(engine, request)
         assert engine.side._states["hangs"].keys == []
+        assert engine.counted("ucm_unnamed_requests", what="timeout") == 1
         engine.admit(request)
         engine.step({"hangs": PROMPT})
         assert engine.side.finished(request, engine.blocks(request)) == (False, None)

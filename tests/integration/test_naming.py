@@ -138,7 +138,9 @@ def test_what_can_not_be_seen_bypasses_and_the_text_before_it_is_shared(values: 
 
 
 def test_an_item_in_the_first_block_leaves_nothing_to_share() -> None:
-    assert keys(features=[picture(None, start=BLOCK - 1)]) == []
+    engine = Engine(Loopback())
+    assert keys(engine, features=[picture(None, start=BLOCK - 1)]) == []
+    assert engine.counted("ucm_unnamed_requests", what="item") == 1
 
 
 def test_an_identifier_that_stood_for_two_contents_names_nothing_more() -> None:
@@ -168,4 +170,6 @@ def test_an_encoder_that_uses_adapters_has_one_content_for_each(tmp_path: Path) 
 
 
 def test_a_streamed_prompt_bypasses_the_store() -> None:
-    assert keys(resumable=True) == []
+    engine = Engine(Loopback())
+    assert keys(engine, resumable=True) == []
+    assert engine.counted("ucm_unnamed_requests", what="streamed") == 1

@@ -19,6 +19,7 @@ from ucm.integration.vllm.adapters import AdapterNames
 from ucm.integration.vllm.items import ItemNames, NamedItems, embedded_items
 from ucm.integration.vllm.lanes import Answer, Lane
 from ucm.integration.vllm.requests import RequestState
+from ucm.integration.vllm.stats import UcmStats
 
 logger = logging.getLogger(__name__)
 
@@ -45,12 +46,14 @@ class Namer:
     def __init__(
         self,
         on_named: Callable[[RequestState, NamedItems], None],
+        stats: UcmStats,
         *,
         block_tokens: int,
         timeout_s: float,
         adapter_rules: str = "",
     ) -> None:
         self._on_named = on_named
+        self._stats = stats
         self._block_tokens = block_tokens
         self._timeout_s = timeout_s
         self._item_names = ItemNames()
@@ -91,7 +94,7 @@ class Namer:
                 state.request_id,
                 self._timeout_s,
             )
-            self._bypass(state)
+            self._bypass(state, "timeout")
             is_ready = True
         return is_ready
 
@@ -130,7 +133,7 @@ class Namer:
             return False
         digest = naming.adapter.value
         if digest is None or (naming.is_named and digest != state.lora_digest):
-            self._bypass(state)
+            self._bypass(state, "adapter")
         else:
             state.lora_digest = digest
         return True
@@ -141,9 +144,14 @@ class Namer:
             state.naming = None
         # An answer without a value: it could not be digested at all.
         items = naming.items.value or NamedItems(end=0)
+        if naming.request.resumable:
+            self._stats.count("ucm_unnamed_requests", what="streamed")
+        elif items.end is not None:
+            self._stats.count("ucm_unnamed_requests", what="item")
         self._on_named(state, items)
 
-    def _bypass(self, state: RequestState) -> None:
+    def _bypass(self, state: RequestState, what: str) -> None:
+        self._stats.count("ucm_unnamed_requests", what=what)
         naming, state.naming = state.naming, None
         if naming is not None and not naming.is_named:
             naming.is_named = True

@@ -58,6 +58,7 @@ class SchedulerSide:
         self._stats = stats
         self._namer = Namer(
             self._named,
+            stats,
             block_tokens=settings.block_tokens,
             timeout_s=settings.lookup_timeout_ms / 1000,
             adapter_rules=facts.adapter_rules,
