@@ -36,6 +36,14 @@ def session_name(engine_id: str, generation: int) -> str:
     return f"{engine_id}/{generation}"
 
 
+def _as_known(error: Exception) -> Exception:
+    """An error that nobody has thought of ends no link: it says what it is, and is tried again."""
+    if isinstance(error, (UcmError, OSError)):
+        return error
+    logger.debug("the link to the node cache goes on after this", exc_info=error)
+    return UcmError(f"an unexpected {type(error).__name__} ({error}); tried again")
+
+
 class NodeLink:
     """The scheduler side's connection. `generation` counts connections that were lost.
 
@@ -137,10 +145,10 @@ class NodeLink:
                     timeout_s=_START_S,
                     given_up=self._closed,
                 )
-            except (UcmError, OSError) as error:
+            except Exception as error:  # noqa: BLE001 - nobody would see this thread end
                 if self._closed.is_set():
                     return
-                notices.warn("no_node_cache", error)
+                notices.warn("no_node_cache", _as_known(error))
                 self.problem = error
                 self._closed.wait(backoff_s)
                 backoff_s = min(backoff_s * 2, _BACKOFF_LAST_S)
@@ -233,8 +241,8 @@ class RankLink(threading.Thread):
                 )
                 backoff_s = _BACKOFF_FIRST_S
                 self._serve(client, generation)
-            except (UcmError, OSError) as error:
-                notices.warn("this_rank_has_no_node_cache", error)
+            except Exception as error:  # noqa: BLE001 - nobody would see this thread end
+                notices.warn("this_rank_has_no_node_cache", _as_known(error))
             self._let_go()
             self._closed.wait(backoff_s)
             backoff_s = min(backoff_s * 2, _BACKOFF_LAST_S)
@@ -251,7 +259,7 @@ class RankLink(threading.Thread):
                     if isinstance(message, p.MemoryInUse):
                         self._on_memory.memory_in_use(generation, message.offset, message.nbytes)
                 self._let_go()
-        except (UcmError, OSError):
+        except Exception:
             client.close()
             if self._generation == generation:
                 self._generation += 1
