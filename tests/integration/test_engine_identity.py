@@ -87,7 +87,9 @@ def test_speculation_that_keeps_no_kv_is_no_namespace_of_its_own(model: Path, me
     assert named(config(model, speculative=speculation(method, model))) == named(config(model))
 
 
-@pytest.mark.parametrize("method", ["eagle3", "draft_model", "deepseek_mtp", "one of tomorrow"])
+@pytest.mark.parametrize(
+    "method", ["eagle3", "draft_model", "deepseek_mtp", "extract_hidden_states", "of tomorrow"]
+)
 def test_speculation_whose_draft_may_keep_kv_is_one(model: Path, method: str) -> None:
     assert named(config(model, speculative=speculation(method, model))) != named(config(model))
 

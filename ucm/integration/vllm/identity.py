@@ -16,9 +16,7 @@ from ucm.store.namespace import Manifest, model_shape, weights_identity
 
 # Ways of speculation that keep no KV of their own: they guess from the text, or from the target's
 # last layer.
-_DRAFTS_WITHOUT_KV: Final = frozenset(
-    {"ngram", "ngram_gpu", "suffix", "medusa", "mlp_speculator", "extract_hidden_states"}
-)
+_DRAFTS_WITHOUT_KV: Final = frozenset({"ngram", "ngram_gpu", "suffix", "medusa", "mlp_speculator"})
 
 
 def manifest(vllm_config: Any, facts: EngineFacts, settings: Settings, *, epoch: int) -> Manifest:
