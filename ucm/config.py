@@ -76,6 +76,9 @@ class StoreSettings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fi
         default=10.0, name="posix_recheck_s"
     )
     retry_ms: _Milliseconds = msgspec.field(default=1_000, name="posix_retry_ms")
+    quarantine_per_minute: Annotated[int, Meta(ge=0, le=1_000_000)] = msgspec.field(
+        default=6, name="posix_quarantine_per_minute"
+    )
     idle_exit_s: Annotated[float, Meta(gt=0, le=31_536_000)] = msgspec.field(
         default=60.0, name="node_cache_idle_exit_s"
     )

@@ -74,8 +74,12 @@ class FuseMount:
         assert operation in OPERATIONS.values(), operation
         self._ask("fail", operation, str(error), str(times))
 
+    def corrupt_reads(self, *, times: int = 10_000) -> None:
+        """The next `times` reads give a flipped bit in their middle; the file below is good."""
+        self._ask("corrupt", str(times))
+
     def release(self) -> None:
-        """Ends every hang and failure, of those that wait and of those to come."""
+        """Ends every hang, failure and flipped bit, of those that wait and of those to come."""
         self._ask("release")
 
     def kill_server(self) -> None:

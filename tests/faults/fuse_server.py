@@ -85,6 +85,7 @@ class Faults:
         self._delays_s = delays_s
         self._hung = set(hang)
         self._failing: dict[str, list[int]] = {}
+        self._num_corrupt = 0
         self._calls: Counter[str] = Counter()
         self._changed = threading.Condition()
 
@@ -99,13 +100,25 @@ class Faults:
                 error = self._failing[operation].pop()
                 raise OSError(error, os.strerror(error))
 
+    def as_read(self, body: bytes) -> bytes:
+        """What the kernel gets of what was read."""
+        with self._changed:
+            if not body or self._num_corrupt == 0:
+                return body
+            self._num_corrupt -= 1
+        middle = len(body) // 2
+        return body[:middle] + bytes([body[middle] ^ 16]) + body[middle + 1 :]
+
     def obey(self, command: str, *words: str) -> dict[str, int]:
         with self._changed:
             if command == "hang":
                 self._hung.add(words[0])
             elif command == "fail":
                 self._failing[words[0]] = [int(words[1])] * int(words[2])
+            elif command == "corrupt":
+                self._num_corrupt = int(words[0])
             elif command == "release":
+                self._num_corrupt = 0
                 self._failing.clear()
                 self._hung.clear()
                 self._changed.notify_all()
@@ -154,6 +167,7 @@ class Connection:
             try:
                 self._faults.pass_through(_COUNTED_AS.get(name, name))
                 body, error = getattr(self._folder, name)(node, request[_IN_HEADER.size :]), 0
+                body = self._faults.as_read(body) if name == "read" else body
             except OSError as failed:
                 error = failed.errno or errno.EIO
         if name in _NO_ANSWER:

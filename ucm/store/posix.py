@@ -30,6 +30,7 @@ from ucm.store.blockfile import BlockId, Scratch, check_header, read_block, writ
 from ucm.store.keys import Key
 from ucm.store.names import doubt, is_there_now
 from ucm.store.plain_files import NotPlain, open_plain
+from ucm.store.quarantine import Quarantine, forget_cached, move_aside
 from ucm.store.space import Reserve
 from ucm.store.tier import ABSENT, HIT, PageRead, ReadStatus, Staged, Tier, TierNamespace
 
@@ -51,6 +52,7 @@ class PosixTier(Tier):
         direct_io: bool = False,
         min_free_bytes: int | None = 0,
         queue_pages: int = 0,
+        quarantine_per_minute: int = 6,
     ) -> None:
         """`min_free_bytes` and `queue_pages`: what stays free, see `space.py`."""
         assert storage_backends
@@ -62,6 +64,7 @@ class PosixTier(Tier):
         self._by_id: list[tuple[int, Backend]] | None = None
         self._has_manifest: set[tuple[Backend, bytes]] = set()
         self._thread = threading.local()
+        self._quarantine = Quarantine(quarantine_per_minute)
 
     def open_namespace(self, namespace: TierNamespace) -> None:
         if len(self._backends) > 1:
@@ -234,18 +237,40 @@ class PosixTier(Tier):
         try:
             fd = open_plain(path, flags)
         except NotPlain as bad:
-            moved = _move_aside(os.lstat(path), path, backend, block)
+            moved = move_aside(os.lstat(path), path, backend, block)
             return PageRead(ReadStatus.CORRUPT, f"{path}: {bad}; {moved}")
         try:
             read_block(fd, block, page, scratch=self._scratch(), chunk_bytes=chunk_bytes)
         except TierError as bad:
-            moved = _move_aside(os.fstat(fd), path, backend, block)
-            return PageRead(ReadStatus.CORRUPT, f"{path}: {bad}; {moved}")
+            forget_cached(fd)
+            return self._read_again(bad, backend, path, block, page)
         finally:
             # Every byte has been verified by then, or none counts.
             with contextlib.suppress(OSError):
                 os.close(fd)
         return HIT
+
+    def _read_again(
+        self, bad: TierError, backend: Backend, path: str, block: BlockId, page: memoryview
+    ) -> PageRead:
+        """Past the page cache as far as the filesystem lets us: is it the file that is damaged, or
+        what this machine has read of it?"""
+        try:
+            fd = open_plain(path, os.O_DIRECT)
+        except OSError as error:
+            if error.errno != errno.EINVAL:
+                raise
+            fd = open_plain(path)
+        try:
+            scratch = self._scratch()
+            read_block(fd, block, page, scratch=scratch, chunk_bytes=_DIRECT_CHUNK_BYTES)
+        except TierError as again:
+            done = self._quarantine.move(os.fstat(fd), path, backend, block)
+            return PageRead(ReadStatus.CORRUPT, f"{path}: {again}; {done}")
+        finally:
+            with contextlib.suppress(OSError):
+                os.close(fd)
+        return PageRead(ReadStatus.HIT, f"{path}: {bad}; right when it was read once more")
 
     def _is_whole(self, path: str, backend: Backend, block: BlockId) -> bool:
         """By its size and header. What isn't counts as not there, and is replaced."""
@@ -258,7 +283,7 @@ class PosixTier(Tier):
                     os.close(fd)
         except NotPlain:
             # A directory can't be replaced by a file.
-            _move_aside(os.lstat(path), path, backend, block)
+            move_aside(os.lstat(path), path, backend, block)
             return False
         except TierError:
             return False
@@ -315,28 +340,3 @@ def _unless_read_only(write: Callable[[], object]) -> None:
         cause = error.__cause__
         if not (isinstance(cause, OSError) and cause.errno in READ_ONLY_ERRNOS):
             raise
-
-
-def _move_aside(seen: os.stat_result, path: str, backend: Backend, block: BlockId) -> str:
-    """Moves what was `seen` at `path`, damaged or no file at all, to quarantine. Returns what was
-    done, for people.
-
-    A writer may put a good file in its place between the comparison and the rename. That block is
-    then lost, which costs one recomputation.
-    """
-    target = paths.quarantine_path(backend.path, block.fingerprint, block.key)
-    try:
-        if not os.path.samestat(seen, os.lstat(path)):
-            return "already replaced"
-        # Neither out of another tree nor into one.
-        backend.check_dirs(os.path.dirname(path))
-        backend.make_dirs(os.path.dirname(target))
-        os.rename(path, target)
-    except FileNotFoundError:
-        backend.forget_dirs()
-        return "already moved aside"
-    except TierError as error:
-        return f"can't be moved aside: {error}"
-    except OSError as error:
-        return f"can't be moved aside: {error.strerror}"
-    return f"moved to {target}"

@@ -23,6 +23,7 @@ def _posix(settings: StoreSettings) -> Tier:
         direct_io=settings.direct_io,
         min_free_bytes=None if min_free_gb is None else int(min_free_gb * (1 << 30)),
         queue_pages=settings.write_queue_pages,
+        quarantine_per_minute=settings.quarantine_per_minute,
     )
 
 
