@@ -22,10 +22,12 @@ from tests.integration.naming_parts import (
     keys,
     lora,
     make_adapter,
+    named,
     picture,
     red,
 )
 from tests.integration.scheduler_parts import BLOCK, Engine, Loopback
+from ucm import handoff as h
 
 # What differs, as arguments of a prompt; how many leading blocks may be shared all the same.
 PAIRS: dict[str, tuple[dict[str, Any], dict[str, Any], int]] = {
@@ -135,6 +137,28 @@ def test_what_can_not_be_seen_bypasses_and_the_text_before_it_is_shared(values: 
     # Also where another one stands behind it.
     later = picture(red(), start=3 * BLOCK)
     assert len(keys(features=[later, picture(values)])) == 2
+
+
+def test_the_text_before_what_has_no_name_goes_into_the_store_and_comes_out_of_it() -> None:
+    engine = Engine(Loopback())
+    unseen = [picture(None)]
+    stored = engine.add("stored", PROMPT + BLOCK // 2, features=unseen, says=h.Wanted())
+    named(engine, stored)
+    assert engine.admit(stored) == 0
+    engine.step({"stored": PROMPT + BLOCK // 2})
+    _, params = engine.side.finished(stored, engine.blocks(stored))
+    engine.step({})
+    engine.copied(*engine.take_dumping())
+    engine.step({})
+
+    receipt = h.parse(params)
+    assert isinstance(receipt, h.Receipt)
+    assert (receipt.tokens, receipt.is_whole) == (2 * BLOCK, False)
+    assert engine.slots()["ready"] == 2
+    for features in (unseen, [picture(blue())], []):
+        loading = engine.add(f"{len(engine.requests)}", PROMPT, features=features)
+        named(engine, loading)
+        assert engine.admit(loading) == 2 * BLOCK
 
 
 def test_an_item_in_the_first_block_leaves_nothing_to_share() -> None:
