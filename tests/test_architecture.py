@@ -56,6 +56,7 @@ BELOW_NODE = {
         "mounts",
         "space",
         "plain_files",
+        "page_key",
     ),
 }
 

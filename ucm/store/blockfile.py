@@ -10,7 +10,11 @@
     fixed:   0  magic "UCMBLOCK"    8  version u32    12  header_bytes u32
             16  key (32)           48  namespace fingerprint (32)
             80  page_bytes u64     88  segment_bytes u64
-            96  num_tokens u32    100  zeros
+            96  num_tokens u32    100  id of the page key (8), zeros without one
+           108  zeros
+
+    sealed:  with a page key the checksums end at 4056, and 32 bytes of seal follow (`page_key.py`):
+             over the header's first 4056 bytes and the page
 
 Numbers are little-endian. The page is cut into segments [i * segment_bytes, (i+1) * segment_bytes),
 the last one shorter. A segment has 1 MiB, or as many MiB as it takes for all checksums to fit.
@@ -27,6 +31,7 @@ part of the namespace: files of two versions never share a directory.
 from __future__ import annotations
 
 import errno
+import hmac
 import mmap
 import os
 import struct
@@ -37,16 +42,19 @@ from xxhash import xxh3_64_intdigest
 from ucm.errors import TierError
 from ucm.store.keys import Key
 from ucm.store.page import PAGE_ALIGNMENT_BYTES, padded_bytes
+from ucm.store.page_key import NO_KEY_ID, SEAL_BYTES, PageKey
 
 MAGIC = b"UCMBLOCK"
 VERSION = 1
 HEADER_BYTES = 4096
 MIN_SEGMENT_BYTES = 1 << 20
 
-_FIXED = struct.Struct("<8sII32s32sQQI28x")
+_FIXED = struct.Struct("<8sII32s32sQQI8s20x")
 _HEADER_CHECKSUM = struct.Struct("<Q")
 _HEADER_CHECKSUM_OFFSET = HEADER_BYTES - _HEADER_CHECKSUM.size
 MAX_SEGMENTS = (_HEADER_CHECKSUM_OFFSET - _FIXED.size) // 8
+_SEAL_OFFSET = _HEADER_CHECKSUM_OFFSET - SEAL_BYTES
+MAX_SEALED_SEGMENTS = (_SEAL_OFFSET - _FIXED.size) // 8
 _UNUSED = bytes(_HEADER_CHECKSUM_OFFSET - _FIXED.size)
 _ZEROS = bytes(PAGE_ALIGNMENT_BYTES)
 
@@ -66,12 +74,14 @@ class BlockId:
 
 @dataclass(frozen=True)
 class Header:
-    """The header as it is in a file. `checksums[i]` is the XXH3 of segment i."""
+    """The header as it is in a file. `checksums[i]` is the XXH3 of segment i; `key_id` that of the
+    page key it is sealed with."""
 
     block: BlockId
     num_tokens: int
     segment_bytes: int
     checksums: tuple[int, ...]
+    key_id: bytes
 
 
 class Scratch:
@@ -90,16 +100,23 @@ def bad_block(check: str) -> TierError:
     return TierError(check, reason="corrupt")
 
 
-def segment_bytes_for(page_bytes: int) -> int:
+def segment_bytes_for(page_bytes: int, *, is_sealed: bool = False) -> int:
     """Smallest whole number of MiB with which the checksums of a page fit into the header."""
-    most_bytes = MAX_SEGMENTS * MIN_SEGMENT_BYTES
+    most_bytes = (MAX_SEALED_SEGMENTS if is_sealed else MAX_SEGMENTS) * MIN_SEGMENT_BYTES
     return MIN_SEGMENT_BYTES * -(-page_bytes // most_bytes)
 
 
-def encode_header(block: BlockId, page: memoryview, *, num_tokens: int, into: memoryview) -> None:
+def encode_header(
+    block: BlockId,
+    page: memoryview,
+    *,
+    num_tokens: int,
+    into: memoryview,
+    page_key: PageKey | None = None,
+) -> None:
     """Writes the header for `page` (without its padding) to `into`."""
     assert len(page) == block.page_bytes > 0
-    segment_bytes = segment_bytes_for(block.page_bytes)
+    segment_bytes = segment_bytes_for(block.page_bytes, is_sealed=page_key is not None)
     _FIXED.pack_into(
         into,
         0,
@@ -111,6 +128,7 @@ def encode_header(block: BlockId, page: memoryview, *, num_tokens: int, into: me
         block.page_bytes,
         segment_bytes,
         num_tokens,
+        page_key.id if page_key is not None else NO_KEY_ID,
     )
     checksums = [
         xxh3_64_intdigest(page[start : start + segment_bytes])
@@ -118,6 +136,8 @@ def encode_header(block: BlockId, page: memoryview, *, num_tokens: int, into: me
     ]
     into[_FIXED.size : _HEADER_CHECKSUM_OFFSET] = _UNUSED
     struct.pack_into(f"<{len(checksums)}Q", into, _FIXED.size, *checksums)
+    if page_key is not None:
+        into[_SEAL_OFFSET:_HEADER_CHECKSUM_OFFSET] = page_key.seal(into[:_SEAL_OFFSET], page)
     header_checksum = xxh3_64_intdigest(into[:_HEADER_CHECKSUM_OFFSET])
     _HEADER_CHECKSUM.pack_into(into, _HEADER_CHECKSUM_OFFSET, header_checksum)
 
@@ -125,9 +145,17 @@ def encode_header(block: BlockId, page: memoryview, *, num_tokens: int, into: me
 def decode_header(header: memoryview | bytes) -> Header:
     """The header of any block file, whichever block it is. Raises `bad_block`."""
     assert len(header) == HEADER_BYTES
-    magic, version, header_bytes, key, fingerprint, page_bytes, segment_bytes, num_tokens = (
-        _FIXED.unpack_from(header)
-    )
+    (
+        magic,
+        version,
+        header_bytes,
+        key,
+        fingerprint,
+        page_bytes,
+        segment_bytes,
+        num_tokens,
+        key_id,
+    ) = _FIXED.unpack_from(header)
     if magic != MAGIC:
         raise bad_block("not a block file (wrong magic)")
     if version != VERSION:
@@ -141,7 +169,7 @@ def decode_header(header: memoryview | bytes) -> Header:
     num_segments = -(-page_bytes // segment_bytes)
     checksums = struct.unpack_from(f"<{num_segments}Q", header, _FIXED.size)
     block = BlockId(Key(key), fingerprint, page_bytes)
-    return Header(block, num_tokens, segment_bytes, checksums)
+    return Header(block, num_tokens, segment_bytes, checksums, key_id)
 
 
 def check_identity(found: BlockId, expected: BlockId) -> None:
@@ -155,7 +183,26 @@ def check_identity(found: BlockId, expected: BlockId) -> None:
     raise bad_block(f"page of {found.page_bytes} bytes, expected {expected.page_bytes}")
 
 
-def check_header(fd: int, expected: BlockId, *, scratch: Scratch) -> Header:
+def check_key(header: Header, page_key: PageKey | None) -> None:
+    """Raises `bad_block`. What the file says of itself is proven by `check_seal`."""
+    wanted = page_key.id if page_key is not None else NO_KEY_ID
+    if header.key_id != wanted:
+        told = "not sealed" if header.key_id == NO_KEY_ID else f"sealed by {header.key_id.hex()}"
+        raise bad_block(f"{told}, expected the page key {wanted.hex()}")
+
+
+def check_seal(header: memoryview, page: memoryview, page_key: PageKey | None) -> None:
+    """Raises `bad_block`. `page` is without its padding."""
+    if page_key is None:
+        return
+    seal = page_key.seal(header[:_SEAL_OFFSET], page)
+    if not hmac.compare_digest(seal, bytes(header[_SEAL_OFFSET:_HEADER_CHECKSUM_OFFSET])):
+        raise bad_block("the seal differs: it was not written with this node's page key")
+
+
+def check_header(
+    fd: int, expected: BlockId, *, scratch: Scratch, page_key: PageKey | None = None
+) -> Header:
     """Size, header and identity of a file, without its page. Raises `bad_block` or OSError."""
     size_bytes = os.fstat(fd).st_size
     if size_bytes != expected.file_bytes:
@@ -163,11 +210,18 @@ def check_header(fd: int, expected: BlockId, *, scratch: Scratch) -> Header:
     _read_exactly(fd, [scratch.header], offset=0)
     header = decode_header(scratch.header)
     check_identity(header.block, expected)
+    check_key(header, page_key)
     return header
 
 
 def read_block(
-    fd: int, expected: BlockId, page: memoryview, *, scratch: Scratch, chunk_bytes: int
+    fd: int,
+    expected: BlockId,
+    page: memoryview,
+    *,
+    scratch: Scratch,
+    chunk_bytes: int,
+    page_key: PageKey | None = None,
 ) -> None:
     """Reads and verifies the whole file. Raises `bad_block` or OSError.
 
@@ -183,6 +237,7 @@ def read_block(
     _read_exactly(fd, [scratch.header, page[:filled]], offset=0)
     header = decode_header(scratch.header)
     check_identity(header.block, expected)
+    check_key(header, page_key)
 
     verified = 0
     for checksum in header.checksums:
@@ -196,10 +251,17 @@ def read_block(
     padding = page[expected.page_bytes :]
     if padding != _ZEROS[: len(padding)]:
         raise bad_block("padding is not zero")
+    check_seal(scratch.header, page[: expected.page_bytes], page_key)
 
 
 def write_block(
-    fd: int, block: BlockId, page: memoryview, *, num_tokens: int, scratch: Scratch
+    fd: int,
+    block: BlockId,
+    page: memoryview,
+    *,
+    num_tokens: int,
+    scratch: Scratch,
+    page_key: PageKey | None = None,
 ) -> None:
     """Writes the whole file to an empty one. Raises OSError.
 
@@ -208,7 +270,8 @@ def write_block(
     4.2, glibc emulates it with a write per block.
     """
     assert len(page) == padded_bytes(block.page_bytes)
-    encode_header(block, page[: block.page_bytes], num_tokens=num_tokens, into=scratch.header)
+    content = page[: block.page_bytes]
+    encode_header(block, content, num_tokens=num_tokens, into=scratch.header, page_key=page_key)
     parts = [scratch.header, page]
     if len(page) != block.page_bytes:
         # What lies in the padding of a slot is anybody's old data; it must not reach the disk.
