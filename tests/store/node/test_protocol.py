@@ -26,6 +26,9 @@ VALUES: dict[Any, st.SearchStrategy[Any]] = {
     list[int]: st.lists(NUMBERS | st.sampled_from([p.HAVE, p.NO_ROOM]), max_size=20),
     list[bytes]: st.lists(st.binary(min_size=32, max_size=32), max_size=20),
     dict[str, int]: COUNTS,
+    dict[str, Any]: st.dictionaries(
+        st.text(max_size=20), NUMBERS | st.booleans() | st.text(max_size=20) | st.none(), max_size=4
+    ),
     dict[str, dict[str, int]]: st.dictionaries(st.text(max_size=20), COUNTS, max_size=4),
 }
 # Fields whose values have rules of their own.
