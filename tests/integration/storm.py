@@ -163,13 +163,18 @@ class Storm:
     def _expect_pages(self, request: Request) -> None:
         truth = self._truth[request.request_id][: request.num_prompt_tokens]
         size = self.weather.block_tokens
-        for i, key in enumerate(self.side._states[request.request_id].keys):
+        keys = self.side._states[request.request_id].keys
+        self.node.heads.update(keys[:2])
+        for i, key in enumerate(keys):
             self.node.expected[key] = truth[i * size : (i + 1) * size]
 
     def leave(self) -> None:
-        names = [name for name, each in self.scheduler.requests.items() if not each.is_finished()]
-        if names:
-            self._abort(self.rng.choice(names))
+        there = [each for each in self.scheduler.requests.values() if not each.is_finished()]
+        loading = [each for each in there if each.status == RequestStatus.WAITING_FOR_REMOTE_KVS]
+        if loading and self.rng.random() < 0.5:
+            there = loading
+        if there:
+            self._abort(self.rng.choice(there).request_id)
 
     def _abort(self, name: str) -> None:
         self.scheduler.finish_requests(name, RequestStatus.FINISHED_ABORTED)

@@ -46,6 +46,8 @@ class StormNode:
         self.tier = MemoryTier()
         # What the tokens of each key say that its page holds.
         self.expected: dict[Key, list[int]] = {}
+        # The first blocks of prompts.
+        self.heads: set[Key] = set()
         self.committed = 0
         self.calm = False
         self._clock, self._rng, self._geometry = clock, rng, geometry
@@ -147,6 +149,13 @@ class StormNode:
         for stored in list(self.tier._pages):
             if self._rng.random() < share:
                 del self.tier._pages[stored]
+
+    def lose_heads(self) -> None:
+        """In files and in memory, while what follows them stays."""
+        for stored in list(self.tier._pages):
+            if stored[1] in self.heads:
+                del self.tier._pages[stored]
+        self.die()
 
     def _lose(self) -> None:
         if self.client is not None:

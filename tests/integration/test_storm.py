@@ -40,7 +40,8 @@ def run_storm(
         storm.reset,
         storm.everybody_leaves,
         lambda: node.forget_files(rng.random()),
-        lambda: (node.forget_files(0.5), node.die()),
+        node.lose_heads,
+        node.lose_heads,
     )
     for _ in range(steps):
         if rng.random() < 0.25 and len(storm.scheduler.requests) < 30:
@@ -48,7 +49,7 @@ def run_storm(
                 storm.come()
         if rng.random() < 0.15:
             storm.leave()
-        if rng.random() < 0.03:
+        if rng.random() < 0.05:
             rng.choice(rare)()
             if rng.random() < 0.3:
                 storm.leave()
