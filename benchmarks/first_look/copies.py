@@ -44,12 +44,14 @@ _ROUNDS = 8
 def identity(place: Place) -> Finding:
     """Every layout, out and back, bit for bit; pinned, half pinned, by the ring."""
     wrong, count = [], 0
+    # Half pinned goes both ways; the CPU pins nothing.
+    pinnings = ("all", "half", "none") if place.is_real else ("half",)
     for layout in (*LAYOUTS, *LATENT_LAYOUTS):
         geometry = _LATENT if layout in LATENT_LAYOUTS else SMALL
         shares = [(0, 1)] if geometry is _LATENT else [(0, 1), (1, 2)]
         for tokens in (128, 16):
             for tp in shares:
-                for pinned in ("all", "half", "none"):
+                for pinned in pinnings:
                     count += 1
                     if not _round_trip(place, layout, geometry, tokens, tp, pinned):
                         wrong.append(f"{layout} blocks of {tokens}, TP {tp[1]}, {pinned} pinned")

@@ -123,18 +123,25 @@ class SimulatedDevice(Accelerator):
         """After the engines."""
         self.synchronize()
         for stream in list(self.streams.values()):
-            stream.put(None)
-            stream._thread.join(60)
-            self.violations += [repr(error) for error in stream.errors]
+            self._end(stream)
         for address in (self._seen, self._real):
             _libc.munmap(address, CAPACITY_BYTES)
         os.close(self._fd)
         assert self.violations == [], "\n".join(self.violations)
 
     def forget_memory(self) -> None:
-        """Whoever used device memory has ended."""
+        """Whoever used device memory, and streams of their own, has ended."""
         self.synchronize()
         self.used_bytes = 0
+        for name, stream in list(self.streams.items()):
+            if stream is not self._stream:
+                del self.streams[name]
+                self._end(stream)
+
+    def _end(self, stream: Stream) -> None:
+        stream.put(None)
+        stream._thread.join(60)
+        self.violations += [repr(error) for error in stream.errors]
 
     def real(self, tensor: Tensor) -> Tensor:
         """The same tensor where it can be touched: device memory's other mapping."""
