@@ -59,6 +59,10 @@ _QUEUES = (
     *("reads", "reads_overdue", "writes", "writes_overdue", "write_pages"),
     *("lookups", "finds"),
 )
+_UNWRITTEN = (
+    *("full", "io_error", "timeout", "corrupt"),
+    *("queue_full", "no_room", "after_failed", "aborted", "leaving"),
+)
 _TIER = {"tier": ("posix",), "op": ("read", "write")}
 _OF_THE_NODE = "The node cache's own number, the same at all engines of the node"
 _UNDER_WAY = "under way, waiting for the device included, summed over ranks"
@@ -130,6 +134,19 @@ _TABLE = (
         "Seconds spent in it, summed over I/O threads, failed and fruitless calls included. "
         f"{_OF_THE_NODE}",
         _TIER,
+    ),
+    Metric(
+        "ucm_node_unwritten_pages",
+        "gauge",
+        f"Pages that did not get to storage when they were dumped, ever, by reason. {_OF_THE_NODE}",
+        {"reason": _UNWRITTEN},
+    ),
+    Metric(
+        "ucm_node_stalled",
+        "gauge",
+        "1 while half of the threads for this hang in storage, which is then done without. "
+        f"{_OF_THE_NODE}",
+        {"op": ("read", "write")},
     ),
     Metric("ucm_node_queue", "gauge", f"What waits there now. {_OF_THE_NODE}", {"queue": _QUEUES}),
     Metric(

@@ -21,7 +21,7 @@ _WHY_ABSENT = {
     "never_stored": "it is not in the store",
     "being_computed_here": "not all of its shards were dumped",
     "corrupt": "its file was damaged, and is in quarantine now",
-    "io_error": "storage failed; the log of the node cache says how",
+    "io_error": "storage failed",
     "timeout": "storage did not answer in time",
 }
 
@@ -93,6 +93,8 @@ class LoadTask(Task):
             node.later(RETRY_S, partial(self._continue, node))
         else:
             why = _WHY_ABSENT.get(reply.reason, reply.reason)
+            if reply.reason in ("corrupt", "io_error", "timeout"):
+                why += f"; the log of the node cache says more: {node.log_path}"
             self.fail(TaskFailed(f"{self._name(rest[0])} can't be loaded: {why}"))
 
     def _continue(self, node: Transfers) -> None:

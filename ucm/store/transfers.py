@@ -71,7 +71,7 @@ class Transfers:
         self._shape = shape
         self._manifest = shape.manifest()
         self._timeout_s = timeout_s
-        self._log_path = log_path(settings)
+        self.log_path = log_path(settings)
         self._link = NodeLink(settings, engine_id=name, role="store")
         self._client: NodeClient | None = None
         self._memory: MappedMemory | None = None
@@ -107,10 +107,10 @@ class Transfers:
                 if self.capacity_bytes:
                     raise NodeUnavailable(
                         f"the node cache has not answered for {time.monotonic() - started_s:.0f} s;"
-                        f" its log may say why: {self._log_path}"
+                        f" its log may say why: {self.log_path}"
                     )
                 why = problem or "it takes too long to start"
-                raise NodeUnavailable(f"there is no node cache: {why}; its log: {self._log_path}")
+                raise NodeUnavailable(f"there is no node cache: {why}; its log: {self.log_path}")
         if self._ended_by is not None:
             raise self._ended_by
 

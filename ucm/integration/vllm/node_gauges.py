@@ -52,9 +52,19 @@ class NodeGauges:
             gauge("ucm_node_slots", status.slots[state], state=state)
         gauge("ucm_node_pins", status.slots["pins"])
         gauge("ucm_node_evictions", status.slots["evictions"])
+        for reason in METRICS["ucm_node_unwritten_pages"].labels["reason"]:
+            gauge("ucm_node_unwritten_pages", _unwritten(status, reason), reason=reason)
+        for op in METRICS["ucm_node_stalled"].labels["op"]:
+            gauge("ucm_node_stalled", status.slots[f"{op}s_stalled"], op=op)
         for op in METRICS["ucm_tier_bytes"].labels["op"]:
             nbytes = status.counters.get(f"tier_{op}_bytes")
             if nbytes is not None:  # memory may be all there is
                 seconds = status.counters[f"tier_{op}_us"] * _MICROSECOND_S
                 gauge("ucm_tier_bytes", nbytes, tier="posix", op=op)
                 gauge("ucm_tier_seconds", seconds, tier="posix", op=op)
+
+
+def _unwritten(status: p.Status, reason: str) -> int:
+    """Failed writes count by what storage said, pages that were never tried by why not."""
+    names = (f"write_failed_{reason}", f"dump_dropped_{reason}", f"dump_{reason}")
+    return sum(status.counters.get(name, 0) for name in names)

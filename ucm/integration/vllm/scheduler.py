@@ -37,6 +37,7 @@ from ucm.integration.vllm.session import NodeSession
 from ucm.integration.vllm.stats import UcmStats
 from ucm.store.namespace import Manifest
 from ucm.store.node.link import NodeLink
+from ucm.store.node.start import log_path
 
 logger = logging.getLogger(__name__)
 
@@ -75,6 +76,7 @@ class SchedulerSide:
             self._epochs.opening(),
             world_size=facts.world_size,
             dump_timeout_s=dump_timeout_s,
+            log_path=log_path(settings.store),
         )
         self._promises = PromiseBook(self._session, self._epochs, stats)
         self._gauges = NodeGauges(self._session, stats)

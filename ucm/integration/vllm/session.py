@@ -22,7 +22,13 @@ class NodeSession:
     number of the one that is open now. Storing goes on for `dump_timeout_s` of silence."""
 
     def __init__(
-        self, link: NodeLink, opening: p.OpenNamespace, *, world_size: int, dump_timeout_s: float
+        self,
+        link: NodeLink,
+        opening: p.OpenNamespace,
+        *,
+        world_size: int,
+        dump_timeout_s: float,
+        log_path: str = "",
     ) -> None:
         self.on_lookup: Callable[[p.LookupReply], None] = lambda reply: None
         self.on_reserve: Callable[[p.ReserveReply], None] = lambda reply: None
@@ -31,6 +37,7 @@ class NodeSession:
         self.on_saving: Callable[[p.SavingNews], None] = lambda news: None
         self.on_lost: Callable[[], None] = lambda: None
         self._link = link
+        self._log_path = log_path
         self._opening = opening
         self.namespace = opening.ns
         self._world_size = world_size
@@ -124,6 +131,8 @@ class NodeSession:
             self.on_saving(message)
         elif isinstance(message, p.NamespaceOpened):
             self._on_opened(message)
+        elif isinstance(message, p.Notice):
+            logger.warning("the node cache (its log: %s): %s", self._log_path, message.text)
         elif isinstance(message, p.Status):
             self.on_status(message)
         elif isinstance(message, p.ManifestFound):

@@ -52,7 +52,7 @@ class NodeCore:
         self.slots = slots
         self.counters: Counter[str] = Counter()
         self.sessions: dict[str, Session] = {}
-        notices = Notices(clock)
+        notices = Notices(clock, self._tell_notice)
         storing = Storing(
             sessions=self.sessions,
             slots=slots,
@@ -217,6 +217,13 @@ class NodeCore:
                 if connection.role == "worker":
                     connection.send(message)
 
+    def _tell_notice(self, text: str) -> None:
+        """Into the logs that people read. A store of the store API says what it can't do itself."""
+        for session in self.sessions.values():
+            for connection in session.connections:
+                if connection.role == "scheduler":
+                    connection.send(p.Notice(text=text))
+
     def queues(self) -> dict[str, int]:
         """Depths of everything that waits."""
         return {
@@ -250,6 +257,8 @@ class NodeCore:
                 "pins": counts.pins,
                 "evictions": self.slots.evictions,
                 "capacity_bytes": self.slots.capacity_bytes,
+                "reads_stalled": int(self._reads.stalled),
+                "writes_stalled": int(self._writes.stalled),
             },
             sessions={
                 session.name: {

@@ -17,7 +17,11 @@ _EVERY_S = 60.0
 class Notices:
     """Owned by one thread: the event loop's, or a link's."""
 
-    def __init__(self, clock: Callable[[], float]) -> None:
+    def __init__(
+        self, clock: Callable[[], float], on_said: Callable[[str], None] = lambda text: None
+    ) -> None:
+        """`on_said` hears what is logged, for those who read another log."""
+        self._on_said = on_said
         self._clock = clock
         self._said_s: dict[str, float] = {}
         self._unsaid: Counter[str] = Counter()
@@ -33,4 +37,6 @@ class Notices:
         self._said_s[kind] = now_s
         unsaid = self._unsaid.pop(kind, 0)
         more = f" ({unsaid} more like it since the last notice)" if unsaid else ""
-        logger.warning("%s: %s%s", kind.replace("_", " "), text, more)
+        said = f"{kind.replace('_', ' ')}: {text}{more}"
+        logger.warning("%s", said)
+        self._on_said(said)

@@ -15,7 +15,6 @@ connection. Offsets are bytes into the shared memory.
 
 from __future__ import annotations
 
-import struct
 from typing import Annotated, Any, Final, TypeVar
 
 import msgspec
@@ -24,13 +23,13 @@ from msgspec import Meta
 from ucm.config import NODE_PROTOCOL
 from ucm.errors import ProtocolError
 from ucm.store.keys import Key, TailKey
+from ucm.store.node.frames import LENGTH, MAX_FRAME_BYTES
+from ucm.store.node.frames import FrameBuffer as FrameBuffer
 
 VERSION: Final = NODE_PROTOCOL
 # A peer with so long a backlog that it does not read is as good as gone.
 MAX_UNSENT_BYTES: Final = 64 << 20
-MAX_FRAME_BYTES: Final = 64 << 20
 _T = TypeVar("_T")
-_LENGTH = struct.Struct("<I")
 
 _Bytes32 = Annotated[bytes, Meta(min_length=32, max_length=32)]
 _Parent = Annotated[bytes, Meta(max_length=32)]
@@ -52,9 +51,8 @@ IN_STORAGE: Final = 4
 class Hello(msgspec.Struct, frozen=True, kw_only=True, tag=True, array_like=True):
     version: int
     session: str
-    role: (
-        str  # "scheduler" and "worker" (of an engine), "store" (the store API), "tool" (only asks)
-    )
+    # "scheduler" and "worker" of an engine, "store" (the store API), "tool" (only asks).
+    role: str
     pid: int
 
 
@@ -229,6 +227,12 @@ class SavingNews(msgspec.Struct, frozen=True, kw_only=True, tag=True, array_like
     reason: str
 
 
+class Notice(msgspec.Struct, frozen=True, kw_only=True, tag=True, array_like=True):
+    """For the log of the engine: what people should hear of storage."""
+
+    text: str
+
+
 class MemoryInUse(msgspec.Struct, frozen=True, kw_only=True, tag=True, array_like=True):
     """To workers: this part of the memory holds slots or soon will; pin or map it ahead."""
 
@@ -275,6 +279,7 @@ NodeMessage = (
     | Found
     | ReserveReply
     | SavingNews
+    | Notice
     | MemoryInUse
     | RanksReady
     | Status
@@ -304,33 +309,7 @@ def encode(message: ClientMessage | NodeMessage) -> bytes:
     body = _encoder.encode(message)
     if len(body) > MAX_FRAME_BYTES:
         raise ProtocolError(f"a {type(message).__name__} of {len(body)} bytes is over the limit")
-    return _LENGTH.pack(len(body)) + body
-
-
-class FrameBuffer:
-    """Collects bytes from a socket and gives back whole frames."""
-
-    def __init__(self) -> None:
-        self._data = bytearray()
-
-    def feed(self, data: bytes) -> list[bytes]:
-        """Whole frame bodies completed by `data`. Raises ProtocolError on an absurd length."""
-        self._data += data
-        frames = []
-        start = 0
-        while len(self._data) - start >= _LENGTH.size:
-            (length,) = _LENGTH.unpack_from(self._data, start)
-            if length > MAX_FRAME_BYTES:
-                raise ProtocolError(
-                    f"a frame of {length} bytes: the peer does not speak UCM's protocol"
-                )
-            end = start + _LENGTH.size + length
-            if len(self._data) < end:
-                break
-            frames.append(bytes(self._data[start + _LENGTH.size : end]))
-            start = end
-        del self._data[:start]
-        return frames
+    return LENGTH.pack(len(body)) + body
 
 
 def decode_client(body: bytes) -> ClientMessage:
