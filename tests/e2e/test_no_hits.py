@@ -26,17 +26,16 @@ def pooling(kind: str) -> list[str]:
 
 @pytest.fixture(scope="module")
 def odd_fleet(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Deployment]:
-    """Two models that get no hits, each with a store of its own."""
+    """Two models that get no hits, each with a store and a node of its own."""
     folder = tmp_path_factory.mktemp("odd")
     mla = Deployment(folder / "mla", make_mla_model(folder))
     made = Deployment(folder / "pooling", tiny_model)
-    node = Node("odd")
     # Where the machine has AMX, vLLM would take a backend that does go on from others' KV.
     args = ["--attention-backend", "CPU_MLA"]
     mla.folder.mkdir(exist_ok=True)
     with mla, made:
-        engine = mla.start("mla", node, kv_cache_bytes=64 * MIB, block_size=16, args=args)
-        made.start("MEAN", node, kv_cache_bytes=64 * MIB, args=pooling("MEAN"))
+        engine = mla.start("mla", Node("mla"), kv_cache_bytes=64 * MIB, block_size=16, args=args)
+        made.start("MEAN", Node("pooled"), kv_cache_bytes=64 * MIB, args=pooling("MEAN"))
         mla.wait_ready()
         made.wait_ready()
         made.engines["mla"] = engine
@@ -74,10 +73,10 @@ def test_an_embedding_that_needs_the_whole_prompt_is_computed_of_all_of_it(
 def test_an_embedding_of_the_last_token_keeps_its_hits_and_one_of_the_first_gets_none(
     tiny_model: Path, tmp_path: Path
 ) -> None:
-    kinds = {"CLS": False, "LAST": True}
+    kinds, node = {"CLS": False, "LAST": True}, Node("pooled")
     with Deployment(tmp_path, tiny_model) as made:
         for kind in kinds:
-            made.start(kind, Node("pooled"), kv_cache_bytes=64 * MIB, args=pooling(kind))
+            made.start(kind, node, kv_cache_bytes=64 * MIB, args=pooling(kind))
         made.wait_ready()
         for kind, hits in kinds.items():
             check_embeddings(made, kind, hits=hits)
