@@ -102,6 +102,7 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=
     copy_staging_mb: Annotated[int, Meta(ge=1, le=1_024)] = 16
     lookup_timeout_ms: _Milliseconds = 2_000
     max_lookups: Annotated[int, Meta(ge=1, le=65_536)] = 64
+    max_handoffs: Annotated[int, Meta(ge=1, le=65_536)] = 1_024
     dump_timeout_ms: _Milliseconds = 10_000
     store_tail: bool = True
     handoff_timeout_ms: _Milliseconds = 5_000

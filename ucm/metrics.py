@@ -49,7 +49,7 @@ class Metric:
 
 _RECOMPUTED = (
     *("late", "evicted", "corrupt", "io_error", "timeout", "no_room"),
-    *("namespace", "withdrawn", "unsupported"),
+    *("namespace", "withdrawn", "unsupported", "crowded"),
 )
 _MISSED = (
     *("never_stored", "namespace", "corrupt", "io_error", "timeout", "no_room"),

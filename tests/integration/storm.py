@@ -92,6 +92,7 @@ class Storm:
             use_layerwise=weather.layerwise,
             lookup_timeout_ms=100,
             max_lookups=4,
+            max_handoffs=3,
             dump_timeout_ms=300,
             handoff_timeout_ms=300,
             expect_timeout_ms=500,

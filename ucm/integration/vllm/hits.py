@@ -22,6 +22,7 @@ from ucm.integration.vllm.metadata import NO_GENERATION, STEP_WAIT_S, CopyJob
 from ucm.integration.vllm.requests import RequestState, parts_of_tokens
 from ucm.integration.vllm.session import NodeSession
 from ucm.integration.vllm.stats import UcmStats
+from ucm.integration.vllm.turns import Turns
 from ucm.metrics import METRICS
 from ucm.store.node import protocol as p
 
@@ -72,7 +73,7 @@ class Hits:
         layerwise: bool,
         block_tokens: int,
         timeout_s: float,
-        max_lookups: int,
+        turns: Turns,
         stats: UcmStats,
     ) -> None:
         self._session = session
@@ -81,7 +82,7 @@ class Hits:
         self._layerwise = layerwise
         self._block_tokens = block_tokens
         self._timeout_s = timeout_s
-        self._max_lookups = max_lookups
+        self._turns = turns
         self._stats = stats
         self._hits: dict[str, Hit] = {}
         self._by_lookup: dict[int, Hit] = {}
@@ -104,8 +105,8 @@ class Hits:
             if not self._session.is_ready:
                 state.end_reason = self._session.why_not_ready
                 return 0, False
-            if len(self._by_lookup) >= self._max_lookups:
-                return None, False
+            if self._turns.must_wait(state, time.monotonic()):
+                return self._wait_for_turn(state, loads=loads), False
             hit = self._ask(state, num_computed, load=loads)
         if not loads:
             return 0, False  # a producer only wants to know what is stored, and doesn't wait
@@ -123,6 +124,15 @@ class Hits:
         self._session.wait_at_most(STEP_WAIT_S)
         return self._offer(state, hit, num_computed)
 
+    def _wait_for_turn(self, state: RequestState, *, loads: bool) -> int | None:
+        """Who only wants to know what is stored doesn't wait: dumps skip what is there anyway."""
+        if not loads:
+            return 0
+        if not state.no_loads:
+            return None
+        self._stats.count("ucm_lookup_missed_blocks", len(state.keys), reason="timeout")
+        return 0
+
     def _is_given_up(self, hit: Hit) -> bool:
         now_s = time.monotonic()
         if now_s <= hit.overdue_s:
@@ -137,13 +147,16 @@ class Hits:
 
     def _ask(self, state: RequestState, num_computed: int, *, load: bool) -> Hit:
         now_s = time.monotonic()
+        crowded_out = self._turns.asks(hit_id := self._session.next_id(), state, now_s)
+        if crowded_out is not None:
+            self.drop(crowded_out)  # it asks again, for what is there by now
         promise = state.promise
         wait_s = promise.left_s(now_s) if promise is not None else 0.0
         renewed = promise is not None and promise.is_renewed
         timeout_s = max(wait_s, self._timeout_s)
         hit = Hit(
             state=state,
-            lookup_id=self._session.next_id(),
+            lookup_id=hit_id,
             generation=self._session.generation,
             read_from=min(num_computed // self._block_tokens, len(state.keys)),
             asked_s=now_s,
@@ -179,7 +192,7 @@ class Hits:
         return extra, not self._layerwise
 
     def on_reply(self, reply: p.LookupReply) -> None:
-        hit = self._by_lookup.pop(reply.id, None)
+        hit = self._take_open(reply.id)
         if hit is None:
             if reply.offsets:  # dropped meanwhile
                 self._session.send(p.Release(lookups=[reply.id]))
@@ -296,11 +309,16 @@ class Hits:
             self._release(hit)
 
     def _release(self, hit: Hit) -> None:
-        self._by_lookup.pop(hit.lookup_id, None)
+        self._take_open(hit.lookup_id)
         if hit.generation == self._session.generation and not _pins_nothing(hit):
             self._session.send(p.Release(lookups=[hit.lookup_id]))
         if hit.reply is not None:
             hit.reply = msgspec.structs.replace(hit.reply, offsets=[])
+
+    def _take_open(self, lookup_id: int) -> Hit | None:
+        """It is open no more, if it was."""
+        self._turns.ended(lookup_id)
+        return self._by_lookup.pop(lookup_id, None)
 
     def forget_all(self) -> None:
         """Nothing that was looked up counts any more. Loads under way go on."""
@@ -312,7 +330,7 @@ class Hits:
         lost = [name for name, hit in self._hits.items() if hit.reply is None or hit.reply.offsets]
         for name in lost:
             hit = self._hits.pop(name)
-            self._by_lookup.pop(hit.lookup_id, None)
+            self._take_open(hit.lookup_id)
 
 
 def _pins_nothing(hit: Hit) -> bool:

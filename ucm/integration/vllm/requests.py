@@ -37,6 +37,8 @@ class RequestState:
     device_blocks: list[int] = field(default_factory=list)
     local_tokens: int = 0
     no_loads: bool = False
+    # Until when it waits for its turn to ask the store.
+    turn_by_s: float | None = None
     # Why its last lookup brought no more; empty if it brought all.
     end_reason: str = ""
     is_accounted: bool = False

@@ -35,6 +35,7 @@ from ucm.integration.vllm.proofs import Proofs
 from ucm.integration.vllm.requests import RequestState, request_keys
 from ucm.integration.vllm.session import NodeSession
 from ucm.integration.vllm.stats import UcmStats
+from ucm.integration.vllm.turns import Turns
 from ucm.store.namespace import Manifest
 from ucm.store.node.link import NodeLink
 from ucm.store.node.start import log_path
@@ -87,7 +88,11 @@ class SchedulerSide:
             layerwise=settings.use_layerwise,
             block_tokens=settings.block_tokens,
             timeout_s=settings.lookup_timeout_ms / 1000,
-            max_lookups=settings.max_lookups,
+            turns=Turns(
+                max_lookups=settings.max_lookups,
+                max_handoffs=settings.max_handoffs,
+                timeout_s=settings.lookup_timeout_ms / 1000,
+            ),
             stats=stats,
         )
         self._dumps = Dumps(
