@@ -18,6 +18,7 @@ from yarl import URL
 from ucm.handoff import Handoff, parse
 from ucm.pd.flags import ProxySettings
 from ucm.pd.proxy import make_app
+from ucm.pd.serve import Runner
 
 Answer = Callable[[web.Request], Awaitable[web.StreamResponse]]
 
@@ -96,6 +97,19 @@ async def until(condition: Callable[[], Awaitable[bool]]) -> None:
 
 async def _serve(app: web.Application) -> TestServer:
     server = TestServer(app)
+    await server.start_server(max_line_size=1 << 20, max_field_size=1 << 20)
+    return server
+
+
+class _ProxyServer(TestServer):
+    """With the limits, and the errors, that it has as a process."""
+
+    async def _make_runner(self, **_: Any) -> Runner:
+        return Runner(self.app)
+
+
+async def _serve_proxy(app: web.Application) -> TestServer:
+    server = _ProxyServer(app)
     await server.start_server()
     return server
 
@@ -127,7 +141,7 @@ class Fleet:
         }
         defaults = {"min_prefill_tokens": 0, "health_interval_s": 1000.0, **urls}
         app = make_app(ProxySettings(**{**defaults, **settings}))
-        self.servers["proxy"] = await _serve(app)
+        self.servers["proxy"] = await _serve_proxy(app)
         self.proxy = self.servers["proxy"].make_url("/")
 
     async def engine(self, name: str) -> Engine:

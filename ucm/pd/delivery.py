@@ -147,7 +147,7 @@ class Delivery:
         if rest and self.response is not None:
             await self.response.write(rest)
 
-    async def break_off(self, problem: str) -> None:
+    async def break_off(self, problem: str, *, code: int = 502) -> None:
         """The status is long out: an error event says that the answer is not whole; where there are
         no events, the connection ends inside the body."""
         assert self.response is not None
@@ -155,7 +155,7 @@ class Delivery:
         self._journey.failed("broken_off")
         if self._is_event_stream:
             # It may have stopped inside an event.
-            await self.response.write(b"\n\ndata: " + error_body(502, problem) + b"\n\n")
+            await self.response.write(b"\n\ndata: " + error_body(code, problem) + b"\n\n")
             await self.response.write_eof()
         elif self._request.transport is not None:
             self._request.transport.close()

@@ -5,10 +5,13 @@ from __future__ import annotations
 import msgspec
 from aiohttp import web
 
+_INTERNAL = "InternalServerError"
+_BAD = "BadRequestError"
 _KINDS = {
-    400: "BadRequestError",
+    400: _BAD,
     403: "PermissionDeniedError",
     404: "NotFoundError",
+    413: "RequestTooLargeError",
     502: "BadGatewayError",
     504: "GatewayTimeoutError",
     503: "ServiceUnavailableError",
@@ -16,7 +19,8 @@ _KINDS = {
 
 
 def error_body(code: int, message: str) -> bytes:
-    error = {"message": message, "type": _KINDS[code], "param": None, "code": code}
+    kind = _KINDS.get(code, _BAD if code < 500 else _INTERNAL)
+    error = {"message": message, "type": kind, "param": None, "code": code}
     return msgspec.json.encode({"error": error})
 
 

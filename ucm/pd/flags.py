@@ -46,6 +46,7 @@ class ProxySettings:
     breaker_failures: int = 3
     breaker_open_s: float = 5.0
     resume: bool = True
+    shutdown_timeout_s: float = 10.0
     admin_key: str | None = None
     instances_file: str | None = None
     etcd_addr: str | None = None
@@ -133,6 +134,8 @@ def _settings(args: argparse.Namespace) -> ProxySettings:
         for name, value in vars(args).items()
         if name != "pd_disaggregation" and not name.endswith(("_hosts", "_ports"))
     }
+    # As in URLs, and as a URL of the proxy is likely copied from.
+    plain["host"] = plain["host"].removeprefix("[").removesuffix("]")
     return ProxySettings(prefillers=prefillers, decoders=decoders, workers=workers, **plain)
 
 
@@ -188,6 +191,7 @@ def _parser(description: str) -> argparse.ArgumentParser:
         ("health-interval-s", seconds_flag, "between two looks at an instance's /health"),
         ("breaker-failures", _positive, "failed connections before an instance is left alone"),
         ("breaker-open-s", seconds_flag, "how long it is left alone"),
+        ("shutdown-timeout-s", seconds_flag, "for requests that run when the proxy is stopped"),
     ):
         default = getattr(defaults, name.replace("-", "_"))
         add(f"--{name}", type=kind, default=default, help=text)

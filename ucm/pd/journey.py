@@ -38,6 +38,8 @@ class Journey:
         self.is_streamed = False
         # The client has all it has asked for; whether it stays for the end is its own business.
         self.is_delivered = False
+        # The proxy stops, and has ended this request for it.
+        self.is_interrupted = False
         self._metrics = metrics
         self._route = route
         self._started_s = time.monotonic()

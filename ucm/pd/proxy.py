@@ -28,6 +28,7 @@ from ucm.pd.promise import Promise
 from ucm.pd.relay import Relay
 from ucm.pd.resume import Tracker
 from ucm.pd.rewrite import guess_tokens, kind_of, parse_body, prefill_body, why_not_prefill
+from ucm.pd.stopping import Stopping, go_on
 
 logger = logging.getLogger(__name__)
 
@@ -39,10 +40,15 @@ _RESUMABLE = (_COMPLETIONS, _CHAT)
 GENERATING = (_COMPLETIONS, _CHAT, "/v1/responses")
 
 
+STOPPING = web.AppKey("STOPPING", Stopping)
+
+
 def make_app(settings: ProxySettings) -> web.Application:
-    """Run it with handler_cancellation=True: a client that leaves then cancels both legs."""
+    """For `ucm.pd.serve`."""
     app = web.Application(client_max_size=MAX_BODY_BYTES)
     proxy = Proxy(settings)
+    app[STOPPING] = proxy.stopping
+    app.on_response_prepare.append(proxy.end_connection)
     app.cleanup_ctx.append(proxy.running)
     for path in GENERATING:
         app.router.add_post(path, proxy.generate)
@@ -71,6 +77,7 @@ class Proxy:
         for role, pool in self._pools.items():
             for url in urls[role]:
                 pool.add(url)
+        self.stopping = Stopping()
         self._metrics = ProxyMetrics(self._pools.values)
         self._prefills: Prefills | None = None
         self._relay: Relay | None = None
@@ -164,12 +171,22 @@ class Proxy:
         if self._prefills is None:
             journey.path = "mixed"
         try:
-            return await go(journey)
+            with self.stopping.running(journey):
+                return await go(journey)
         except asyncio.CancelledError:
+            if go_on(journey):
+                return _turned_away(journey)
             journey.client_left()
             raise
         finally:
             journey.end()
+
+    async def end_connection(self, request: web.Request, response: web.StreamResponse) -> None:
+        """While the proxy stops, a connection that was kept gets no further request."""
+        del request
+        if self.stopping.has_begun:
+            response.force_close()
+            response.headers["Connection"] = "close"
 
     @contextmanager
     def _promised(
@@ -227,6 +244,8 @@ class Proxy:
     async def ready(self, request: web.Request) -> web.Response:
         """Whether a request would find somebody to answer it. Failed requests don't count: clients
         could make some, and what an instance answers is an answer."""
+        if self.stopping.has_begun:
+            return error_response(503, "the proxy is stopping")
         there = [each for each in self._answering.instances if not each.draining]
         if any(each.health.state != "open" for each in there):
             return web.json_response({"status": "ready"})
@@ -281,11 +300,28 @@ class Proxy:
 
 
 async def _read(request: web.Request) -> bytes | web.Response:
-    """The body, or the answer to one that can't be unpacked."""
+    """The body, or the answer to one that is too large, or that can't be unpacked."""
+    too_large = error_response(413, f"the body has more than {MAX_BODY_BYTES >> 20} MiB")
+    if (request.content_length or 0) > MAX_BODY_BYTES:
+        # Before any of it is read; what the client sends of it nobody wants.
+        too_large.force_close()
+        return too_large
     try:
         return await request.read()
+    except web.HTTPRequestEntityTooLarge:
+        too_large.force_close()
+        return too_large
     except web.RequestPayloadError as error:
         return error_response(400, f"the body can't be read: {error}")
+
+
+def _turned_away(journey: Journey) -> web.Response:
+    """For one that the end of the proxy has interrupted before its answer began."""
+    journey.status = 503
+    journey.failed("stopping")
+    response = error_response(503, "the proxy is stopping")
+    response.headers.update({**journey.headers(), "Retry-After": "1"})
+    return response
 
 
 def _log_failure(task: asyncio.Task[None]) -> None:

@@ -30,6 +30,7 @@ from ucm.pd.instances import NoInstance, Pool, QueueFull
 from ucm.pd.journey import Journey
 from ucm.pd.promise import Ask, Promise
 from ucm.pd.resume import Tracker
+from ucm.pd.stopping import go_on
 from ucm.pd.verdict import Verdict
 
 logger = logging.getLogger(__name__)
@@ -101,6 +102,13 @@ class Relay:
         tries = _Tries()
         try:
             return await self._answer(delivery, request, body, journey, promise, tries)
+        except asyncio.CancelledError:
+            response = delivery.response
+            if response is None or not response.prepared or not go_on(journey):
+                raise
+            await delivery.break_off("the proxy is stopping", code=503)
+            journey.failed("stopping")
+            return response
         finally:
             tries.close()
 
@@ -209,6 +217,11 @@ class Relay:
             what = f"no whole answer within --answer-timeout-s, {self._answer_timeout_s:g} s"
         logger.warning("%s %s: %s (%s)", role, instance.url, reason, what)
         problem = f"the {role} instance at {instance.url}: {reason} ({what})"
+        if reason == "unreadable":
+            # About this answer: too long a header, perhaps.
+            instance.shun(instance.breaker.open_s)
+            is_final, tries.has_doubted = tries.has_doubted, True
+            return Problem(problem, code=502, is_final=is_final)
         if reason != "timeout":
             instance.failed()
             return Problem(problem, code=502)

@@ -6,10 +6,12 @@ python3 toy_proxy_server.py --pd-disaggregation --host localhost --port 7802 \\
 
 from __future__ import annotations
 
+import asyncio
 import logging
 import sys
 from collections.abc import Sequence
 from pathlib import Path
+from typing import NoReturn
 
 if not __package__:
     # Run as a script in its own folder: find ucm in this checkout, and not this folder's modules as
@@ -17,19 +19,14 @@ if not __package__:
     sys.path[0] = str(Path(__file__).resolve().parents[2])
 
 try:
-    from aiohttp import web
-
     from ucm.errors import ConfigError
     from ucm.pd.flags import parse_flags
     from ucm.pd.instances_file import read_instances
-    from ucm.pd.proxy import make_app
+    from ucm.pd.serve import serve
 except ModuleNotFoundError as error:
     raise SystemExit(f"the proxy needs {error.name}: pip install 'ucm[proxy]'") from None
 
 logger = logging.getLogger("ucm.pd")
-
-# For streams that are still running when the proxy is told to stop.
-SHUTDOWN_TIMEOUT_S = 10.0
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -39,19 +36,18 @@ def main(arguments: Sequence[str] | None = None) -> None:
         try:
             read_instances(settings.instances_file)
         except ConfigError as error:
-            print(f"toy_proxy_server.py: --instances-file: {error}", file=sys.stderr)
-            raise SystemExit(2) from None
+            _refuse(f"--instances-file: {error}")
     logging.basicConfig(level=logging.INFO, format="%(levelname)s %(asctime)s %(message)s")
     logger.info(settings.mode)
-    web.run_app(
-        make_app(settings),
-        host=settings.host,
-        port=settings.port,
-        handler_cancellation=True,
-        shutdown_timeout=SHUTDOWN_TIMEOUT_S,
-        access_log=None,
-        print=lambda line: logger.info("%s", line.splitlines()[0]),
-    )
+    try:
+        asyncio.run(serve(settings))
+    except ConfigError as error:
+        _refuse(str(error))
+
+
+def _refuse(problem: str) -> NoReturn:
+    print(f"toy_proxy_server.py: {problem}", file=sys.stderr)
+    raise SystemExit(2) from None
 
 
 if __name__ == "__main__":

@@ -17,6 +17,8 @@ from yarl import URL
 # goes out on a connection that is just being closed.
 IDLE_CONNECTION_S = 3.0
 REQUEST_ID = "X-Request-Id"
+# Of one line or one field, both ways: vLLM takes about 60 kB.
+MAX_HEADER_BYTES = 128 << 10
 
 # About one connection, not about the message (RFC 9110, 7.6.1).
 _HOP_BY_HOP = frozenset(
@@ -70,6 +72,8 @@ def _session(
     return aiohttp.ClientSession(
         connector=connector,
         auto_decompress=False,
+        max_line_size=MAX_HEADER_BYTES,
+        max_field_size=MAX_HEADER_BYTES,
         cookie_jar=aiohttp.DummyCookieJar(),
         skip_auto_headers=_NO_DEFAULTS,
         trace_configs=list(traces),
@@ -158,6 +162,8 @@ def failure_reason(error: BaseException) -> str:
         return "refused"
     if isinstance(error, asyncio.TimeoutError):
         return "timeout"
+    if isinstance(error, aiohttp.ClientResponseError):
+        return "unreadable"
     return "broken_off"
 
 

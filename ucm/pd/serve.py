@@ -1,0 +1,136 @@
+"""The proxy as a server: sockets, limits on headers, errors of its own, and its end by a signal.
+
+The first SIGTERM or SIGINT closes the sockets and lets what runs go on for a while; a second one
+ends that while. What the HTTP library says by itself is said in the words of OpenAI's API.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import signal
+import socket
+from typing import Any
+
+from aiohttp import web
+
+from ucm.errors import ConfigError
+from ucm.pd.errors import error_response
+from ucm.pd.flags import ProxySettings
+from ucm.pd.proxy import STOPPING, make_app
+from ucm.pd.upstream import MAX_HEADER_BYTES
+
+logger = logging.getLogger(__name__)
+
+_BACKLOG = 1024
+# Each request has a line of its own already.
+_NO_ACCESS_LOG = logging.getLogger(f"{__name__}.access")
+_NO_ACCESS_LOG.disabled = True
+# For the last words of those that the end has interrupted, and then for their connections.
+_LAST_WORDS_S = 2.0
+_CLOSING_S = 1.0
+
+
+async def serve(settings: ProxySettings) -> None:
+    """Until SIGINT or SIGTERM. Raises ConfigError when it can't listen there."""
+    signals: asyncio.Queue[int] = asyncio.Queue()
+    loop = asyncio.get_running_loop()
+    app = make_app(settings)
+    runner = Runner(app)
+    await runner.setup()
+    try:
+        await _listen(runner, settings.host, settings.port)
+        for number in (signal.SIGINT, signal.SIGTERM):
+            loop.add_signal_handler(number, signals.put_nowait, number)
+        logger.info("listening on http://%s:%d", settings.host, settings.port)
+        logger.info("stopping: %s", signal.Signals(await signals.get()).name)
+        await _drain(runner, app, signals, timeout_s=settings.shutdown_timeout_s)
+    finally:
+        await runner.cleanup()
+
+
+class Runner(web.AppRunner):
+    """Also for tests that serve the proxy in their own process."""
+
+    def __init__(self, app: web.Application) -> None:
+        super().__init__(app, shutdown_timeout=_CLOSING_S)
+
+    async def _make_server(self) -> web.Server:
+        made = await super()._make_server()
+        return _Server(
+            made.request_handler,
+            request_factory=made.request_factory,
+            # A client that leaves cancels both legs.
+            handler_cancellation=True,
+        )
+
+
+class _Server(web.Server):
+    def __call__(self) -> web.RequestHandler:
+        return _Connection(
+            self,
+            loop=asyncio.get_running_loop(),
+            access_log=_NO_ACCESS_LOG,
+            max_line_size=MAX_HEADER_BYTES,
+            max_field_size=MAX_HEADER_BYTES,
+        )
+
+
+class _Connection(web.RequestHandler):
+    __slots__ = ()
+
+    def handle_error(
+        self,
+        request: web.BaseRequest,
+        status: int = 500,
+        exc: BaseException | None = None,
+        message: str | None = None,
+    ) -> web.StreamResponse:
+        """What could not be read as HTTP, and what was not foreseen."""
+        if status >= 500:
+            logger.error("a request from %s has failed", request.remote, exc_info=exc)
+            message = "the proxy has failed; its log says how"
+        else:
+            logger.info("a request from %s is refused: %s", request.remote, message)
+        if request.writer.output_size > 0:
+            raise ConnectionError("an answer has begun, and can't become another one")
+        response = error_response(status, " ".join((message or "the request is wrong").split()))
+        response.force_close()
+        return response
+
+
+async def _listen(runner: Runner, host: str, port: int) -> None:
+    try:
+        if host == "::" and socket.has_dualstack_ipv6():
+            # Alone it would be IPv6 only, which nobody means who writes it.
+            both = socket.create_server(
+                (host, port), family=socket.AF_INET6, dualstack_ipv6=True, backlog=_BACKLOG
+            )
+            await web.SockSite(runner, both).start()
+        else:
+            await web.TCPSite(runner, host, port, backlog=_BACKLOG).start()
+    except socket.gaierror as error:
+        problem = f"--host: {host!r} is no address of this machine: {error.strerror}"
+        raise ConfigError(problem) from error
+    except OSError as error:
+        reason = error.strerror or error
+        raise ConfigError(f"can't listen on --host {host} --port {port}: {reason}") from error
+
+
+async def _drain(
+    runner: Runner, app: web.Application, signals: asyncio.Queue[int], *, timeout_s: float
+) -> None:
+    stopping = app[STOPPING]
+    stopping.has_begun = True
+    for site in runner.sites:
+        await site.stop()
+    drained = asyncio.create_task(stopping.drained())
+    again = asyncio.create_task(signals.get())
+    waited: set[asyncio.Task[Any]] = {drained, again}
+    await asyncio.wait(waited, timeout=timeout_s, return_when=asyncio.FIRST_COMPLETED)
+    again.cancel()
+    if not drained.done():
+        stopping.tell_all()
+        await asyncio.wait({drained}, timeout=_LAST_WORDS_S)
+    drained.cancel()
+    await asyncio.wait(waited)
