@@ -82,6 +82,15 @@ class StoreSettings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fi
     idle_exit_s: Annotated[float, Meta(gt=0, le=31_536_000)] = msgspec.field(
         default=60.0, name="node_cache_idle_exit_s"
     )
+    max_clients: Annotated[int, Meta(ge=2, le=65_536)] = msgspec.field(
+        default=1024, name="node_cache_max_clients"
+    )
+    max_keys: Annotated[int, Meta(ge=1024, le=1_000_000)] = msgspec.field(
+        default=65_536, name="node_cache_max_keys"
+    )
+    hello_timeout_ms: _Milliseconds = msgspec.field(
+        default=30_000, name="node_cache_hello_timeout_ms"
+    )
     socket_path: str = msgspec.field(name="node_cache_socket")
 
 

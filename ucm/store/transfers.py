@@ -13,7 +13,6 @@ from __future__ import annotations
 import heapq
 import itertools
 import logging
-import os
 import select
 import threading
 import time
@@ -35,6 +34,7 @@ from ucm.store.node.notices import Notices
 from ucm.store.node.start import log_path
 from ucm.store.shards import BlockShape
 from ucm.store.tasks import Task
+from ucm.store.waker import Waker
 
 logger = logging.getLogger(__name__)
 
@@ -88,7 +88,7 @@ class Transfers:
         self._closing = False
         self._expired_blocks_s = time.monotonic()
         self._notices = Notices(time.monotonic)
-        self._wake_fd = os.eventfd(0, os.EFD_NONBLOCK | os.EFD_CLOEXEC)
+        self._waker = Waker()
         self._thread = threading.Thread(target=self._run, name="ucm-store", daemon=True)
         self._thread.start()
 
@@ -116,6 +116,7 @@ class Transfers:
 
     def start(self, task: Task) -> None:
         """Raises the error that ended this store, or TaskFailed when too many tasks are open."""
+        self._waker.check_process()
         if len(self._tasks) + len(self._new) >= MAX_TASKS:
             raise TaskFailed(f"{MAX_TASKS} tasks are under way: wait for some of them")
         task.deadline_s = time.monotonic() + self._timeout_s
@@ -123,17 +124,16 @@ class Transfers:
         # Only now, so that no task comes after the thread's last look.
         if self._ended_by is not None:
             raise self._ended_by
-        self._wake()
+        self._waker.wake()
 
     def close(self) -> None:
         """Fails what is under way and gives everything back. May be repeated."""
+        if not self._waker.is_of_this_process:
+            return  # all of it is the parent's
         self._closing = True
-        self._wake()
+        self._waker.wake()
         if threading.current_thread() is not self._thread:
             self._thread.join(_CLOSE_S)
-
-    def _wake(self) -> None:
-        os.eventfd_write(self._wake_fd, 1)
 
     # -- for tasks, on the thread ----------------------------------------------------------
 
@@ -205,6 +205,8 @@ class Transfers:
             self._opened.set()
             self._fail_all(self._ended_by)
             self._link.close()
+            self._memory = None
+            self._waker.close()
 
     def _step(self) -> None:
         self._sleep()
@@ -235,15 +237,12 @@ class Transfers:
         if self._tasks:
             wait_s = min(wait_s, next(iter(self._tasks)).deadline_s - now_s)
         poller = select.poll()
-        poller.register(self._wake_fd, select.POLLIN)
+        poller.register(self._waker, select.POLLIN)
         if client is not None:
             events = select.POLLIN | (select.POLLOUT if client.has_unsent else 0)
             poller.register(client, events)
         poller.poll(max(0.0, wait_s * 1000))
-        try:
-            os.eventfd_read(self._wake_fd)
-        except BlockingIOError:
-            pass
+        self._waker.clear()
 
     def _follow_link(self) -> None:
         messages = self._link.poll()

@@ -58,6 +58,6 @@ def load(store: UcmPipelineStore, ids: list[bytes], shard: int = 0) -> list[list
     return [[bytes(each) for each in row] for row in loaded]
 
 
-def status_of(place: Place) -> Any:
-    with Engine(place.settings(), session="watch", role="tool") as watch:
+def status_of(place: Place, **changes: Any) -> Any:
+    with Engine(place.settings(**changes), session="watch", role="tool") as watch:
         return watch.status()

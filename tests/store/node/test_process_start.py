@@ -109,7 +109,7 @@ def test_a_process_of_another_user_gets_neither_answers_nor_the_memory(place: Pl
             output, _ = stranger.communicate("go on\n", timeout=30.0)
 
         assert output == "0 0\n"
-        assert f"refused a connection from uid {STRANGER}" in log_of(settings)
+        assert f"refused a connection: from uid {STRANGER}" in log_of(settings)
         assert len(client.status().sessions) == 1
 
 

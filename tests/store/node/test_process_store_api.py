@@ -186,8 +186,11 @@ def test_in_a_pipeline_without_cache_memory_holds_only_what_is_under_way(place: 
         store.flush()
         assert load(store, IDS) == rows(IDS)
 
-        wait_until(lambda: status_of(place).slots["ready"] == 0, "memory is given back")
-        counters = status_of(place).counters
+        wait_until(
+            lambda: status_of(place, pipeline=("Posix",)).slots["ready"] == 0,
+            "memory is given back",
+        )
+        counters = status_of(place, pipeline=("Posix",)).counters
         assert counters["read_hit"] == len(IDS)
 
 

@@ -15,6 +15,7 @@ from ucm.integration.vllm.arena import Arena
 from ucm.integration.vllm.metadata import CopyJob
 from ucm.integration.vllm.preparing import PIECE_BYTES, Preparer
 from ucm.store.node.link import MemoryTaker
+from ucm.store.node.memory import keep_out_of_core_dumps
 from ucm.store.node.protocol import Welcome
 
 
@@ -40,6 +41,7 @@ class Memories(MemoryTaker):
         if known is not None and known.name == welcome.arena:
             return  # only the connection is new
         mapped = mmap.mmap(memory_fd, welcome.capacity_bytes)
+        keep_out_of_core_dumps(mapped)
         arena = Arena(mapped, device=self._device, name=welcome.arena)
         with self._lock:
             replaced = self._arenas.pop(generation, None)

@@ -1,7 +1,8 @@
 """One connection to a node cache.
 
-Not thread-safe: one thread owns a client. `send` and `poll` never block longer than told; a
-connection that fails raises NodeUnavailable once and is closed.
+Not thread-safe: one thread owns a client. `send` and `poll` never block longer than told; once a
+connection has failed they raise NodeUnavailable. Its owner closes it then: closing is the promise
+that this process copies nothing any more, and the node cache may be alive.
 """
 
 from __future__ import annotations
@@ -12,6 +13,7 @@ import socket
 from contextlib import suppress
 from types import TracebackType
 from typing import TYPE_CHECKING
+from weakref import WeakSet
 
 from ucm.errors import NodeUnavailable, ProtocolError
 from ucm.store.node import protocol as p
@@ -21,6 +23,17 @@ if TYPE_CHECKING:
     from typing_extensions import Self
 
 _RECEIVE_BYTES = 1 << 18
+# A process that is forked from a client is none: it must keep no connection open, or what the node
+# cache holds for the client is held for as long as that process lives.
+_open: WeakSet[NodeClient | Ending] = WeakSet()
+
+
+def _forget_open() -> None:
+    for each in list(_open):
+        each.forked()
+
+
+os.register_at_fork(after_in_child=_forget_open)
 
 
 class NodeClient:
@@ -34,6 +47,9 @@ class NodeClient:
         self._frames = p.FrameBuffer()
         self._unsent = bytearray()
         self._closed = False
+        self._why_closed = "the connection to the node cache is closed"
+        self._failed = ""
+        _open.add(self)
 
     @classmethod
     def connect(cls, socket_path: str, *, session: str, role: str, timeout_s: float) -> NodeClient:
@@ -87,6 +103,16 @@ class NodeClient:
         """To be made by the owner, for another thread that waits for the connection's end."""
         return Ending(self._sock.dup())
 
+    def forked(self) -> None:
+        """In the child: the connection is its parent's, and goes on."""
+        if not self._closed:
+            self._closed = True
+            self._why_closed = (
+                f"this process was forked from {os.getppid()}, whose connection it is"
+            )
+            self._sock.close()
+            os.close(self.memory_fd)
+
     def close(self) -> None:
         if not self._closed:
             self._closed = True
@@ -109,7 +135,9 @@ class NodeClient:
 
     def _flush(self) -> None:
         if self._closed:
-            raise NodeUnavailable("the connection to the node cache is closed")
+            raise NodeUnavailable(self._why_closed)
+        if self._failed:
+            raise NodeUnavailable(self._failed)
         try:
             while self._unsent:
                 del self._unsent[: self._sock.send(self._unsent)]
@@ -135,8 +163,8 @@ class NodeClient:
             messages += [p.decode_node(body) for body in self._frames.feed(data)]
 
     def _fail(self, why: str) -> None:
-        self.close()
-        raise NodeUnavailable(f"lost the node cache (pid {self.welcome.pid}): {why}")
+        self._failed = f"lost the node cache (pid {self.welcome.pid}): {why}"
+        raise NodeUnavailable(self._failed)
 
 
 class Ending:
@@ -144,6 +172,10 @@ class Ending:
 
     def __init__(self, sock: socket.socket) -> None:
         self._sock = sock
+        _open.add(self)
+
+    def forked(self) -> None:
+        self._sock.close()
 
     def wait(self) -> None:
         """Until the connection has ended. What it has brought before can still be polled."""

@@ -13,6 +13,7 @@ from collections.abc import Callable
 from ucm.errors import ProtocolError
 from ucm.store.node import protocol as p
 from ucm.store.node.ahead import MemoryAhead, Populate
+from ucm.store.node.door import check_hello, check_message, check_namespace
 from ucm.store.node.fillings import Fillings
 from ucm.store.node.finds import Finds
 from ucm.store.node.io import Pool
@@ -27,6 +28,8 @@ from ucm.store.slots import Slot, SlotTable
 from ucm.store.tier import Tier
 
 _AFTER_HELD_UP_S = 0.25
+# Who can commit what ranks have filled.
+_COMMITTING = ("scheduler", "store")
 
 
 class NodeCore:
@@ -43,6 +46,7 @@ class NodeCore:
         populate: Populate,
         ahead_bytes: int,
         max_write_pages: int,
+        max_keys: int = 65_536,
         clock: Callable[[], float],
         call_later: CallLater,
         saving: SavingRules | None = None,
@@ -52,7 +56,7 @@ class NodeCore:
         self.slots = slots
         self.counters: Counter[str] = Counter()
         self.sessions: dict[str, Session] = {}
-        notices = Notices(clock, self._tell_notice)
+        notices = self.notices = Notices(clock, self._tell_notice)
         storing = Storing(
             sessions=self.sessions,
             slots=slots,
@@ -82,6 +86,7 @@ class NodeCore:
             slots=slots, lookups=self.lookups, storing=storing, page_of=page_of, count=self.count
         )
         self.finds = Finds(slots=slots, tier=tier, reads=reads, storing=storing, clock=clock)
+        self._max_keys = max_keys
         # Set when the process is about to end: what is queued is written, nothing new is begun.
         self.leaving = False
         self._reads = reads
@@ -95,12 +100,9 @@ class NodeCore:
             call_later=call_later,
             timeout_s=open_timeout_s,
         )
+        announce = self._tell_workers
         self._ahead = MemoryAhead(
-            slots,
-            up_to_bytes=ahead_bytes,
-            populate=populate,
-            announce=self._tell_workers,
-            clock=clock,
+            slots, up_to_bytes=ahead_bytes, populate=populate, announce=announce, clock=clock
         )
 
     def count(self, counter: str, by: int = 1) -> None:
@@ -126,9 +128,11 @@ class NodeCore:
     # -- connections -----------------------------------------------------------------------
 
     def connect(self, hello: p.Hello, send: Callable[[p.NodeMessage], None]) -> Connection:
-        session = self.sessions.setdefault(hello.session, Session(hello.session))
+        check_hello(hello)
+        session = self.sessions.get(hello.session) or Session(hello.session)
         if hello.role == "scheduler" and any(c.role == "scheduler" for c in session.connections):
             raise ProtocolError(f"session {hello.session} has a scheduler side already")
+        self.sessions[session.name] = session
         connection = Connection(send=send, session=session, role=hello.role)
         session.connections.add(connection)
         if hello.role == "worker":
@@ -137,19 +141,26 @@ class NodeCore:
         self._tell_ranks_ready(session)
         return connection
 
+    def dropped(self, connection: Connection) -> None:
+        """Nothing is heard from it any more, and it has not closed: it may still copy."""
+        session = connection.session
+        self.lookups.withdraw_all(connection)
+        self.finds.withdraw_all(connection)
+        if connection.role in _COMMITTING:
+            self._fillings.set_aside_all(session)
+
     def closed(self, connection: Connection) -> None:
         """Unanswered lookups end now. What ranks may still be copying is kept until the session's
         last connection has closed, which the kernel does when the last of its processes ends."""
         session = connection.session
-        self.lookups.withdraw_all(connection)
-        self.finds.withdraw_all(connection)
+        self.dropped(connection)
         session.connections.discard(connection)
         if session.connections:
             self._tell_ranks_ready(session)
             return
         for slots in session.pinned.values():
             self._unpin(slots)
-        self._fillings.abort_all(session)
+        self._fillings.end(session)
         self.sessions.pop(session.name, None)
 
     def _tell_ranks_ready(self, session: Session) -> None:
@@ -161,27 +172,16 @@ class NodeCore:
     def handle(self, connection: Connection, message: p.ClientMessage) -> None:
         """Acts on one message. Raises ProtocolError on one that makes no sense here."""
         self._ahead.is_busy()
-        if isinstance(message, p.Lookup):
+        if isinstance(message, (p.Lookup, p.Find, p.Reserve, p.Commit)):
             namespace = self._namespace(connection, message.ns)
-            self.lookups.start(connection, namespace, message)
-        elif isinstance(message, p.Find):
-            self.finds.start(connection, self._namespace(connection, message.ns), message)
+            check_message(message, namespace, self.slots, max_keys=self._max_keys)
+            self._handle_keys(connection, namespace, message)
         elif isinstance(message, p.Release):
             self._release(connection, message)
-        elif isinstance(message, p.Reserve):
-            self._fillings.reserve(
-                connection,
-                self._namespace(connection, message.ns),
-                message,
-                leaving=self.leaving,
-            )
-        elif isinstance(message, p.Commit):
-            self._fillings.commit(
-                connection.session, self._namespace(connection, message.ns), message
-            )
         elif isinstance(message, p.Abort):
             self._fillings.abort(connection.session, message)
         elif isinstance(message, p.OpenNamespace):
+            check_namespace(message, connection.namespaces)
             self._openings.open(connection, message)
         elif isinstance(message, p.GetManifest):
             self._openings.find_manifest(connection, message)
@@ -190,6 +190,21 @@ class NodeCore:
             self._tell_ranks_ready(connection.session)
         else:
             raise ProtocolError(f"unexpected {type(message).__name__}")
+
+    def _handle_keys(
+        self,
+        connection: Connection,
+        namespace: OpenedNamespace,
+        message: p.Lookup | p.Find | p.Reserve | p.Commit,
+    ) -> None:
+        if isinstance(message, p.Lookup):
+            self.lookups.start(connection, namespace, message)
+        elif isinstance(message, p.Find):
+            self.finds.start(connection, namespace, message)
+        elif isinstance(message, p.Reserve):
+            self._fillings.reserve(connection, namespace, message, leaving=self.leaving)
+        else:
+            self._fillings.commit(connection.session, namespace, message)
 
     def _release(self, connection: Connection, message: p.Release) -> None:
         for lookup_id in message.lookups:

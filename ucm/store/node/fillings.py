@@ -9,7 +9,7 @@ from ucm.errors import ProtocolError
 from ucm.store.keys import Key, TailKey
 from ucm.store.node import protocol as p
 from ucm.store.node.lookups import Lookups
-from ucm.store.node.state import Connection, OpenedNamespace, Session
+from ucm.store.node.state import Connection, Filling, OpenedNamespace, Session
 from ucm.store.node.storing import Storing
 from ucm.store.page import blank_behind
 from ucm.store.slots import Slot, SlotState, SlotTable
@@ -50,8 +50,6 @@ class Fillings:
         """Answers with slots as far as there is room; with `leaving` there is none."""
         offsets: list[int] = []
         keys = p.keys_of(message)
-        if message.tail_tokens and not namespace.num_rows:
-            raise ProtocolError("a tail in a namespace whose pages have none")
         for key, parent in _with_parents(keys, message.parents):
             offset = self._reserve_one(connection, namespace, key, parent, leaving=leaving)
             offsets.append(offset)
@@ -96,16 +94,21 @@ class Fillings:
             return p.NO_ROOM
         if writeback is not None:
             writeback.take_place(key)
-        connection.session.filling[key] = slot
+        connection.session.filling[key] = Filling(slot, namespace)
         self._lookups.being_filled(slot)
         return slot.offset
 
     def commit(self, session: Session, namespace: OpenedNamespace, message: p.Commit) -> None:
         for committed, parent in _with_parents(message.keys, message.parents):
-            slot = session.filling.pop(Key(committed), None)
-            if slot is None or slot.key is None:
+            filling = session.filling.get(Key(committed))
+            if filling is None:
                 continue
+            if filling.namespace.tier.fingerprint != namespace.tier.fingerprint:
+                raise ProtocolError(f"key {committed.hex()} was reserved in another namespace")
+            namespace, slot = filling.namespace, filling.slot
             key = slot.key
+            assert key is not None, "a slot that is being filled has a key"
+            del session.filling[key]
             self._counted_on.discard(key)
             if isinstance(key, TailKey):
                 # Behind it are whatever tokens the engine's block and the slot had before.
@@ -123,24 +126,35 @@ class Fillings:
 
     def abort(self, session: Session, message: p.Abort) -> None:
         for key in map(Key, message.keys):
-            slot = session.filling.get(key)
-            if slot is not None:
-                self._give_up_filling(session, key, slot)
+            if key in session.filling:
+                self._slots.abandon(self._give_up_filling(session, key))
 
-    def abort_all(self, session: Session) -> None:
-        for key, slot in list(session.filling.items()):
-            self._give_up_filling(session, key, slot)
+    def set_aside_all(self, session: Session) -> None:
+        """Nobody is left who could commit, and somebody who may still write: what was being filled
+        is absent from now on, and its memory out of use until `end`."""
+        for key in list(session.filling):
+            slot = session.filling[key].slot
+            self._slots.set_aside(slot)
+            session.aside.append(self._give_up_filling(session, key))
 
-    def _give_up_filling(self, session: Session, key: Key, slot: Slot) -> None:
-        del session.filling[key]
+    def end(self, session: Session) -> None:
+        """Nobody writes any more."""
+        for key in list(session.filling):
+            self._slots.abandon(self._give_up_filling(session, key))
+        for slot in session.aside:
+            self._slots.abandon(slot)
+        session.aside = []
+
+    def _give_up_filling(self, session: Session, key: Key) -> Slot:
+        slot = session.filling.pop(key).slot
         self._count("dump_aborted")
         if key in self._counted_on:
             self._counted_on.discard(key)
             self._tell([key], (), "aborted")
-        self._slots.abandon(slot)
         if self._writeback is not None:
             self._writeback.filling_ended(key)
         self._lookups.resolve(slot, "never_stored")
+        return slot
 
 
 def _with_parents(

@@ -260,7 +260,8 @@ class RankLink(threading.Thread):
                         self._on_memory.memory_in_use(generation, message.offset, message.nbytes)
                 self._let_go()
         except Exception:
-            client.close()
+            # What hears nothing more may be a node cache that has dropped this rank, and lives.
+            self._held.append((generation, client))
             if self._generation == generation:
                 self._generation += 1
             raise

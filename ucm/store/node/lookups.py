@@ -95,8 +95,6 @@ class Lookups:
 
     def start(self, connection: Connection, namespace: OpenedNamespace, message: p.Lookup) -> None:
         lookup = (connection, message.id)
-        if max(message.read_from, message.promised) > len(message.keys):
-            raise ProtocolError(f"lookup {message.id}: read_from or promised is beyond its keys")
         if lookup in self._open or lookup in connection.session.pinned:
             raise ProtocolError(f"lookup {message.id} was not released")
         job = LookupJob(

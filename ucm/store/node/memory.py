@@ -7,6 +7,7 @@ process that maps it has gone, however that one ended.
 from __future__ import annotations
 
 import ctypes
+import fcntl
 import mmap
 import os
 import sys
@@ -20,6 +21,7 @@ from ucm.errors import ConfigError
 
 _MADV_POPULATE_WRITE = 23
 _STEP_BYTES = 1 << 20
+_SEALS = fcntl.F_SEAL_SHRINK | fcntl.F_SEAL_GROW | fcntl.F_SEAL_SEAL
 _MEMINFO = Path("/proc/meminfo")
 _CGROUPS = Path("/sys/fs/cgroup")
 _NAMES_V1 = ("memory.limit_in_bytes", "memory.usage_in_bytes", "total_inactive_file")
@@ -33,6 +35,7 @@ class MappedMemory:
     def __init__(self, fd: int, capacity_bytes: int) -> None:
         self.capacity_bytes = capacity_bytes
         self._map = mmap.mmap(fd, capacity_bytes)
+        keep_out_of_core_dumps(self._map)
         self._view = memoryview(self._map)
         self.address = ctypes.addressof(ctypes.c_char.from_buffer(self._map))
 
@@ -50,9 +53,18 @@ class SharedMemory(MappedMemory):
     used."""
 
     def __init__(self, capacity_bytes: int) -> None:
-        self.fd = os.memfd_create("ucm-node-cache", os.MFD_CLOEXEC)
+        self.fd = os.memfd_create("ucm-node-cache", os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING)
         os.ftruncate(self.fd, capacity_bytes)
+        # Every process that has the descriptor could cut it short otherwise: the next touch of what
+        # is gone ends all the others.
+        fcntl.fcntl(self.fd, fcntl.F_ADD_SEALS, _SEALS)
         super().__init__(self.fd, capacity_bytes)
+
+
+def keep_out_of_core_dumps(mapping: mmap.mmap) -> None:
+    """Pages are what people have asked a model, and as large as the cache."""
+    with suppress(OSError):
+        mapping.madvise(mmap.MADV_DONTDUMP)
 
 
 def populate(address: int, nbytes: int) -> None:

@@ -12,28 +12,25 @@ import asyncio
 import logging
 import os
 import signal
-import socket
 import threading
 import time
 import uuid
 from collections.abc import Callable
 from contextlib import suppress
 from functools import partial
-from typing import cast
 
 import msgspec
 
 from ucm.config import StoreSettings
-from ucm.errors import ConfigError, ProtocolError
+from ucm.errors import ConfigError
 from ucm.store.measured import MeasuredTier
 from ucm.store.node import protocol as p
 from ucm.store.node.core import NodeCore
 from ucm.store.node.io import IoPool
 from ucm.store.node.lock import SocketLock, this_process
 from ucm.store.node.memory import SharedMemory, available_bytes, give_way
-from ucm.store.node.place import is_trusted, peer_uid
+from ucm.store.node.peer import Door, Peer
 from ucm.store.node.saved import SavingRules
-from ucm.store.node.state import Connection
 from ucm.store.slots import SlotTable
 from ucm.store.tiers import build_tier, keeps_pages
 
@@ -89,6 +86,7 @@ class NodeServer:
             populate=self._populate_soon,
             ahead_bytes=available // 2,
             max_write_pages=settings.write_queue_pages,
+            max_keys=settings.max_keys,
             clock=time.monotonic,
             call_later=loop.call_later,
             control=self._control,
@@ -98,6 +96,8 @@ class NodeServer:
         self.arena = uuid.uuid4().hex
         # Clients that have said Hello. Who doesn't, keeps no node cache from leaving.
         self.num_connections = 0
+        self.num_peers = 0
+        self.dropped: set[Peer] = set()
         self.leaving = asyncio.Event()
         logger.info(
             "memory for slots: %.2f GiB (%s)",
@@ -122,20 +122,21 @@ class NodeServer:
     async def serve(self, lock: SocketLock) -> None:
         """Serves until told to leave, or idle, or another has the lock. Writes that are queued then
         are finished, bounded."""
-        door = _Door(self, lock)
+        door = Door(self, lock)
         lock.note(this_process(failures=0, tried_s=time.time()))
         logger.info("node cache %d serves at %s", os.getpid(), lock.path)
         idle_since_s = looked_s = time.monotonic()
         while not self.leaving.is_set():
             if time.monotonic() - looked_s > _LOOK_S:
                 looked_s = time.monotonic()
+                self.dropped -= {peer for peer in self.dropped if peer.has_hung_up()}
                 if not _has_lock(lock):
                     logger.warning("another process has the lock of %s: leaving", lock.path)
                     break
                 if not lock.is_listening():
                     logger.warning("%s is gone: listening anew", lock.path)
                     await door.close()
-                    door = _Door(self, lock)
+                    door = Door(self, lock)
             slept_since_s = time.monotonic()
             await asyncio.sleep(_TICK_S)
             self._note_held_up(time.monotonic() - slept_since_s)
@@ -170,120 +171,6 @@ class NodeServer:
                 )
                 return
             await asyncio.sleep(_TICK_S / 5)
-
-
-class _Door:
-    """The listening socket, and who comes in by it."""
-
-    def __init__(self, server: NodeServer, lock: SocketLock) -> None:
-        self._server = server
-        self._loop = asyncio.get_running_loop()
-        self._listener = lock.listen()
-        self._accepting = asyncio.create_task(self._accept(self._listener))
-
-    async def close(self) -> None:
-        """No new clients. Those that are in stay."""
-        self._accepting.cancel()
-        with suppress(asyncio.CancelledError):
-            await self._accepting
-        self._listener.close()
-
-    async def _accept(self, listener: socket.socket) -> None:
-        while True:
-            await self._accept_one(listener)
-
-    async def _accept_one(self, listener: socket.socket) -> None:
-        try:
-            sock, _ = await self._loop.sock_accept(listener)
-            uid = peer_uid(sock)
-            if not is_trusted(uid):
-                logger.warning("refused a connection from uid %d", uid)
-                sock.close()
-                return
-            peer = _Peer(self._server, sock)
-            await self._loop.connect_accepted_socket(lambda: peer, sock)
-        except OSError as error:
-            # Out of descriptors, or a client that is gone already. Going on is better than serving
-            # nobody new, and not at once: the reason may last.
-            logger.warning("could not accept a connection: %s", error)
-            await asyncio.sleep(_TICK_S)
-
-
-class _Peer(asyncio.Protocol):
-    """One client's socket."""
-
-    def __init__(self, server: NodeServer, sock: socket.socket) -> None:
-        self._server = server
-        self._sock = sock
-        self._frames = p.FrameBuffer()
-        self._connection: Connection | None = None
-        self._transport: asyncio.Transport | None = None
-
-    def connection_made(self, transport: asyncio.BaseTransport) -> None:
-        self._transport = cast(asyncio.Transport, transport)
-
-    def connection_lost(self, exc: Exception | None) -> None:
-        if self._connection is not None:
-            self._server.num_connections -= 1
-            self._server.core.closed(self._connection)
-
-    def data_received(self, data: bytes) -> None:
-        try:
-            for body in self._frames.feed(data):
-                self._handle(p.decode_client(body))
-        except ProtocolError as error:
-            logger.warning("dropped a client: %s", error)
-            self._close()
-
-    def _handle(self, message: p.ClientMessage) -> None:
-        server = self._server
-        if isinstance(message, p.Hello):
-            self._welcome(message)
-        elif self._connection is None:
-            raise ProtocolError(f"{type(message).__name__} before Hello")
-        elif isinstance(message, p.GetStatus):
-            self._send(server.status(message.id, check=message.check))
-        elif isinstance(message, p.Shutdown):
-            server.leaving.set()
-        else:
-            server.core.handle(self._connection, message)
-
-    def _welcome(self, hello: p.Hello) -> None:
-        if self._connection is not None:
-            raise ProtocolError("a second Hello")
-        server = self._server
-        welcome = p.Welcome(
-            version=p.VERSION,
-            arena=server.arena,
-            capacity_bytes=server.core.slots.capacity_bytes,
-            pid=os.getpid(),
-            settings=msgspec.to_builtins(server.settings),
-        )
-        try:
-            # Past the transport: it can't pass descriptors. Nothing was sent before, so the buffer
-            # of the socket is empty and takes the whole message.
-            socket.send_fds(self._sock, [p.encode(welcome)], [server.memory.fd])
-        except OSError as error:
-            raise ProtocolError(f"could not pass the memory to a client: {error}") from error
-        if hello.version != p.VERSION:
-            raise ProtocolError(
-                f"a client (pid {hello.pid}) speaks protocol {hello.version}, not {p.VERSION}"
-            )
-        self._connection = server.core.connect(hello, self._send)
-        server.num_connections += 1
-
-    def _send(self, message: p.NodeMessage) -> None:
-        transport = self._transport
-        if transport is None or transport.is_closing():
-            return
-        transport.write(p.encode(message))
-        if transport.get_write_buffer_size() > p.MAX_UNSENT_BYTES:
-            logger.warning("dropped a client that does not read its answers")
-            self._close()
-
-    def _close(self) -> None:
-        if self._transport is not None:
-            self._transport.abort()
 
 
 def _has_lock(lock: SocketLock) -> bool:

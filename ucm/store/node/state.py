@@ -21,15 +21,26 @@ class OpenedNamespace:
     num_rows: int
 
 
+@dataclass(frozen=True)
+class Filling:
+    """A slot that an engine fills, with a page of this namespace."""
+
+    slot: Slot
+    namespace: OpenedNamespace
+
+
 @dataclass(eq=False)
 class Session:
     """One engine's life here. `filling` holds the slots that its ranks write into; `pinned` the
     pages promised to it, by the connection and the lookup that asked, and `heads` what of the same
-    prompts the engine had itself. Slots are given back when the last connection has closed."""
+    prompts the engine had itself. `aside` is memory that was being filled by ranks whose scheduler
+    side has gone: nobody will commit it, and they may still write. Slots are given back when the
+    last connection has closed."""
 
     name: str
     connections: set[Connection] = field(default_factory=set)
-    filling: dict[Key, Slot] = field(default_factory=dict)
+    filling: dict[Key, Filling] = field(default_factory=dict)
+    aside: list[Slot] = field(default_factory=list)
     pinned: dict[tuple[Connection, int], list[Slot]] = field(default_factory=dict)
     heads: dict[tuple[Connection, int], Sequence[Key]] = field(default_factory=dict)
 

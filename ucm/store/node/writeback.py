@@ -58,6 +58,7 @@ class _Write:
     slot: Slot
     staged: Staged | None = None
     is_staged: bool = False
+    is_waiting: bool = False
     doomed: bool = False
     after: list[_Write] = field(default_factory=list)
 
@@ -238,17 +239,20 @@ class WriteBack:
 
     def _publish_in_order(self, write: _Write) -> None:
         parent = write.parent
+        write.is_waiting = False
         if parent is not None:
             before = self._writes.get(parent)
-            if before is not None:
+            if before is not None and not self._waits_for(before, write):
                 before.after.append(write)
+                write.is_waiting = True
                 return
-            if self._is_lost(parent):
+            if before is not None or self._is_lost(parent):
                 self._drop(self._doom(write), AFTER_FAILED)
                 return
             filling = self._slots.find(parent)
             if filling is not None and filling.state is SlotState.FILLING:
                 self._waiting.setdefault(parent, []).append(write)
+                write.is_waiting = True
                 return
         staged = write.staged
         assert staged is not None
@@ -259,6 +263,16 @@ class WriteBack:
             # Before more staging: the head of a long prompt is to be had while its tail is written.
             urgent=True,
         )
+
+    def _waits_for(self, write: _Write | None, other: _Write) -> bool:
+        """Whether `write` can only be published after `other`: a client that says nonsense about
+        what precedes what must not let pages wait for themselves."""
+        if not other.after:
+            return write is other
+        while write is not None and write is not other:
+            parent = write.parent if write.is_waiting else None
+            write = None if parent is None else self._writes.get(parent)
+        return write is other
 
     def _on_published(self, write: _Write, result: object) -> None:
         if isinstance(result, TierError):

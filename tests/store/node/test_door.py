@@ -1,0 +1,173 @@
+"""A wrong client of the same user: whatever it says, the others have what they had."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from tests.store.node.held import FINGERPRINT, NAMESPACE_MESSAGE, PAGE, Node, key
+from ucm.errors import ProtocolError
+from ucm.store.node import protocol as p
+from ucm.store.slots import SlotState
+
+KEYS = st.integers(0, 5).map(key)
+SMALL = st.integers(0, 3)
+NUMBER = st.one_of(SMALL, st.integers(0, 1 << 40), st.integers(-3, -1))
+COUNT = st.one_of(SMALL, st.integers(0, 1 << 40))
+MANY_KEYS = st.lists(KEYS, max_size=6)
+PARENTS = st.lists(st.one_of(KEYS, st.just(b""), st.just(b"short")), max_size=6)
+SIZE = st.sampled_from([1, 7, 8, PAGE - 8, PAGE, PAGE + 8, 3 * PAGE, 1 << 40])
+FIELDS: dict[str, st.SearchStrategy[Any]] = {
+    "keys": MANY_KEYS,
+    "parents": PARENTS,
+    "lookups": st.lists(SMALL, max_size=3),
+    "ns": st.sampled_from([1, 1, 1, 2, 3]),
+    "id": SMALL,
+    "fingerprint": st.sampled_from([FINGERPRINT, bytes(32)]),
+    "page_bytes": SIZE,
+    "block_tokens": st.sampled_from([1, 4, 5, 1 << 40]),
+    "num_rows": COUNT,
+    "manifest": st.just(b"{}"),
+    "read_from": COUNT,
+    "promised": COUNT,
+    "tail_tokens": st.sampled_from([0, 0, 1, 3, 4, 5, 1 << 40]),
+    "timeout_ms": COUNT,
+    "load": st.booleans(),
+    "renewed": st.booleans(),
+    "storage": st.booleans(),
+    "will_ask_again": st.booleans(),
+}
+KINDS = (
+    p.MemoryReady,
+    p.OpenNamespace,
+    p.GetManifest,
+    p.Lookup,
+    p.Find,
+    p.Release,
+    p.Reserve,
+    p.Commit,
+    p.Abort,
+)
+
+
+def any_of(kind: type[Any]) -> st.SearchStrategy[Any]:
+    return st.fixed_dictionaries({name: FIELDS[name] for name in kind.__struct_fields__}).map(
+        lambda fields: kind(**fields)
+    )
+
+
+@given(
+    said=st.lists(
+        st.one_of(st.sampled_from(["reads", "writes", "timers"]), *map(any_of, KINDS)), max_size=40
+    ),
+    role=st.sampled_from(["scheduler", "store", "worker", "tool"]),
+)
+@settings(max_examples=400, deadline=None)
+def test_whatever_a_client_says_nothing_of_it_is_left_when_it_has_gone(
+    said: list[Any], role: str
+) -> None:
+    node = Node(num_slots=8)
+    wrong = node.core.connect(
+        p.Hello(version=p.VERSION, session="wrong", role=role, pid=3), lambda message: None
+    )
+    for message in [NAMESPACE_MESSAGE, *said]:
+        if isinstance(message, str):
+            getattr(node, message).fire() if message == "timers" else getattr(
+                node, message
+            ).end_all()
+            continue
+        try:
+            node.core.handle(wrong, message)
+        except ProtocolError:
+            break  # it is dropped
+        node.core.slots.check()
+    node.core.dropped(wrong)
+    node.core.slots.check()
+    node.core.closed(wrong)
+    for _ in range(10):
+        node.reads.end_all()
+        node.writes.end_all()
+        node.timers.fire()
+
+    node.core.slots.check()
+    counts = node.core.slots.counts()
+    assert (counts.filling, counts.aside, counts.pins) == (0, 0, 0)
+    assert not any(node.core.queues().values())
+    assert set(node.core.sessions) == {"s"}
+
+
+def handle(node: Node, message: p.ClientMessage) -> None:
+    node.core.handle(node.connection, message)
+
+
+def test_a_tail_that_is_longer_than_its_block_is_refused_before_it_has_a_slot() -> None:
+    node = Node()
+    for num_tokens in (4, 5):
+        with pytest.raises(ProtocolError, match=f"a tail of {num_tokens} tokens"):
+            handle(
+                node, p.Reserve(id=1, ns=1, keys=[key(1)], parents=[b""], tail_tokens=num_tokens)
+            )
+    assert node.core.slots.counts().filling == 0
+
+
+def test_blocks_that_wait_for_themselves_are_not_waited_for() -> None:
+    """Not in one message, and not in several, whatever the order in which they are staged."""
+    node = Node()
+    with pytest.raises(ProtocolError, match="with a parent that is, or follows, itself"):
+        handle(node, p.Commit(ns=1, keys=[key(1)], parents=[key(1)]))
+    with pytest.raises(ProtocolError, match="with a parent that is, or follows, itself"):
+        handle(node, p.Commit(ns=1, keys=[key(1), key(2)], parents=[key(2), b""]))
+    ring = [key(i) for i in range(5)]
+    for order in (ring, ring[::-1]):
+        node = Node()
+        node.reserve(*ring)
+        for child in order:
+            node.commit(child, parent=ring[(ring.index(child) + 1) % 5])
+        node.writes.end_all()
+        node.writes.end_all()
+
+        assert node.core.queues()["write_pages"] == 0
+        assert node.core.slots.counts().pins == 0
+
+
+def test_a_page_is_committed_in_the_namespace_that_it_was_reserved_in() -> None:
+    node = Node()
+    other = p.OpenNamespace(
+        ns=2, fingerprint=bytes(32), page_bytes=PAGE, block_tokens=4, num_rows=2, manifest=b"{}"
+    )
+    handle(node, other)
+    node.reserve(key(1))
+    with pytest.raises(ProtocolError, match="reserved in another namespace"):
+        handle(node, p.Commit(ns=2, keys=[key(1)], parents=[b""]))
+
+
+def test_a_message_names_no_more_keys_than_it_may() -> None:
+    node = Node()
+    with pytest.raises(ProtocolError, match="over the limit of 65536"):
+        handle(node, p.Find(id=1, ns=1, keys=[key(1)] * 65_537, storage=False, timeout_ms=1))
+
+
+def test_what_a_lost_scheduler_side_has_reserved_is_not_reused_before_its_ranks_end() -> None:
+    node = Node(num_slots=8)
+    sides = [
+        node.core.connect(p.Hello(version=p.VERSION, session="e", role=role, pid=2), lambda m: None)
+        for role in ("scheduler", "worker")
+    ]
+    node.core.handle(sides[0], NAMESPACE_MESSAGE)
+    keys = [key(i) for i in range(4)]
+    node.core.handle(sides[0], p.Reserve(id=1, ns=1, keys=keys, parents=[b""] * 4))
+    written = {node.core.slots.find(each).offset for each in keys}  # type: ignore[union-attr]
+
+    node.core.closed(sides[0])
+    node.reserve(*keys)
+    again = [node.core.slots.find(each) for each in keys]
+
+    assert all(slot is not None and slot.state is SlotState.FILLING for slot in again)
+    assert not written & {slot.offset for slot in again if slot is not None}
+    assert node.core.slots.counts().aside == 4
+    node.core.closed(sides[1])
+    assert node.core.slots.counts().aside == 0
+    node.core.slots.check()
