@@ -57,6 +57,8 @@ BELOW_NODE = {
         "space",
         "plain_files",
         "page_key",
+        "identity",
+        "placement",
     ),
 }
 

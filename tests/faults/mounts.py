@@ -72,6 +72,18 @@ def mount_read_only(source: Path, path: Path) -> None:
     _mount("none", path, flags=_MS_BIND | _MS_REMOUNT | _MS_RDONLY)
 
 
+def mount_again(source: Path, path: Path) -> None:
+    """`source`, seen at `path` as well."""
+    path.mkdir(exist_ok=True)
+    _mount(str(source), path, flags=_MS_BIND)
+
+
+def unmount(path: Path) -> None:
+    """Leaves the directory below, as it was."""
+    if _libc.umount2(os.fsencode(path), 0) != 0:
+        raise OSError(ctypes.get_errno(), os.strerror(ctypes.get_errno()), str(path))
+
+
 def without_privileges(body: Callable[[], None]) -> None:
     """Runs `body` with the file access of a user that owns nothing. Only root can become one."""
 

@@ -96,7 +96,7 @@ def test_a_namespace_that_can_not_be_written_down_is_an_error(tmp_path: Path) ->
         PosixTier([str(store)]).open_namespace(LARGE)
 
     assert raised.value.reason == "full"
-    assert paths.MANIFEST in str(raised.value)
+    assert paths.BACKEND_ID in str(raised.value)
 
 
 def test_a_write_that_is_cut_short_is_an_error_and_not_a_block(tmp_path: Path) -> None:

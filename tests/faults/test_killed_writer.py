@@ -50,7 +50,7 @@ def check_after_crash(store: Path, namespace: TierNamespace) -> ReadStatus:
         known = (
             paths.parse_block_path(str(path.relative_to(store))),
             paths.parse_temp_name(path.name),
-            path.name == paths.MANIFEST,
+            path.name in (paths.MANIFEST, paths.BACKEND_ID),
             path.is_dir(),
         )
         assert any(known), path

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import os
+import shutil
 from collections import Counter
 from pathlib import Path
 
@@ -65,7 +66,7 @@ def test_a_dump_leaves_the_block_and_the_manifest_and_nothing_else(tmp_path: Pat
 
     block = paths.block_path("", ODD.fingerprint, KEYS[0]).lstrip("/")
     manifest = paths.manifest_path("", ODD.fingerprint).lstrip("/")
-    assert files_below(tmp_path) == {block, manifest}
+    assert files_below(tmp_path) == {block, manifest, paths.BACKEND_ID}
     assert (tmp_path / manifest).read_bytes() == ODD.manifest_json
     header = decode_header((tmp_path / block).read_bytes()[:4096])
     assert header.block.key == KEYS[0]
@@ -94,7 +95,7 @@ def test_a_backend_whose_parent_is_missing_is_not_made(tmp_path: Path) -> None:
     complaint = f"{tmp_path}/mnt is not there; mount or make it"
     with pytest.raises(TierError, match=complaint):
         tier.open_namespace(SMALL)
-    with pytest.raises(TierError, match=complaint):
+    with pytest.raises(TierError, match="has no id"):
         tier.stage(SMALL, KEYS[0], make_page(SMALL, 0), num_tokens=BLOCK_TOKENS)
 
     assert not (tmp_path / "mnt").exists()
@@ -104,10 +105,11 @@ def test_a_backend_whose_parent_is_missing_is_not_made(tmp_path: Path) -> None:
 def test_a_staged_page_is_a_file_that_names_its_writer(tmp_path: Path) -> None:
     """So that what a killed writer leaves behind can be swept."""
     tier = PosixTier([str(tmp_path)])
+    tier.open_namespace(SMALL)
     staged = tier.stage(SMALL, KEYS[0], make_page(SMALL, 0), num_tokens=BLOCK_TOKENS)
     assert staged is not None
 
-    (temp,) = [name for name in files_below(tmp_path) if not name.endswith("manifest.json")]
+    (temp,) = [name for name in files_below(tmp_path) if name.endswith(".tmp")]
     parsed = paths.parse_temp_name(os.path.basename(temp))
     assert parsed is not None
     assert parsed.writer.pid == os.getpid()
@@ -139,14 +141,17 @@ def test_many_openers_write_one_manifest(tmp_path: Path) -> None:
 
     run_together(*[lambda tier=tier: tier.open_namespace(SMALL) for tier in tiers])
 
-    assert [os.path.basename(name) for name in files_below(tmp_path)] == ["manifest.json"]
+    names = sorted(os.path.basename(name) for name in files_below(tmp_path))
+    assert names == ["manifest.json", paths.BACKEND_ID]
 
 
 def test_a_store_that_is_emptied_while_in_use_fills_again(tmp_path: Path) -> None:
-    """With its manifest; `rm -r` of the store must not need a restart of anything."""
+    """With its manifest, as long as its id stays: that needs no restart of anything."""
     tier = PosixTier([str(tmp_path / "store")])
     dump(tier, SMALL, KEYS[0], make_page(SMALL, 0))
     os.rename(tmp_path / "store", tmp_path / "gone")
+    (tmp_path / "store").mkdir()
+    shutil.copy(tmp_path / "gone" / paths.BACKEND_ID, tmp_path / "store")
 
     assert load(tier, SMALL, KEYS[0]) is ReadStatus.ABSENT
     assert dump(tier, SMALL, KEYS[0], make_page(SMALL, 0))
@@ -156,6 +161,7 @@ def test_a_store_that_is_emptied_while_in_use_fills_again(tmp_path: Path) -> Non
 
 def test_publishing_what_was_swept_is_an_error(tmp_path: Path) -> None:
     tier = PosixTier([str(tmp_path)])
+    tier.open_namespace(SMALL)
     staged = tier.stage(SMALL, KEYS[0], make_page(SMALL, 0), num_tokens=BLOCK_TOKENS)
     assert staged is not None
     os.unlink(staged.ticket)
@@ -167,6 +173,7 @@ def test_publishing_what_was_swept_is_an_error(tmp_path: Path) -> None:
 def test_publishing_again_is_fine_when_the_first_answer_was_lost(tmp_path: Path) -> None:
     """NFS clients repeat a rename; the second one finds its source gone and the target there."""
     tier = PosixTier([str(tmp_path)])
+    tier.open_namespace(SMALL)
     staged = tier.stage(SMALL, KEYS[0], make_page(SMALL, 0), num_tokens=BLOCK_TOKENS)
     assert staged is not None
 

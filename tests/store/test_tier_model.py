@@ -43,6 +43,7 @@ class TierAgainstDict(RuleBasedStateMachine):
     def start(self) -> None:
         self.tier = self.make_tier()
         self.model: dict[tuple[bytes, Key], bytes] = {}
+        self.tier.open_namespace(SMALL)
 
     @rule(namespace=_namespaces)
     def open_namespace(self, namespace: TierNamespace) -> None:

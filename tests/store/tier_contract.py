@@ -51,6 +51,7 @@ def content_of(namespace: TierNamespace, page: memoryview) -> bytes:
 
 def dump(tier: Tier, namespace: TierNamespace, key: Key, page: memoryview) -> bool:
     """Stages and publishes. False if the tier had the key already."""
+    tier.open_namespace(namespace)
     staged = tier.stage(namespace, key, page, num_tokens=BLOCK_TOKENS)
     if staged is None:
         return False

@@ -43,6 +43,34 @@ def node_cache(
         raise typer.Exit(1) from None
 
 
+@app.command("init")
+def init(
+    directory: Annotated[
+        Path, typer.Argument(help="an entry of storage_backends, where this node mounts it")
+    ],
+    backend_id: Annotated[
+        str, typer.Option("--id", help="the id it had, where a storage backend was emptied by hand")
+    ] = "",
+) -> None:
+    """Make a directory a storage backend: give it its id, so that it is told from an empty mount
+    point."""
+    from ucm.store.backend import Backend, parse_id
+
+    path = str(directory.absolute())
+    try:
+        wanted_id = parse_id("--id", backend_id.encode()) if backend_id else None
+        backend = Backend(path, direct_io=False)
+        is_new = backend.open(wanted_id=wanted_id)
+    except UcmError as error:
+        typer.echo(f"ucm init: {error}", err=True)
+        raise typer.Exit(1) from None
+    found_id = backend.identity.id
+    typer.echo(f"{path}: {'now' if is_new else 'already'} the storage backend {found_id:016x}")
+    if wanted_id not in (None, found_id):
+        typer.echo(f"ucm init: {path}: has another id than {backend_id}", err=True)
+        raise typer.Exit(1)
+
+
 @app.command(
     "proxy",
     context_settings={"allow_extra_args": True, "ignore_unknown_options": True},

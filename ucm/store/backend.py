@@ -1,7 +1,8 @@
 """One storage backend: a directory on a filesystem that all nodes mount.
 
 What the Posix tier needs of the filesystem beside reading and writing blocks: directories on
-demand, small files that are written once, O_DIRECT where it works, errno turned into TierError.
+demand, its id and other small files that are written once, O_DIRECT where it works, errno turned
+into TierError.
 """
 
 from __future__ import annotations
@@ -16,7 +17,8 @@ from typing import TypeVar
 
 from ucm.errors import TierError, TierErrorReason
 from ucm.store import paths
-from ucm.store.mounts import mount_of
+from ucm.store.identity import Identity
+from ucm.store.mounts import Mount, mount_of
 from ucm.store.plain_files import NotPlain, check_directory, read_plain
 
 _logger = logging.getLogger(__name__)
@@ -50,15 +52,17 @@ def is_gone(error: OSError) -> bool:
 
 
 class Backend:
-    """`path` is the directory. It is made on first use if its parent is there; parents are never
-    made, because a missing one is most likely a mount that is not there yet."""
+    """`path` is the directory. `open` makes it if its parent is there, and nothing else does;
+    parents are never made, because a missing one is most likely a mount that is not there yet."""
 
     def __init__(self, path: str, *, direct_io: bool) -> None:
         self.path = os.path.normpath(path)
+        self.identity = Identity(self.path, locate=self._locate_id, read=self._read_id)
         self.direct_io = direct_io
         self._direct_refusals = 0
         # Looked at, and directories indeed.
         self._known_dirs: set[str] = set()
+        self._dirs_generation = 0
         # By device: the mount may be another one later.
         self._remembers: tuple[int, bool] | None = None
 
@@ -96,9 +100,9 @@ class Backend:
         return done
 
     def make_dirs(self, directory: str) -> None:
-        """Makes `directory`, which is the backend or lies below it, and what is missing above it.
-        Each is looked at once. Raises NotPlain if one of them is a link or no directory at all, and
-        OSError."""
+        """Makes `directory`, which lies below the backend, and what is missing above it, but never
+        the backend itself. Each is looked at once. Raises NotPlain if one of them is a link or no
+        directory at all, and OSError."""
         for each in self._unknown(directory):
             try:
                 check_directory(each)
@@ -106,13 +110,13 @@ class Backend:
                 with contextlib.suppress(FileExistsError):
                     os.mkdir(each)
                 check_directory(each)
-            self._note(each)
+            self._known_dirs.add(each)
 
     def check_dirs(self, directory: str) -> None:
         """`make_dirs` for directories that are there."""
         for each in self._unknown(directory):
             check_directory(each)
-            self._note(each)
+            self._known_dirs.add(each)
 
     def forget_dirs(self) -> None:
         """Something is missing that was there: looks at every directory again."""
@@ -120,21 +124,28 @@ class Backend:
 
     def _unknown(self, directory: str) -> list[str]:
         """What has to be looked at, from the backend downwards, which itself may be a link."""
-        self._make_root()
+        generation = self.identity.generation
+        if generation != self._dirs_generation or len(self._known_dirs) > _MAX_KNOWN_DIRS:
+            self._known_dirs.clear()
+            self._dirs_generation = generation
         unknown: list[str] = []
         while len(directory) > len(self.path) and directory not in self._known_dirs:
             unknown.append(directory)
             directory = os.path.dirname(directory)
         return unknown[::-1]
 
-    def _note(self, directory: str) -> None:
-        if len(self._known_dirs) >= _MAX_KNOWN_DIRS:
-            self._known_dirs.clear()
-        self._known_dirs.add(directory)
+    def open(self, *, wanted_id: int | None = None) -> bool:
+        """Finds the id that tells this backend from others, and makes it, and the directory, if
+        there is none and this process knew of none: `wanted_id`, or a new one. Returns whether it
+        made one.
 
-    def _make_root(self) -> None:
-        if self.path in self._known_dirs:
-            return
+        It lies in the backend and not in the configuration, so that nodes may mount the same
+        backends under different paths and list them in any order.
+
+        Raises BackendAway if another one is there than this process knew, and TierError.
+        """
+        if self.identity.look() is not None:
+            return False
         try:
             os.mkdir(self.path)
         except FileExistsError:
@@ -143,27 +154,58 @@ class Backend:
                     f"{self.path}: is no directory, or a link to nothing; mount or make what it "
                     f"should be"
                 ) from None
-        else:
-            _logger.info("%s: made this storage backend; it was not there", self.path)
-        self._note(self.path)
-
-    def read_id(self) -> int | None:
-        """The number that tells this backend from others, None if it has none yet.
-
-        It lies in the backend and not in the configuration, so that nodes may mount the same
-        backends under different paths and list them in any order.
-        """
+        except FileNotFoundError as error:
+            parent = os.path.dirname(self.path)
+            raise TierError(
+                f"{self.path}: can't be made, because {parent} is not there; mount or make it",
+                reason="io_error",
+            ) from error
+        except OSError as error:
+            raise tier_error(self.path, "can't be made", error) from error
         path = paths.backend_id_path(self.path)
-        content = _read_once(path)
-        return None if content is None else _parse_id(path, content)
+        new_id = secrets.token_hex(_ID_BYTES) if wanted_id is None else f"{wanted_id:016x}"
+        mine = new_id.encode() + b"\n"
+        found = self._write_once(path, mine)
+        self.identity.check()
+        if found == mine:
+            self._say_made()
+        return found == mine
 
-    def make_id(self) -> int:
-        """`read_id`, making one if need be."""
+    def _say_made(self) -> None:
+        """A store that begins on a disk of this machine's own may be a mount that was forgotten."""
+        mount = self._mount()
+        where = "an unknown filesystem" if mount is None else f"{mount.kind} at {mount.point}"
+        made = f"{self.path}: made a new storage backend, {self.identity.id:016x}, on {where}"
+        if mount is not None and mount.is_local:
+            _logger.warning(
+                "%s: only this machine sees it. If nodes are to share it, mount it, and delete "
+                "what is there now",
+                made,
+            )
+        else:
+            _logger.info("%s", made)
+
+    def _mount(self) -> Mount | None:
+        try:
+            return mount_of(self.path)
+        except OSError:
+            return None
+
+    def _locate_id(self) -> os.stat_result | None:
+        path = paths.backend_id_path(self.path)
+        try:
+            return os.lstat(path)
+        except OSError as error:
+            if is_gone(error) or error.errno == errno.ENOTDIR:
+                return None
+            raise tier_error(path, "can't be looked up", error) from error
+
+    def _read_id(self) -> int:
         path = paths.backend_id_path(self.path)
         content = _read_once(path)
         if content is None:
-            content = self._write_once(path, secrets.token_hex(_ID_BYTES).encode() + b"\n")
-        return _parse_id(path, content)
+            raise TierError(f"{path}: was there a moment ago", reason="io_error")
+        return parse_id(path, content)
 
     def ensure_manifest(self, fingerprint: bytes, manifest_json: bytes) -> None:
         """Raises TierError if another one is there, or if there is none and it can't be written."""
@@ -186,18 +228,18 @@ class Backend:
         try:
             self.make_dirs(os.path.dirname(path))
             try:
-                _write_durably(temp, content)
+                try:
+                    _write_durably(temp, content)
+                except FileNotFoundError:
+                    # A directory that was there, and was removed.
+                    self.forget_dirs()
+                    self.make_dirs(os.path.dirname(path))
+                    _write_durably(temp, content)
                 _link_or_rename(temp, path)
             finally:
                 unlink_if_there(temp)
         except FileExistsError:
             pass
-        except FileNotFoundError as error:
-            parent = os.path.dirname(self.path)
-            raise TierError(
-                f"{self.path}: can't be made, because {parent} is not there; mount or make it",
-                reason="io_error",
-            ) from error
         except OSError as error:
             raise tier_error(path, "can't be written", error) from error
         found = _read_once(path)
@@ -244,7 +286,7 @@ def _link_or_rename(temp: str, path: str) -> None:
         os.rename(temp, path)
 
 
-def _parse_id(path: str, content: bytes) -> int:
+def parse_id(path: str, content: bytes) -> int:
     text = content.strip()
     try:
         if len(text) == 2 * _ID_BYTES:

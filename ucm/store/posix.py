@@ -7,9 +7,7 @@ Invariants:
 * A damaged file leaves its place before its absence is reported, so the next dump can fill it.
 * Nothing is fsynced: a block that a crash tears is found by its checksums, one that it loses is
   computed again.
-
-With several backends a key lives on the one that scores highest for it (rendezvous hashing over the
-backends' ids): adding one moves only the keys that it takes.
+* Nothing is written to, and nothing found in, what isn't the backend that was opened (identity.py).
 """
 
 from __future__ import annotations
@@ -21,14 +19,13 @@ import threading
 from collections.abc import Callable, Sequence
 from functools import partial
 
-from xxhash import xxh3_64_intdigest
-
 from ucm.errors import TierError
 from ucm.store import paths
 from ucm.store.backend import READ_ONLY_ERRNOS, Backend, is_gone, tier_error, unlink_if_there
 from ucm.store.blockfile import BlockId, Scratch, check_header, read_block, write_block
 from ucm.store.keys import Key
 from ucm.store.names import doubt, is_there_now
+from ucm.store.placement import Placement
 from ucm.store.plain_files import NotPlain, open_plain
 from ucm.store.quarantine import Quarantine, forget_cached, move_aside
 from ucm.store.space import Reserve
@@ -61,22 +58,30 @@ class PosixTier(Tier):
             backend: Reserve(backend.path, min_free_bytes=min_free_bytes, queue_pages=queue_pages)
             for backend in self._backends
         }
-        self._by_id: list[tuple[int, Backend]] | None = None
-        self._has_manifest: set[tuple[Backend, bytes]] = set()
+        self._placement = Placement(self._backends)
+        # With the generation of the backend: see Identity.
+        self._has_manifest: set[tuple[Backend, int, bytes]] = set()
         self._thread = threading.local()
         self._quarantine = Quarantine(quarantine_per_minute)
 
     def open_namespace(self, namespace: TierNamespace) -> None:
+        for backend in self._backends:
+            _unless_read_only(backend.open)
         if len(self._backends) > 1:
-            _unless_read_only(partial(self._identify, make=True))
+            self._placement.identify()
         for backend in self._backends:
             write = partial(backend.ensure_manifest, namespace.fingerprint, namespace.manifest_json)
             _unless_read_only(write)
 
     def contains(self, namespace: TierNamespace, keys: Sequence[Key]) -> int:
+        here: dict[Backend, bool] = {}
         for i, key in enumerate(keys):
-            backend = self._backend_of(key)
+            backend = self._placement.of(key)
             if backend is None:
+                return i
+            if backend not in here:
+                here[backend] = backend.identity.is_here()
+            if not here[backend]:
                 return i
             path = paths.block_path(backend.path, namespace.fingerprint, key)
             try:
@@ -90,8 +95,8 @@ class PosixTier(Tier):
         return len(keys)
 
     def contains_now(self, namespace: TierNamespace, key: Key) -> bool:
-        backend = self._backend_of(key)
-        if backend is None:
+        backend = self._placement.of(key)
+        if backend is None or not backend.identity.is_here():
             return False
         path = paths.block_path(backend.path, namespace.fingerprint, key)
         try:
@@ -103,18 +108,21 @@ class PosixTier(Tier):
 
     def doubt(self, namespace: TierNamespace, key: Key) -> None:
         try:
-            backend = self._backend_of(key)
+            backend = self._placement.of(key)
+            is_here = backend is not None and backend.identity.is_here()
         except TierError:
             return
-        if backend is not None:
+        if backend is not None and is_here:
             path = paths.block_path(backend.path, namespace.fingerprint, key)
             doubt(path, below=backend.path)
 
     def holds(self, namespace: TierNamespace, key: Key) -> bool:
+        backend = self._placement.of(key)
+        if backend is None:
+            return False
+        backend.identity.check()
         if not self.contains_now(namespace, key):
             return False
-        backend = self._backend_of(key)
-        assert backend is not None
         path = paths.block_path(backend.path, namespace.fingerprint, key)
         block = BlockId(key, namespace.fingerprint, namespace.page_bytes)
         try:
@@ -124,6 +132,8 @@ class PosixTier(Tier):
 
     def read_manifest(self, fingerprint: bytes) -> bytes | None:
         for backend in self._backends:
+            if not backend.identity.is_here():
+                continue
             manifest = backend.read_manifest(fingerprint)
             if manifest is not None:
                 return manifest
@@ -131,11 +141,11 @@ class PosixTier(Tier):
 
     def read(self, namespace: TierNamespace, key: Key, page: memoryview) -> PageRead:
         try:
-            backend = self._backend_of(key)
+            backend = self._placement.of(key)
+            if backend is None or not backend.identity.is_here():
+                return ABSENT
         except TierError as error:
             return PageRead(ReadStatus.IO_ERROR, str(error))
-        if backend is None:
-            return ABSENT
         block = BlockId(key, namespace.fingerprint, namespace.page_bytes)
         path = paths.block_path(backend.path, namespace.fingerprint, key)
         read = partial(self._read, backend, path, block, page)
@@ -155,8 +165,7 @@ class PosixTier(Tier):
     def stage(
         self, namespace: TierNamespace, key: Key, page: memoryview, *, num_tokens: int
     ) -> Staged | None:
-        backend = self._backend_of(key, make=True)
-        assert backend is not None
+        backend = self._placement.to_write(key)
         block = BlockId(key, namespace.fingerprint, namespace.page_bytes)
         target = paths.block_path(backend.path, namespace.fingerprint, key)
         try:
@@ -171,6 +180,12 @@ class PosixTier(Tier):
     def publish(self, staged: Staged) -> None:
         target = paths.temp_target(staged.ticket)
         try:
+            self._placement.to_write(staged.key)
+        except TierError:
+            unlink_if_there(staged.ticket)
+            raise
+        try:
+            # Where the mount has gone just now, what was staged has gone with it.
             os.rename(staged.ticket, target)
         except OSError as error:
             # An NFS client repeats a rename whose answer was lost, and then finds nothing to
@@ -186,40 +201,12 @@ class PosixTier(Tier):
     def close(self) -> None:
         """Nothing is held; scratch buffers go with their threads."""
 
-    # -- which backend ---------------------------------------------------------------------
-
-    def _backend_of(self, key: Key, *, make: bool = False) -> Backend | None:
-        """The backend of `key`; None while nothing was ever stored on several backends."""
-        if len(self._backends) == 1:
-            return self._backends[0]
-        by_id = self._by_id or self._identify(make=make)
-        if not by_id:
-            return None
-        return max(by_id, key=lambda each: xxh3_64_intdigest(key, each[0]))[1]
-
-    def _identify(self, *, make: bool) -> list[tuple[int, Backend]] | None:
-        """Reads, or with `make` gives, every backend's id; None if one has none. All must be known
-        before any key has a place."""
-        by_id: dict[int, Backend] = {}
-        for backend in self._backends:
-            backend_id = backend.make_id() if make else backend.read_id()
-            if backend_id is None:
-                return None
-            if backend_id in by_id:
-                raise TierError(
-                    f"{backend.path} and {by_id[backend_id].path} are the same storage backend, or "
-                    f"one is a copy of the other; list it once",
-                    reason="corrupt",
-                )
-            by_id[backend_id] = backend
-        self._by_id = list(by_id.items())
-        return self._by_id
-
     def _ensure_manifest(self, backend: Backend, namespace: TierNamespace) -> None:
         """Before every block, so that none lies in a directory that nobody can explain."""
-        if (backend, namespace.fingerprint) not in self._has_manifest:
+        known = backend, backend.identity.generation, namespace.fingerprint
+        if known not in self._has_manifest:
             backend.ensure_manifest(namespace.fingerprint, namespace.manifest_json)
-            self._has_manifest.add((backend, namespace.fingerprint))
+            self._has_manifest.add(known)
 
     # -- files -----------------------------------------------------------------------------
 
@@ -326,7 +313,8 @@ class PosixTier(Tier):
                 return backend.try_direct(write)
             except FileNotFoundError:
                 # The store was emptied under us, and its manifest with it.
-                self._has_manifest.discard((backend, namespace.fingerprint))
+                known = backend, backend.identity.generation, namespace.fingerprint
+                self._has_manifest.discard(known)
                 backend.forget_dirs()
         return backend.try_direct(write)
 

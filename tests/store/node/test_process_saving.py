@@ -12,6 +12,7 @@ from tests.faults.mounts import mount_tmpfs, own_mounts
 from tests.store.node.api import IDS, dump, load, rows, whole_blocks
 from tests.store.node.support import Place, engine, make_keys, wait_until
 from ucm.errors import TaskFailed, TierError
+from ucm.store.paths import BACKEND_ID
 from ucm.store.pipeline import UcmPipelineStore
 
 pytestmark = pytest.mark.process
@@ -21,7 +22,8 @@ KEYS = make_keys("saved", 6)
 
 def empty(place: Place) -> None:
     for each in list(place.store.iterdir()):
-        shutil.rmtree(each) if each.is_dir() else each.unlink()
+        if each.name != BACKEND_ID:
+            shutil.rmtree(each)
 
 
 def flushes(store: UcmPipelineStore) -> bool:
