@@ -92,6 +92,7 @@ class Place:
         """Files as another node would have left them."""
         tier = PosixTier([str(self.store)])
         namespace = TierNamespace(FINGERPRINT, PAGE_BYTES, b"{}")
+        tier.open_namespace(namespace)
         page = memoryview(mmap.mmap(-1, padded_bytes(PAGE_BYTES)))
         for key in keys:
             page[:PAGE_BYTES] = content(key)
