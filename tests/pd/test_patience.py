@@ -77,7 +77,9 @@ async def test_a_stream_that_nobody_begins_is_a_504_after_two_have_been_asked(fl
     assert 2 == num_asked(fleet)
 
 
-async def test_a_stream_of_an_unknown_kind_that_falls_silent_is_ended(fleet: Fleet):
+async def test_a_stream_that_nobody_has_asked_for_ends_when_it_falls_silent(
+    fleet: Fleet,
+):
     """Nothing in the request says that it will be one."""
     await fleet.start(1, 1, idle_timeout_s=0.2)
     engine = fleet.decode[0]
@@ -89,7 +91,7 @@ async def test_a_stream_of_an_unknown_kind_that_falls_silent_is_ended(fleet: Fle
         return await engine.never(request)
 
     engine.answer = begin
-    async with await fleet.post("v1/something", prompt="hi") as response:
+    async with await fleet.post("v1/audio/translations", prompt="hi") as response:
         body = await asyncio.wait_for(response.read(), 10.0)
     assert body.startswith(b"data: 1\n\n")
     assert "broke off" in json.loads(body.strip().split(b"data: ")[-1])["error"]["message"]

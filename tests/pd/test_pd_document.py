@@ -117,6 +117,7 @@ def test_it_names_every_reason_for_which_a_request_is_not_prefilled() -> None:
     reasons = returned(rewrite.why_not_prefill) | returned(upstream.failure_reason)
     reasons |= assigned(tree(prefill), "failure")
     reasons |= first_arguments(CODE, "PrefillOutcome")
+    reasons |= first_arguments(CODE, "not_prefilled")
     assert {"about_prompt", "refused", "queue_full", "no_prefiller", f"{ANY}xx"} <= reasons
     assert "cancelled" in reasons
     rows = TEXT[TEXT.index("| reason of ") :]

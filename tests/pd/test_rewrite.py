@@ -16,6 +16,7 @@ from ucm.pd.rewrite import (
     prefill_body,
     why_not_prefill,
     with_params,
+    without_ours,
 )
 
 COMPLETIONS = "/v1/completions"
@@ -131,8 +132,17 @@ def test_everything_else_stays_as_it_is_and_in_its_order(fields):
         ({"prompt": "x" * 127}, None),
         ({"prompt": [1] * 127}, "short"),
         ({"prompt": [1] * 128}, None),
-        ({"prompt": ["a", "b"]}, None),
-        ({"prompt": [[1, 2], [3]]}, None),
+        ({"prompt": ["a", "b"]}, "short"),
+        ({"prompt": [[1, 2], [3]]}, "short"),
+        ({"prompt": ["a", "x" * 300]}, None),
+        ({"prompt": [[5], [1] * 300]}, None),
+        ({"prompt": [[5], {"odd": 1}]}, None),
+        ({"token_ids": [1] * 127, "sampling_params": {}}, "short"),
+        ({"token_ids": [1] * 128, "sampling_params": {}}, None),
+        ({"token_ids": [1] * 128, "sampling_params": {"prompt_logprobs": 1}}, "about_prompt"),
+        ({"input": "x" * 500, "previous_response_id": "r"}, "continued"),
+        ({"input": "x" * 500, "truncation": "auto"}, "truncated"),
+        ({"input": "x" * 500, "truncation": "disabled"}, None),
         ({"messages": [{"role": "user", "content": "hi"}]}, None),
         ({"prompt": "x" * 500, "prompt_logprobs": 1}, "about_prompt"),
         ({"prompt": "x" * 500, "prompt_logprobs": 0}, "about_prompt"),
@@ -215,3 +225,67 @@ def test_the_params_of_an_answer_are_found_byte_by_byte(params):
 )
 def test_what_is_no_object_is_not_passed_to_decode(answer):
     assert params_of(answer) is None
+
+
+def test_a_prefill_of_generate_makes_one_token():
+    sampling = {"max_tokens": 50, "min_tokens": 5, "n": 3, "temperature": 0.5, "logprobs": 2}
+    first = json.loads(
+        prefill_body(
+            {"token_ids": [1], "sampling_params": sampling, "stream": True},
+            path="/inference/v1/generate",
+        )
+    )
+    assert {"max_tokens": 1, "n": 1, "temperature": 0.5} == first["sampling_params"]
+    assert "max_tokens" not in first and first["stream"] is False
+
+
+def test_a_prefill_of_messages_may_think_for_longer_than_it_may_speak():
+    """vLLM checks the two against each other, but in a prefill that says what it is."""
+    protocol = pytest.importorskip("vllm.entrypoints.anthropic.protocol")
+    fields = {
+        "model": "m",
+        "messages": [{"role": "user", "content": "hi"}],
+        "max_tokens": 4096,
+        "thinking": {"type": "enabled", "budget_tokens": 2000},
+    }
+    first = json.loads(prefill_body(fields, path="/v1/messages"))
+    assert 1 == protocol.AnthropicMessagesRequest(**first).max_tokens
+    assert {"kind": "wanted"} == first["kv_transfer_params"]["ucm"]
+
+
+def test_a_prefill_of_what_is_made_in_the_background_is_not():
+    first = json.loads(prefill_body({"input": "hi", "background": True}, path="/v1/responses"))
+    assert first["store"] is False and "background" not in first
+
+
+@pytest.mark.parametrize("encoding", ["utf-8", "utf-16"])
+@pytest.mark.parametrize("others", [{}, {"theirs": {"a": 1}}])
+def test_what_a_client_puts_in_the_proxys_place_reaches_no_engine(encoding, others):
+    params = {"ucm": {"kind": "expected"}, **others}
+    body = json.dumps({"prompt": "hi", "kv_transfer_params": params}).encode(encoding)
+
+    changed, fields = without_ours(body, parse_body(body))
+    assert (others or None) == json.loads(changed)["kv_transfer_params"]
+    assert json.loads(changed) == fields
+
+
+@pytest.mark.parametrize(
+    "part",
+    [
+        {"type": "video_url", "video_url": {"url": "data:video/mp4;base64," + "A" * 5_000_000}},
+        {"type": "input_audio", "input_audio": {"data": "A" * 5_000_000, "format": "wav"}},
+        {"type": "file", "file": {"file_data": "A" * 5_000_000}},
+        {"type": "document", "source": {"type": "base64", "data": "A" * 5_000_000}},
+        {"type": "image", "source": {"type": "base64", "data": "A" * 5_000_000}},
+        {"type": "odd", "odd": {"url": "data:video/mp4;base64," + "A" * 5_000_000}},
+    ],
+)
+def test_media_weigh_as_media_and_not_as_the_text_that_carries_them(part):
+    assert 100 < guess_tokens({"messages": [{"role": "user", "content": [part]}]}) < 20_000
+
+
+def test_tools_and_a_system_prompt_weigh_as_well():
+    tools = [{"type": "function", "function": {"name": "f", "description": "x" * 4000}}]
+    short = {"messages": [{"role": "user", "content": "hi"}]}
+    assert guess_tokens({**short, "tools": tools}) >= 1000
+    assert guess_tokens({**short, "system": "x" * 4000}) >= 1000

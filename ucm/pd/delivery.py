@@ -11,14 +11,14 @@ import aiohttp
 from aiohttp import web
 
 from ucm.pd import upstream
-from ucm.pd.errors import error_body
 from ucm.pd.journey import Journey
+from ucm.pd.protocol import Protocol, protocol_of
 from ucm.pd.resume import Events, Tracker
 
 logger = logging.getLogger(__name__)
 
 _EVENT_STREAM = "text/event-stream"
-_LAST_EVENT = b"data: [DONE]"
+_NO_PROTOCOL = Protocol()
 
 
 @dataclass(frozen=True)
@@ -39,7 +39,9 @@ class Answer:
 
     @property
     def is_event_stream(self) -> bool:
-        return self.upstream.content_type == _EVENT_STREAM
+        """One whose events can be read: a compressed one is passed on as it comes."""
+        coding = self.upstream.headers.get("Content-Encoding", "identity").lower()
+        return self.upstream.content_type == _EVENT_STREAM and coding == "identity"
 
     async def pieces(self) -> AsyncIterator[bytes]:
         yield self.first
@@ -67,6 +69,9 @@ class Delivery:
         self._journey = journey
         self._tracker = tracker
         self._is_event_stream = False
+        # Whose events these are; one that knows none where they can't be read.
+        self._protocol = _NO_PROTOCOL
+        self._has_ended = False
 
     @property
     def can_resume(self) -> bool:
@@ -94,6 +99,8 @@ class Delivery:
             return None
         self.response = web.StreamResponse(status=status, reason=reason, headers=headers)
         self._is_event_stream = answer.is_event_stream
+        if self._is_event_stream:
+            self._protocol = protocol_of(self._request.path)
         try:
             await self.response.prepare(self._request)
         except ConnectionError:
@@ -108,54 +115,79 @@ class Delivery:
         return await self._pump(answer, is_first=False)
 
     async def _pump(self, answer: Answer, *, is_first: bool) -> str | None:
+        """Where events are known only whole ones go on: what was cut off inside one is of no use
+        to anybody, and an error event behind it could not be read."""
         assert self.response is not None
+        where = answer.upstream.url.origin()
         events = Events()
         tracker = self._tracker if self._is_event_stream else None
+        is_known = self._protocol.last_event is not None
         try:
             async for piece in answer.pieces():
-                if tracker is None:
+                if not is_known:
                     await self.response.write(piece)
-                    self._note_end(piece)
                 elif whole := events.feed(piece):
                     # In this order: what the client may have got is never asked for again.
-                    tracker.add(whole)
-                    await self.response.write(whole if is_first else tracker.continued(whole))
+                    if tracker is not None:
+                        tracker.add(whole)
+                        whole = whole if is_first else tracker.continued(whole)
+                    await self.response.write(whole)
                     self._note_end(whole)
         except upstream.UNREACHABLE as error:
             if self._request.transport is None or self._request.transport.is_closing():
                 self._journey.client_left()
                 return None
-            if tracker is not None and tracker.lacks_only_the_end:
-                tracker.is_done = True
-                await self.response.write(b"data: [DONE]\n\n")
-            if tracker is not None and tracker.is_done:
-                await self.response.write_eof()
+            if await self._is_whole(tracker):
                 return None  # all that was missing is the end of the connection
-            if not self.can_resume:
-                await self._write_rest(events.rest())
-            return f"{answer.upstream.url.origin()} broke off its answer: {error!r}"
-        await self._write_rest(events.rest())
-        await self.response.write_eof()
-        return None
+            return f"{where} broke off its answer: {error!r}"
+        return await self._ended(answer, events.rest(), tracker)
 
-    def _note_end(self, piece: bytes) -> None:
+    async def _ended(self, answer: Answer, rest: bytes, tracker: Tracker | None) -> str | None:
+        """The engine says that this was all: where events are known, the last one has to be there.
+        Many servers leave out the empty line behind it."""
+        assert self.response is not None
+        is_known = self._protocol.last_event is not None
+        if not is_known or answer.upstream.status != web.HTTPOk.status_code:
+            await self._write_rest(rest)
+            await self.response.write_eof()
+            return None
+        if self._protocol.is_last(rest):
+            self._note_end(rest)
+            await self._write_rest(rest)
+        if await self._is_whole(tracker):
+            return None
+        return (
+            f"{answer.upstream.url.origin()} broke off its answer: it ended without its last event"
+        )
+
+    async def _is_whole(self, tracker: Tracker | None) -> bool:
+        """Whether the client has all; then the answer is ended."""
+        assert self.response is not None
+        if not self._has_ended and tracker is not None and tracker.lacks_only_the_end:
+            tracker.is_done = self._has_ended = True
+            await self.response.write(b"data: [DONE]\n\n")
+        if self._has_ended:
+            await self.response.write_eof()
+        return self._has_ended
+
+    def _note_end(self, events: bytes) -> None:
         """Many clients go as soon as they have read the last event."""
-        if self._is_event_stream and piece.rstrip().endswith(_LAST_EVENT):
-            self._journey.is_delivered = True
+        if self._protocol.is_last(events):
+            self._journey.is_delivered = self._has_ended = True
 
     async def _write_rest(self, rest: bytes) -> None:
         if rest and self.response is not None:
             await self.response.write(rest)
 
     async def break_off(self, problem: str, *, code: int = 502) -> None:
-        """The status is long out: an error event says that the answer is not whole; where there are
-        no events, the connection ends inside the body."""
+        """The status is long out: an error event says that the answer is not whole; where the
+        client knows none, the connection ends inside the body."""
         assert self.response is not None
         logger.warning("%s", problem)
         self._journey.failed("broken_off")
-        if self._is_event_stream:
-            # It may have stopped inside an event.
-            await self.response.write(b"\n\ndata: " + error_body(code, problem) + b"\n\n")
+        event = self._protocol.error_event(code, problem)
+        if event is not None:
+            await self.response.write(event)
             await self.response.write_eof()
         elif self._request.transport is not None:
             self._request.transport.close()

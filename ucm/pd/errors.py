@@ -1,30 +1,13 @@
-"""The proxy's own errors, in the words of OpenAI's API."""
+"""The proxy's own errors as answers, in the words of the protocol that the client speaks."""
 
 from __future__ import annotations
 
-import msgspec
 from aiohttp import web
 
-_INTERNAL = "InternalServerError"
-_BAD = "BadRequestError"
-_KINDS = {
-    400: _BAD,
-    403: "PermissionDeniedError",
-    404: "NotFoundError",
-    413: "RequestTooLargeError",
-    502: "BadGatewayError",
-    504: "GatewayTimeoutError",
-    503: "ServiceUnavailableError",
-}
+from ucm.pd.protocol import protocol_of
 
 
-def error_body(code: int, message: str) -> bytes:
-    kind = _KINDS.get(code, _BAD if code < 500 else _INTERNAL)
-    error = {"message": message, "type": kind, "param": None, "code": code}
-    return msgspec.json.encode({"error": error})
-
-
-def error_response(code: int, message: str) -> web.Response:
-    return web.Response(
-        status=code, body=error_body(code, message), content_type="application/json"
-    )
+def error_response(code: int, message: str, *, path: str = "") -> web.Response:
+    """`path` is the request's; without one the error has OpenAI's form."""
+    body = protocol_of(path).error_body(code, message)
+    return web.Response(status=code, body=body, content_type="application/json")

@@ -67,6 +67,17 @@ class Instance:
     def is_unfit(self, kind: str) -> bool:
         return self.breaker.clock() < self._unfit_until_s.get(kind, 0.0)
 
+    def described(self) -> dict[str, object]:
+        """For `GET /instances`."""
+        return {
+            "role": self.role.value,
+            "url": str(self.url),
+            "state": self.state,
+            "running": self.running,
+            "prompt_tokens": self.tokens,
+            "served": self.served,
+        }
+
     def begin(self) -> None:
         self.breaker.begin()
         self.health.begin()

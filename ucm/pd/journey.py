@@ -19,6 +19,7 @@ from ucm.pd.upstream import REQUEST_ID
 logger = logging.getLogger(__name__)
 
 PATH = "x-ucm-pd-path"
+REASON = "x-ucm-pd-reason"
 _MAX_ID_CHARS = 128
 
 
@@ -84,7 +85,8 @@ class Journey:
             f"{name.replace('_', '-')};dur={spent_s * 1000:.1f}"
             for name, spent_s in self._stages.items()
         )
-        return {REQUEST_ID: self.request_id, PATH: self.path, "Server-Timing": timing}
+        headers = {REQUEST_ID: self.request_id, PATH: self.path, "Server-Timing": timing}
+        return headers | ({REASON: self.reason} if self.reason else {})
 
     def end(self) -> None:
         total_s = time.monotonic() - self._started_s

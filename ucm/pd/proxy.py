@@ -25,19 +25,25 @@ from ucm.pd.members import Members
 from ucm.pd.metrics import ProxyMetrics
 from ucm.pd.prefill import Leg, Prefills
 from ucm.pd.promise import Promise
+from ucm.pd.protocol import CHAT, COMPLETIONS, GENERATE, MESSAGES, RESPONSES
 from ucm.pd.relay import Relay
 from ucm.pd.resume import Tracker
-from ucm.pd.rewrite import guess_tokens, kind_of, parse_body, prefill_body, why_not_prefill
+from ucm.pd.rewrite import (
+    guess_tokens,
+    kind_of,
+    parse_body,
+    prefill_body,
+    why_not_prefill,
+    without_ours,
+)
 from ucm.pd.stopping import Stopping, go_on
 
 logger = logging.getLogger(__name__)
 
 # A prompt of several images may be large; something has to end one that never ends.
 MAX_BODY_BYTES = 512 << 20
-_COMPLETIONS = "/v1/completions"
-_CHAT = "/v1/chat/completions"
-_RESUMABLE = (_COMPLETIONS, _CHAT)
-GENERATING = (_COMPLETIONS, _CHAT, "/v1/responses")
+_RESUMABLE = (COMPLETIONS, CHAT)
+GENERATING = (COMPLETIONS, CHAT, RESPONSES, MESSAGES, GENERATE)
 
 
 STOPPING = web.AppKey("STOPPING", Stopping)
@@ -133,7 +139,9 @@ class Proxy:
             return body
         fields = parse_body(body)
         if fields is None:
-            return error_response(400, "the body is not a JSON object")
+            return error_response(400, "the body is not a JSON object", path=request.path)
+
+        body, fields = without_ours(body, fields)
 
         async def go(journey: Journey) -> web.StreamResponse:
             journey.tokens = guess_tokens(fields)
@@ -141,7 +149,7 @@ class Proxy:
             journey.is_streamed = bool(fields.get("stream"))
             tracker = None
             if self._settings.resume and request.path in _RESUMABLE and fields.get("stream"):
-                tracker = Tracker(fields, is_chat=request.path == _CHAT)
+                tracker = Tracker(fields, is_chat=request.path == CHAT)
             with self._promised(request, fields, journey) as promise:
                 if promise is not None and self._settings.handoff == "chain":
                     await promise.settled()
@@ -156,6 +164,8 @@ class Proxy:
             return body
 
         async def go(journey: Journey) -> web.StreamResponse:
+            if request.method == "POST" and self._prefills is not None:
+                journey.not_prefilled("route")
             return await self._relaying.answer(request, body, journey)
 
         return await self._journey(request, go)
@@ -175,7 +185,7 @@ class Proxy:
                 return await go(journey)
         except asyncio.CancelledError:
             if go_on(journey):
-                return _turned_away(journey)
+                return _turned_away(journey, request.path)
             journey.client_left()
             raise
         finally:
@@ -255,7 +265,7 @@ class Proxy:
         return web.Response(body=self._metrics.text(), content_type="text/plain", charset="utf-8")
 
     async def list_instances(self, request: web.Request) -> web.Response:
-        return web.json_response({"instances": list(map(_described, self._instances()))})
+        return web.json_response({"instances": [each.described() for each in self._instances()]})
 
     async def change_instances(self, request: web.Request) -> web.Response:
         if not self._is_admin(request):
@@ -301,7 +311,9 @@ class Proxy:
 
 async def _read(request: web.Request) -> bytes | web.Response:
     """The body, or the answer to one that is too large, or that can't be unpacked."""
-    too_large = error_response(413, f"the body has more than {MAX_BODY_BYTES >> 20} MiB")
+    too_large = error_response(
+        413, f"the body has more than {MAX_BODY_BYTES >> 20} MiB", path=request.path
+    )
     if (request.content_length or 0) > MAX_BODY_BYTES:
         # Before any of it is read; what the client sends of it nobody wants.
         too_large.force_close()
@@ -312,14 +324,14 @@ async def _read(request: web.Request) -> bytes | web.Response:
         too_large.force_close()
         return too_large
     except web.RequestPayloadError as error:
-        return error_response(400, f"the body can't be read: {error}")
+        return error_response(400, f"the body can't be read: {error}", path=request.path)
 
 
-def _turned_away(journey: Journey) -> web.Response:
+def _turned_away(journey: Journey, path: str) -> web.Response:
     """For one that the end of the proxy has interrupted before its answer began."""
     journey.status = 503
     journey.failed("stopping")
-    response = error_response(503, "the proxy is stopping")
+    response = error_response(503, "the proxy is stopping", path=path)
     response.headers.update({**journey.headers(), "Retry-After": "1"})
     return response
 
@@ -327,14 +339,3 @@ def _turned_away(journey: Journey) -> web.Response:
 def _log_failure(task: asyncio.Task[None]) -> None:
     if not task.cancelled() and (error := task.exception()) is not None:
         logger.error("a background task of the proxy has failed", exc_info=error)
-
-
-def _described(instance: Instance) -> dict[str, object]:
-    return {
-        "role": instance.role.value,
-        "url": str(instance.url),
-        "state": instance.state,
-        "running": instance.running,
-        "prompt_tokens": instance.tokens,
-        "served": instance.served,
-    }

@@ -134,9 +134,8 @@ class Relay:
                     assert delivery.response is not None
                     return delivery.response
                 is_first = not tries.instances or isinstance(error, QueueFull)
-                return await _give_up(
-                    delivery, journey, Problem(str(error), code=503) if is_first else problem
-                )
+                problem = Problem(str(error), code=503) if is_first else problem
+                return await _give_up(delivery, journey, problem, request.path)
             try:
                 tries.instances.append(instance)
                 ask = partial(self._ask, tries, request, journey, delivery)
@@ -153,7 +152,7 @@ class Relay:
                         logger.warning("%s; another goes on with it", broken)
                 problem = found
                 if problem.is_final:
-                    return await _give_up(delivery, journey, problem)
+                    return await _give_up(delivery, journey, problem, request.path)
             finally:
                 self._pool.leave(instance, tokens=journey.tokens)
             if self._pool.has_another(tries.instances):
@@ -280,13 +279,15 @@ async def _begin(response: aiohttp.ClientResponse, heard: Callable[[], None]) ->
         raise
 
 
-async def _give_up(delivery: Delivery, journey: Journey, problem: Problem) -> web.StreamResponse:
+async def _give_up(
+    delivery: Delivery, journey: Journey, problem: Problem, path: str
+) -> web.StreamResponse:
     if delivery.response is not None:
         await delivery.break_off(problem.text)
         return delivery.response
     journey.status = problem.code
     journey.failed(_FAILURES[problem.code])
-    response = error_response(problem.code, problem.text)
+    response = error_response(problem.code, problem.text, path=path)
     response.headers.update(journey.headers())
     if problem.code == 503:
         response.headers["Retry-After"] = str(_RETRY_AFTER_S)

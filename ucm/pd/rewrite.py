@@ -10,12 +10,14 @@ Decode gets the client's own bytes, and behind the last field what it is told of
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Iterable, Mapping
 from typing import Any
 
 import msgspec
 
 from ucm import handoff
+from ucm.pd.protocol import GENERATE, MESSAGES, RESPONSES
 
 KV_PARAMS = "kv_transfer_params"
 GRAMMARS = (
@@ -44,8 +46,11 @@ _ONE_IF_GIVEN = ("max_completion_tokens", "max_output_tokens", "n")
 # Answers about the prompt itself need its logits, which a hit skips.
 _ABOUT_THE_PROMPT = ("prompt_logprobs", "echo")
 
-# A guess at how many tokens an image becomes; only to compare instances.
-_IMAGE_TOKENS = 1000
+# Guesses at how many tokens media become, whatever bytes they have; only to compare instances.
+_MEDIA_TOKENS = {"image": 1000, "video": 8000, "audio": 750, "file": 4000, "document": 4000}
+_MEDIA_URL = re.compile(r"data:(image|video|audio)/")
+# Where a request has what ends up in its prompt.
+_PROMPTS = ("prompt", "messages", "input", "token_ids", "system", "instructions", "tools")
 _BYTES_PER_TOKEN = 4
 _MAX_MODEL_CHARS = 256
 
@@ -73,15 +78,31 @@ def prefill_body(fields: Mapping[str, Any], *, path: str) -> bytes:
     for name in _ONE_IF_GIVEN:
         if name in first:
             first[name] = 1
-    if path.endswith("/responses"):
+    if path == RESPONSES:
         first["max_output_tokens"] = 1
-        # A prefill is nobody's conversation.
+        # A prefill is nobody's conversation, and what is not kept can't be made in the background.
         first["store"] = False
+        first.pop("background", None)
+    elif path == GENERATE:
+        first["sampling_params"] = _one_token(first.get("sampling_params"))
     else:
         first["max_tokens"] = 1
     first["stream"] = False
     first[KV_PARAMS] = handoff.params(handoff.Wanted())
+    if path == MESSAGES:
+        # vLLM refuses to think for more tokens than it may make, but in a prefill that says so.
+        first[KV_PARAMS]["do_remote_decode"] = True
     return json.dumps(first, separators=(",", ":")).encode()
+
+
+def _one_token(sampling: object) -> object:
+    """`/inference/v1/generate` has its sampling in an object of its own."""
+    if not isinstance(sampling, dict):
+        return {"max_tokens": 1} if sampling is None else sampling
+    first = {name: value for name, value in sampling.items() if name not in _DROPPED}
+    if "n" in first:
+        first["n"] = 1
+    return first | {"max_tokens": 1}
 
 
 class _Answer(msgspec.Struct):
@@ -102,6 +123,21 @@ def params_of(answer: bytes) -> bytes | None:
         return None
 
 
+def without_ours(body: bytes, fields: dict[str, Any]) -> tuple[bytes, dict[str, Any]]:
+    """The request without what a client has put in the proxy's place: a promise of a client's would
+    let decode wait for nothing."""
+    given = fields.get(KV_PARAMS)
+    if not isinstance(given, dict) or handoff.NAME not in given:
+        return body, fields
+    kept = {name: value for name, value in given.items() if name != handoff.NAME} or None
+    fields = {**fields, KV_PARAMS: kept}
+    params = json.dumps(kept).encode()
+    changed = with_params(body, params)
+    if changed is body:
+        changed = json.dumps(fields).encode()
+    return changed, fields
+
+
 def with_params(body: bytes, params: bytes) -> bytes:
     """The client's request with these `kv_transfer_params`; every other byte is the client's. Of
     two fields of one name the last one counts. `body` is a JSON object."""
@@ -117,7 +153,13 @@ def why_not_prefill(fields: Mapping[str, Any], *, min_tokens: int) -> str | None
     """A reason to send the request to decode alone, if there is one."""
     if asks_for_any(fields, _ABOUT_THE_PROMPT):
         return "about_prompt"
-    if fields.get("truncate_prompt_tokens") == -1:
+    sampling = fields.get("sampling_params")
+    if isinstance(sampling, dict) and asks_for_any(sampling, _ABOUT_THE_PROMPT):
+        return "about_prompt"
+    if fields.get("previous_response_id") is not None:
+        # What the prompt begins with is where that response was made.
+        return "continued"
+    if fields.get("truncate_prompt_tokens") == -1 or fields.get("truncation") == "auto":
         # To what is left beside max_tokens: the legs would keep different ends of the prompt.
         return "truncated"
     most = most_tokens(fields)
@@ -133,24 +175,34 @@ def asks_for_any(fields: Mapping[str, Any], names: Iterable[str]) -> bool:
 def most_tokens(fields: Mapping[str, Any]) -> int | None:
     """A bound of the prompt's length in tokens: a token of text is at least a byte. None where
     nothing bounds it: a chat template and images add tokens of their own."""
-    prompt = fields.get("prompt")
+    ids = fields.get("token_ids")  # of /inference/v1/generate
+    return _most(fields.get("prompt") if ids is None else ids)
+
+
+def _most(prompt: object) -> int | None:
+    """Of several prompts the longest counts: each is a sequence of its own."""
     if isinstance(prompt, str):
         # One for a token that the tokenizer may put in front.
         return len(prompt.encode(errors="replace")) + 1
-    if isinstance(prompt, list) and all(isinstance(token, int) for token in prompt):
+    if not isinstance(prompt, list):
+        return None
+    if all(isinstance(token, int) for token in prompt):
         return len(prompt)
-    return None
+    each = [_most(one) for one in prompt]
+    bounds = [bound for bound in each if bound is not None]
+    return max(bounds) if len(bounds) == len(each) else None
 
 
 def guess_tokens(fields: Mapping[str, Any]) -> int:
     """About how many tokens the prompt has, to compare what instances have to do."""
-    prompt = fields.get("prompt", fields.get("messages", fields.get("input")))
-    return max(1, _guess(prompt))
+    return max(1, sum(_guess(fields.get(name)) for name in _PROMPTS))
 
 
 def _guess(value: object) -> int:
     if isinstance(value, str):
-        return len(value) // _BYTES_PER_TOKEN
+        # Media also come as text, where their kind is not said.
+        kind = _MEDIA_URL.match(value)
+        return _MEDIA_TOKENS[kind[1]] if kind else len(value) // _BYTES_PER_TOKEN
     if isinstance(value, int):
         return 1
     if isinstance(value, list):
@@ -158,7 +210,9 @@ def _guess(value: object) -> int:
             return len(value)
         return sum(map(_guess, value))
     if isinstance(value, dict):
-        if "image" in str(value.get("type")):
-            return _IMAGE_TOKENS
+        kind_of_part = str(value.get("type"))
+        for media, tokens in _MEDIA_TOKENS.items():
+            if media in kind_of_part:
+                return tokens
         return sum(_guess(each) for name, each in value.items() if name not in ("type", "role"))
     return 0
