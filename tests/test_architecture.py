@@ -57,6 +57,7 @@ BELOW_NODE = {
         "space",
         "plain_files",
         "page_key",
+        "rights",
         "identity",
         "placement",
     ),

@@ -72,6 +72,7 @@ class StoreSettings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fi
     io_timeout_ms: _Milliseconds = msgspec.field(default=10_000, name="posix_io_timeout_ms")
     # None: a share of the filesystem, see ucm/store/space.py.
     min_free_gb: Annotated[float, Meta(ge=0, le=_CAPACITY_MAX_GB)] | None = None
+    page_key_file: Annotated[str, Meta(min_length=1)] | None = None
     recheck_s: Annotated[float, Meta(ge=0, le=86_400)] = msgspec.field(
         default=10.0, name="posix_recheck_s"
     )

@@ -18,8 +18,11 @@ from typing import TypeVar
 from ucm.errors import TierError, TierErrorReason
 from ucm.store import paths
 from ucm.store.identity import Identity
+from ucm.store.keys import Key
 from ucm.store.mounts import Mount, mount_of
+from ucm.store.page_key import PageKey
 from ucm.store.plain_files import NotPlain, check_directory, read_plain
+from ucm.store.rights import say_problems
 
 _logger = logging.getLogger(__name__)
 _T = TypeVar("_T")
@@ -55,11 +58,14 @@ class Backend:
     """`path` is the directory. `open` makes it if its parent is there, and nothing else does;
     parents are never made, because a missing one is most likely a mount that is not there yet."""
 
-    def __init__(self, path: str, *, direct_io: bool) -> None:
+    def __init__(self, path: str, *, direct_io: bool, page_key: PageKey | None = None) -> None:
         self.path = os.path.normpath(path)
         self.identity = Identity(self.path, locate=self._locate_id, read=self._read_id)
         self.direct_io = direct_io
+        self.page_key = page_key
+        self._key_id = page_key.id if page_key is not None else b""
         self._direct_refusals = 0
+        self._has_said_rights = False
         # Looked at, and directories indeed.
         self._known_dirs: set[str] = set()
         self._dirs_generation = 0
@@ -207,9 +213,19 @@ class Backend:
             raise TierError(f"{path}: was there a moment ago", reason="io_error")
         return parse_id(path, content)
 
+    def say_rights(self) -> None:
+        """Once: who else may write here, and that this process may not."""
+        if not self._has_said_rights:
+            with contextlib.suppress(OSError):
+                say_problems(self.path, is_sealed=self.page_key is not None)
+                self._has_said_rights = True
+
+    def block_path(self, fingerprint: bytes, key: Key) -> str:
+        return paths.block_path(self.path, fingerprint, key, self._key_id)
+
     def ensure_manifest(self, fingerprint: bytes, manifest_json: bytes) -> None:
         """Raises TierError if another one is there, or if there is none and it can't be written."""
-        path = paths.manifest_path(self.path, fingerprint)
+        path = paths.manifest_path(self.path, fingerprint, self._key_id)
         content = _read_once(path)
         if content is None:
             content = self._write_once(path, manifest_json)
@@ -220,7 +236,7 @@ class Backend:
             )
 
     def read_manifest(self, fingerprint: bytes) -> bytes | None:
-        return _read_once(paths.manifest_path(self.path, fingerprint))
+        return _read_once(paths.manifest_path(self.path, fingerprint, self._key_id))
 
     def _write_once(self, path: str, content: bytes) -> bytes:
         """Writes `path` unless somebody else was faster. Returns what is there then."""

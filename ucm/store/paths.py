@@ -2,7 +2,7 @@
 
     <backend>/
       ucm-backend-id                          only where there are several backends
-      <namespace fingerprint>/
+      <namespace fingerprint>/                or <namespace fingerprint>-<id of the page key>/
         manifest.json
         <hh>/<hh>/<key>.kv                    hh: first and second byte of the key
         <hh>/<hh>/<key>.<tokens>.kv           a tail of so many tokens
@@ -37,7 +37,7 @@ _WRITER = r"(?P<host>[A-Za-z0-9._]+)-(?P<pid>\d+)-(?P<created_s>\d+)-(?P<random>
 _BLOCK = r"(?P<key>[0-9a-f]{64})(\.(?P<tokens>[1-9]\d{0,4}))?\.kv"
 _FINGERPRINT = r"(?P<fingerprint>[0-9a-f]{64})"
 _FAN_OUT = r"(?P<fan_out>[0-9a-f]{2}/[0-9a-f]{2})"
-_BLOCK_PATH = re.compile(rf"{_FINGERPRINT}/{_FAN_OUT}/{_BLOCK}", re.ASCII)
+_BLOCK_PATH = re.compile(rf"{_FINGERPRINT}(-[0-9a-f]{{16}})?/{_FAN_OUT}/{_BLOCK}", re.ASCII)
 _TEMP_NAME = re.compile(rf"\.(?P<target>.+)\.{_WRITER}\.tmp", re.ASCII)
 _QUARANTINE_PATH = re.compile(rf"{QUARANTINE}/{_FINGERPRINT}/{_BLOCK}\.{_WRITER}", re.ASCII)
 
@@ -75,17 +75,19 @@ def backend_id_path(backend: str) -> str:
     return f"{backend}/{BACKEND_ID}"
 
 
-def namespace_dir(backend: str, fingerprint: bytes) -> str:
-    return f"{backend}/{fingerprint.hex()}"
+def namespace_dir(backend: str, fingerprint: bytes, key_id: bytes = b"") -> str:
+    """`key_id` is that of the page key, if pages are sealed."""
+    sealed = f"-{key_id.hex()}" if key_id else ""
+    return f"{backend}/{fingerprint.hex()}{sealed}"
 
 
-def manifest_path(backend: str, fingerprint: bytes) -> str:
-    return f"{namespace_dir(backend, fingerprint)}/{MANIFEST}"
+def manifest_path(backend: str, fingerprint: bytes, key_id: bytes = b"") -> str:
+    return f"{namespace_dir(backend, fingerprint, key_id)}/{MANIFEST}"
 
 
-def block_path(backend: str, fingerprint: bytes, key: Key) -> str:
+def block_path(backend: str, fingerprint: bytes, key: Key, key_id: bytes = b"") -> str:
     name = _block_file_name(key)
-    return f"{backend}/{fingerprint.hex()}/{name[:2]}/{name[2:4]}/{name}"
+    return f"{namespace_dir(backend, fingerprint, key_id)}/{name[:2]}/{name[2:4]}/{name}"
 
 
 def temp_path(target: str) -> str:

@@ -25,6 +25,7 @@ from ucm.store.backend import READ_ONLY_ERRNOS, Backend, is_gone, tier_error, un
 from ucm.store.blockfile import BlockId, Scratch, check_header, read_block, write_block
 from ucm.store.keys import Key
 from ucm.store.names import doubt, is_there_now
+from ucm.store.page_key import PageKey
 from ucm.store.placement import Placement
 from ucm.store.plain_files import NotPlain, open_plain
 from ucm.store.quarantine import Quarantine, forget_cached, move_aside
@@ -50,10 +51,14 @@ class PosixTier(Tier):
         min_free_bytes: int | None = 0,
         queue_pages: int = 0,
         quarantine_per_minute: int = 6,
+        page_key: PageKey | None = None,
     ) -> None:
         """`min_free_bytes` and `queue_pages`: what stays free, see `space.py`."""
         assert storage_backends
-        self._backends = [Backend(path, direct_io=direct_io) for path in storage_backends]
+        self._page_key = page_key
+        self._backends = [
+            Backend(path, direct_io=direct_io, page_key=page_key) for path in storage_backends
+        ]
         self._reserves = {
             backend: Reserve(backend.path, min_free_bytes=min_free_bytes, queue_pages=queue_pages)
             for backend in self._backends
@@ -67,6 +72,7 @@ class PosixTier(Tier):
     def open_namespace(self, namespace: TierNamespace) -> None:
         for backend in self._backends:
             _unless_read_only(backend.open)
+            backend.say_rights()
         if len(self._backends) > 1:
             self._placement.identify()
         for backend in self._backends:
@@ -83,7 +89,7 @@ class PosixTier(Tier):
                 here[backend] = backend.identity.is_here()
             if not here[backend]:
                 return i
-            path = paths.block_path(backend.path, namespace.fingerprint, key)
+            path = backend.block_path(namespace.fingerprint, key)
             try:
                 # Whatever has the name counts: reading tells what it is.
                 os.lstat(path)
@@ -98,7 +104,7 @@ class PosixTier(Tier):
         backend = self._placement.of(key)
         if backend is None or not backend.identity.is_here():
             return False
-        path = paths.block_path(backend.path, namespace.fingerprint, key)
+        path = backend.block_path(namespace.fingerprint, key)
         try:
             return is_there_now(path, below=backend.path)
         except OSError as error:
@@ -113,7 +119,7 @@ class PosixTier(Tier):
         except TierError:
             return
         if backend is not None and is_here:
-            path = paths.block_path(backend.path, namespace.fingerprint, key)
+            path = backend.block_path(namespace.fingerprint, key)
             doubt(path, below=backend.path)
 
     def holds(self, namespace: TierNamespace, key: Key) -> bool:
@@ -123,7 +129,7 @@ class PosixTier(Tier):
         backend.identity.check()
         if not self.contains_now(namespace, key):
             return False
-        path = paths.block_path(backend.path, namespace.fingerprint, key)
+        path = backend.block_path(namespace.fingerprint, key)
         block = BlockId(key, namespace.fingerprint, namespace.page_bytes)
         try:
             return self._is_whole(path, backend, block)
@@ -147,7 +153,7 @@ class PosixTier(Tier):
         except TierError as error:
             return PageRead(ReadStatus.IO_ERROR, str(error))
         block = BlockId(key, namespace.fingerprint, namespace.page_bytes)
-        path = paths.block_path(backend.path, namespace.fingerprint, key)
+        path = backend.block_path(namespace.fingerprint, key)
         read = partial(self._read, backend, path, block, page)
         try:
             try:
@@ -167,7 +173,7 @@ class PosixTier(Tier):
     ) -> Staged | None:
         backend = self._placement.to_write(key)
         block = BlockId(key, namespace.fingerprint, namespace.page_bytes)
-        target = paths.block_path(backend.path, namespace.fingerprint, key)
+        target = backend.block_path(namespace.fingerprint, key)
         try:
             if self._is_whole(target, backend, block):
                 return None
@@ -227,7 +233,7 @@ class PosixTier(Tier):
             moved = move_aside(os.lstat(path), path, backend, block)
             return PageRead(ReadStatus.CORRUPT, f"{path}: {bad}; {moved}")
         try:
-            read_block(fd, block, page, scratch=self._scratch(), chunk_bytes=chunk_bytes)
+            self._verify(fd, block, page, chunk_bytes)
         except TierError as bad:
             forget_cached(fd)
             return self._read_again(bad, backend, path, block, page)
@@ -236,6 +242,10 @@ class PosixTier(Tier):
             with contextlib.suppress(OSError):
                 os.close(fd)
         return HIT
+
+    def _verify(self, fd: int, block: BlockId, page: memoryview, chunk_bytes: int) -> None:
+        scratch, page_key = self._scratch(), self._page_key
+        read_block(fd, block, page, scratch=scratch, chunk_bytes=chunk_bytes, page_key=page_key)
 
     def _read_again(
         self, bad: TierError, backend: Backend, path: str, block: BlockId, page: memoryview
@@ -249,8 +259,7 @@ class PosixTier(Tier):
                 raise
             fd = open_plain(path)
         try:
-            scratch = self._scratch()
-            read_block(fd, block, page, scratch=scratch, chunk_bytes=_DIRECT_CHUNK_BYTES)
+            self._verify(fd, block, page, _DIRECT_CHUNK_BYTES)
         except TierError as again:
             done = self._quarantine.move(os.fstat(fd), path, backend, block)
             return PageRead(ReadStatus.CORRUPT, f"{path}: {again}; {done}")
@@ -264,7 +273,7 @@ class PosixTier(Tier):
         try:
             fd = open_plain(path)
             try:
-                check_header(fd, block, scratch=self._scratch())
+                check_header(fd, block, scratch=self._scratch(), page_key=self._page_key)
             finally:
                 with contextlib.suppress(OSError):
                     os.close(fd)
@@ -297,7 +306,14 @@ class PosixTier(Tier):
             try:
                 fd = os.open(temp, os.O_WRONLY | os.O_CREAT | os.O_EXCL | flags, 0o666)
                 try:
-                    write_block(fd, block, page, num_tokens=num_tokens, scratch=scratch)
+                    write_block(
+                        fd,
+                        block,
+                        page,
+                        num_tokens=num_tokens,
+                        scratch=scratch,
+                        page_key=self._page_key,
+                    )
                 finally:
                     os.close(fd)  # NFS says only here that the disk is full
             except OSError:

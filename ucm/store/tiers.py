@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Callable
 
 from ucm.config import StoreSettings
+from ucm.store.page_key import load_page_key
 from ucm.store.posix import PosixTier
 from ucm.store.tier import Tier
 
@@ -24,6 +25,7 @@ def _posix(settings: StoreSettings) -> Tier:
         min_free_bytes=None if min_free_gb is None else int(min_free_gb * (1 << 30)),
         queue_pages=settings.write_queue_pages,
         quarantine_per_minute=settings.quarantine_per_minute,
+        page_key=load_page_key(settings.page_key_file) if settings.page_key_file else None,
     )
 
 
@@ -31,7 +33,8 @@ TIER_STAGES: dict[str, Callable[[StoreSettings], Tier]] = {"Posix": _posix}
 
 
 def build_tier(settings: StoreSettings) -> Tier | None:
-    """The tier behind the node cache; None if its memory is all there is. Does no I/O."""
+    """The tier behind the node cache; None if its memory is all there is. Reads the page
+    key, and nothing else. Raises ConfigError."""
     stages = [stage for stage in settings.pipeline if stage != NODE_CACHE_STAGE]
     assert len(stages) <= 1, "two tiers behind one node cache: config should have refused them"
     return TIER_STAGES[stages[0]](settings) if stages else None
