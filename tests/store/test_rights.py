@@ -92,8 +92,8 @@ def test_a_page_that_was_forged_into_a_sealed_store_is_moved_aside(tmp_path: Pat
     mine, plain = PosixTier([str(tmp_path)], page_key=SECRET), PosixTier([str(tmp_path)])
     dump(mine, SMALL, KEY, PAGE)
     dump(plain, SMALL, KEY, make_page(SMALL, "forged"))
-    (sealed,) = [path for path in tmp_path.glob("*-*/*/*/*.kv")]
-    (forged,) = [path for path in tmp_path.glob(f"{SMALL.fingerprint.hex()}/*/*/*.kv")]
+    (sealed,) = tmp_path.glob("*-*/*/*/*.kv")
+    (forged,) = tmp_path.glob(f"{SMALL.fingerprint.hex()}/*/*/*.kv")
     forged.replace(sealed)
 
     assert load(mine, SMALL, KEY) is ReadStatus.CORRUPT
