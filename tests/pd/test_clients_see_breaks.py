@@ -164,3 +164,29 @@ async def test_a_compressed_stream_of_events_is_not_held_back(fleet: Fleet) -> N
     fleet.decode[0].answer = stream
     async with await fleet.post(prompt="hi", stream=True) as answer:
         assert packed == await answer.content.readexactly(len(packed))
+
+
+@pytest.mark.parametrize("path", ["v1/messages", "inference/v1/generate"])
+async def test_messages_and_generate_take_both_legs(fleet: Fleet, path: str) -> None:
+    await fleet.start(1, 1)
+
+    asked = {"messages": QUESTION, "max_tokens": 7, "kv_transfer_params": {"ucm": {"kind": "a"}}}
+    async with await fleet.post(path, **asked) as answer:
+        assert "pd" == answer.headers["x-ucm-pd-path"]
+        assert "x-ucm-pd-reason" not in answer.headers
+    (first,), (second,) = fleet.prefill[0].asked, fleet.decode[0].asked
+    assert "wanted" == first.fields["kv_transfer_params"]["ucm"]["kind"]
+    assert (7, None) == (second.fields["max_tokens"], second.fields["kv_transfer_params"])
+
+
+async def test_what_goes_to_decode_alone_says_why(fleet: Fleet) -> None:
+    await fleet.start(1, 1)
+
+    for path, fields, why in (
+        ("v1/chat/completions/batch", {}, "route"),
+        ("v1/responses", {"input": "x", "previous_response_id": "r"}, "continued"),
+    ):
+        async with await fleet.post(path, **fields) as answer:
+            assert why == answer.headers["x-ucm-pd-reason"]
+        assert 1 == await fleet.metric(f'ucm_pd_not_prefilled_total{{reason="{why}"}}')
+    assert [] == fleet.prefill[0].asked

@@ -226,3 +226,53 @@ async def test_a_client_that_goes_when_it_has_read_the_last_event_has_not_left_e
     left.set()
     await fleet.until_metric("ucm_pd_requests_total", 1)
     assert 0 == await fleet.metric("ucm_pd_failed_total")
+
+
+@pytest.mark.parametrize("num_before", [0, 1, 3], ids=["nothing", "the head", "the head and words"])
+async def test_what_is_said_once_in_a_chat_is_said_once_across_the_seam(
+    fleet: Fleet, num_before: int
+) -> None:
+    """The openai client puts the deltas together: a second role would be `assistantassistant`."""
+    await fleet.start(1, 2, policy="round-robin")
+
+    def piece(**delta: str) -> dict[str, Any]:
+        said = {"index": 0, "delta": delta, "finish_reason": None}
+        return {"created": 1, "object": "chat.completion.chunk", "model": "m", "choices": [said]}
+
+    head = {**piece(role="assistant", content=""), "prompt_token_ids": [1, 2]}
+    first = frames([head, piece(content="w0 "), piece(content="w1 ")], ident="a")
+    second = frames([head, piece(content="w2 ")], ident="b")
+    details = {"prompt_tokens_details": {"cached_tokens": 103}}
+    tail = end(100 + max(0, num_before - 1), 1)
+    tail[1]["usage"] |= details
+    fleet.decode[0].answer = streaming([*first[:num_before], b"data: {"], dies=True)
+    rest = [*second, *frames(tail, ident="b"), b"data: [DONE]\n\n"]
+    fleet.decode[1].answer = streaming(rest, dies=False)
+
+    fields = {"messages": [{"role": "user", "content": "hi"}], "stream": True}
+    async with await fleet.post(CHAT, **fields) as response:
+        events = events_of(await response.read())
+    deltas = [c["delta"] for event in events for c in event["choices"] if "delta" in c]
+    assert ["assistant"] == [delta["role"] for delta in deltas if "role" in delta]
+    assert 1 == sum("prompt_token_ids" in event for event in events)
+    usage = events[-1]["usage"]
+    assert (100, 100) == (usage["prompt_tokens"], usage["prompt_tokens_details"]["cached_tokens"])
+
+
+async def test_offsets_of_a_text_count_from_its_beginning_across_the_seam(fleet: Fleet) -> None:
+    await fleet.start(1, 2, policy="round-robin")
+
+    def words(first: int, end: int) -> list[dict[str, Any]]:
+        found = tokens(first, end, chat=False)
+        for i, event in enumerate(found):
+            event["choices"][0]["logprobs"] = {"text_offset": [3 * i]}
+        return found
+
+    fleet.decode[0].answer = streaming(frames(words(0, 3), ident="a"), dies=True)
+    rest = [*frames(words(3, 6), ident="b"), b"data: [DONE]\n\n"]
+    fleet.decode[1].answer = streaming(rest, dies=False)
+
+    async with await fleet.post(prompt="hi", stream=True, logprobs=1) as response:
+        events = events_of(await response.read())
+    offsets = [event["choices"][0]["logprobs"]["text_offset"] for event in events]
+    assert [[0], [3], [6], [9], [12], [15]] == offsets

@@ -1,9 +1,9 @@
 """Going on with a stream on another instance: what the client has, and what to ask for the rest.
 
 The prompt's KV is in the store, so the other instance has only the generated part to compute. It is
-asked for prompt plus what was generated; its events go on under the id of the first, and its usage
-is corrected. The seam shows only where text is tokenized otherwise than it was generated, or where
-a stop string lies across it.
+asked for prompt plus what was generated; its events go on under the id of the first, and what they
+count or say once adds up with it. The seam shows only where text is tokenized otherwise than it was
+generated, or where a stop string lies across it.
 
 Nothing is resumed whose state can't be told from the stream: several sequences, tool calls,
 reasoning, grammars.
@@ -61,6 +61,7 @@ def _end_of(data: bytes, mark: bytes) -> int:
 
 
 class _Delta(msgspec.Struct):
+    role: str | None = None
     content: str | None = None
     tool_calls: Any = None
     function_call: Any = None
@@ -106,6 +107,11 @@ class Tracker:
         self._resumable = _can_be_resumed(fields, is_chat=is_chat)
         # What the stream that is going on now was given of the answer, as if it were prompt.
         self._given_tokens = 0
+        self._given_chars = 0
+        # Said once in an answer, at its beginning.
+        self._has_role = False
+        # The same when the stream that is going on now began.
+        self._had_begun = self._had_role = False
 
     @property
     def can_resume(self) -> bool:
@@ -139,6 +145,7 @@ class Tracker:
             delta = choice.delta
             if choice.index or (delta is not None and delta.has_more_than_text):
                 self._resumable = False
+            self._has_role = self._has_role or bool(delta is not None and delta.role)
             text = choice.text or (delta.content if delta is not None else None) or ""
             token_ids = choice.token_ids or []
             self._text.append(text)
@@ -152,6 +159,8 @@ class Tracker:
         self._given_tokens = self._num_tokens
         fields = dict(self._fields)
         text = "".join(self._text)
+        self._given_chars = len(text)
+        self._had_begun, self._had_role = self._id is not None, self._has_role
         if self._is_chat:
             if text:
                 said = {"role": "assistant", "content": text}
@@ -185,6 +194,12 @@ class Tracker:
             event["id"] = self._id
         if "created" in event and self._created is not None:
             event["created"] = self._created
+        if self._had_begun:
+            event.pop("prompt_token_ids", None)
+        choices = event.get("choices")
+        for choice in choices if isinstance(choices, list) else ():
+            if isinstance(choice, dict):
+                self._correct_choice(choice)
         if isinstance(event.get("usage"), dict):
             self._correct(event["usage"])
         return _DATA + b" " + json.dumps(event, separators=(",", ":")).encode() + b"\n\n"
@@ -193,6 +208,24 @@ class Tracker:
         for name, change in (("prompt_tokens", -1), ("completion_tokens", 1)):
             if isinstance(usage.get(name), int):
                 usage[name] += change * self._given_tokens
+        # What was generated may be cached; it is no prompt of the client's.
+        details = usage.get("prompt_tokens_details")
+        if isinstance(details, dict) and isinstance(details.get("cached_tokens"), int):
+            most = usage.get("prompt_tokens", 0)
+            details["cached_tokens"] = min(details["cached_tokens"], most)
+
+    def _correct_choice(self, choice: dict[str, Any]) -> None:
+        """What happens once has happened, and offsets count from the answer's beginning."""
+        delta = choice.get("delta")
+        if self._had_role and isinstance(delta, dict):
+            delta.pop("role", None)
+        if self._had_begun:
+            choice.pop("prompt_token_ids", None)
+        logprobs = choice.get("logprobs")
+        if isinstance(logprobs, dict) and isinstance(logprobs.get("text_offset"), list):
+            logprobs["text_offset"] = [
+                offset + self._given_chars for offset in logprobs["text_offset"]
+            ]
 
 
 def _can_be_resumed(fields: Mapping[str, Any], *, is_chat: bool) -> bool:
