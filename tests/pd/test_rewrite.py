@@ -16,7 +16,7 @@ from ucm.pd.rewrite import (
     prefill_body,
     why_not_prefill,
     with_params,
-    without_ours,
+    without_words,
 )
 
 COMPLETIONS = "/v1/completions"
@@ -143,6 +143,8 @@ def test_everything_else_stays_as_it_is_and_in_its_order(fields):
         ({"input": "x" * 500, "previous_response_id": "r"}, "continued"),
         ({"input": "x" * 500, "truncation": "auto"}, "truncated"),
         ({"input": "x" * 500, "truncation": "disabled"}, None),
+        ({"prompt": ["a", "x" * 127]}, None),
+        ({"prompt": []}, "short"),
         ({"messages": [{"role": "user", "content": "hi"}]}, None),
         ({"prompt": "x" * 500, "prompt_logprobs": 1}, "about_prompt"),
         ({"prompt": "x" * 500, "prompt_logprobs": 0}, "about_prompt"),
@@ -264,7 +266,7 @@ def test_what_a_client_puts_in_the_proxys_place_reaches_no_engine(encoding, othe
     params = {"ucm": {"kind": "expected"}, **others}
     body = json.dumps({"prompt": "hi", "kv_transfer_params": params}).encode(encoding)
 
-    changed, fields = without_ours(body, parse_body(body))
+    changed, fields = without_words(body, parse_body(body))
     assert (others or None) == json.loads(changed)["kv_transfer_params"]
     assert json.loads(changed) == fields
 

@@ -6,6 +6,9 @@
     has failed, or    Withdrawn, if this request has been Expected before
     gave no receipt
 
+A request some of whose prompts have no prefill is told nothing: what is said to an engine it takes
+to be about each of them.
+
 Decode may wait for what it expects, which is the whole prompt. So a request that waits for a
 prefill that fails, or that promises less, is cancelled and sent anew.
 """
@@ -57,7 +60,8 @@ class Promise:
     """One request's prefill, as far as decode is concerned. Owned by the request's task, which
     leaves it when it is over; after the first byte of decode's answer it is left already."""
 
-    def __init__(self, share: Share, journey: Journey) -> None:
+    def __init__(self, share: Share, journey: Journey, *, is_told: bool = True) -> None:
+        self.is_told = is_told
         self._share = share
         self._journey = journey
         self._was_expected = False
@@ -98,6 +102,8 @@ class Promise:
         return self._left_if_answered(asking.result())
 
     def _body(self, body: bytes) -> bytes:
+        if not self.is_told:
+            return body
         params = told(self._share.outcome, was_expected=self._was_expected)
         self._was_expected = self._was_expected or params is _EXPECTED
         return body if params is None else with_params(body, params)

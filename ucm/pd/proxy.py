@@ -31,10 +31,12 @@ from ucm.pd.resume import Tracker
 from ucm.pd.rewrite import (
     guess_tokens,
     kind_of,
+    long_prompts,
+    may_have_words,
     parse_body,
     prefill_body,
     why_not_prefill,
-    without_ours,
+    without_words,
 )
 from ucm.pd.stopping import Stopping, go_on
 
@@ -140,8 +142,7 @@ class Proxy:
         fields = parse_body(body)
         if fields is None:
             return error_response(400, "the body is not a JSON object", path=request.path)
-
-        body, fields = without_ours(body, fields)
+        body, fields = without_words(body, fields)
 
         async def go(journey: Journey) -> web.StreamResponse:
             journey.tokens = guess_tokens(fields)
@@ -151,7 +152,8 @@ class Proxy:
             if self._settings.resume and request.path in _RESUMABLE and fields.get("stream"):
                 tracker = Tracker(fields, is_chat=request.path == CHAT)
             with self._promised(request, fields, journey) as promise:
-                if promise is not None and self._settings.handoff == "chain":
+                waits = self._settings.handoff == "chain"
+                if promise is not None and (waits or not promise.is_told):
                     await promise.settled()
                 return await self._relaying.answer(request, body, journey, tracker, promise)
 
@@ -162,6 +164,8 @@ class Proxy:
         body = await _read(request) if request.can_read_body else None
         if isinstance(body, web.Response):
             return body
+        if body and may_have_words(body) and (fields := parse_body(body)) is not None:
+            body, _ = without_words(body, fields)
 
         async def go(journey: Journey) -> web.StreamResponse:
             if request.method == "POST" and self._prefills is not None:
@@ -210,6 +214,7 @@ class Proxy:
             journey.not_prefilled(why)
             yield None
             return
+        fields, is_all = long_prompts(fields, min_tokens=self._settings.min_prefill_tokens)
         headers = upstream.request_headers(request.headers, request_id=f"{journey.request_id}-p")
         # The proxy reads this answer, and unpacks nothing.
         headers["Accept-Encoding"] = "identity"
@@ -220,7 +225,7 @@ class Proxy:
             tokens=journey.tokens,
             kind=journey.kind,
         )
-        promise = Promise(self._prefills.join(leg), journey)
+        promise = Promise(self._prefills.join(leg), journey, is_told=is_all)
         try:
             yield promise
         finally:

@@ -4,7 +4,12 @@ For prefill, everything that shapes the prompt's tokens or their keys stays, in 
 up in the prompt in the order of their keys. What shapes only the output is brought down to one
 token, because it would cost the prefill instance time, or contradict an answer of one token.
 
-Decode gets the client's own bytes, and behind the last field what it is told of the prefill.
+Decode gets the client's own bytes, and behind the last field what it is told of the prefill. Words
+of a hand-off are the proxy's alone: a client's are taken out, or anybody could make an engine wait
+for what nobody computes.
+
+A hand-off is about one prompt. A request that has several of which some are too short for one has
+the others prefilled, and decode is told of none.
 """
 
 from __future__ import annotations
@@ -12,7 +17,7 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Iterable, Mapping
-from typing import Any
+from typing import Any, TypeGuard
 
 import msgspec
 
@@ -123,30 +128,48 @@ def params_of(answer: bytes) -> bytes | None:
         return None
 
 
-def without_ours(body: bytes, fields: dict[str, Any]) -> tuple[bytes, dict[str, Any]]:
-    """The request without what a client has put in the proxy's place: a promise of a client's would
-    let decode wait for nothing."""
-    given = fields.get(KV_PARAMS)
-    if not isinstance(given, dict) or handoff.NAME not in given:
-        return body, fields
-    kept = {name: value for name, value in given.items() if name != handoff.NAME} or None
-    fields = {**fields, KV_PARAMS: kept}
-    params = json.dumps(kept).encode()
-    changed = with_params(body, params)
-    if changed is body:
-        changed = json.dumps(fields).encode()
-    return changed, fields
-
-
 def with_params(body: bytes, params: bytes) -> bytes:
     """The client's request with these `kv_transfer_params`; every other byte is the client's. Of
     two fields of one name the last one counts. `body` is a JSON object."""
-    if not json.detect_encoding(body).startswith("utf-8"):
+    if not _is_utf8(body):
         return body  # vLLM reads UTF-16 as well; a hint is not worth the work
     end = body.rindex(b"}")
     before = body[:end]
     comma = b"" if before.rstrip().endswith(b"{") else b","
     return b"".join((before, comma, b'"', KV_PARAMS.encode(), b'":', params, body[end:]))
+
+
+def may_have_words(body: bytes) -> bool:
+    """Cheap. In UTF-8 the name stands there as it is, or with escaped characters."""
+    return KV_PARAMS.encode() in body or rb"\u00" in body or not _is_utf8(body)
+
+
+def without_words(body: bytes, fields: dict[str, Any]) -> tuple[bytes, dict[str, Any]]:
+    """The client's request without words of a hand-off; as it is if it has none."""
+    params = fields.get(KV_PARAMS)
+    changed = {KV_PARAMS: _wordless(params)} if _has_words(params) else {}
+    # /inference/v1/generate lets clients write there what goes to the engine under that name.
+    sampling = fields.get("sampling_params")
+    extra = sampling.get("extra_args") if isinstance(sampling, dict) else None
+    if isinstance(extra, dict) and _has_words(extra.get(KV_PARAMS)):
+        extra = {**extra, KV_PARAMS: _wordless(extra[KV_PARAMS])}
+        changed["sampling_params"] = {**fields["sampling_params"], "extra_args": extra}
+    if not changed:
+        return body, fields
+    fields = {**fields, **changed}
+    return json.dumps(fields, separators=(",", ":")).encode(), fields
+
+
+def _has_words(params: object) -> TypeGuard[dict[str, Any]]:
+    return isinstance(params, dict) and handoff.NAME in params
+
+
+def _wordless(params: Mapping[str, Any]) -> dict[str, Any] | None:
+    return {name: value for name, value in params.items() if name != handoff.NAME} or None
+
+
+def _is_utf8(body: bytes) -> bool:
+    return json.detect_encoding(body).startswith("utf-8")
 
 
 def why_not_prefill(fields: Mapping[str, Any], *, min_tokens: int) -> str | None:
@@ -173,24 +196,38 @@ def asks_for_any(fields: Mapping[str, Any], names: Iterable[str]) -> bool:
 
 
 def most_tokens(fields: Mapping[str, Any]) -> int | None:
-    """A bound of the prompt's length in tokens: a token of text is at least a byte. None where
-    nothing bounds it: a chat template and images add tokens of their own."""
+    """A bound of the length in tokens of the longest prompt: a token of text is at least a byte.
+    None where nothing bounds it: a chat template and images add tokens of their own."""
     ids = fields.get("token_ids")  # of /inference/v1/generate
-    return _most(fields.get("prompt") if ids is None else ids)
+    prompts = _prompts(fields.get("prompt") if ids is None else ids)
+    bounds = [_bound(prompt) for prompt in prompts]
+    known = [bound for bound in bounds if bound is not None]
+    return max(known, default=0) if len(known) == len(bounds) else None
 
 
-def _most(prompt: object) -> int | None:
-    """Of several prompts the longest counts: each is a sequence of its own."""
+def long_prompts(fields: dict[str, Any], *, min_tokens: int) -> tuple[dict[str, Any], bool]:
+    """The request with only those of its prompts that may be long enough, and whether that is all
+    of them."""
+    prompts = _prompts(fields.get("prompt"))
+    long = [each for each in prompts if (bound := _bound(each)) is None or bound >= min_tokens]
+    if len(long) == len(prompts):
+        return fields, True
+    return {**fields, "prompt": long}, False
+
+
+def _prompts(prompt: object) -> list[object]:
+    """vLLM makes a request of its own of each."""
+    is_several = isinstance(prompt, list) and any(not isinstance(each, int) for each in prompt)
+    return prompt if is_several and isinstance(prompt, list) else [prompt]
+
+
+def _bound(prompt: object) -> int | None:
     if isinstance(prompt, str):
         # One for a token that the tokenizer may put in front.
         return len(prompt.encode(errors="replace")) + 1
-    if not isinstance(prompt, list):
-        return None
-    if all(isinstance(token, int) for token in prompt):
+    if isinstance(prompt, list) and all(isinstance(token, int) for token in prompt):
         return len(prompt)
-    each = [_most(one) for one in prompt]
-    bounds = [bound for bound in each if bound is not None]
-    return max(bounds) if len(bounds) == len(each) else None
+    return None
 
 
 def guess_tokens(fields: Mapping[str, Any]) -> int:
