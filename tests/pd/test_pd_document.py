@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from ucm import handoff
-from ucm.pd import prefill, promise, proxy, register, relay, rewrite, upstream
+from ucm.pd import administration, prefill, promise, proxy, register, relay, rewrite, upstream
 from ucm.pd.flags import HANDOFFS, ProxySettings, _parser
 from ucm.pd.metrics import ProxyMetrics
 
@@ -156,3 +156,8 @@ def test_it_names_every_endpoint() -> None:
             assert f"`GET {path}`" in TEXT
     for change in ("add", "drain", "remove"):
         assert f"`POST /instances/{change}`" in TEXT
+
+
+def test_it_names_what_is_for_the_admin_alone() -> None:
+    assert set() == administration.PATHS - named()
+    assert administration.KEY_HEADER in named()

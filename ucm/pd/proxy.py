@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import hmac
 import logging
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
 from contextlib import contextmanager
@@ -12,11 +11,10 @@ from functools import partial
 import aiohttp
 from aiohttp import web
 
-from ucm.errors import ConfigError
-from ucm.pd import upstream
+from ucm.pd import administration, upstream
 from ucm.pd.breaker import Breaker
 from ucm.pd.errors import error_response
-from ucm.pd.flags import ProxySettings, instance_url
+from ucm.pd.flags import ProxySettings
 from ucm.pd.health import check_health
 from ucm.pd.instance import Instance, Role
 from ucm.pd.instances import Pool, all_instances
@@ -39,6 +37,7 @@ from ucm.pd.rewrite import (
     without_words,
 )
 from ucm.pd.stopping import Stopping, go_on
+from ucm.pd.websocket import pass_through, wants_websocket
 
 logger = logging.getLogger(__name__)
 
@@ -47,6 +46,8 @@ MAX_BODY_BYTES = 512 << 20
 _RESUMABLE = (COMPLETIONS, CHAT)
 GENERATING = (COMPLETIONS, CHAT, RESPONSES, MESSAGES, GENERATE)
 
+
+_NEEDS_KEY = "needs the --admin-key of this proxy as a bearer token"
 
 STOPPING = web.AppKey("STOPPING", Stopping)
 
@@ -89,6 +90,7 @@ class Proxy:
         self._metrics = ProxyMetrics(self._pools.values)
         self._prefills: Prefills | None = None
         self._relay: Relay | None = None
+        self._client: upstream.Client | None = None
 
     def _make_pool(self, role: Role) -> Pool:
         settings = self._settings
@@ -108,7 +110,7 @@ class Proxy:
         del app
         settings = self._settings
         async with upstream.client(connect_timeout_s=settings.connect_timeout_s) as client:
-            session = client.pooled
+            session, self._client = client.pooled, client
             self._relay = Relay(
                 client,
                 self._answering,
@@ -160,7 +162,13 @@ class Proxy:
         return await self._journey(request, go)
 
     async def pass_on(self, request: web.Request) -> web.StreamResponse:
-        """Everything else is for an instance that answers."""
+        """Everything else is for an instance that answers, but for what is about all of them."""
+        assert self._client is not None, "requests come after the start"
+        if administration.is_administration(request.raw_path):
+            return await self._administer(request, self._client)
+        if wants_websocket(request):
+            joined = partial(pass_through, self._client, self._answering, request)
+            return await self._journey(request, joined)
         body = await _read(request) if request.can_read_body else None
         if isinstance(body, web.Response):
             return body
@@ -173,6 +181,16 @@ class Proxy:
             return await self._relaying.answer(request, body, journey)
 
         return await self._journey(request, go)
+
+    async def _administer(
+        self, request: web.Request, client: upstream.Client
+    ) -> web.StreamResponse:
+        if not administration.has_key(request, self._settings.admin_key):
+            return error_response(403, f"{request.path} {_NEEDS_KEY}, and goes to all instances")
+        body = await _read(request)
+        if isinstance(body, web.Response):
+            return body
+        return await administration.broadcast(client, self._instances(), request, body)
 
     async def _journey(
         self, request: web.Request, go: Callable[[Journey], Awaitable[web.StreamResponse]]
@@ -273,33 +291,14 @@ class Proxy:
         return web.json_response({"instances": [each.described() for each in self._instances()]})
 
     async def change_instances(self, request: web.Request) -> web.Response:
-        if not self._is_admin(request):
-            return error_response(403, "needs the --admin-key of this proxy as a bearer token")
+        if not administration.has_key(request, self._settings.admin_key):
+            return error_response(403, _NEEDS_KEY)
         fields = parse_body(await request.read()) or {}
-        try:
-            pool = self._pools[Role(str(fields.get("role")))]
-            url = instance_url(str(fields.get("url")))
-        except (ValueError, KeyError):
-            roles = " or ".join(role.value for role in self._pools)
-            return error_response(400, f"role: expected {roles}")
-        except ConfigError as error:
-            return error_response(400, f"url: {error}")
-        change = request.match_info["change"]
-        changed = getattr(pool, change)(url)
-        if not changed and change != "add":
-            return error_response(404, f"{url} is no {pool.role.value} instance here")
-        logger.info("%s %s %s", change, pool.role.value, url)
-        return await self.list_instances(request)
+        refused = administration.change(self._pools, request.match_info["change"], fields)
+        return refused or await self.list_instances(request)
 
     def _instances(self) -> list[Instance]:
         return all_instances(self._pools.values())
-
-    def _is_admin(self, request: web.Request) -> bool:
-        key = self._settings.admin_key
-        given = request.headers.get("Authorization", "").removeprefix("Bearer ")
-        if not key:
-            return False
-        return hmac.compare_digest(given.encode(errors="surrogateescape"), key.encode())
 
     # -- health ----------------------------------------------------------------------------
 

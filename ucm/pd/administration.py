@@ -1,0 +1,156 @@
+"""What changes an engine, or shows its inside, is for who has the admin key, and for all engines.
+
+An adapter that one decode instance has and the next has not, or a cache that is reset at one of
+four, is a fault that shows at random. So such a request goes to every instance, of both roles, and
+the answer says what each of them said. Without the key it goes to none: a proxy that passes
+everything on would let any client put an engine to sleep.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import hmac
+import json
+import logging
+import uuid
+from collections.abc import Mapping, Sequence
+from typing import Any
+from urllib.parse import unquote
+
+from aiohttp import web
+from yarl import URL
+
+from ucm.errors import ConfigError
+from ucm.pd import upstream
+from ucm.pd.errors import error_response
+from ucm.pd.flags import instance_url
+from ucm.pd.instance import Instance, Role
+from ucm.pd.instances import Pool
+
+logger = logging.getLogger(__name__)
+
+# Who needs Authorization for the engines' own key sends the proxy's here.
+KEY_HEADER = "X-Ucm-Admin-Key"
+# vLLM's, those of its development mode and of reinforcement learning included.
+PATHS = frozenset(
+    {
+        "/v1/load_lora_adapter",
+        "/v1/unload_lora_adapter",
+        "/reset_prefix_cache",
+        "/reset_mm_cache",
+        "/reset_encoder_cache",
+        "/sleep",
+        "/wake_up",
+        "/is_sleeping",
+        "/release_kv_cache_memory",
+        "/pause",
+        "/resume",
+        "/is_paused",
+        "/abort_requests",
+        "/start_profile",
+        "/stop_profile",
+        "/collective_rpc",
+        "/server_info",
+        "/scale_elastic_ep",
+        "/is_scaling_elastic_ep",
+        "/fault_tolerance/apply",
+        "/fault_tolerance/status",
+        "/init_weight_transfer_engine",
+        "/shutdown_weight_transfer_engine",
+        "/start_weight_update",
+        "/start_draft_weight_update",
+        "/update_weights",
+        "/finish_weight_update",
+        "/update_weight_version",
+        "/weight_info",
+        "/weight_checker",
+        "/get_world_size",
+    }
+)
+_SHOWN_BYTES = 64 << 10
+
+
+def is_administration(raw_path: str) -> bool:
+    """Of a request's path as it came: engines undo its escapes once, and so does this."""
+    path = upstream.target(URL("http://engine"), raw_path).raw_path
+    return unquote(path).rstrip("/") in PATHS
+
+
+def has_key(request: web.Request, key: str | None) -> bool:
+    if not key:
+        return False
+    bearer = request.headers.get("Authorization", "").removeprefix("Bearer ")
+    given = request.headers.get(KEY_HEADER, bearer)
+    return hmac.compare_digest(given.encode(errors="surrogateescape"), key.encode())
+
+
+def change(
+    pools: Mapping[Role, Pool], change: str, fields: Mapping[str, Any]
+) -> web.Response | None:
+    """Adds, drains or removes an instance; an answer if it can't."""
+    try:
+        pool = pools[Role(str(fields.get("role")))]
+        url = instance_url(str(fields.get("url")))
+    except (ValueError, KeyError):
+        roles = " or ".join(role.value for role in pools)
+        return error_response(400, f"role: expected {roles}")
+    except ConfigError as error:
+        return error_response(400, f"url: {error}")
+    changed = getattr(pool, change)(url)
+    if not changed and change != "add":
+        return error_response(404, f"{url} is no {pool.role.value} instance here")
+    logger.info("%s %s %s", change, pool.role.value, url)
+    return None
+
+
+async def broadcast(
+    client: upstream.Client,
+    instances: Sequence[Instance],
+    request: web.Request,
+    body: bytes,
+) -> web.Response:
+    """Asks all of them at once. The status is 200 if each has done it, otherwise the first one that
+    is none of success."""
+    said = await asyncio.gather(*(_ask(client, each, request, body) for each in instances))
+    bad = [each["status"] for each in said if not 200 <= each["status"] < 300]
+    status = bad[0] if bad else 200
+    what = f"{request.method} {request.path}"
+    logger.info("%s at %d instances: %d of them refused or failed", what, len(said), len(bad))
+    return web.json_response({"instances": said}, status=status)
+
+
+async def _ask(
+    client: upstream.Client,
+    instance: Instance,
+    request: web.Request,
+    body: bytes,
+) -> dict[str, Any]:
+    where = {"role": instance.role.value, "url": str(instance.url)}
+    request_id = request.headers.get(upstream.REQUEST_ID) or uuid.uuid4().hex
+    headers = upstream.request_headers(request.headers, request_id=request_id)
+    headers["Accept-Encoding"] = "identity"
+    if headers.popall(KEY_HEADER, None) is None:
+        # It is the proxy's key, and none of the engine's business.
+        headers.popall("Authorization", None)
+    try:
+        response = await upstream.ask(
+            client,
+            request.method,
+            upstream.target(instance.url, request.raw_path),
+            body=body,
+            headers=headers,
+            idle_timeout_s=None,
+        )
+        async with response:
+            answer = (await response.read())[:_SHOWN_BYTES]
+    except upstream.UNREACHABLE as error:
+        reason = upstream.failure_reason(error)
+        return {**where, "status": 502, "answer": f"{reason} ({error})"}
+    return {**where, "status": response.status, "answer": _readable(answer)}
+
+
+def _readable(answer: bytes) -> object:
+    try:
+        return json.loads(answer)
+    except ValueError:
+        return answer.decode(errors="replace")

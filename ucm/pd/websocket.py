@@ -1,0 +1,174 @@
+"""WebSockets, passed through to one instance, message by message, both ways.
+
+Another instance is asked as long as none has said yes. From then on each side gets the other's
+messages, pings and end as they come, and whoever goes takes the other along. One message of each
+way is in memory at a time, and what the sockets have read ahead.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+
+import aiohttp
+from aiohttp import web
+from multidict import CIMultiDict
+
+from ucm.pd import upstream, verdict
+from ucm.pd.errors import error_response
+from ucm.pd.instance import Instance, Role, unless_lost
+from ucm.pd.instances import NoInstance, Pool, QueueFull
+from ucm.pd.journey import Journey
+from ucm.pd.stopping import go_on
+from ucm.pd.verdict import Verdict
+
+logger = logging.getLogger(__name__)
+
+# vLLM's server takes 16 MiB.
+MAX_MESSAGE_BYTES = 64 << 20
+_HANDSHAKE_S = 30.0
+_CLOSING_S = 5.0
+_PROTOCOL = "Sec-WebSocket-Protocol"
+_Socket = aiohttp.ClientWebSocketResponse | web.WebSocketResponse
+
+
+def wants_websocket(request: web.Request) -> bool:
+    return request.method == "GET" and request.headers.get("Upgrade", "").lower() == "websocket"
+
+
+async def pass_through(
+    client: upstream.Client, pool: Pool, request: web.Request, journey: Journey
+) -> web.StreamResponse:
+    if pool.role is Role.DECODE:
+        journey.not_prefilled("websocket")
+    tried: list[Instance] = []
+    problem: tuple[int, str] | None = None
+    while True:
+        try:
+            instance = await pool.admit(tokens=0, but=tried, kind=journey.kind)
+        except (NoInstance, QueueFull) as error:
+            return _refused(journey, *(problem or (503, str(error))))
+        tried.append(instance)
+        try:
+            found = await _connect(client, instance, request, journey)
+            if isinstance(found, aiohttp.ClientWebSocketResponse):
+                async with found:
+                    return await _joined(found, request, journey)
+            status, text, is_final = found
+            problem = problem or (status, text)
+            if is_final:
+                return _refused(journey, *problem)
+        finally:
+            pool.leave(instance, tokens=0)
+        if pool.has_another(tried):
+            journey.retried(pool.role.value)
+
+
+async def _connect(
+    client: upstream.Client, instance: Instance, request: web.Request, journey: Journey
+) -> aiohttp.ClientWebSocketResponse | tuple[int, str, bool]:
+    """The open socket; or status and text for the client, and whether nobody else is asked."""
+    where = f"the {instance.role.value} instance at {instance.url}"
+    connecting = client.fresh.ws_connect(
+        upstream.target(instance.url, request.raw_path),
+        headers=_headers(request, journey),
+        protocols=_protocols(request),
+        autoping=False,
+        max_msg_size=MAX_MESSAGE_BYTES,
+        timeout=aiohttp.ClientWSTimeout(ws_close=_CLOSING_S),
+    )
+    try:
+        found = await unless_lost(instance, asyncio.wait_for(connecting, _HANDSHAKE_S))
+    except aiohttp.WSServerHandshakeError as error:
+        instance.heard()
+        what = verdict.of_status(error.status)
+        if what is Verdict.FAILED:
+            instance.failed()
+        text = f"{where} answered {error.status}"
+        return max(error.status, 400), text, what is Verdict.NO_WORD
+    except upstream.UNREACHABLE as error:
+        reason = upstream.failure_reason(error)
+        if reason != "timeout":
+            instance.failed()
+        logger.warning("%s: %s (%s)", where, reason, error)
+        return 502, f"{where}: {reason} ({error})", False
+    instance.heard()
+    instance.succeeded()
+    return found
+
+
+async def _joined(
+    engine: aiohttp.ClientWebSocketResponse, request: web.Request, journey: Journey
+) -> web.StreamResponse:
+    chosen = (engine.protocol,) if engine.protocol else ()
+    client = web.WebSocketResponse(
+        autoping=False, max_msg_size=MAX_MESSAGE_BYTES, protocols=chosen, timeout=_CLOSING_S
+    )
+    client.headers.update(journey.headers())
+    await client.prepare(request)
+    journey.status = 101
+    ways = [asyncio.create_task(_pump(client, engine)), asyncio.create_task(_pump(engine, client))]
+    try:
+        await asyncio.wait(ways, return_when=asyncio.FIRST_COMPLETED)
+    except asyncio.CancelledError:
+        if not go_on(journey):
+            raise
+        journey.failed("stopping")
+        await client.close(code=aiohttp.WSCloseCode.GOING_AWAY, message=b"the proxy is stopping")
+    finally:
+        for way in ways:
+            way.cancel()
+        await asyncio.wait(ways)
+    return client
+
+
+async def _pump(source: _Socket, target: _Socket) -> None:
+    """Until the source has ended, or nobody takes it any more."""
+    try:
+        while True:
+            message = await source.receive()
+            if message.type is aiohttp.WSMsgType.TEXT:
+                await target.send_str(message.data)
+            elif message.type is aiohttp.WSMsgType.BINARY:
+                await target.send_bytes(message.data)
+            elif message.type is aiohttp.WSMsgType.PING:
+                await target.ping(message.data)
+            elif message.type is aiohttp.WSMsgType.PONG:
+                await target.pong(message.data)
+            else:
+                break
+        await target.close(code=_code_for(source.close_code), message=_reason(message))
+    except ConnectionError:
+        return  # the target's own pump finds out
+
+
+def _code_for(code: int | None) -> int:
+    """What may be sent; a connection that ended without a word has no code of its own."""
+    if code is None or code == aiohttp.WSCloseCode.ABNORMAL_CLOSURE:
+        return aiohttp.WSCloseCode.INTERNAL_ERROR
+    return max(code, aiohttp.WSCloseCode.OK)
+
+
+def _reason(message: aiohttp.WSMessage) -> bytes:
+    return message.extra.encode() if isinstance(message.extra, str) else b""
+
+
+def _headers(request: web.Request, journey: Journey) -> CIMultiDict[str]:
+    """Those of the handshake are made anew."""
+    headers = upstream.request_headers(request.headers, request_id=journey.request_id)
+    for name in [name for name in headers if name.lower().startswith("sec-websocket-")]:
+        headers.popall(name, None)
+    return headers
+
+
+def _protocols(request: web.Request) -> list[str]:
+    named = ",".join(request.headers.getall(_PROTOCOL, [])).split(",")
+    return [name.strip() for name in named if name.strip()]
+
+
+def _refused(journey: Journey, code: int, text: str) -> web.Response:
+    journey.status = code
+    journey.failed("turned_away" if code == 503 else "unreachable")
+    response = error_response(code, text)
+    response.headers.update(journey.headers())
+    return response
