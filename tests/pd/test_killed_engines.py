@@ -154,7 +154,8 @@ async def test_with_no_resume_the_streams_of_a_killed_decoder_end_with_an_error_
             assert "".join(words(prompt, MAX_TOKENS)) == text_of(body)
             whole += 1
             continue
-        *events, _, error = body.strip().split(b"\n\n")
+        # What it had begun of the next event is of no use to anybody.
+        *events, error = body.strip().split(b"\n\n")
         assert words(prompt, WORDS_BEFORE_HOLD) == [text_of_event(each) for each in events]
         assert 502 == json.loads(error[6:])["error"]["code"]
         broken += 1
