@@ -57,8 +57,9 @@ BAD_STORE: list[tuple[dict[Any, Any], str]] = [
     ),
     (
         {"cache_buffer_capacity_gb": 0},
-        "cache_buffer_capacity_gb: expected a number of GiB > 0 and <= 1048576, got 0",
+        "cache_buffer_capacity_gb: expected a number of GiB > 0 and <= 65536, got 0",
     ),
+    ({"cache_buffer_capacity_gb": 1e6}, "a number of GiB > 0 and <= 65536, got 1000000"),
     ({"cache_buffer_capacity_gb": "32GB"}, "cache_buffer_capacity_gb: expected a number of GiB"),
     ({"cache_buffer_capacity_gb": float("inf")}, "got Infinity"),
     ({"cache_buffer_capacity_gb": float("nan")}, "got NaN"),

@@ -40,7 +40,8 @@ _MAX_SQUATTED: Final = 8
 
 _STORE_PATH: Final = "ucm_connectors[0].ucm_connector_config"
 _CAPACITY_KEY: Final = "cache_buffer_capacity_gb"
-_CAPACITY_MAX_GB: Final = 1 << 20
+# More than any machine has: what exceeds it is a slip, such as a number of bytes.
+_CAPACITY_MAX_GB: Final = 1 << 16
 
 # From here on an epoch is one engine's own, made up at a reset: nobody else has it, or ever will.
 PRIVATE_EPOCH: Final = 1 << 62
@@ -71,7 +72,7 @@ class StoreSettings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fi
     )
     io_timeout_ms: _Milliseconds = msgspec.field(default=10_000, name="posix_io_timeout_ms")
     # None: a share of the filesystem, see ucm/store/space.py.
-    min_free_gb: Annotated[float, Meta(ge=0, le=_CAPACITY_MAX_GB)] | None = None
+    min_free_gb: Annotated[float, Meta(ge=0, le=1 << 20)] | None = None
     page_key_file: Annotated[str, Meta(min_length=1)] | None = None
     recheck_s: Annotated[float, Meta(ge=0, le=86_400)] = msgspec.field(
         default=10.0, name="posix_recheck_s"

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import msgspec
 
-from tests.store.node.support import Engine, engine, make_keys
+from tests.store.node.support import PAGE_BYTES, Engine, engine, make_keys
 from ucm.config import StoreSettings
 from ucm.store.node import protocol as p
 from ucm.store.node.link import MemoryTaker, NodeLink, RankLink
@@ -34,6 +34,21 @@ def copy(settings: StoreSettings) -> None:
     client.client.send(p.MemoryReady())
     wait()
     client.close()
+
+
+def fill(settings: StoreSettings) -> None:
+    """Maps the memory, and dumps more pages than it has room for."""
+    with engine(settings, "child/0") as client:
+        num_pages = client.client.welcome.capacity_bytes // PAGE_BYTES
+        num_prompts = num_pages // 100 + 2
+        for number in range(num_prompts):
+            keys = make_keys(f"prompt {number}", 100)
+            assert min(client.dump(keys)) >= 0
+            client.wait_written()
+        hits, _ = client.load(keys)
+        status = client.status()
+        assert status.invariant == ""
+        print(client.pid, client.client.welcome.capacity_bytes, status.slots["evictions"], hits)
 
 
 def intrude(settings: StoreSettings) -> None:
@@ -115,5 +130,6 @@ def wait() -> None:
 
 
 if __name__ == "__main__":
-    what = {"hold": hold, "copy": copy, "intrude": intrude, "crowd": crowd}[sys.argv[1]]
+    known = {"hold": hold, "copy": copy, "fill": fill, "intrude": intrude, "crowd": crowd}
+    what = known[sys.argv[1]]
     what(msgspec.json.decode(sys.argv[2], type=StoreSettings))

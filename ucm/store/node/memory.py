@@ -10,22 +10,13 @@ import ctypes
 import fcntl
 import mmap
 import os
-import sys
 import threading
-from collections.abc import Iterator
 from contextlib import suppress
 from functools import cache
-from pathlib import Path
-
-from ucm.errors import ConfigError
 
 _MADV_POPULATE_WRITE = 23
 _STEP_BYTES = 1 << 20
 _SEALS = fcntl.F_SEAL_SHRINK | fcntl.F_SEAL_GROW | fcntl.F_SEAL_SEAL
-_MEMINFO = Path("/proc/meminfo")
-_CGROUPS = Path("/sys/fs/cgroup")
-_NAMES_V1 = ("memory.limit_in_bytes", "memory.usage_in_bytes", "total_inactive_file")
-_CGROUPS_OF_SELF = Path("/proc/self/cgroup")
 _PAGE_BYTES = mmap.PAGESIZE
 
 
@@ -90,60 +81,3 @@ def _libc() -> ctypes.CDLL:
     libc = ctypes.CDLL(None, use_errno=True)
     libc.madvise.argtypes = [ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int]
     return libc
-
-
-def available_bytes() -> int:
-    """The memory that is available now, on this machine and in this container."""
-    for line in _MEMINFO.read_text().splitlines():
-        if line.startswith("MemAvailable:"):
-            on_machine_bytes = int(line.split()[1]) * 1024
-            return min([on_machine_bytes, *_left_in_cgroups()])
-    raise ConfigError(f"{_MEMINFO} does not say how much memory this {sys.platform} machine has")
-
-
-def _left_in_cgroups() -> list[int]:
-    """What each memory limit above this process leaves; the slots count against all of them."""
-    return [
-        max(0, limit_bytes - used_bytes)
-        for group, limit, used, idle in _memory_groups()
-        if (limit_bytes := _number_in(group / limit)) is not None
-        and (used_bytes := _working_set(group, used, idle)) is not None
-    ]
-
-
-def _working_set(group: Path, used: str, idle: str) -> int | None:
-    """What the kernel could not give back at once: cached files that nobody reads are free."""
-    used_bytes = _number_in(group / used)
-    idle_bytes = _number_in(group / "memory.stat", line=idle)
-    return None if used_bytes is None else used_bytes - (idle_bytes or 0)
-
-
-def _number_in(path: Path, *, line: str = "") -> int | None:
-    """The number in a file, or behind a name in a file of many; None if there is none ("max")."""
-    try:
-        words = path.read_text().split()
-        return int(words[words.index(line) + 1] if line else words[0])
-    except (OSError, ValueError, IndexError):
-        return None
-
-
-def _memory_groups() -> Iterator[tuple[Path, str, str, str]]:
-    """The memory groups of this process, up to the root, and their files' names (v2 and v1)."""
-    try:
-        lines = _CGROUPS_OF_SELF.read_text().splitlines()
-    except OSError:
-        return
-    for line in lines:
-        _, controllers, path = line.split(":", 2)
-        if not controllers:
-            root, names = _CGROUPS, ("memory.max", "memory.current", "inactive_file")
-        elif "memory" in controllers.split(","):
-            root, names = _CGROUPS / "memory", _NAMES_V1
-        else:
-            continue
-        # Inside a container the path may be the host's: what can't be read is skipped.
-        group = root / path.lstrip("/")
-        for each in (group, *group.parents):
-            yield each, *names
-            if each == root:
-                break

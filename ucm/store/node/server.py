@@ -28,8 +28,9 @@ from ucm.store.node import protocol as p
 from ucm.store.node.core import NodeCore
 from ucm.store.node.io import IoPool
 from ucm.store.node.lock import SocketLock, this_process
-from ucm.store.node.memory import SharedMemory, available_bytes, give_way
+from ucm.store.node.memory import SharedMemory, give_way
 from ucm.store.node.peer import Door, Peer
+from ucm.store.node.room import GIB, be_taken_first, memory_left, room_for
 from ucm.store.node.saved import SavingRules
 from ucm.store.slots import SlotTable
 from ucm.store.tiers import build_tier, keeps_pages
@@ -43,7 +44,6 @@ _NICE = -10
 _DRAIN_S = 30.0
 # Less than any client waits for a node cache.
 _OPEN_S = 5.0
-_GIB = 1 << 30
 
 
 class NodeServer:
@@ -52,16 +52,10 @@ class NodeServer:
     def __init__(self, settings: StoreSettings, loop: asyncio.AbstractEventLoop) -> None:
         self.settings = settings
         self._loop = loop
-        available = available_bytes()
-        capacity_bytes = settings.cache_capacity_bytes or available // 4
-        if capacity_bytes > available:
-            logger.warning(
-                "cache_buffer_capacity_gb: %.2f GiB, and %.2f GiB of memory are available here: "
-                "set it to less, or the system will run out of memory as the cache fills",
-                capacity_bytes / _GIB,
-                available / _GIB,
-            )
-        slots = SlotTable(capacity_bytes, keeps_unpinned=keeps_pages(settings))
+        left = memory_left()
+        room = room_for(settings.cache_capacity_bytes, left)
+        ahead_bytes = left.nbytes // 2
+        slots = SlotTable(room.capacity_bytes, keeps_unpinned=keeps_pages(settings))
         self.memory = SharedMemory(slots.capacity_bytes)
         tier = build_tier(settings)
         self.tier = None if tier is None else MeasuredTier(tier)
@@ -84,7 +78,7 @@ class NodeServer:
             writes=self._writes,
             page_of=lambda slot: self.memory.page(slot.offset, slot.span.slot_bytes),
             populate=self._populate_soon,
-            ahead_bytes=available // 2,
+            ahead_bytes=ahead_bytes,
             max_write_pages=settings.write_queue_pages,
             max_keys=settings.max_keys,
             clock=time.monotonic,
@@ -99,12 +93,12 @@ class NodeServer:
         self.num_peers = 0
         self.dropped: set[Peer] = set()
         self.leaving = asyncio.Event()
-        logger.info(
-            "memory for slots: %.2f GiB (%s)",
-            slots.capacity_bytes / _GIB,
-            "cache_buffer_capacity_gb"
-            if settings.cache_capacity_bytes
-            else "a quarter of what is available; set cache_buffer_capacity_gb to choose",
+        logger.log(
+            logging.WARNING if room.is_cut else logging.INFO,
+            "memory for slots: %.2f GiB (%s); %.2f GiB of it are taken ahead, before pages come",
+            slots.capacity_bytes / GIB,
+            room.said,
+            min(slots.capacity_bytes, ahead_bytes) / GIB,
         )
 
     def _populate_soon(self, offset: int, nbytes: int, on_done: Callable[[], None]) -> None:
@@ -202,6 +196,7 @@ def _come_first() -> None:
 
 
 async def _run(settings: StoreSettings, lock: SocketLock) -> None:
+    be_taken_first()
     loop = asyncio.get_running_loop()
     server = NodeServer(settings, loop)
     # The threads that the server has started don't.
