@@ -115,6 +115,14 @@ class SlotMachine(RuleBasedStateMachine):
         self.table.check()
 
     @invariant()
+    def counts_are_those_of_a_walk_over_all_slots(self) -> None:
+        slots = [slot for span in self.table.spans() for slot in span.slots]
+        counts = self.table.counts()
+        for state in SlotState:
+            assert getattr(counts, state.value) == sum(slot.state is state for slot in slots)
+        assert counts.pins == sum(slot.pins for slot in slots)
+
+    @invariant()
     def slots_that_somebody_relies_on_stay_as_they_are(self) -> None:
         live = self.live()
         assert len(live) == len(self.relied_on)
@@ -139,6 +147,18 @@ def filled(table: SlotTable, n: int, size: int) -> Slot:
     assert slot is not None
     table.ready(slot)
     return slot
+
+
+def test_counting_looks_at_no_slot(monkeypatch: pytest.MonkeyPatch):
+    """Of 400,000 slots a walk takes so long that nobody is answered meanwhile."""
+    table = SlotTable(128, extent_bytes=64)
+    table.pin(filled(table, 1, 32))
+    filled(table, 2, 32)
+    for span in table.spans():
+        monkeypatch.setattr(span, "slots", None)
+    counts = table.counts()
+    assert (counts.free, counts.filling, counts.ready, counts.aside) == (0, 0, 2, 0)
+    assert counts.pins == 1
 
 
 def test_the_page_used_longest_ago_is_evicted_first():

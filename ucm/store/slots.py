@@ -19,12 +19,13 @@ extents; a span whose slots are all reusable can be given to another size.
 
 Invariants (`check`): the four states add up to all slots of all spans; a key is in the index iff
 its slot is FILLING or READY; a slot can be evicted iff it is READY without pins; spans don't
-overlap and every extent is in one span or free.
+overlap and every extent is in one span or free; what is counted as slots move is what a walk over
+them counts.
 """
 
 from __future__ import annotations
 
-from collections import OrderedDict
+from collections import Counter, OrderedDict
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from enum import Enum
@@ -105,6 +106,8 @@ class SlotTable:
         self._no_run_of = self.num_extents + 1
         self._classes: dict[int, _SizeClass] = {}
         self._index: dict[Key, Slot] = {}
+        self._per_state = dict.fromkeys(SlotState, 0)
+        self._pins = 0
         # Told of every span put into use, so that its memory can be taken and pinned ahead.
         self.on_span: Callable[[Span], None] = lambda span: None
 
@@ -119,17 +122,13 @@ class SlotTable:
         return slot_bytes <= self.capacity_bytes
 
     def counts(self) -> SlotCounts:
-        per_state = dict.fromkeys(SlotState, 0)
-        pins = 0
-        for slot in self._all_slots():
-            per_state[slot.state] += 1
-            pins += slot.pins
+        """Kept as slots move: whoever asks, however often, holds nobody up."""
         return SlotCounts(
-            free=per_state[SlotState.FREE],
-            filling=per_state[SlotState.FILLING],
-            ready=per_state[SlotState.READY],
-            aside=per_state[SlotState.ASIDE],
-            pins=pins,
+            free=self._per_state[SlotState.FREE],
+            filling=self._per_state[SlotState.FILLING],
+            ready=self._per_state[SlotState.READY],
+            aside=self._per_state[SlotState.ASIDE],
+            pins=self._pins,
         )
 
     def spans(self) -> list[Span]:
@@ -147,7 +146,7 @@ class SlotTable:
             return None
         slot = size.free.pop()
         assert slot.state is SlotState.FREE and slot.key is None and slot.pins == 0
-        slot.state = SlotState.FILLING
+        self._move(slot, SlotState.FILLING)
         slot.key = key
         self._index[key] = slot
         return slot
@@ -155,7 +154,7 @@ class SlotTable:
     def ready(self, slot: Slot) -> None:
         """FILLING -> READY, unpinned and most recently used."""
         assert slot.state is SlotState.FILLING
-        slot.state = SlotState.READY
+        self._move(slot, SlotState.READY)
         self._may_be_evicted(slot)
 
     def abandon(self, slot: Slot) -> None:
@@ -168,17 +167,19 @@ class SlotTable:
         assert slot.state is SlotState.FILLING and slot.key is not None
         del self._index[slot.key]
         slot.key = None
-        slot.state = SlotState.ASIDE
+        self._move(slot, SlotState.ASIDE)
 
     def pin(self, slot: Slot) -> None:
         assert slot.state is SlotState.READY
         slot.pins += 1
+        self._pins += 1
         self._class(slot).evictable.pop(slot.offset, None)
 
     def unpin(self, slot: Slot) -> None:
         """Gives back one pin. Unpin the tail of a prompt before its head: it is evicted first."""
         assert slot.state is SlotState.READY and slot.pins > 0
         slot.pins -= 1
+        self._pins -= 1
         if slot.pins > 0:
             return
         if self._keeps_unpinned:
@@ -211,6 +212,7 @@ class SlotTable:
         span.slots = [Slot(start + i * slot_bytes, span) for i in range(num_slots)]
         size.spans.append(span)
         size.free.extend(reversed(span.slots))
+        self._per_state[SlotState.FREE] += num_slots
         self.on_span(span)
         return True
 
@@ -253,6 +255,7 @@ class SlotTable:
                 self.evictions += 1
                 self._forget(slot)
         size.free = [slot for slot in size.free if slot.span is not span]
+        self._per_state[SlotState.FREE] -= len(span.slots)
         size.spans.remove(span)
         self._free_extents.update(range(span.first_extent, span.first_extent + span.num_extents))
         self._no_run_of = self.num_extents + 1
@@ -261,8 +264,13 @@ class SlotTable:
         if slot.key is not None:
             del self._index[slot.key]
         slot.key = None
-        slot.state = SlotState.FREE
+        self._move(slot, SlotState.FREE)
         self._class(slot).free.append(slot)
+
+    def _move(self, slot: Slot, state: SlotState) -> None:
+        self._per_state[slot.state] -= 1
+        self._per_state[state] += 1
+        slot.state = state
 
     def _class(self, slot: Slot) -> _SizeClass:
         return self._classes[slot.span.slot_bytes]
@@ -298,6 +306,12 @@ class SlotTable:
                     indexed += 1
             assert len(size.free) <= len(slots) and len(size.evictable) <= len(slots)
         assert indexed == len(self._index), "the index holds nothing else"
+        slots = self._all_slots()
+        walked = Counter(slot.state for slot in slots)
+        assert all(self._per_state[state] == walked[state] for state in SlotState), (
+            "the count of each state is that of its slots"
+        )
+        assert self._pins == sum(slot.pins for slot in slots), "the count of pins is theirs"
 
 
 def span_extents(slot_bytes: int, extent_bytes: int, num_extents: int) -> int:
