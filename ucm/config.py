@@ -20,6 +20,8 @@ import msgspec
 from msgspec import Meta
 
 from ucm._config_check import convert_tree, show
+from ucm._config_epoch import PRIVATE_EPOCH as PRIVATE_EPOCH
+from ucm._config_epoch import read_epoch as read_epoch
 from ucm._config_keys import CONFIG_FILE_KEY, Vocabulary, did_you_mean
 from ucm._config_yaml import read_yaml as read_yaml
 from ucm.errors import ConfigError
@@ -42,9 +44,6 @@ _STORE_PATH: Final = "ucm_connectors[0].ucm_connector_config"
 _CAPACITY_KEY: Final = "cache_buffer_capacity_gb"
 # More than any machine has: what exceeds it is a slip, such as a number of bytes.
 _CAPACITY_MAX_GB: Final = 1 << 16
-
-# From here on an epoch is one engine's own, made up at a reset: nobody else has it, or ever will.
-PRIVATE_EPOCH: Final = 1 << 62
 
 _Milliseconds = Annotated[int, Meta(ge=1, le=3_600_000)]
 
@@ -73,6 +72,8 @@ class StoreSettings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fi
     io_timeout_ms: _Milliseconds = msgspec.field(default=10_000, name="posix_io_timeout_ms")
     # None: a share of the filesystem, see ucm/store/space.py.
     min_free_gb: Annotated[float, Meta(ge=0, le=1 << 20)] | None = None
+    file_mode: Annotated[str, Meta(pattern=r"^0?[0-7]{3}$")] | None = None
+    file_group: Annotated[str, Meta(min_length=1)] | None = None
     page_key_file: Annotated[str, Meta(min_length=1)] | None = None
     recheck_s: Annotated[float, Meta(ge=0, le=86_400)] = msgspec.field(
         default=10.0, name="posix_recheck_s"
@@ -333,18 +334,3 @@ def _check_epoch_file(settings: Settings, *, source: str) -> None:
 def start_epoch(settings: Settings) -> int:
     """The epoch that an engine starts in. Raises ConfigError."""
     return settings.epoch if settings.epoch_file is None else read_epoch(settings.epoch_file)
-
-
-def read_epoch(path: str) -> int:
-    """The number in an epoch_file. Raises ConfigError."""
-    try:
-        with open(path, encoding="ascii") as file:
-            text = file.read(64).strip()
-    except (OSError, ValueError) as error:
-        raise ConfigError(f"epoch_file {path}: can't be read: {error}") from error
-    if not text.isdigit() or int(text) >= PRIVATE_EPOCH:
-        raise ConfigError(
-            f"epoch_file {path}: expected a whole number >= 0 and < {PRIVATE_EPOCH},"
-            f" got {show(text)}"
-        )
-    return int(text)

@@ -3,16 +3,19 @@
 from __future__ import annotations
 
 import os
+import stat
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
 from tests.store.tier_contract import SMALL, content_of, dump, load, make_key, make_page
+from ucm.errors import ConfigError
 from ucm.store.page_key import PageKey
 from ucm.store.posix import PosixTier
-from ucm.store.rights import problems
+from ucm.store.rights import file_rights, problems
 from ucm.store.tier import ReadStatus
 
 KEY, PAGE = make_key(1), make_page(SMALL, "a")
@@ -65,6 +68,52 @@ def test_who_may_only_read_is_told_so_and_reads(tmp_path: Path) -> None:
     )
     assert done.returncode == 0, done.stderr
     assert "uid 65534 may not write here" in done.stderr
+
+
+# -- of what this node makes ------------------------------------------------------------------
+
+
+@pytest.fixture(params=[0o000, 0o022, 0o077], ids=oct)
+def umask(request: pytest.FixtureRequest) -> Iterator[int]:
+    before = os.umask(request.param)
+    yield request.param
+    os.umask(before)
+
+
+def rights_of(store: Path) -> tuple[set[int], set[int]]:
+    """Modes of directories and of files."""
+    found = [store, *store.rglob("*")]
+    modes = [(path.is_dir(), stat.S_IMODE(path.stat().st_mode)) for path in found]
+    return {m for is_dir, m in modes if is_dir}, {m for is_dir, m in modes if not is_dir}
+
+
+@pytest.mark.parametrize(
+    ("file_mode", "directories", "files"),
+    [("640", 0o750, 0o640), ("600", 0o700, 0o600), ("660", 0o770, 0o660), ("0644", 0o755, 0o644)],
+)
+def test_a_mode_that_is_set_holds_whatever_the_umask(
+    tmp_path: Path, umask: int, file_mode: str, directories: int, files: int
+) -> None:
+    """Of pages, manifests, ids and every directory."""
+    tier = PosixTier([str(tmp_path / "store")], rights=file_rights(file_mode, None))
+    tier.open_namespace(SMALL)
+    dump(tier, SMALL, KEY, PAGE)
+    assert rights_of(tmp_path / "store") == ({directories}, {files})
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="only root can give files to any group")
+def test_a_group_that_is_set_gets_everything(tmp_path: Path) -> None:
+    tier = PosixTier([str(tmp_path / "store")], rights=file_rights("660", "12345"))
+    tier.open_namespace(SMALL)
+    dump(tier, SMALL, KEY, PAGE)
+    found = [tmp_path / "store", *(tmp_path / "store").rglob("*")]
+    assert {path.stat().st_gid for path in found} == {12345}
+    assert rights_of(tmp_path / "store") == ({0o2770}, {0o660})
+
+
+def test_a_group_that_is_not_there_stops_the_start() -> None:
+    with pytest.raises(ConfigError, match="file_group: no-such-group"):
+        file_rights(None, "no-such-group")
 
 
 # -- sealed pages ---------------------------------------------------------------------------

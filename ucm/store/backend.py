@@ -22,7 +22,7 @@ from ucm.store.keys import Key
 from ucm.store.mounts import Mount, mount_of
 from ucm.store.page_key import PageKey
 from ucm.store.plain_files import NotPlain, check_directory, read_plain
-from ucm.store.rights import say_problems
+from ucm.store.rights import UMASK_DECIDES, FileRights, say_problems
 
 _logger = logging.getLogger(__name__)
 _T = TypeVar("_T")
@@ -58,11 +58,19 @@ class Backend:
     """`path` is the directory. `open` makes it if its parent is there, and nothing else does;
     parents are never made, because a missing one is most likely a mount that is not there yet."""
 
-    def __init__(self, path: str, *, direct_io: bool, page_key: PageKey | None = None) -> None:
+    def __init__(
+        self,
+        path: str,
+        *,
+        direct_io: bool,
+        page_key: PageKey | None = None,
+        rights: FileRights = UMASK_DECIDES,
+    ) -> None:
         self.path = os.path.normpath(path)
         self.identity = Identity(self.path, locate=self._locate_id, read=self._read_id)
         self.direct_io = direct_io
         self.page_key = page_key
+        self.rights = rights
         self._key_id = page_key.id if page_key is not None else b""
         self._direct_refusals = 0
         self._has_said_rights = False
@@ -115,6 +123,7 @@ class Backend:
             except FileNotFoundError:
                 with contextlib.suppress(FileExistsError):
                     os.mkdir(each)
+                    self.rights.give_directory(each)
                 check_directory(each)
             self._known_dirs.add(each)
 
@@ -154,6 +163,7 @@ class Backend:
             return False
         try:
             os.mkdir(self.path)
+            self.rights.give_directory(self.path)
         except FileExistsError:
             if not os.path.isdir(self.path):
                 raise NotPlain(
@@ -245,12 +255,12 @@ class Backend:
             self.make_dirs(os.path.dirname(path))
             try:
                 try:
-                    _write_durably(temp, content)
+                    _write_durably(temp, content, self.rights)
                 except FileNotFoundError:
                     # A directory that was there, and was removed.
                     self.forget_dirs()
                     self.make_dirs(os.path.dirname(path))
-                    _write_durably(temp, content)
+                    _write_durably(temp, content, self.rights)
                 _link_or_rename(temp, path)
             finally:
                 unlink_if_there(temp)
@@ -282,9 +292,10 @@ def _read_once(path: str) -> bytes | None:
         raise tier_error(path, "can't be read", error) from error
 
 
-def _write_durably(path: str, content: bytes) -> None:
+def _write_durably(path: str, content: bytes, rights: FileRights) -> None:
     """With fsync, unlike blocks: a torn manifest would have to be repaired by hand."""
     with open(path, "xb") as file:
+        rights.give_file(file.fileno())
         file.write(content)
         file.flush()
         os.fsync(file.fileno())

@@ -29,6 +29,7 @@ from ucm.store.page_key import PageKey
 from ucm.store.placement import Placement
 from ucm.store.plain_files import NotPlain, open_plain
 from ucm.store.quarantine import Quarantine, forget_cached, move_aside
+from ucm.store.rights import UMASK_DECIDES, FileRights
 from ucm.store.space import Reserve
 from ucm.store.tier import ABSENT, HIT, PageRead, ReadStatus, Staged, Tier, TierNamespace
 
@@ -52,12 +53,14 @@ class PosixTier(Tier):
         queue_pages: int = 0,
         quarantine_per_minute: int = 6,
         page_key: PageKey | None = None,
+        rights: FileRights = UMASK_DECIDES,
     ) -> None:
         """`min_free_bytes` and `queue_pages`: what stays free, see `space.py`."""
         assert storage_backends
         self._page_key = page_key
         self._backends = [
-            Backend(path, direct_io=direct_io, page_key=page_key) for path in storage_backends
+            Backend(path, direct_io=direct_io, page_key=page_key, rights=rights)
+            for path in storage_backends
         ]
         self._reserves = {
             backend: Reserve(backend.path, min_free_bytes=min_free_bytes, queue_pages=queue_pages)
@@ -299,20 +302,16 @@ class PosixTier(Tier):
         num_tokens: int,
     ) -> str:
         """Writes a temporary file for `target`, making its directories. Returns its path."""
+        scratch, page_key = self._scratch(), self._page_key
 
         def write(flags: int) -> str:
             temp = paths.temp_path(target)
-            scratch = self._scratch()
             try:
                 fd = os.open(temp, os.O_WRONLY | os.O_CREAT | os.O_EXCL | flags, 0o666)
                 try:
+                    backend.rights.give_file(fd)
                     write_block(
-                        fd,
-                        block,
-                        page,
-                        num_tokens=num_tokens,
-                        scratch=scratch,
-                        page_key=self._page_key,
+                        fd, block, page, num_tokens=num_tokens, scratch=scratch, page_key=page_key
                     )
                 finally:
                     os.close(fd)  # NFS says only here that the disk is full

@@ -1,12 +1,68 @@
-"""Who else may write into a backend, and whether this process may: said once, when it is opened."""
+"""Who may read and write what a node makes, and who else may write into a backend.
+
+Without settings the umask of whoever started the node cache decides, which is an accident. With a
+mode and a group it doesn't. What is wrong with a backend's own rights is said once, when it is
+opened.
+"""
 
 from __future__ import annotations
 
+import grp
 import logging
 import os
 import stat
+from dataclasses import dataclass
+
+from ucm.errors import ConfigError
 
 _logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class FileRights:
+    """Of files and directories that are made from now on. None leaves it to the umask, and to the
+    group of who makes them."""
+
+    file_mode: int | None = None
+    gid: int | None = None
+
+    @property
+    def directory_mode(self) -> int | None:
+        """Whoever may read files may list and enter; files get the directory's group."""
+        if self.file_mode is None:
+            return None
+        enter = (self.file_mode & 0o444) >> 2
+        return self.file_mode | enter | 0o300 | (stat.S_ISGID if self.gid is not None else 0)
+
+    def give_file(self, fd: int) -> None:
+        """Raises OSError."""
+        if self.gid is not None:
+            os.fchown(fd, -1, self.gid)
+        if self.file_mode is not None:
+            os.fchmod(fd, self.file_mode)
+
+    def give_directory(self, path: str) -> None:
+        """Raises OSError."""
+        if self.gid is not None:
+            os.chown(path, -1, self.gid)
+        if self.directory_mode is not None:
+            os.chmod(path, self.directory_mode)
+
+
+UMASK_DECIDES = FileRights()
+
+
+def file_rights(file_mode: str | None, file_group: str | None) -> FileRights:
+    """From the settings: three octal digits, and a group's name or number. Raises ConfigError."""
+    gid = None
+    if file_group is not None:
+        try:
+            gid = int(file_group) if file_group.isdigit() else grp.getgrnam(file_group).gr_gid
+        except KeyError:
+            raise ConfigError(
+                f"file_group: {file_group}: no such group on this machine: give its number"
+            ) from None
+    return FileRights(None if file_mode is None else int(file_mode, 8), gid)
 
 
 def problems(mode: int, *, may_write: bool, uid: int, is_sealed: bool) -> list[str]:

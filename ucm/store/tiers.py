@@ -12,6 +12,7 @@ from collections.abc import Callable
 from ucm.config import StoreSettings
 from ucm.store.page_key import load_page_key
 from ucm.store.posix import PosixTier
+from ucm.store.rights import file_rights
 from ucm.store.tier import Tier
 
 NODE_CACHE_STAGE = "Cache"
@@ -26,6 +27,7 @@ def _posix(settings: StoreSettings) -> Tier:
         queue_pages=settings.write_queue_pages,
         quarantine_per_minute=settings.quarantine_per_minute,
         page_key=load_page_key(settings.page_key_file) if settings.page_key_file else None,
+        rights=file_rights(settings.file_mode, settings.file_group),
     )
 
 
