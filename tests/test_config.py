@@ -302,7 +302,7 @@ def test_an_upgrade_that_speaks_another_protocol_looks_elsewhere(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     before = load_settings(tree()).store.socket_path
-    monkeypatch.setattr("ucm.config.NODE_PROTOCOL", NODE_PROTOCOL + 1)
+    monkeypatch.setattr("ucm._config_socket.NODE_PROTOCOL", NODE_PROTOCOL + 1)
     after = load_settings(tree()).store.socket_path
 
     assert before != after

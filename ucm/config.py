@@ -9,10 +9,7 @@ wrong with it and what to write instead. docs/configuration.md explains each set
 
 from __future__ import annotations
 
-import hashlib
 import os
-import stat
-import tempfile
 from collections.abc import Mapping
 from typing import Annotated, Final, Literal
 
@@ -23,6 +20,8 @@ from ucm._config_check import convert_tree, show
 from ucm._config_epoch import PRIVATE_EPOCH as PRIVATE_EPOCH
 from ucm._config_epoch import read_epoch as read_epoch
 from ucm._config_keys import CONFIG_FILE_KEY, Vocabulary, did_you_mean
+from ucm._config_socket import NODE_PROTOCOL as NODE_PROTOCOL
+from ucm._config_socket import check_socket_path, default_socket_path
 from ucm._config_yaml import read_yaml as read_yaml
 from ucm.errors import ConfigError
 
@@ -30,15 +29,6 @@ CONNECTOR_NAME: Final = "UcmPipelineStore"
 
 PIPELINES: Final = ("Cache|Posix", "Posix", "Cache")
 STAGES: Final = ("Cache", "Posix")
-
-# What a node cache and its clients speak (ucm/store/node/protocol.py). Part of a node cache's
-# default name, so that an upgrade doesn't meet one that it can't talk to.
-NODE_PROTOCOL: Final = 5
-
-# sun_path holds 108 bytes on Linux and 104 elsewhere, with a NUL at its end.
-SOCKET_PATH_MAX_BYTES: Final = 103
-
-_MAX_SQUATTED: Final = 8
 
 _STORE_PATH: Final = "ucm_connectors[0].ucm_connector_config"
 _CAPACITY_KEY: Final = "cache_buffer_capacity_gb"
@@ -90,6 +80,9 @@ class StoreSettings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fi
     )
     max_keys: Annotated[int, Meta(ge=1024, le=1_000_000)] = msgspec.field(
         default=65_536, name="node_cache_max_keys"
+    )
+    max_open_keys: Annotated[int, Meta(ge=65_536, le=1_000_000_000)] = msgspec.field(
+        default=4_194_304, name="node_cache_max_open_keys"
     )
     hello_timeout_ms: _Milliseconds = msgspec.field(
         default=30_000, name="node_cache_hello_timeout_ms"
@@ -192,14 +185,14 @@ def _parse(tree: object, *, source: str) -> Settings:
         warnings.append(f"{source}: storage_backends: not used by store_pipeline {pipeline[0]}")
     if _CAPACITY_KEY in store_tree:
         store_tree["cache_capacity_bytes"] = _capacity(store_tree.pop(_CAPACITY_KEY), source=source)
-    store_tree.setdefault("node_cache_socket", _default_socket_path(pipeline, backends))
+    store_tree.setdefault("node_cache_socket", default_socket_path(pipeline, backends))
 
     settings_tree = {
         key: tree[key] for key in tree if key in VOCABULARY.used["top"] and key != "ucm_connectors"
     }
     settings_tree |= {"store": store_tree, "warnings": warnings}
     settings = convert_tree(settings_tree, Settings, source=source, names={"store": _STORE_PATH})
-    _check_socket_path(settings.store.socket_path, source=source)
+    check_socket_path(settings.store.socket_path, source=source, path_of_store=_STORE_PATH)
     _check_epoch_file(settings, source=source)
     return settings
 
@@ -284,41 +277,6 @@ def _capacity(value: object, *, source: str) -> int:
             f" <= {_CAPACITY_MAX_GB}, got {show(value)}"
         )
     return max(1, int(value * (1 << 30)))
-
-
-def _default_socket_path(pipeline: tuple[str, ...], backends: tuple[str, ...]) -> str:
-    """One node cache per user, pipeline and backends. Engines of one node find it without being
-    told, as long as they see the same directory for temporary files. Not in the directory of a
-    login session, which a logout removes and the node cache survives."""
-    identity = msgspec.json.encode([pipeline, backends])
-    name = hashlib.sha256(identity).hexdigest()[:16]
-    directory = os.path.join(tempfile.gettempdir(), f"ucm-{os.getuid()}")
-    # Anybody may have made it first. Everybody of this user steps around in the same way.
-    others = (f"{directory}-{number}" for number in range(1, _MAX_SQUATTED + 1))
-    own = next((each for each in (directory, *others) if _may_be_own(each)), directory)
-    return os.path.join(own, f"{name}.v{NODE_PROTOCOL}.sock")
-
-
-def _may_be_own(directory: str) -> bool:
-    """Whether a directory is missing, or this user's alone."""
-    try:
-        info = os.lstat(directory)
-    except OSError:
-        return True
-    is_private = not info.st_mode & (stat.S_IWGRP | stat.S_IWOTH)
-    return stat.S_ISDIR(info.st_mode) and info.st_uid == os.getuid() and is_private
-
-
-def _check_socket_path(path: str, *, source: str) -> None:
-    where = f"{source}: {_STORE_PATH}.node_cache_socket"
-    if not os.path.isabs(path) or "\0" in path:
-        raise ConfigError(f"{where}: expected an absolute path, got {show(path)}")
-    num_bytes = len(os.fsencode(path))
-    if num_bytes > SOCKET_PATH_MAX_BYTES:
-        raise ConfigError(
-            f"{where}: {show(path)} has {num_bytes} bytes, a socket's path at most"
-            f" {SOCKET_PATH_MAX_BYTES}: set a shorter one"
-        )
 
 
 def _check_epoch_file(settings: Settings, *, source: str) -> None:

@@ -120,6 +120,7 @@ class Node:
         has_tier: bool = True,
         tier: MemoryTier | None = None,
         max_write_pages: int = 100,
+        max_open_keys: int = 1_000,
     ) -> None:
         self.memory = memoryview(bytearray(PAGE * num_slots))
         self.tier = tier or MemoryTier()
@@ -135,6 +136,7 @@ class Node:
             populate=lambda offset, nbytes, on_done: None,
             ahead_bytes=0,
             max_write_pages=max_write_pages,
+            max_open_keys=max_open_keys,
             clock=lambda: self.now_s,
             call_later=self.timers,
         )

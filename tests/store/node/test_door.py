@@ -150,6 +150,53 @@ def test_a_message_names_no_more_keys_than_it_may() -> None:
         handle(node, p.Find(id=1, ns=1, keys=[key(1)] * 65_537, storage=False, timeout_ms=1))
 
 
+def test_what_a_client_has_asked_for_and_not_given_back_has_a_bound() -> None:
+    node = Node(max_open_keys=10)
+    node.store(*map(key, range(4)))
+    for number in range(1, 50):
+        # Answered and given back: no more of it, however often.
+        node.look_up([key(0), key(1)], number=number)
+        node.reads.end_all()
+        handle(node, p.Release(lookups=[number]))
+        node.find(key(8), key(9), number=number)
+        node.reads.end_all()
+    node.look_up([key(0), key(1)], number=50)
+    node.reads.end_all()
+    node.look_up([key(2), key(3)], number=51)
+    node.find(key(9), number=52)
+    too_much = r"more than 10 keys \(node_cache_max_open_keys\)"
+    with pytest.raises(ProtocolError, match=too_much):
+        node.find(key(8), key(9), number=53)
+    with pytest.raises(ProtocolError, match=too_much):
+        node.look_up([key(8), key(9)], number=54)
+
+
+ASKS = st.one_of(
+    st.sampled_from(["reads", "writes"]),
+    *map(any_of, (p.Lookup, p.Find, p.Release, p.Reserve, p.Commit)),
+)
+
+
+@given(said=st.lists(ASKS, max_size=40))
+@settings(max_examples=300, deadline=None)
+def test_what_counts_as_asked_is_what_is_open_or_holds_pages(said: list[Any]) -> None:
+    node = Node(num_slots=8)
+    node.store(*map(key, range(3)))
+    for message in said:
+        if isinstance(message, str):
+            getattr(node, message).end_all()
+        else:
+            try:
+                handle(node, message)
+            except ProtocolError:
+                return
+        core, asked = node.core, node.connection.asked
+        lookups = {number for _, number in [*core.lookups._open, *node.connection.session.pinned]}
+        finds = {number for _, number in core.finds._open}
+        assert asked.open() == {(p.Lookup, n) for n in lookups} | {(p.Find, n) for n in finds}
+        assert (asked.num_keys == 0) == (not asked.open())
+
+
 def test_what_a_lost_scheduler_side_has_reserved_is_not_reused_before_its_ranks_end() -> None:
     node = Node(num_slots=8)
     sides = [

@@ -13,7 +13,7 @@ from collections.abc import Callable
 from ucm.errors import ProtocolError
 from ucm.store.node import protocol as p
 from ucm.store.node.ahead import MemoryAhead, Populate
-from ucm.store.node.door import check_hello, check_message, check_namespace
+from ucm.store.node.door import check_hello, check_message, check_namespace, check_open
 from ucm.store.node.fillings import Fillings
 from ucm.store.node.finds import Finds
 from ucm.store.node.io import Pool
@@ -47,6 +47,7 @@ class NodeCore:
         ahead_bytes: int,
         max_write_pages: int,
         max_keys: int = 65_536,
+        max_open_keys: int = 4_194_304,
         clock: Callable[[], float],
         call_later: CallLater,
         saving: SavingRules | None = None,
@@ -86,7 +87,7 @@ class NodeCore:
             slots=slots, lookups=self.lookups, storing=storing, page_of=page_of, count=self.count
         )
         self.finds = Finds(slots=slots, tier=tier, reads=reads, storing=storing, clock=clock)
-        self._max_keys = max_keys
+        self._max_keys, self._max_open_keys = max_keys, max_open_keys
         # Set when the process is about to end: what is queued is written, nothing new is begun.
         self.leaving = False
         self._reads = reads
@@ -197,6 +198,9 @@ class NodeCore:
         namespace: OpenedNamespace,
         message: p.Lookup | p.Find | p.Reserve | p.Commit,
     ) -> None:
+        if isinstance(message, (p.Lookup, p.Find)):
+            check_open(message, connection.asked, max_open_keys=self._max_open_keys)
+            connection.asked.begin(message)
         if isinstance(message, p.Lookup):
             self.lookups.start(connection, namespace, message)
         elif isinstance(message, p.Find):
@@ -209,6 +213,7 @@ class NodeCore:
     def _release(self, connection: Connection, message: p.Release) -> None:
         for lookup_id in message.lookups:
             self.lookups.withdraw(connection, lookup_id)
+            connection.asked.end(p.Lookup, lookup_id)
             self._unpin(connection.session.pinned.pop((connection, lookup_id), []))
             # The head last, or it would be evicted before the tail that nobody finds without it.
             self.lookups.touch(connection.session.heads.pop((connection, lookup_id), ()))

@@ -12,7 +12,7 @@ from collections.abc import Iterable, Sequence
 from ucm.errors import ProtocolError
 from ucm.store.keys import Key
 from ucm.store.node import protocol as p
-from ucm.store.node.state import OpenedNamespace
+from ucm.store.node.state import Asked, OpenedNamespace, weight
 from ucm.store.slots import SlotTable
 
 MAX_NAMESPACES = 4096
@@ -53,6 +53,14 @@ def check_message(
         check_tail(message.tail_tokens, namespace, dumps=isinstance(message, p.Reserve))
     if isinstance(message, (p.Reserve, p.Commit)):
         check_parents(message.keys, message.parents)
+
+
+def check_open(message: p.Lookup | p.Find, asked: Asked, *, max_open_keys: int) -> None:
+    """A client that asks and asks, and gives nothing back, would fill the memory of all."""
+    if asked.num_keys + weight(message) > max_open_keys:
+        raise ProtocolError(
+            f"open lookups and finds with more than {max_open_keys} keys (node_cache_max_open_keys)"
+        )
 
 
 def check_keys(

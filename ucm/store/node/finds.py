@@ -158,6 +158,7 @@ class Finds:
     def _answer_if_settled(self, job: FindJob) -> None:
         if job.groups_running == 0:
             del self._open[job.connection, job.id]
+            job.connection.asked.end(p.Find, job.id)
             job.connection.send(p.Found(id=job.id, places=bytes(job.places), reason=job.reason))
 
 

@@ -316,6 +316,8 @@ class Lookups:
         if slots:
             job.connection.session.pinned[job.connection, job.id] = slots
             job.connection.session.heads[job.connection, job.id] = job.keys[: job.read_from]
+        else:
+            job.connection.asked.end(p.Lookup, job.id)
         job.connection.send(
             p.LookupReply(
                 id=job.id,

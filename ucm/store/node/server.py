@@ -81,6 +81,7 @@ class NodeServer:
             ahead_bytes=ahead_bytes,
             max_write_pages=settings.write_queue_pages,
             max_keys=settings.max_keys,
+            max_open_keys=settings.max_open_keys,
             clock=time.monotonic,
             call_later=loop.call_later,
             control=self._control,

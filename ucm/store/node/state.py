@@ -5,8 +5,10 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
+from msgspec import Struct
+
 from ucm.store.keys import Key
-from ucm.store.node.protocol import NodeMessage
+from ucm.store.node.protocol import Find, Lookup, NodeMessage
 from ucm.store.slots import Slot
 from ucm.store.tier import TierNamespace
 
@@ -45,6 +47,29 @@ class Session:
     heads: dict[tuple[Connection, int], Sequence[Key]] = field(default_factory=dict)
 
 
+class Asked:
+    """What one client has asked for and not given back: its finds that are not answered, and its
+    lookups that are not answered, or hold pages. Each counts with its keys, and one more."""
+
+    def __init__(self) -> None:
+        self._open: dict[tuple[type[Struct], int], int] = {}
+        self.num_keys = 0
+
+    def begin(self, message: Lookup | Find) -> None:
+        self._open[type(message), message.id] = num_keys = weight(message)
+        self.num_keys += num_keys
+
+    def end(self, kind: type[Struct], number: int) -> None:
+        self.num_keys -= self._open.pop((kind, number), 0)
+
+    def open(self) -> set[tuple[type[Struct], int]]:
+        return set(self._open)
+
+
+def weight(message: Lookup | Find) -> int:
+    return len(message.keys) + 1
+
+
 @dataclass(eq=False)
 class Connection:
     """One client. `send` queues a message to it; the server owns the socket behind it."""
@@ -53,4 +78,5 @@ class Connection:
     session: Session
     role: str
     memory_ready: bool = False
+    asked: Asked = field(default_factory=Asked)
     namespaces: dict[int, OpenedNamespace] = field(default_factory=dict)
