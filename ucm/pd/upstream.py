@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import re
 from collections.abc import AsyncIterator
 from dataclasses import dataclass
 from io import BytesIO
@@ -36,6 +37,12 @@ _HOP_BY_HOP = frozenset(
 )
 # Said anew for each connection.
 _REQUEST_ONLY = frozenset({"host", "content-length", "expect"})
+# They say where something is.
+_POINTERS = ("Location", "Content-Location")
+# As browsers read it, who take backslashes for slashes and need none behind `http:`.
+_SCHEME_AND_HOST = re.compile(
+    r"\s*(?:https?:[/\\]*|(?:[a-z][a-z0-9+.-]*:)?[/\\]{2,})[^/\\?#]*", re.IGNORECASE
+)
 # aiohttp unpacks such bodies as it reads them.
 _UNPACKED = frozenset({"gzip", "deflate", "br"})
 _NO_DEFAULTS = ("Accept", "Accept-Encoding", "Content-Type", "User-Agent")
@@ -152,8 +159,26 @@ def request_headers(headers: CIMultiDictProxy[str], *, request_id: str) -> CIMul
 
 
 def response_headers(headers: CIMultiDictProxy[str]) -> CIMultiDict[str]:
-    """The engine's, for the client."""
-    return _end_to_end(headers, but=frozenset())
+    """The engine's, for the client, who finds what they point to at the proxy."""
+    sent = _end_to_end(headers, but=frozenset())
+    for name in _POINTERS:
+        if name in sent:
+            sent[name] = at_the_proxy(sent[name])
+    return sent
+
+
+def at_the_proxy(location: str) -> str:
+    """A reference of an engine's, without the host that it names. Pure.
+
+    An engine makes it of the address at which it is asked, or of a name of its own that the proxy
+    never heard of. Whatever it is, it is one behind the proxy.
+    """
+    location = location.replace("\t", "")  # browsers read on as if there were none
+    host = _SCHEME_AND_HOST.match(location)
+    if host is None:
+        return location
+    # With two slashes in front, what follows would be a host again.
+    return "/" + location[host.end() :].lstrip("/\\")
 
 
 def failure_reason(error: BaseException) -> str:
