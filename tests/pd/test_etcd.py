@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import platform
 import signal
 import subprocess
 import sys
@@ -23,6 +24,7 @@ from tests.pd.etcd_parts import (
     TTL_S,
     EtcdServer,
     World,
+    etcd_binary,
     key_of,
     running_etcd,
 )
@@ -58,6 +60,16 @@ async def world(server: EtcdServer, fleet: Fleet) -> AsyncIterator[World]:
         for registrar in world.registrars:
             registrar.kill()
             registrar.wait()
+
+
+@pytest.mark.process
+def test_discovery_is_tried_with_an_etcd_that_the_requirements_bring(
+    monkeypatch: pytest.MonkeyPatch,
+):
+    if platform.machine() == "x86_64":
+        monkeypatch.setenv("PATH", "/nowhere")
+    done = subprocess.run([etcd_binary(), "--version"], capture_output=True, timeout=PATIENCE_S)
+    assert b"etcd Version: 3" in done.stdout
 
 
 @pytest.mark.process

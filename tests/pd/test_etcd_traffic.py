@@ -18,7 +18,7 @@ import pytest_asyncio
 
 from examples.cluster.processes import GuardedProcess, HttpServer, free_port
 from tests.pd.engine_process import MARK, PATH, EngineServer, text_of, words
-from tests.pd.etcd_parts import TTL_S, EtcdServer, registrar_command, running_etcd
+from tests.pd.etcd_parts import EtcdServer, registrar_command, running_etcd
 
 pytestmark = pytest.mark.process
 
@@ -81,13 +81,14 @@ class Site:
             prompt = f"question {i} of {name} {MARK}"
             fields = {"prompt": prompt, "max_tokens": MAX_TOKENS, "stream": bool((i + name) % 2)}
             url = f"http://127.0.0.1:{self.proxy.port}{PATH}"
+            status, body = 0, b""
             try:
                 async with self.session.post(url, json=fields) as response:
                     status, body = response.status, await response.read()
                 if (200, "".join(words(prompt, MAX_TOKENS))) != (status, text_of(body)):
                     self.problems.append(f"{status} {body!r}")
             except (aiohttp.ClientError, LookupError, ValueError, AssertionError) as error:
-                self.problems.append(repr(error))
+                self.problems.append(f"{error!r} {status} {body!r}")
             self.num_answers += 1
 
     async def instances(self) -> dict[str, dict[str, Any]]:
@@ -202,7 +203,8 @@ async def test_no_request_fails_while_instances_come_die_come_back_and_leave(sit
         await site.until_at_work(decoder, other_prefiller, other_decoder)
 
 
-@pytest.mark.parametrize("lease_ttl_s", [TTL_S])
+# As a registrar has it by itself: a shorter lease runs out on a machine that has much else to do.
+@pytest.mark.parametrize("lease_ttl_s", [5])
 @pytest.mark.parametrize("loses_data", [False, True], ids=["as-it-was", "empty"])
 async def test_no_request_fails_while_etcd_is_away_instances_die_and_etcd_is_back(
     site: Site, loses_data: bool
