@@ -14,6 +14,7 @@ from __future__ import annotations
 import functools
 import json
 import os
+import signal
 import subprocess
 import sys
 import threading
@@ -64,10 +65,20 @@ class FuseMount:
         itself is not."""
         return Counter(self._ask("calls"))
 
-    def hang(self, operation: str) -> None:
-        """From now on such operations wait for `release`, and happen only then."""
+    def hang(self, operation: str, *, file: Path | None = None) -> None:
+        """From now on such operations wait for `release`, and happen only then.
+
+        With `file`, those about that very file: not those about what gets its name later.
+        """
         assert operation in OPERATIONS.values(), operation
-        self._ask("hang", operation)
+        self._ask("hang", operation, *([] if file is None else [str(file.stat().st_ino)]))
+
+    def freeze(self) -> None:
+        """Until the end no operation is answered, and who waits for one can be killed, as with an
+        NFS server that is gone. Nothing else can be asked of this mount from now on."""
+        self._process.send_signal(signal.SIGSTOP)
+        # Only what no thread of the server has taken yet can still be taken back by a kill.
+        os.waitid(os.P_PID, self._process.pid, os.WSTOPPED)
 
     def fail(self, operation: str, error: int, *, times: int = 10_000) -> None:
         """The next `times` such operations don't happen, and give this errno."""

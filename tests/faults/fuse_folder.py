@@ -98,6 +98,10 @@ class Passthrough:
         # The descriptor of an open folder is its handle; the listing is made when it is first read.
         self._listings: dict[int, list[tuple[int, int, bytes]]] = {}
 
+    def inode(self, node: int) -> int:
+        """0 for what is about no file."""
+        return os.fstat(self._nodes.fd(node)).st_ino if node else 0
+
     def init(self, node: int, body: memoryview) -> bytes:
         _, minor, readahead, flags = struct.unpack_from("<IIII", body)
         most_pages = MAX_WRITE // 4096

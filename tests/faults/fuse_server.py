@@ -84,18 +84,22 @@ class Faults:
     def __init__(self, delays_s: dict[str, float], hang: list[str]) -> None:
         self._delays_s = delays_s
         self._hung = set(hang)
+        self._hung_files: set[tuple[str, int]] = set()
         self._failing: dict[str, list[int]] = {}
         self._num_corrupt = 0
         self._calls: Counter[str] = Counter()
         self._changed = threading.Condition()
 
-    def pass_through(self, operation: str) -> None:
-        """Returns when `operation` may happen. It is counted when it comes, not when it goes."""
+    def pass_through(self, operation: str, file: int) -> None:
+        """Returns when `operation`, about the inode `file`, may happen. It is counted when it
+        comes, not when it goes."""
         with self._changed:
             self._calls[operation] += 1
         time.sleep(self._delays_s.get(operation, 0.0))
         with self._changed:
-            self._changed.wait_for(lambda: operation not in self._hung)
+            self._changed.wait_for(
+                lambda: operation not in self._hung and (operation, file) not in self._hung_files
+            )
             if self._failing.get(operation):
                 error = self._failing[operation].pop()
                 raise OSError(error, os.strerror(error))
@@ -111,7 +115,9 @@ class Faults:
 
     def obey(self, command: str, *words: str) -> dict[str, int]:
         with self._changed:
-            if command == "hang":
+            if command == "hang" and len(words) == 2:
+                self._hung_files.add((words[0], int(words[1])))
+            elif command == "hang":
                 self._hung.add(words[0])
             elif command == "fail":
                 self._failing[words[0]] = [int(words[1])] * int(words[2])
@@ -121,6 +127,7 @@ class Faults:
                 self._num_corrupt = 0
                 self._failing.clear()
                 self._hung.clear()
+                self._hung_files.clear()
                 self._changed.notify_all()
             return dict(self._calls)
 
@@ -165,7 +172,8 @@ class Connection:
         body, error = b"", errno.ENOSYS
         if name:
             try:
-                self._faults.pass_through(_COUNTED_AS.get(name, name))
+                counted_as = _COUNTED_AS.get(name, name)
+                self._faults.pass_through(counted_as, self._folder.inode(node))
                 body, error = getattr(self._folder, name)(node, request[_IN_HEADER.size :]), 0
                 body = self._faults.as_read(body) if name == "read" else body
             except OSError as failed:

@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-import os
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
 
+from tests.faults.fuse import FuseMount, mount_fuse, needs_fuse
 from tests.faults.mounts import mount_read_only, mount_tmpfs, own_mounts
-from tests.store.node.support import Engine, Place, engine, make_keys, wait_until
+from tests.store.node.support import Engine, Place, alive, engine, make_keys, wait_until
 from ucm.store.keys import Key
 from ucm.store.node import protocol as p
 
@@ -19,25 +20,25 @@ OTHERS = make_keys("b", 5)
 
 
 class HungFile:
-    """A FIFO in place of a block's file: whoever opens it to read sleeps until `release`."""
+    """The file of a block, whose readers sleep until the mount's `release`."""
 
-    def __init__(self, place: Place, key: Key) -> None:
-        self._block = place.block(key)
+    def __init__(self, mount: FuseMount, place: Place, key: Key) -> None:
+        self._block = mount.source / place.block(key).relative_to(place.store)
         self._good = self._block.read_bytes()
-        self._fifo = place.directory / f"fifo-{key.hex()}"
-        os.mkfifo(self._fifo)
-        self._block.unlink()
-        os.link(self._fifo, self._block)
+        mount.hang("read", file=self._block)
 
     def repair(self) -> None:
-        """A good file under the name of the block. Whoever hangs goes on hanging."""
+        """As another node does: a good file under the name. Whoever hangs goes on hanging."""
         repaired = self._block.with_name("repaired")
         repaired.write_bytes(self._good)
         repaired.rename(self._block)
 
-    def release(self) -> None:
-        """Fails until somebody hangs in it."""
-        os.close(os.open(self._fifo, os.O_WRONLY | os.O_NONBLOCK))
+
+@pytest.fixture
+def mount(place: Place) -> Iterator[FuseMount]:
+    """Over the whole store."""
+    with mount_fuse(place.directory / "below", place.store) as mounted:
+        yield mounted
 
 
 def slots_of(client: Engine, *states: str) -> tuple[int, ...]:
@@ -45,23 +46,29 @@ def slots_of(client: Engine, *states: str) -> tuple[int, ...]:
     return tuple(slots[state] for state in states)
 
 
-def test_a_lookup_is_settled_at_its_deadline_when_a_read_hangs(place: Place) -> None:
+@needs_fuse
+def test_a_lookup_is_settled_at_its_deadline_when_a_read_hangs(
+    place: Place, mount: FuseMount
+) -> None:
     place.write([*KEYS, *OTHERS])
-    hung = HungFile(place, KEYS[2])
+    HungFile(mount, place, KEYS[2])
     with engine(place.settings(io_timeout_ms=60_000)) as client:
         reply = client.look_up(KEYS, timeout_ms=2000)
 
         assert (len(reply.offsets), reply.reason) == (2, "timeout")
         assert client.load(OTHERS) == (5, 5)
         assert slots_of(client, "filling", "aside") == (1, 0)
-        hung.release()
+        mount.release()
         wait_until(lambda: slots_of(client, "filling", "aside") == (0, 0), "the read has returned")
 
 
-def test_the_slot_of_an_overdue_read_is_set_aside_until_the_read_returns(place: Place) -> None:
+@needs_fuse
+def test_the_slot_of_an_overdue_read_is_set_aside_until_the_read_returns(
+    place: Place, mount: FuseMount
+) -> None:
     """Late bytes may land in it; the block itself can be had again at once, in another slot."""
     place.write(KEYS)
-    hung = HungFile(place, KEYS[2])
+    hung = HungFile(mount, place, KEYS[2])
     with engine(place.settings(io_timeout_ms=2000)) as client:
         reply = client.look_up(KEYS, timeout_ms=10_000)
         assert (len(reply.offsets), reply.reason) == (2, "timeout")
@@ -72,7 +79,7 @@ def test_the_slot_of_an_overdue_read_is_set_aside_until_the_read_returns(place: 
         assert client.load(KEYS)[0] == 5
 
         assert slots_of(client, "aside") == (1,)
-        hung.release()
+        mount.release()
         wait_until(lambda: slots_of(client, "aside") == (0,), "the slot has come back")
         status = client.wait_written()
         assert status.counters["read_overdue"] == 1
@@ -80,11 +87,13 @@ def test_the_slot_of_an_overdue_read_is_set_aside_until_the_read_returns(place: 
         assert client.load(KEYS)[0] == 5
 
 
+@needs_fuse
 def test_with_half_of_the_threads_hung_memory_still_hits_and_files_are_misses(
-    place: Place,
+    place: Place, mount: FuseMount
 ) -> None:
     place.write([*KEYS, *OTHERS])
-    hung = [HungFile(place, key) for key in KEYS[:2]]
+    for key in KEYS[:2]:
+        HungFile(mount, place, key)
     with engine(place.settings(io_timeout_ms=1000, read_threads=4)) as client:
         client.dump(make_keys("resident", 3))
         for i in range(2):
@@ -94,21 +103,21 @@ def test_with_half_of_the_threads_hung_memory_still_hits_and_files_are_misses(
         assert (reply.offsets, reply.reason) == ([], "timeout")
         assert client.load(make_keys("resident", 3)) == (3, 0)
 
-        for each in hung:
-            each.release()
+        mount.release()
         wait_until(lambda: not client.status().queues["reads_overdue"], "storage is back")
         assert client.load(OTHERS) == (5, 5)
 
 
-def test_a_node_cache_leaves_in_spite_of_a_hung_read(place: Place) -> None:
+@needs_fuse
+def test_a_node_cache_leaves_in_spite_of_a_hung_read(place: Place, mount: FuseMount) -> None:
     place.write(KEYS)
-    HungFile(place, KEYS[0])
     with engine(place.settings(idle_exit_s=0.3)) as client:
+        mount.freeze()
         client.ask(KEYS)
         wait_until(lambda: client.status().queues["reads"], "the read hangs")
         client.client.send(p.Shutdown())
 
-        wait_until(lambda: place.pids() == [], "it has left")
+        wait_until(lambda: not alive(client.pid), "it has left")
 
 
 @own_mounts
