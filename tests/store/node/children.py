@@ -10,9 +10,11 @@ import time
 from pathlib import Path
 
 import msgspec
+import pytest
 
 from tests.store.node.support import PAGE_BYTES, Engine, engine, make_keys
 from ucm.config import StoreSettings
+from ucm.errors import ConfigError
 from ucm.store.node import protocol as p
 from ucm.store.node.link import MemoryTaker, NodeLink, RankLink
 
@@ -66,6 +68,18 @@ def intrude(settings: StoreSettings) -> None:
         except (BrokenPipeError, ConnectionResetError):
             data, fds = b"", []
     print(len(data), len(fds), flush=True)
+
+
+def knock(settings: StoreSettings) -> None:
+    """Another user, whose configuration says the same."""
+    os.setgroups([])
+    os.setgid(65534)
+    os.setuid(65534)
+    wait()
+    for role in ("scheduler", "worker"):
+        with pytest.raises(ConfigError) as refused:
+            Engine(settings, "x/0", role)
+        print(refused.value, flush=True)
 
 
 class Reporter(MemoryTaker):
@@ -130,6 +144,5 @@ def wait() -> None:
 
 
 if __name__ == "__main__":
-    known = {"hold": hold, "copy": copy, "fill": fill, "intrude": intrude, "crowd": crowd}
-    what = known[sys.argv[1]]
+    what = {each.__name__: each for each in (hold, copy, fill, knock, intrude, crowd)}[sys.argv[1]]
     what(msgspec.json.decode(sys.argv[2], type=StoreSettings))

@@ -120,6 +120,8 @@ def test_settings_without_effect_are_in_the_log_of_the_engine(
             assert link.wait_connected(SOON_S)
             assert link.client is not None
             assert link.client.welcome.pid == one.pid
+        # Once, however often this process connects.
+        Engine(changed, "three/0").close()
     said = [each.getMessage() for each in caplog.records if each.levelno == logging.WARNING]
     (warning,) = (each for each in said if "other settings" in each)
     assert "node_cache_idle_exit_s 61.0 (it has 60.0), posix_write_threads 9 (it has 4)" in warning

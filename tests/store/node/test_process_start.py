@@ -113,6 +113,21 @@ def test_a_process_of_another_user_gets_neither_answers_nor_the_memory(place: Pl
         assert len(client.status().sessions) == 1
 
 
+@as_root
+@pytest.mark.parametrize("directory_mode", [0o700, 0o711])
+def test_another_user_is_told_at_once_whose_it_is(place: Place, directory_mode: int) -> None:
+    """Whether or not the directory lets them see the socket."""
+    settings = place.settings()
+    with engine(settings) as client:
+        place.directory.chmod(0o711)
+        Path(settings.socket_path).parent.chmod(directory_mode)
+        with child("knock", settings) as stranger:
+            output, _ = stranger.communicate("go on\n", timeout=30.0)
+        said = f"{settings.socket_path} is uid 0's, and this process is uid {STRANGER}: a node"
+        assert [said in line for line in output.splitlines()] == [True, True], output
+        assert len(client.status().sessions) == 1
+
+
 def test_it_leaves_when_nobody_has_needed_it_for_a_while(place: Place) -> None:
     settings, keys = place.settings(idle_exit_s=0.3), make_keys("a", 4)
     with engine(settings) as client:

@@ -15,9 +15,9 @@ from types import TracebackType
 from typing import TYPE_CHECKING
 from weakref import WeakSet
 
-from ucm.errors import NodeUnavailable, ProtocolError
+from ucm.errors import ConfigError, NodeUnavailable, ProtocolError
 from ucm.store.node import protocol as p
-from ucm.store.node.place import is_trusted, peer_uid
+from ucm.store.node.place import is_trusted, owner_of, peer_uid
 
 if TYPE_CHECKING:
     from typing_extensions import Self
@@ -53,8 +53,8 @@ class NodeClient:
 
     @classmethod
     def connect(cls, socket_path: str, *, session: str, role: str, timeout_s: float) -> NodeClient:
-        """Connects and shakes hands. Raises NodeUnavailable (nobody there, or too slow) or
-        ProtocolError (somebody else, or another version)."""
+        """Connects and shakes hands. Raises NodeUnavailable (nobody there, or too slow),
+        ConfigError (another user's) or ProtocolError (somebody else, or another version)."""
         sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM | socket.SOCK_CLOEXEC)
         try:
             sock.settimeout(timeout_s)
@@ -65,6 +65,13 @@ class NodeClient:
             hello = p.Hello(version=p.VERSION, session=session, role=role, pid=os.getpid())
             sock.sendall(p.encode(hello))
             welcome, memory_fd = _receive_welcome(sock)
+        except PermissionError as error:
+            sock.close()
+            raise ConfigError(
+                f"node_cache_socket: {socket_path} is uid {owner_of(socket_path)}'s, and this "
+                f"process is uid {os.getuid()}: a node cache serves its own user and root; run "
+                f"all engines of it as one user, or set a path of your own"
+            ) from error
         except OSError as error:
             sock.close()
             raise NodeUnavailable(f"no node cache answers at {socket_path}: {error}") from error

@@ -12,6 +12,7 @@ import os
 import socket
 import stat
 import struct
+from contextlib import suppress
 
 from ucm.errors import ConfigError
 
@@ -75,6 +76,14 @@ def is_file_at(fd: int, path: str) -> bool:
     except OSError:
         return False
     return (there.st_dev, there.st_ino) == (opened.st_dev, opened.st_ino)
+
+
+def owner_of(path: str) -> int:
+    """Whose it is, or, where that can't be seen from here, whose its directory is; -1: nobody's."""
+    for each in (path, os.path.dirname(path)):
+        with suppress(OSError):
+            return os.lstat(each).st_uid
+    return -1
 
 
 def is_trusted(uid: int) -> bool:

@@ -36,6 +36,8 @@ _LAST_HANDSHAKE_S: Final = 30.0
 _LAST_RESTART_S: Final = 60.0
 _LAST_DOUBLING: Final = 6
 _LOG_FORMAT: Final = "%(asctime)s %(levelname)s %(name)s: %(message)s"
+# Per socket, of which node cache this process has said which settings it ignores.
+_said: dict[str, tuple[str, str]] = {}
 # The others wait for theirs: of 72 clients of a node, 64 are ranks.
 _STARTERS: Final = ("scheduler", "store", "tool")
 
@@ -85,7 +87,9 @@ def _accept(settings: StoreSettings, client: NodeClient, role: str) -> None:
         client.close()
         raise
     ignored = ignored_settings(settings, client.welcome)
-    if ignored and role in _STARTERS:
+    about = (client.welcome.arena, ignored)
+    if ignored and role in _STARTERS and _said.get(settings.socket_path) != about:
+        _said[settings.socket_path] = about
         logger.warning(
             "the node cache (pid %d) was started with other settings, so these have no effect "
             "here until it has left: %s",
