@@ -84,13 +84,15 @@ def wait_for_hit(engine: Engine, prompt: Prompt, *, timeout_s: float = 20.0) -> 
 
 
 @contextmanager
-def asking(client: Client, prompt: Prompt, *, max_tokens: int = 64) -> Iterator[None]:
+def asking(
+    client: Client, prompt: Prompt, *, max_tokens: int = 64
+) -> Iterator[http.client.HTTPConnection]:
     """A client that has asked, and at the end goes away without a word."""
     connection = http.client.HTTPConnection(client.host, client.port, timeout=60.0)
     body = {"prompt": prompt, "max_tokens": max_tokens, "ignore_eos": True, "stream": True}
     try:
         connection.request("POST", "/v1/completions", json.dumps(body), _JSON)
-        yield
+        yield connection
     finally:
         connection.close()
 

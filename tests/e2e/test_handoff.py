@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from functools import partial
 
 import pytest
@@ -69,3 +70,20 @@ def test_of_a_prompt_of_any_length_decode_computes_one_token(
             vllm = counted(decode.client, vllm_before, length)
             assert vllm.external_hits == decode.handed_over_tokens(prompt)
             assert vllm.computed == length - decode.handed_over_tokens(prompt)
+
+
+@pytest.mark.parametrize("place", PLACES)
+def test_a_prompt_of_one_token_is_answered_alone_and_beside_another_each_time_it_is_handed_over(
+    float32_fleet: Deployment, oracle: Oracle, place: str
+) -> None:
+    one, other = make_prompt(1, f"alone {place}"), make_prompt(300, f"beside {place}")
+    fields = {"max_tokens": MAX_TOKENS, "temperature": 0, "ignore_eos": True}
+    with proxy(float32_fleet, f"{ONE_TO_ONE} --min-prefill-tokens 0", PLACES[place]) as server:
+        for prompts in ([one], [one, other]) * 2:
+            status, text = server.client.post(
+                "/v1/completions", {"prompt": prompts, "return_token_ids": True, **fields}
+            )
+            assert status == 200, text
+            answered = [tuple(choice["token_ids"]) for choice in json.loads(text)["choices"]]
+            assert answered == [oracle.answer(prompt) for prompt in prompts]
+            assert server.client.complete(one, max_tokens=MAX_TOKENS).token_ids == answered[0]
