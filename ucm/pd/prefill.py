@@ -14,7 +14,7 @@ from functools import partial
 
 import aiohttp
 from multidict import CIMultiDict
-from xxhash import xxh3_128_digest
+from xxhash import xxh3_128
 
 from ucm.pd import upstream, verdict
 from ucm.pd.instance import Instance, unless_lost
@@ -52,8 +52,11 @@ class Leg:
     def digest(self) -> bytes:
         """The same for legs that one prefill can serve: same prompt, for the same client."""
         parts = (self.path, self.headers.get("Authorization", ""))
-        heads = [part.encode(errors="surrogateescape") for part in parts]
-        return xxh3_128_digest(b"\0".join([*heads, self.body]))
+        digest = xxh3_128()
+        for part in parts:
+            digest.update(part.encode(errors="surrogateescape") + b"\0")
+        digest.update(self.body)
+        return digest.digest()
 
 
 @dataclass(eq=False)

@@ -18,11 +18,13 @@ from __future__ import annotations
 import asyncio
 import time
 from collections.abc import Callable, Coroutine
+from functools import partial
 from typing import Any
 
 import msgspec
 
 from ucm import handoff
+from ucm.pd import bodies
 from ucm.pd.delivery import Answer, Problem
 from ucm.pd.journey import Journey
 from ucm.pd.prefill import PrefillOutcome, Share
@@ -83,8 +85,9 @@ class Promise:
     async def keep(self, ask: Ask, body: bytes) -> Answer | Problem:
         """Asks decode; once more if it was told to expect a prefill that fails before it answers.
         `body` is the client's."""
-        asked = self._body(body)
-        if self._share.task.done():
+        was_done = self._share.task.done()  # as it is when the words for decode are chosen
+        asked = await self._body(body)
+        if was_done:
             return self._left_if_answered(await ask(asked, ""))
         asking = asyncio.create_task(ask(asked, ""))
         try:
@@ -98,15 +101,17 @@ class Promise:
             raise
         if asking.cancelled():
             self._journey.withdrawn()
-            return self._left_if_answered(await ask(self._body(body), WITHDRAWN_SUFFIX))
+            return self._left_if_answered(await ask(await self._body(body), WITHDRAWN_SUFFIX))
         return self._left_if_answered(asking.result())
 
-    def _body(self, body: bytes) -> bytes:
+    async def _body(self, body: bytes) -> bytes:
         if not self.is_told:
             return body
         params = told(self._share.outcome, was_expected=self._was_expected)
         self._was_expected = self._was_expected or params is _EXPECTED
-        return body if params is None else with_params(body, params)
+        if params is None:
+            return body
+        return await bodies.apart(partial(with_params, body, params), num_bytes=len(body))
 
     def _left_if_answered(self, found: Answer | Problem) -> Answer | Problem:
         """Who answers before its prefill has ended has found or computed everything itself."""

@@ -11,7 +11,7 @@ from functools import partial
 import aiohttp
 from aiohttp import web
 
-from ucm.pd import administration, upstream
+from ucm.pd import administration, bodies, upstream
 from ucm.pd.breaker import Breaker
 from ucm.pd.errors import error_response
 from ucm.pd.flags import ProxySettings
@@ -24,18 +24,10 @@ from ucm.pd.metrics import ProxyMetrics
 from ucm.pd.prefill import Leg, Prefills
 from ucm.pd.promise import Promise
 from ucm.pd.protocol import CHAT, COMPLETIONS, GENERATE, MESSAGES, RESPONSES
+from ucm.pd.reading import Wanted, passed_on, read_request
 from ucm.pd.relay import Relay
 from ucm.pd.resume import Tracker
-from ucm.pd.rewrite import (
-    guess_tokens,
-    kind_of,
-    long_prompts,
-    may_have_words,
-    parse_body,
-    prefill_body,
-    why_not_prefill,
-    without_words,
-)
+from ucm.pd.rewrite import parse_body
 from ucm.pd.stopping import Stopping, go_on
 from ucm.pd.websocket import pass_through, wants_websocket
 
@@ -141,25 +133,32 @@ class Proxy:
         body = await _read(request)
         if isinstance(body, web.Response):
             return body
-        fields = parse_body(body)
-        if fields is None:
+        read = partial(
+            read_request,
+            body,
+            request.path,
+            min_tokens=self._settings.min_prefill_tokens,
+            has_prefill=self._prefills is not None,
+        )
+        wanted = await bodies.apart(read, num_bytes=len(body))
+        if wanted is None:
             return error_response(400, "the body is not a JSON object", path=request.path)
-        body, fields = without_words(body, fields)
+        return await self._journey(request, partial(self._generate, request, wanted))
 
-        async def go(journey: Journey) -> web.StreamResponse:
-            journey.tokens = guess_tokens(fields)
-            journey.kind = kind_of(request.path, fields)
-            journey.is_streamed = bool(fields.get("stream"))
-            tracker = None
-            if self._settings.resume and request.path in _RESUMABLE and fields.get("stream"):
-                tracker = Tracker(fields, is_chat=request.path == CHAT)
-            with self._promised(request, fields, journey) as promise:
-                waits = self._settings.handoff == "chain"
-                if promise is not None and (waits or not promise.is_told):
-                    await promise.settled()
-                return await self._relaying.answer(request, body, journey, tracker, promise)
-
-        return await self._journey(request, go)
+    async def _generate(
+        self, request: web.Request, wanted: Wanted, journey: Journey
+    ) -> web.StreamResponse:
+        fields = wanted.fields
+        journey.tokens, journey.kind = wanted.tokens, wanted.kind
+        journey.is_streamed = bool(fields.get("stream"))
+        tracker = None
+        if self._settings.resume and request.path in _RESUMABLE and fields.get("stream"):
+            tracker = Tracker(fields, is_chat=request.path == CHAT)
+        with self._promised(request, wanted, journey) as promise:
+            waits = self._settings.handoff == "chain"
+            if promise is not None and (waits or not promise.is_told):
+                await promise.settled()
+            return await self._relaying.answer(request, wanted.body, journey, tracker, promise)
 
     async def pass_on(self, request: web.Request) -> web.StreamResponse:
         """Everything else is for an instance that answers, but for what is about all of them."""
@@ -172,8 +171,8 @@ class Proxy:
         body = await _read(request) if request.can_read_body else None
         if isinstance(body, web.Response):
             return body
-        if body and may_have_words(body) and (fields := parse_body(body)) is not None:
-            body, _ = without_words(body, fields)
+        if body:
+            body = await bodies.apart(partial(passed_on, body), num_bytes=len(body))
 
         async def go(journey: Journey) -> web.StreamResponse:
             if request.method == "POST" and self._prefills is not None:
@@ -222,28 +221,27 @@ class Proxy:
 
     @contextmanager
     def _promised(
-        self, request: web.Request, fields: dict[str, object], journey: Journey
+        self, request: web.Request, wanted: Wanted, journey: Journey
     ) -> Iterator[Promise | None]:
         """The request's prefill, until the request is over; None where it would be of no use."""
         if self._prefills is None:
             yield None
             return
-        if why := why_not_prefill(fields, min_tokens=self._settings.min_prefill_tokens):
-            journey.not_prefilled(why)
+        if wanted.why_not is not None:
+            journey.not_prefilled(wanted.why_not)
             yield None
             return
-        fields, is_all = long_prompts(fields, min_tokens=self._settings.min_prefill_tokens)
         headers = upstream.request_headers(request.headers, request_id=f"{journey.request_id}-p")
         # The proxy reads this answer, and unpacks nothing.
         headers["Accept-Encoding"] = "identity"
         leg = Leg(
             path=request.raw_path,
             headers=headers,
-            body=prefill_body(fields, path=request.path),
+            body=wanted.first,
             tokens=journey.tokens,
             kind=journey.kind,
         )
-        promise = Promise(self._prefills.join(leg), journey, is_told=is_all)
+        promise = Promise(self._prefills.join(leg), journey, is_told=wanted.is_all)
         try:
             yield promise
         finally:

@@ -22,7 +22,7 @@ from typing import Any
 import aiohttp
 from aiohttp import web
 
-from ucm.pd import upstream, verdict
+from ucm.pd import bodies, upstream, verdict
 from ucm.pd.delivery import Answer, Delivery, Problem
 from ucm.pd.errors import error_response
 from ucm.pd.instance import Instance, unless_lost
@@ -265,7 +265,8 @@ async def _keep(
 ) -> Answer | Problem:
     """Who goes on with a stream is asked for more than the promise was about."""
     if promise is None or body is None or delivery.response is not None:
-        return await ask(delivery.body(body), "")
+        size = len(body or b"")
+        return await ask(await bodies.apart(partial(delivery.body, body), num_bytes=size), "")
     return await promise.keep(ask, body)
 
 

@@ -11,12 +11,12 @@ reasoning, grammars.
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from typing import Any
 
 import msgspec
 
+from ucm.pd import bodies
 from ucm.pd.rewrite import GRAMMARS, asks_for_any
 
 _DONE = b"[DONE]"
@@ -174,7 +174,7 @@ class Tracker:
             if isinstance(fields.get(name), int):
                 least = 0 if name == "min_tokens" else 1
                 fields[name] = max(least, fields[name] - self._num_tokens)
-        return json.dumps(fields, separators=(",", ":")).encode()
+        return bodies.encode(fields)
 
     def continued(self, events: bytes) -> bytes:
         """Events of a stream that goes on with the first one, as the client should see them."""
@@ -185,7 +185,7 @@ class Tracker:
     def _as_before(self, line: bytes) -> bytes:
         data = line[len(_DATA) :].strip()
         try:
-            event = json.loads(data)
+            event = bodies.decode(data)
         except ValueError:
             return line + b"\n\n"
         if not isinstance(event, dict):
@@ -202,7 +202,7 @@ class Tracker:
                 self._correct_choice(choice)
         if isinstance(event.get("usage"), dict):
             self._correct(event["usage"])
-        return _DATA + b" " + json.dumps(event, separators=(",", ":")).encode() + b"\n\n"
+        return _DATA + b" " + bodies.encode(event) + b"\n\n"
 
     def _correct(self, usage: dict[str, Any]) -> None:
         for name, change in (("prompt_tokens", -1), ("completion_tokens", 1)):

@@ -22,6 +22,7 @@ from typing import Any, TypeGuard
 import msgspec
 
 from ucm import handoff
+from ucm.pd import bodies
 from ucm.pd.protocol import GENERATE, MESSAGES, RESPONSES
 
 KV_PARAMS = "kv_transfer_params"
@@ -63,12 +64,9 @@ _MAX_MODEL_CHARS = 256
 def parse_body(body: bytes) -> dict[str, Any] | None:
     """The fields of a request; None if it is no JSON object."""
     try:
-        fields = msgspec.json.decode(body)
-    except (msgspec.DecodeError, RecursionError):
-        try:
-            fields = json.loads(body)  # takes what vLLM takes, such as NaN and lone surrogates
-        except (ValueError, RecursionError):
-            return None
+        fields = bodies.decode(body)
+    except ValueError:
+        return None
     return fields if isinstance(fields, dict) else None
 
 
@@ -97,7 +95,7 @@ def prefill_body(fields: Mapping[str, Any], *, path: str) -> bytes:
     if path == MESSAGES:
         # vLLM refuses to think for more tokens than it may make, but in a prefill that says so.
         first[KV_PARAMS]["do_remote_decode"] = True
-    return json.dumps(first, separators=(",", ":")).encode()
+    return bodies.encode(first)
 
 
 def _one_token(sampling: object) -> object:
@@ -157,7 +155,7 @@ def without_words(body: bytes, fields: dict[str, Any]) -> tuple[bytes, dict[str,
     if not changed:
         return body, fields
     fields = {**fields, **changed}
-    return json.dumps(fields, separators=(",", ":")).encode(), fields
+    return bodies.encode(fields), fields
 
 
 def _has_words(params: object) -> TypeGuard[dict[str, Any]]:

@@ -1,0 +1,58 @@
+"""A client's request as far as the proxy has to understand it. Pure.
+
+All that takes longer with a longer body is done here, so that it can be done apart from the event
+loop: reading it, taking out what is not a client's to say, guessing, and writing the prefill leg.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+from ucm.pd.rewrite import (
+    guess_tokens,
+    kind_of,
+    long_prompts,
+    may_have_words,
+    parse_body,
+    prefill_body,
+    why_not_prefill,
+    without_words,
+)
+
+
+@dataclass(frozen=True)
+class Wanted:
+    """`body` is for decode. `first` is for prefill; without it `why_not` says why there is none.
+    It `is_all` if it has all of the prompts."""
+
+    body: bytes
+    fields: dict[str, Any]
+    tokens: int
+    kind: str
+    why_not: str | None
+    first: bytes
+    is_all: bool
+
+
+def read_request(body: bytes, path: str, *, min_tokens: int, has_prefill: bool) -> Wanted | None:
+    """None if it is no JSON object."""
+    fields = parse_body(body)
+    if fields is None:
+        return None
+    body, fields = without_words(body, fields)
+    why_not, first, is_all = None, b"", True
+    if has_prefill:
+        why_not = why_not_prefill(fields, min_tokens=min_tokens)
+        if why_not is None:
+            long, is_all = long_prompts(fields, min_tokens=min_tokens)
+            first = prefill_body(long, path=path)
+    kind = kind_of(path, fields)
+    return Wanted(body, fields, guess_tokens(fields), kind, why_not, first, is_all)
+
+
+def passed_on(body: bytes) -> bytes:
+    """Of a request to any other route: as it is, but for words of a hand-off."""
+    if may_have_words(body) and (fields := parse_body(body)) is not None:
+        body, _ = without_words(body, fields)
+    return body
