@@ -1,0 +1,44 @@
+"""docs/troubleshooting.md names every message that a user can meet, and no other."""
+
+from __future__ import annotations
+
+import re
+
+import pytest
+
+from tests.messages import ROOT, messages
+
+TEXT = (ROOT / "docs" / "troubleshooting.md").read_text()
+_ROW = re.compile(r"^\| (`+) ?(.*?) ?\1 \| (.*) \| (.*) \|$", re.MULTILINE)
+
+
+def rows() -> list[tuple[str, str, str]]:
+    """Message, cause, fix."""
+    return [(message, cause, fix) for _, message, cause, fix in _ROW.findall(TEXT)]
+
+
+def test_every_message_of_the_code_is_explained() -> None:
+    explained = {message for message, _, _ in rows()}
+    missing = {text: places for text, places in messages().items() if text not in explained}
+    assert not missing, "\n".join(f"{text}   {places}" for text, places in missing.items())
+
+
+def test_every_message_that_is_explained_can_be_met() -> None:
+    stale = {message for message, _, _ in rows()} - messages().keys()
+    assert not stale, "\n".join(stale)
+
+
+def test_no_message_is_explained_twice() -> None:
+    names = [message for message, _, _ in rows()]
+    assert len(names) == len(set(names)), [name for name in names if names.count(name) > 1]
+
+
+def test_every_table_row_is_one_that_the_other_tests_read() -> None:
+    lines = [line for line in TEXT.splitlines() if line.startswith("| `")]
+    assert len(lines) == len(rows())
+
+
+@pytest.mark.parametrize("message", ["can't be read", "no node cache: …"])
+def test_messages_are_found_in_the_source(message: str) -> None:
+    """The reader of the source sees both what is raised and what is logged."""
+    assert message in messages()
