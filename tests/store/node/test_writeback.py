@@ -304,3 +304,33 @@ def test_pages_are_written_as_they_were_committed() -> None:
     for key in A:
         bench.tier.read(NAMESPACE.tier, key, page)
         assert bytes(page) == key * (PAGE // 32)
+
+
+def test_a_page_that_was_doomed_while_it_was_staged_is_never_published() -> None:
+    bench = Bench()
+    [key] = prompt("doomed", 1)
+    bench.dump([key])
+    bench.writeback._doom(bench.writeback._writes[key])
+    bench.pool.end_all()
+    assert bench.stored() == set()
+    assert not bench.tier._staged
+    bench.check_nothing_is_held()
+
+
+def test_a_stop_discards_what_waits_for_a_block_that_nobody_committed() -> None:
+    bench = Bench()
+    head, middle, tail, late = prompt("left", 4)
+    bench.reserve(head)
+    for key, parent in ((middle, head), (tail, middle)):
+        bench.commit(key, parent)
+        bench.pool.end_all()
+    assert bench.writeback.depth == 2
+    bench.writeback.leave()
+    bench.pool.end_all()
+    assert bench.stored() == set()
+    assert set(bench.told) == {middle, tail}
+    bench.commit(late, head)
+    bench.pool.end_all()
+    assert late in bench.told
+    assert not bench.tier._staged
+    assert bench.writeback.depth == 0

@@ -143,6 +143,8 @@ class NodeServer:
                 break
         await door.close()
         self.core.leaving = True
+        if self.core.writeback is not None:
+            self.core.writeback.leave()
         await self._drain()
 
     def _note_held_up(self, slept_s: float) -> None:

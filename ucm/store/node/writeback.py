@@ -94,6 +94,7 @@ class WriteBack:
         self._places: set[Key] = set()
         # Writes whose parent's slot is still being filled: nothing to queue behind yet.
         self._waiting: dict[Key, list[_Write]] = {}
+        self._leaving = False
 
     @property
     def depth(self) -> int:
@@ -219,6 +220,12 @@ class WriteBack:
         for write in self._waiting.pop(key, []):
             self._publish_in_order(write)
 
+    def leave(self) -> None:
+        """The process is to end: from now on nothing waits for a block that isn't queued."""
+        self._leaving = True
+        for key in list(self._waiting):
+            self._drop_waiting(key)
+
     def _drop_waiting(self, key: Key) -> None:
         for write in self._waiting.pop(key, []):
             self._drop(self._doom(write), AFTER_FAILED)
@@ -246,11 +253,12 @@ class WriteBack:
                 before.after.append(write)
                 write.is_waiting = True
                 return
-            if before is not None or self._is_lost(parent):
+            filling = self._slots.find(parent)
+            is_filling = filling is not None and filling.state is SlotState.FILLING
+            if before is not None or self._is_lost(parent) or (is_filling and self._leaving):
                 self._drop(self._doom(write), AFTER_FAILED)
                 return
-            filling = self._slots.find(parent)
-            if filling is not None and filling.state is SlotState.FILLING:
+            if is_filling:
                 self._waiting.setdefault(parent, []).append(write)
                 write.is_waiting = True
                 return
