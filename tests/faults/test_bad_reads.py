@@ -39,6 +39,7 @@ def test_a_node_that_reads_everything_badly_leaves_nearly_all_files_to_the_other
     there = fill(store)
     with mount_fuse(store, tmp_path / "mounted") as mount:
         here = PosixTier([str(mount.path)], direct_io=direct_io, quarantine_per_minute=2)
+        here.open_namespace(LARGE)
         mount.corrupt_reads()
         for key in KEYS:
             assert load(here, LARGE, key) is ReadStatus.CORRUPT
@@ -58,6 +59,7 @@ def test_a_page_that_is_right_when_it_is_read_once_more_is_a_hit_and_stays(
     fill(store)
     with mount_fuse(store, tmp_path / "mounted") as mount:
         here = PosixTier([str(mount.path)], direct_io=direct_io)
+        here.open_namespace(LARGE)
         for key in KEYS:
             mount.corrupt_reads(times=1)
             assert load(here, LARGE, key) == content_of(LARGE, make_page(LARGE, "a"))

@@ -30,6 +30,7 @@ def new_page() -> memoryview:
 
 
 def store(tier: PosixTier) -> None:
+    tier.open_namespace(NAMESPACE)
     page = new_page()
     page[:PAGE_BYTES] = content(KEY)
     staged = tier.stage(NAMESPACE, KEY, page, num_tokens=128)
@@ -92,7 +93,7 @@ def test_a_page_whose_old_file_is_gone_is_stored_again(
 ) -> None:
     """Asking whether it is there already is a look like others."""
     page = new_page()
-    mount.fail("getattr", error, times=1)
+    mount.fail("open", error, times=1)
     staged = tier.stage(NAMESPACE, KEY, page, num_tokens=128)
     if staged is not None:
         tier.discard(staged)
@@ -125,6 +126,7 @@ def test_a_file_that_refuses_direct_io_does_not_turn_it_off_for_the_others(
 def test_a_new_directory_costs_few_calls_and_no_look_at_the_manifest(mount: FuseMount) -> None:
     """Of 65536 directories nearly every page of a young store is the first."""
     tier, keys = PosixTier([str(mount.path)]), make_keys("new directories", 20)
+    tier.open_namespace(NAMESPACE)
     page = new_page()
     before = mount.calls
     for i, key in enumerate(keys):

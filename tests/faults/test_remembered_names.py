@@ -22,6 +22,7 @@ FOREVER_S = 3600.0
 
 
 def store(tier: PosixTier, key) -> None:
+    tier.open_namespace(NAMESPACE)
     page = memoryview(bytearray(padded_bytes(PAGE_BYTES)))
     page[:PAGE_BYTES] = content(key)
     staged = tier.stage(NAMESPACE, key, page, num_tokens=128)
