@@ -159,7 +159,8 @@ class NodeMachine(RuleBasedStateMachine):
     @rule(pick=st.integers(0, 2), count=st.integers(1, 3))
     def copy_and_commit(self, pick, count) -> None:
         engine = self.engine(pick)
-        keys = list(engine.filling)[:count]
+        # A parent comes before its child in a message, as an engine commits.
+        keys = sorted(list(engine.filling)[:count], key=list(PARENT).index)
         for key in keys:
             offset = engine.filling.pop(key)
             self.view[offset : offset + PAGE] = content(key)
