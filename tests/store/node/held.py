@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from hashlib import sha256
+from typing import Any
 
 from ucm.errors import TierError
 from ucm.store.keys import Key
@@ -121,10 +122,11 @@ class Node:
         tier: MemoryTier | None = None,
         max_write_pages: int = 100,
         max_open_keys: int = 1_000,
+        reads: Any = None,
     ) -> None:
         self.memory = memoryview(bytearray(PAGE * num_slots))
         self.tier = tier or MemoryTier()
-        self.reads, self.writes = HeldPool(), HeldPool()
+        self.reads, self.writes = reads or HeldPool(), HeldPool()
         self.now_s = 0.0
         self.timers = Timers()
         self.core = NodeCore(

@@ -189,7 +189,14 @@ class Engine:
         self.client.send(p.GetStatus(id=request_id, check=True))
         return self.answer(p.Status, request_id)
 
-    def ask(self, keys: Sequence[Key], *, timeout_ms: int = 10_000, load: bool = True) -> int:
+    def ask(
+        self,
+        keys: Sequence[Key],
+        *,
+        timeout_ms: int = 10_000,
+        load: bool = True,
+        promised: int = 0,
+    ) -> int:
         """Sends a lookup of all keys and returns its id."""
         lookup_id = next(self._ids)
         self.client.send(
@@ -200,6 +207,7 @@ class Engine:
                 read_from=0,
                 load=load,
                 timeout_ms=timeout_ms,
+                promised=promised,
             )
         )
         return lookup_id

@@ -7,6 +7,7 @@ import pytest
 from tests.faults.fuse import mount_fuse, needs_fuse
 from tests.store.node.api import IDS, dump, load, rows, whole_blocks
 from tests.store.node.support import Place, engine, make_keys, wait_until
+from ucm.store.keys import Key
 
 pytestmark = [pytest.mark.process, needs_fuse]
 
@@ -39,11 +40,16 @@ def test_a_store_opens_though_storage_hangs_and_hears_why_nothing_is_written(
         mount.release()
 
 
-def test_a_lookup_is_answered_before_the_pages_that_others_read(place: Place) -> None:
-    place.write(KEYS)
+def write_below(place: Place, keys: list[Key]) -> None:
+    """Files as another node would have left them, where a mount is to show them."""
+    place.write(keys)
     (place.directory / "below").mkdir()
     for each in list(place.store.iterdir()):
         each.rename(place.directory / "below" / each.name)
+
+
+def test_a_lookup_is_answered_before_the_pages_that_others_read(place: Place) -> None:
+    write_below(place, KEYS)
     settings = place.settings(read_threads=2)
     with (
         mount_fuse(place.directory / "below", place.store, delays_s={"read": 1.0}) as mount,
@@ -57,3 +63,27 @@ def test_a_lookup_is_answered_before_the_pages_that_others_read(place: Place) ->
 
         assert (reply.reason, len(reply.offsets)) == ("never_stored", 0)
         assert reading
+
+
+@pytest.mark.parametrize("read_threads", [2, 8])
+def test_who_asks_does_not_wait_behind_those_that_wait_for_promised_pages(
+    place: Place, read_threads: int
+) -> None:
+    """Each look for a promised page takes seconds, and there are always more of them to come."""
+    write_below(place, KEYS[:8])
+    settings = place.settings(read_threads=read_threads)
+    with (
+        mount_fuse(place.directory / "below", place.store, delays_s={"opendir": 2.0}) as mount,
+        engine(settings) as decode,
+        engine(settings, "other/0") as asker,
+    ):
+        waiting = [
+            decode.ask(make_keys(f"hand-off {i}", 4), promised=4, timeout_ms=120_000)
+            for i in range(64)
+        ]
+        wait_until(lambda: mount.calls["opendir"] >= 1, "promised pages are being looked for")
+
+        for key in KEYS[:8]:
+            assert asker.load([key]) == (1, 1)
+
+        assert decode.status().queues["lookups"] == len(waiting)

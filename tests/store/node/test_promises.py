@@ -6,9 +6,10 @@ from hashlib import sha256
 
 import pytest
 
-from tests.store.node.held import NAMESPACE, PAGE, Node, key
+from tests.store.node.held import NAMESPACE, PAGE, DisorderlyPool, Node, key
 from ucm.store.keys import Key, TailKey
-from ucm.store.node.promises import FED_PAUSE_S, LAST_PAUSE_S
+from ucm.store.node import protocol as p
+from ucm.store.node.promises import FED_PAUSE_S, LAST_PAUSE_S, max_looks
 from ucm.store.tier import TierNamespace
 
 KEYS = [key(i) for i in range(20)]
@@ -294,3 +295,53 @@ def test_what_another_namespace_is_can_be_asked() -> None:
 
     assert node.manifest(theirs) == b'{"dtype": "float16"}'
     assert node.manifest(sha256(b"unknown").digest()) == b""
+
+
+def test_any_number_that_wait_look_on_fewer_than_half_of_the_threads() -> None:
+    """In turns: each of them is looked at before one is looked at again."""
+    node = Node()
+    for number in range(64):
+        node.expect([key(100 + number)], number=number, timeout_ms=60_000)
+    most = max_looks(node.reads.num_threads)
+    assert node.reads.depth == most < node.reads.num_threads / 2
+
+    for _ in range(64):
+        assert node.reads.depth == most
+        node.reads.end_one()
+        if not node.reads.depth:
+            break
+    assert len(node.timers.waiting) == 64
+
+
+def test_who_gives_up_waits_for_no_turn_any_more() -> None:
+    node = Node()
+    for number in range(3):
+        node.expect([key(100 + number)], number=number)
+    node.release(1)
+    node.reads.end_one()
+    node.store(key(102))
+    node.reads.end_all()
+
+    replies = [each for each in node.inbox if isinstance(each, p.LookupReply)]
+    assert [(each.id, len(each.offsets)) for each in replies] == [(2, 1)]
+
+
+def test_looks_that_hang_end_all_that_wait_and_leave_the_threads_to_others() -> None:
+    reads = DisorderlyPool()
+    node = Node(reads=reads)
+    for number in range(3):
+        node.expect([key(100 + number)], number=number, timeout_ms=60_000)
+    assert reads.depth == 1
+
+    reads.hang(0)
+
+    replies = [each for each in node.inbox if isinstance(each, p.LookupReply)]
+    assert {each.id: each.reason for each in replies} == dict.fromkeys(range(3), "timeout")
+    assert reads.depth == 1 and not reads.stalled
+    node.look_up([key(1)], number=9)
+    reads.end(0, fail=False)
+    assert [each.id for each in node.inbox if isinstance(each, p.LookupReply)][3:] == [9]
+
+    reads.return_late()
+    node.expect([key(200)], number=10)
+    assert reads.depth == 1

@@ -3,8 +3,11 @@
 What an engine on this node computes is told (`arrived`); storage has to be asked. A look asks for
 the last promised key first: blocks are published in the order of the prompt, so once that is there
 a block before it that is not has been removed. Looks that find nothing new come ever more seldom,
-and next to never while an engine of this node brings the pages. Everything here runs on the event
-loop's thread; only `_look` is on an I/O thread.
+and next to never while an engine of this node brings the pages.
+
+Any number of hand-offs may wait, for long, and storage may be slow. So looks take turns at a few
+of the threads (`max_looks`), and those who only ask find the others free. Everything here runs on
+the event loop's thread; only `_look` is on an I/O thread.
 """
 
 from __future__ import annotations
@@ -14,6 +17,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
 
+from ucm.errors import TierError
 from ucm.store.keys import Key
 from ucm.store.node.io import Pool
 from ucm.store.node.lookup_job import FIRST_PROBE, LookupJob
@@ -39,6 +43,21 @@ class Looked:
     all_there: bool
 
 
+def max_looks(num_threads: int) -> int:
+    """Less than half of the threads, where there are more than two: so looks that hang don't make
+    storage look stalled to everybody else."""
+    return max(1, (num_threads - 1) // 2)
+
+
+@dataclass(eq=False, slots=True)
+class _Look:
+    """One that has a thread, or is about to."""
+
+    job: LookupJob
+    blocks: Sequence[int]
+    is_overdue: bool = False
+
+
 class Promises:
     """`on_looked(job, blocks, result)` gets a `Looked`, or the error of storage."""
 
@@ -57,6 +76,9 @@ class Promises:
         self._clock = clock
         self._on_looked = on_looked
         self._wanted: defaultdict[Key, list[tuple[LookupJob, int]]] = defaultdict(list)
+        # Who waits for a turn to look, the longest first; and who looks.
+        self._turns: dict[LookupJob, None] = {}
+        self._looks: set[_Look] = set()
 
     def want(self, job: LookupJob, i: int) -> None:
         """Storage has to be asked for promised block `i`, or an engine brings it."""
@@ -79,6 +101,7 @@ class Promises:
             self._unwant(job, i)
 
     def forget(self, job: LookupJob) -> None:
+        self._turns.pop(job, None)
         for i in list(job.wanted):
             self._unwant(job, i)
 
@@ -96,17 +119,39 @@ class Promises:
     # -- looking ---------------------------------------------------------------------------
 
     def look(self, job: LookupJob) -> None:
-        """Asks storage for the first blocks that are missing, unless a look is on its way."""
-        blocks = job.missing()[:FIRST_PROBE]
-        if job.closed or job.look_pending or not blocks or self._tier is None:
+        """Asks storage for the first blocks that are missing, when it is this lookup's turn."""
+        if job.closed or job.look_pending or not job.missing() or self._tier is None:
             return
         job.look_pending = True
-        keys = [job.keys[i] for i in blocks]
+        self._turns[job] = None
+        self._take_turns(self._tier)
+
+    def _take_turns(self, tier: Tier) -> None:
+        most = max_looks(self._reads.num_threads)
+        hangs = sum(look.is_overdue for look in self._looks) >= most
+        while self._turns and (hangs or len(self._looks) < most):
+            job = next(iter(self._turns))
+            del self._turns[job]
+            blocks = job.missing()[:FIRST_PROBE]
+            if hangs and blocks:
+                job.look_pending = False
+                self._on_looked(job, blocks, _late())
+            elif blocks:
+                self._begin(tier, _Look(job, blocks))
+            else:
+                # They came another way.
+                job.look_pending = False
+
+    def _begin(self, tier: Tier, look: _Look) -> None:
+        job = look.job
+        keys = [job.keys[i] for i in look.blocks]
         last = job.keys[job.promised - 1]
         doubted = (keys[0], last) if self._must_doubt(job) else ()
+        self._looks.add(look)
         self._reads.submit(
-            partial(_look, self._tier, job.namespace.tier, keys, last, doubted),
-            partial(self._looked, job, blocks),
+            partial(_look, tier, job.namespace.tier, keys, last, doubted),
+            partial(self._looked, tier, look),
+            on_overdue=partial(self._overdue, tier, look),
             urgent=True,
         )
 
@@ -138,10 +183,25 @@ class Promises:
         job.look_pending = False
         self.look(job)
 
-    def _looked(self, job: LookupJob, blocks: Sequence[int], result: object) -> None:
-        job.look_pending = False
-        if not job.closed:
-            self._on_looked(job, blocks, result)
+    def _looked(self, tier: Tier, look: _Look, result: object) -> None:
+        self._looks.discard(look)
+        look.job.look_pending = False
+        self._take_turns(tier)
+        if not look.job.closed:
+            self._on_looked(look.job, look.blocks, result)
+
+    def _overdue(self, tier: Tier, look: _Look) -> None:
+        """It keeps its thread until it returns, and its lookup waits no longer."""
+        look.is_overdue = True
+        if not look.job.closed:
+            self._on_looked(look.job, look.blocks, _late())
+        self._take_turns(tier)
+
+
+def _late() -> TierError:
+    return TierError(
+        "storage hangs: it can't say whether a promised page is there", reason="timeout"
+    )
 
 
 def _look(
