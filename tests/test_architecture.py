@@ -50,6 +50,8 @@ BELOW_NODE = {
         "measured",
         "blockfile",
         "paths",
+        "processes",
+        "writers",
         "names",
         "posix",
         "backend",

@@ -9,6 +9,8 @@ from hypothesis import strategies as st
 
 from ucm.store import paths
 from ucm.store.keys import Key, TailKey
+from ucm.store.processes import UNKNOWN, Process
+from ucm.store.writers import WriterName
 
 BACKEND = "/mnt/kv"
 FINGERPRINT = bytes(range(32))
@@ -67,8 +69,37 @@ def test_a_temporary_file_lies_beside_its_target_and_names_its_writer() -> None:
     parsed = paths.parse_temp_name(os.path.basename(temp))
     assert parsed is not None
     assert parsed.target == f"{KEY_HEX}.kv"
-    assert parsed.writer.pid == os.getpid()
+    assert parsed.writer.process.pid == os.getpid()
     assert parsed.writer.created_s > 1_700_000_000
+
+
+@pytest.mark.parametrize("host", ["node1", "node1.example.com", "a.kv", "", "-", "x" * 300, "..."])
+def test_whatever_a_host_is_called_its_pages_get_their_names(
+    monkeypatch: pytest.MonkeyPatch, host: str
+) -> None:
+    process = Process(host, "0123456789abcdef", 1, 2)
+    monkeypatch.setattr(paths, "this_process", lambda: process)
+    for target in (
+        paths.block_path(BACKEND, FINGERPRINT, KEY),
+        paths.block_path(BACKEND, FINGERPRINT, Key(TailKey(KEY, 65_535))),
+        paths.manifest_path(BACKEND, FINGERPRINT),
+        paths.backend_id_path(BACKEND),
+    ):
+        temp = paths.temp_path(target)
+        assert paths.temp_target(temp) == target
+        assert len(os.path.basename(temp)) <= 255
+    quarantined = paths.quarantine_path(BACKEND, FINGERPRINT, KEY)
+    parsed = paths.parse_quarantine_path(below_backend(quarantined))
+    assert parsed is not None
+    assert parsed.block == paths.BlockName(FINGERPRINT, KEY)
+
+
+@pytest.mark.parametrize("host", ["node1", "node1.example.com"])
+def test_a_temporary_name_of_an_older_version_is_one_of_an_unknown_process(host: str) -> None:
+    parsed = paths.parse_temp_name(f".{KEY_HEX}.kv.{host}-17-1700000000-0123456789abcdef.tmp")
+    assert parsed is not None
+    assert parsed.target == f"{KEY_HEX}.kv"
+    assert parsed.writer == WriterName(Process(host, UNKNOWN, 17, 0), 1_700_000_000)
 
 
 def test_a_clock_before_1970_makes_names_that_can_be_parsed(
@@ -116,6 +147,10 @@ def test_other_names_are_not_blocks(path: str) -> None:
         f"{KEY_HEX}.kv.host-1-2-0123456789abcdef.tmp",
         f".{KEY_HEX}.kv.host-1-2-0123456789ABCDEF.tmp",
         f".{KEY_HEX}.kv.host-1-0123456789abcdef.tmp",
+        f".{KEY_HEX}.kv.host-0123456789abcdef-1-2-0123456789abcdef.tmp",
+        f".{KEY_HEX}.kv.host-0123456789abcdef-1-2-3-0123456789abcdef.tmp~",
+        f".{KEY_HEX}.txt.host-1-2-0123456789abcdef.tmp",
+        ".nfs000000000000a1b200000003",
         ".bashrc",
         "",
     ],

@@ -112,7 +112,7 @@ def test_a_staged_page_is_a_file_that_names_its_writer(tmp_path: Path) -> None:
     (temp,) = [name for name in files_below(tmp_path) if name.endswith(".tmp")]
     parsed = paths.parse_temp_name(os.path.basename(temp))
     assert parsed is not None
-    assert parsed.writer.pid == os.getpid()
+    assert parsed.writer.process.pid == os.getpid()
 
     tier.discard(staged)
     assert temp not in files_below(tmp_path)

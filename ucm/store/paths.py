@@ -10,9 +10,8 @@
       quarantine/
         <namespace fingerprint>/<key>.kv.<writer>
 
-Fingerprints, keys and their bytes are in lower-case hex. `<writer>` is
-`<host>-<pid>-<seconds since 1970>-<random>`: unique by its random part, the rest is for the sweep
-of what a killed writer left behind, and for people.
+Fingerprints, keys and their bytes are in lower-case hex. `<writer>` says who made a file, and is
+unique: see writers.py. Manifests and ids have temporary names too, made in the same way.
 """
 
 from __future__ import annotations
@@ -23,7 +22,10 @@ import secrets
 import time
 from dataclasses import dataclass
 
+from ucm.store import writers
 from ucm.store.keys import Key, TailKey
+from ucm.store.processes import this_process
+from ucm.store.writers import WriterName
 
 BLOCK_SUFFIX = ".kv"
 TEMP_SUFFIX = ".tmp"
@@ -31,14 +33,19 @@ QUARANTINE = "quarantine"
 MANIFEST = "manifest.json"
 BACKEND_ID = "ucm-backend-id"
 
-# Common filesystems take names of 255 bytes; a temporary name needs 110 beside the host.
-_MAX_HOST_CHARS = 64
-_WRITER = r"(?P<host>[A-Za-z0-9._]+)-(?P<pid>\d+)-(?P<created_s>\d+)-(?P<random>[0-9a-f]{16})"
+_RANDOM_BYTES = 8
+LEVELS = 3
+
+_WRITER = writers.PATTERN
 _BLOCK = r"(?P<key>[0-9a-f]{64})(\.(?P<tokens>[1-9]\d{0,4}))?\.kv"
 _FINGERPRINT = r"(?P<fingerprint>[0-9a-f]{64})"
 _FAN_OUT = r"(?P<fan_out>[0-9a-f]{2}/[0-9a-f]{2})"
 _BLOCK_PATH = re.compile(rf"{_FINGERPRINT}(-[0-9a-f]{{16}})?/{_FAN_OUT}/{_BLOCK}", re.ASCII)
-_TEMP_NAME = re.compile(rf"\.(?P<target>.+)\.{_WRITER}\.tmp", re.ASCII)
+# Nothing else gets one, so that a dot in a host's name is never taken for the target's end.
+_TARGET = rf"(?P<target>{_BLOCK}|{re.escape(MANIFEST)}|{re.escape(BACKEND_ID)})"
+_TEMP_NAME = re.compile(rf"\.{_TARGET}\.{_WRITER}{re.escape(TEMP_SUFFIX)}", re.ASCII)
+# Where files of ours may lie: in a backend, its namespaces, and two levels of fan-out below.
+_DIRECTORY = re.compile(r"[0-9a-f]{64}(-[0-9a-f]{16})?", re.ASCII), re.compile("[0-9a-f]{2}")
 _QUARANTINE_PATH = re.compile(rf"{QUARANTINE}/{_FINGERPRINT}/{_BLOCK}\.{_WRITER}", re.ASCII)
 
 
@@ -46,15 +53,6 @@ _QUARANTINE_PATH = re.compile(rf"{QUARANTINE}/{_FINGERPRINT}/{_BLOCK}\.{_WRITER}
 class BlockName:
     fingerprint: bytes
     key: Key
-
-
-@dataclass(frozen=True)
-class WriterName:
-    """Who made a file, and when by its own clock."""
-
-    host: str
-    pid: int
-    created_s: int
 
 
 @dataclass(frozen=True)
@@ -96,7 +94,7 @@ def temp_path(target: str) -> str:
     Beside it and not in a directory of temporary files: a rename within one directory needs no
     lock on the whole filesystem, is the same quota and the same metadata server, and XFS and ext4
     place a file near its first directory, so one directory for all would pile them up in one spot.
-    The sweep walks the whole tree for its reclaim anyway.
+    The price is that the sweep has to walk the whole tree (sweep.py).
     """
     directory, name = os.path.split(target)
     return f"{directory}/.{name}.{_new_writer()}{TEMP_SUFFIX}"
@@ -124,16 +122,22 @@ def parse_block_path(relative_path: str) -> BlockName | None:
     return _block_name(match)
 
 
+def is_own_directory(name: str, *, level: int) -> bool:
+    """Whether a directory of this name, `level` levels below a backend, may hold files of ours or
+    other such directories. Level 1: namespaces; 2 and 3: the fan-out of keys."""
+    return 1 <= level <= LEVELS and bool(_DIRECTORY[level > 1].fullmatch(name))
+
+
 def parse_temp_name(name: str) -> TempName | None:
     """`name` is a file name without its directory."""
     match = _TEMP_NAME.fullmatch(name)
-    return None if match is None else TempName(match["target"], _writer_name(match))
+    return None if match is None else TempName(match["target"], writers.parsed(match))
 
 
 def parse_quarantine_path(relative_path: str) -> QuarantineName | None:
     """`relative_path` starts below the backend."""
     match = _QUARANTINE_PATH.fullmatch(relative_path)
-    return None if match is None else QuarantineName(_block_name(match), _writer_name(match))
+    return None if match is None else QuarantineName(_block_name(match), writers.parsed(match))
 
 
 def _block_file_name(key: Key) -> str:
@@ -142,11 +146,9 @@ def _block_file_name(key: Key) -> str:
 
 
 def _new_writer() -> str:
-    # Asked anew each time: a cached process id is wrong after a fork.
-    host = re.sub(r"[^A-Za-z0-9._]", "_", os.uname().nodename)[:_MAX_HOST_CHARS] or "_"
-    # A clock that was never set may stand before 1970, and a name has no sign.
-    created_s = max(0, int(time.time()))
-    return f"{host}-{os.getpid()}-{created_s}-{secrets.token_hex(8)}"
+    return writers.writer_name(
+        this_process(), now_s=time.time(), random=secrets.token_hex(_RANDOM_BYTES)
+    )
 
 
 def _block_name(match: re.Match[str]) -> BlockName:
@@ -154,7 +156,3 @@ def _block_name(match: re.Match[str]) -> BlockName:
     if match["tokens"] is not None:
         key = TailKey(key, int(match["tokens"]))
     return BlockName(bytes.fromhex(match["fingerprint"]), Key(key))
-
-
-def _writer_name(match: re.Match[str]) -> WriterName:
-    return WriterName(match["host"], int(match["pid"]), int(match["created_s"]))

@@ -24,6 +24,7 @@ import msgspec
 
 from ucm.errors import NodeUnavailable
 from ucm.store.node.place import ensure_private_directory, is_file_at, open_own_file
+from ucm.store.processes import num_threads, pid_namespace, state_and_start
 
 _TRIES: Final = 5
 _DYING_S: Final = 0.5
@@ -174,8 +175,8 @@ def take_lock(socket_path: str) -> SocketLock:
 def this_process(*, failures: int, tried_s: float) -> Holder:
     return Holder(
         pid=os.getpid(),
-        pid_namespace=_pid_namespace(),
-        pid_started=_state_and_start(os.getpid())[1],
+        pid_namespace=pid_namespace(),
+        pid_started=state_and_start(os.getpid())[1],
         tried_s=tried_s,
         failures=failures,
     )
@@ -184,14 +185,11 @@ def this_process(*, failures: int, tried_s: float) -> Holder:
 def is_undead(holder: Holder) -> bool:
     """Whether the holder's first thread has ended, and others, that run no code of ours any more,
     keep its files open."""
-    if not holder.pid or holder.pid_namespace != _pid_namespace():
+    if not holder.pid or holder.pid_namespace != pid_namespace():
         return False
-    if _state_and_start(holder.pid) != ("Z", holder.pid_started):
+    if state_and_start(holder.pid) != ("Z", holder.pid_started):
         return False
-    try:
-        return len(os.listdir(f"/proc/{holder.pid}/task")) > 1
-    except OSError:
-        return False
+    return num_threads(holder.pid) > 1
 
 
 def _is_held_by_the_dead(fd: int) -> bool:
@@ -230,19 +228,3 @@ def _inode_of(path: Path) -> tuple[int, int] | None:
     except OSError:
         return None
     return (info.st_dev, info.st_ino)
-
-
-def _pid_namespace() -> str:
-    try:
-        return os.readlink("/proc/self/ns/pid")
-    except OSError:
-        return "unknown"
-
-
-def _state_and_start(pid: int) -> tuple[str, str]:
-    """The state of a process's first thread, and when it began; empty for none."""
-    try:
-        fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
-    except OSError:
-        return "", ""
-    return fields[0], fields[19]
