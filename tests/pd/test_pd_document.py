@@ -12,7 +12,17 @@ from pathlib import Path
 from typing import Any
 
 from ucm import handoff
-from ucm.pd import administration, prefill, promise, proxy, register, relay, rewrite, upstream
+from ucm.pd import (
+    access,
+    administration,
+    prefill,
+    promise,
+    proxy,
+    register,
+    relay,
+    rewrite,
+    upstream,
+)
 from ucm.pd.flags import HANDOFFS, ProxySettings, _parser
 from ucm.pd.metrics import ProxyMetrics
 
@@ -160,4 +170,4 @@ def test_it_names_every_endpoint() -> None:
 
 def test_it_names_what_is_for_the_admin_alone() -> None:
     assert set() == administration.PATHS - named()
-    assert administration.KEY_HEADER in named()
+    assert access.ADMIN_HEADER in named()

@@ -9,7 +9,6 @@ everything on would let any client put an engine to sleep.
 from __future__ import annotations
 
 import asyncio
-import hmac
 import json
 import logging
 import uuid
@@ -29,8 +28,6 @@ from ucm.pd.instances import Pool
 
 logger = logging.getLogger(__name__)
 
-# Who needs Authorization for the engines' own key sends the proxy's here.
-KEY_HEADER = "X-Ucm-Admin-Key"
 # vLLM's, those of its development mode and of reinforcement learning included.
 PATHS = frozenset(
     {
@@ -76,14 +73,6 @@ def is_administration(raw_path: str) -> bool:
     return unquote(path).rstrip("/") in PATHS
 
 
-def has_key(request: web.Request, key: str | None) -> bool:
-    if not key:
-        return False
-    bearer = request.headers.get("Authorization", "").removeprefix("Bearer ")
-    given = request.headers.get(KEY_HEADER, bearer)
-    return hmac.compare_digest(given.encode(errors="surrogateescape"), key.encode())
-
-
 def change(
     pools: Mapping[Role, Pool], change: str, fields: Mapping[str, Any]
 ) -> web.Response | None:
@@ -127,11 +116,8 @@ async def _ask(
 ) -> dict[str, Any]:
     where = {"role": instance.role.value, "url": str(instance.url)}
     request_id = request.headers.get(upstream.REQUEST_ID) or uuid.uuid4().hex
-    headers = upstream.request_headers(request.headers, request_id=request_id)
+    headers = client.headers(request.headers, instance.role, request_id=request_id)
     headers["Accept-Encoding"] = "identity"
-    if headers.popall(KEY_HEADER, None) is None:
-        # It is the proxy's key, and none of the engine's business.
-        headers.popall("Authorization", None)
     try:
         response = await upstream.ask(
             client,

@@ -15,6 +15,7 @@ from typing import Any, NoReturn
 from yarl import URL
 
 from ucm.errors import ConfigError
+from ucm.pd.keys import NO_KEY, is_key
 
 POLICIES = ("least-loaded", "round-robin")
 HANDOFFS = ("chain", "overlap")
@@ -47,7 +48,16 @@ class ProxySettings:
     breaker_open_s: float = 5.0
     resume: bool = True
     shutdown_timeout_s: float = 10.0
+    api_key: tuple[str, ...] = ()
+    api_key_file: str | None = None
+    prefill_api_key: str | None = None
+    prefill_api_key_file: str | None = None
+    decode_api_key: str | None = None
+    decode_api_key_file: str | None = None
+    worker_api_key: str | None = None
+    worker_api_key_file: str | None = None
     admin_key: str | None = None
+    admin_key_file: str | None = None
     instances_file: str | None = None
     etcd_addr: str | None = None
 
@@ -134,6 +144,7 @@ def _settings(args: argparse.Namespace) -> ProxySettings:
         for name, value in vars(args).items()
         if name != "pd_disaggregation" and not name.endswith(("_hosts", "_ports"))
     }
+    plain["api_key"] = tuple(_flat(args.api_key) or ())
     # As in URLs, and as a URL of the proxy is likely copied from.
     plain["host"] = plain["host"].removeprefix("[").removesuffix("]")
     return ProxySettings(prefillers=prefillers, decoders=decoders, workers=workers, **plain)
@@ -203,8 +214,23 @@ def _parser(description: str) -> argparse.ArgumentParser:
     )
     add("--instances-file", help="instances in a YAML file, which is read anew when it changes")
     add("--etcd-addr", help="host:port of an etcd in which instances register themselves")
-    add("--admin-key", type=_secret, help="who sends it as a bearer token may change /instances")
+    _add_keys(parser)
     return parser
+
+
+def _add_keys(parser: argparse.ArgumentParser) -> None:
+    add = parser.add_argument
+    more = {"nargs": "+", "action": "append", "default": None}
+    add("--api-key", type=_key, help="clients need one of these", **more)  # type: ignore[arg-type]
+    for name, kind, what in (
+        ("prefill-api-key", _key, "prefill instances are asked with it, not the client's"),
+        ("decode-api-key", _key, "decode instances are asked with it, not the client's"),
+        ("worker-api-key", _key, "workers are asked with it, not the client's"),
+        ("admin-key", _secret, "who sends it as a bearer token may change /instances"),
+    ):
+        add(f"--{name}", type=kind, help=what)
+    for name in ("api-key", "prefill-api-key", "decode-api-key", "worker-api-key", "admin-key"):
+        add(f"--{name}-file", help=f"keys as of --{name}, one a line, read anew when it changes")
 
 
 def _flat(given: list[list[Any]] | None) -> list[Any] | None:
@@ -247,6 +273,12 @@ def _port(text: str) -> int:
 def _secret(text: str) -> str:
     if not text:
         raise argparse.ArgumentTypeError("is empty: leave it out, or give a key")
+    return text
+
+
+def _key(text: str) -> str:
+    if not is_key(text):
+        raise argparse.ArgumentTypeError(NO_KEY)
     return text
 
 

@@ -12,14 +12,12 @@ from ucm.pd.instance import Instance
 logger = logging.getLogger(__name__)
 
 
-async def check_health(
-    session: aiohttp.ClientSession, instance: Instance, timeout_s: float
-) -> None:
+async def check_health(client: upstream.Client, instance: Instance, timeout_s: float) -> None:
     """A look that says nothing within `timeout_s` counts as a failed one. An instance that keeps
     failing them, and from which nothing has come for as long, is lost: a busy one may be late with
     its health, but not with everything."""
     before = instance.state
-    if await _is_well(session, instance, timeout_s):
+    if await _is_well(client, instance, timeout_s):
         instance.health.succeeded()
     else:
         instance.health.failed()
@@ -30,10 +28,12 @@ async def check_health(
         logger.warning("%s %s: %s -> %s", instance.role.value, instance.url, before, after)
 
 
-async def _is_well(session: aiohttp.ClientSession, instance: Instance, timeout_s: float) -> bool:
+async def _is_well(client: upstream.Client, instance: Instance, timeout_s: float) -> bool:
     try:
         timeout = aiohttp.ClientTimeout(total=timeout_s)
-        async with session.get(instance.url / "health", timeout=timeout) as response:
+        headers = client.access.of_the_proxy(instance.role)
+        url = instance.url / "health"
+        async with client.pooled.get(url, timeout=timeout, headers=headers) as response:
             return response.ok
     except upstream.UNREACHABLE:
         return False

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Coroutine, Mapping
+from functools import partial
 
 import aiohttp
 from yarl import URL
@@ -11,13 +12,13 @@ from yarl import URL
 from ucm.pd.discovery import changes, follow
 from ucm.pd.etcd import Etcd, Registration
 from ucm.pd.flags import ProxySettings
+from ucm.pd.followed import follow as follow_file
 from ucm.pd.instance import Role
 from ucm.pd.instances import Pool
-from ucm.pd.instances_file import Listed, follow_file
+from ucm.pd.instances_file import Listed, read_instances
 
 logger = logging.getLogger(__name__)
 
-_FILE_INTERVAL_S = 1.0
 _ETCD_RETRY_S = 1.0
 
 
@@ -36,7 +37,8 @@ class Members:
         following: list[Coroutine[None, None, None]] = []
         if settings.instances_file is not None:
             path = settings.instances_file
-            following.append(follow_file(path, self.listed, interval_s=_FILE_INTERVAL_S))
+            read = partial(read_instances, path)
+            following.append(follow_file([path], read, self.listed, what="instances"))
         if settings.etcd_addr is not None:
             etcd = Etcd(session, settings.etcd_addr)
             following.append(follow(etcd, self.registered, retry_s=_ETCD_RETRY_S))

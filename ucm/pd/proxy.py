@@ -8,10 +8,12 @@ from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
 from contextlib import contextmanager
 from functools import partial
 
-import aiohttp
 from aiohttp import web
+from aiohttp.typedefs import Handler, Middleware
 
 from ucm.pd import administration, bodies, upstream
+from ucm.pd.about import NEEDS_KEY, About
+from ucm.pd.access import Access
 from ucm.pd.breaker import Breaker
 from ucm.pd.errors import error_response
 from ucm.pd.flags import ProxySettings
@@ -27,7 +29,6 @@ from ucm.pd.protocol import CHAT, COMPLETIONS, GENERATE, MESSAGES, RESPONSES
 from ucm.pd.reading import Wanted, passed_on, read_request
 from ucm.pd.relay import Relay
 from ucm.pd.resume import Tracker
-from ucm.pd.rewrite import parse_body
 from ucm.pd.stopping import Stopping, go_on
 from ucm.pd.websocket import pass_through, wants_websocket
 
@@ -39,26 +40,21 @@ _RESUMABLE = (COMPLETIONS, CHAT)
 GENERATING = (COMPLETIONS, CHAT, RESPONSES, MESSAGES, GENERATE)
 
 
-_NEEDS_KEY = "needs the --admin-key of this proxy as a bearer token"
+_NO_ACCESS = "this proxy wants one of its API keys, as a bearer token or as x-api-key"
 
 STOPPING = web.AppKey("STOPPING", Stopping)
 
 
 def make_app(settings: ProxySettings) -> web.Application:
     """For `ucm.pd.serve`."""
-    app = web.Application(client_max_size=MAX_BODY_BYTES)
     proxy = Proxy(settings)
+    app = web.Application(client_max_size=MAX_BODY_BYTES, middlewares=[proxy.admitted])
     app[STOPPING] = proxy.stopping
     app.on_response_prepare.append(proxy.end_connection)
     app.cleanup_ctx.append(proxy.running)
     for path in GENERATING:
         app.router.add_post(path, proxy.generate)
-    app.router.add_get("/health", proxy.health)
-    app.router.add_get("/healthcheck", proxy.healthcheck)
-    app.router.add_get("/ready", proxy.ready)
-    app.router.add_get("/metrics", proxy.metrics_page)
-    app.router.add_get("/instances", proxy.list_instances)
-    app.router.add_post("/instances/{change:add|remove|drain}", proxy.change_instances)
+    proxy.about.add_routes(app.router)
     app.router.add_route("*", "/{path:.*}", proxy.pass_on)
     return app
 
@@ -79,7 +75,9 @@ class Proxy:
             for url in urls[role]:
                 pool.add(url)
         self.stopping = Stopping()
+        self._access = Access(settings)
         self._metrics = ProxyMetrics(self._pools.values)
+        self.about = About(self._pools, self._metrics, self.stopping, self._access)
         self._prefills: Prefills | None = None
         self._relay: Relay | None = None
         self._client: upstream.Client | None = None
@@ -101,7 +99,9 @@ class Proxy:
         """For the application's life: connections, and looks at the instances' health."""
         del app
         settings = self._settings
-        async with upstream.client(connect_timeout_s=settings.connect_timeout_s) as client:
+        async with upstream.client(
+            connect_timeout_s=settings.connect_timeout_s, access=self._access
+        ) as client:
             session, self._client = client.pooled, client
             self._relay = Relay(
                 client,
@@ -117,8 +117,9 @@ class Proxy:
                     on_retry=self._metrics.retries.labels(Role.PREFILL.value).inc,
                 )
             followed = Members(self._pools).sources(settings, session)
+            followed += self._access.following()
             background = [
-                asyncio.create_task(each) for each in (self._check_health(session), *followed)
+                asyncio.create_task(each) for each in (self._check_health(client), *followed)
             ]
             for task in background:
                 task.add_done_callback(_log_failure)
@@ -126,6 +127,19 @@ class Proxy:
             for task in background:
                 task.cancel()
             await asyncio.gather(*background, return_exceptions=True)
+
+    @property
+    def admitted(self) -> Middleware:
+        """Before anything else: whether the client may ask at all."""
+        return web.middleware(partial(self._admit))
+
+    async def _admit(self, request: web.Request, handler: Handler) -> web.StreamResponse:
+        if self._access.may_ask(request.method, request.path, request.headers):
+            return await handler(request)
+        self._metrics.failed.labels("unauthorized").inc()
+        response = error_response(401, _NO_ACCESS, path=request.path)
+        response.headers["WWW-Authenticate"] = "Bearer"
+        return response
 
     # -- requests --------------------------------------------------------------------------
 
@@ -184,8 +198,8 @@ class Proxy:
     async def _administer(
         self, request: web.Request, client: upstream.Client
     ) -> web.StreamResponse:
-        if not administration.has_key(request, self._settings.admin_key):
-            return error_response(403, f"{request.path} {_NEEDS_KEY}, and goes to all instances")
+        if not self._access.is_admin(request.headers):
+            return error_response(403, f"{request.path} {NEEDS_KEY}, and goes to all instances")
         body = await _read(request)
         if isinstance(body, web.Response):
             return body
@@ -231,7 +245,9 @@ class Proxy:
             journey.not_prefilled(wanted.why_not)
             yield None
             return
-        headers = upstream.request_headers(request.headers, request_id=f"{journey.request_id}-p")
+        assert self._client is not None, "requests come after the start"
+        request_id = f"{journey.request_id}-p"
+        headers = self._client.headers(request.headers, Role.PREFILL, request_id=request_id)
         # The proxy reads this answer, and unpacks nothing.
         headers["Accept-Encoding"] = "identity"
         leg = Leg(
@@ -256,56 +272,17 @@ class Proxy:
     def _answering(self) -> Pool:
         return self._pools.get(Role.DECODE) or self._pools[Role.WORKER]
 
-    # -- about the proxy itself ------------------------------------------------------------
-
-    async def health(self, request: web.Request) -> web.Response:
-        """The proxy lives, whatever its instances do."""
-        return web.Response()
-
-    async def healthcheck(self, request: web.Request) -> web.Response:
-        if Role.WORKER in self._pools:
-            counts = {"worker_instances": len(self._pools[Role.WORKER].instances)}
-        else:
-            counts = {
-                "prefill_instances": len(self._pools[Role.PREFILL].instances),
-                "decode_instances": len(self._pools[Role.DECODE].instances),
-            }
-        return web.json_response({"status": "ok", **counts})
-
-    async def ready(self, request: web.Request) -> web.Response:
-        """Whether a request would find somebody to answer it. Failed requests don't count: clients
-        could make some, and what an instance answers is an answer."""
-        if self.stopping.has_begun:
-            return error_response(503, "the proxy is stopping")
-        there = [each for each in self._answering.instances if not each.draining]
-        if any(each.health.state != "open" for each in there):
-            return web.json_response({"status": "ready"})
-        return error_response(503, f"no {self._answering.role.value} instance is well")
-
-    async def metrics_page(self, request: web.Request) -> web.Response:
-        return web.Response(body=self._metrics.text(), content_type="text/plain", charset="utf-8")
-
-    async def list_instances(self, request: web.Request) -> web.Response:
-        return web.json_response({"instances": [each.described() for each in self._instances()]})
-
-    async def change_instances(self, request: web.Request) -> web.Response:
-        if not administration.has_key(request, self._settings.admin_key):
-            return error_response(403, _NEEDS_KEY)
-        fields = parse_body(await request.read()) or {}
-        refused = administration.change(self._pools, request.match_info["change"], fields)
-        return refused or await self.list_instances(request)
-
     def _instances(self) -> list[Instance]:
         return all_instances(self._pools.values())
 
     # -- health ----------------------------------------------------------------------------
 
-    async def _check_health(self, session: aiohttp.ClientSession) -> None:
+    async def _check_health(self, client: upstream.Client) -> None:
         interval_s = self._settings.health_interval_s
         while True:
             await asyncio.sleep(interval_s)
             await asyncio.gather(
-                *(check_health(session, each, interval_s) for each in self._instances())
+                *(check_health(client, each, interval_s) for each in self._instances())
             )
             for pool in self._pools.values():
                 pool.dispatch()

@@ -21,9 +21,11 @@ try:
     from yarl import URL
 
     from ucm.errors import ConfigError
+    from ucm.pd.access import bearer
     from ucm.pd.etcd import Etcd, EtcdError, Registration, etcd_url
     from ucm.pd.flags import OneLineParser, instance_url, seconds_flag
     from ucm.pd.instance import Role
+    from ucm.pd.keys import Keys
     from ucm.pd.upstream import IDLE_CONNECTION_S
 except ModuleNotFoundError as error:
     raise SystemExit(f"registering needs {error.name}: pip install 'ucm[proxy]'") from None
@@ -43,13 +45,17 @@ class RegisterSettings:
     health_url: URL
     lease_ttl_s: int = 5
     interval_s: float = 1.0
+    api_key_file: str | None = None
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """Stay registered until SIGINT or SIGTERM."""
     settings = parse_flags(arguments)
     logging.basicConfig(level=logging.INFO, format="%(levelname)s %(asctime)s %(message)s")
-    asyncio.run(_run(settings))
+    try:
+        asyncio.run(_run(settings))
+    except ConfigError as error:
+        _parser().error(str(error))
 
 
 def parse_flags(arguments: Sequence[str] | None) -> RegisterSettings:
@@ -64,6 +70,7 @@ def parse_flags(arguments: Sequence[str] | None) -> RegisterSettings:
             health_url=_health_url(args.health_url, args.url),
             lease_ttl_s=args.lease_ttl_s,
             interval_s=args.interval_s,
+            api_key_file=args.api_key_file,
         )
     except ConfigError as error:
         parser.error(str(error))
@@ -73,7 +80,8 @@ def parse_flags(arguments: Sequence[str] | None) -> RegisterSettings:
 
 
 class Registrar:
-    """Keeps one instance registered. Owned by the event loop's thread.
+    """Keeps one instance registered. Owned by the event loop's thread. Raises ConfigError when made
+    for a file without keys.
 
     One task looks at the instance, the other one talks to etcd: a slow etcd must not hide a restart
     of the instance.
@@ -82,6 +90,7 @@ class Registrar:
     def __init__(self, session: aiohttp.ClientSession, settings: RegisterSettings) -> None:
         self._session = session
         self._settings = settings
+        self._keys = Keys((), settings.api_key_file, flag="--api-key-file")
         self._etcd = Etcd(session, settings.etcd_addr)
         # None while the instance does not answer.
         self._wanted: Registration | None = None
@@ -92,7 +101,8 @@ class Registrar:
 
     async def run(self, stop: asyncio.Event) -> None:
         """Until `stop`; the instance is then registered no more."""
-        tasks = [asyncio.create_task(each) for each in (self._look(), self._hold(), stop.wait())]
+        doing = (self._look(), self._hold(), stop.wait(), *self._keys.following())
+        tasks = [asyncio.create_task(each) for each in doing]
         try:
             done, _ = await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)
         finally:
@@ -127,8 +137,9 @@ class Registrar:
     async def _answers(self) -> bool:
         # An engine that is busy may be slow; it is taken for gone when a lease would be, too.
         timeout = aiohttp.ClientTimeout(total=self._settings.lease_ttl_s)
+        url, headers = self._settings.health_url, bearer(self._keys.first)
         try:
-            async with self._session.get(self._settings.health_url, timeout=timeout) as response:
+            async with self._session.get(url, timeout=timeout, headers=headers) as response:
                 return response.status == 200
         except (aiohttp.ClientError, OSError, asyncio.TimeoutError):
             return False
@@ -220,6 +231,7 @@ def _parser() -> argparse.ArgumentParser:
         default=RegisterSettings.interval_s,
         help="between two looks at the instance, and between two renewals",
     )
+    add("--api-key-file", help="the instance's API key, for looks at it; read anew when it changes")
     return parser
 
 

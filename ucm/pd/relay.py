@@ -170,7 +170,7 @@ class Relay:
         """The beginning of the answer of the last of `tries`, or what is wrong with it."""
         instance, num_tries = tries.instances[-1], len(tries.instances)
         request_id = journey.request_id + (f"-r{num_tries}" if num_tries > 1 else "") + suffix
-        headers = upstream.request_headers(request.headers, request_id=request_id)
+        headers = self._client.headers(request.headers, instance.role, request_id=request_id)
         url = upstream.target(instance.url, request.raw_path)
 
         async def begin(idle_timeout_s: float | None) -> Answer:

@@ -14,6 +14,9 @@ import aiohttp
 from multidict import CIMultiDict, CIMultiDictProxy
 from yarl import URL
 
+from ucm.pd.access import Access
+from ucm.pd.instance import Role
+
 # vLLM's server closes idle connections after 5 s: let go before it does, or a request now and then
 # goes out on a connection that is just being closed.
 IDLE_CONNECTION_S = 3.0
@@ -60,17 +63,26 @@ class Client:
     pooled: aiohttp.ClientSession
     fresh: aiohttp.ClientSession
     connect_timeout_s: float
+    access: Access
+
+    def headers(
+        self, given: CIMultiDictProxy[str], role: Role, *, request_id: str
+    ) -> CIMultiDict[str]:
+        """A client's headers for an engine, under this request id, with the key of its side."""
+        sent = request_headers(given, request_id=request_id)
+        self.access.authorize(sent, role)
+        return sent
 
 
 @contextlib.asynccontextmanager
-async def client(*, connect_timeout_s: float) -> AsyncIterator[Client]:
+async def client(*, connect_timeout_s: float, access: Access) -> AsyncIterator[Client]:
     """No limit and no total timeout: a decode may stream for an hour, and thousands at once."""
     trace = aiohttp.TraceConfig()
     trace.on_connection_reuseconn.append(_note_reuse)
     pooled = aiohttp.TCPConnector(limit=0, keepalive_timeout=IDLE_CONNECTION_S)
     fresh = aiohttp.TCPConnector(limit=0, force_close=True)
     async with _session(pooled, trace) as one, _session(fresh) as other:
-        yield Client(one, other, connect_timeout_s)
+        yield Client(one, other, connect_timeout_s, access)
 
 
 def _session(
@@ -150,7 +162,7 @@ async def ask(
 
 
 def request_headers(headers: CIMultiDictProxy[str], *, request_id: str) -> CIMultiDict[str]:
-    """The client's, for an engine, under this request id."""
+    """The client's without what is about its connection, and under this request id. Pure."""
     sent = _end_to_end(headers, but=_REQUEST_ONLY)
     if sent.get("Content-Encoding", "").lower() in _UNPACKED:
         del sent["Content-Encoding"]

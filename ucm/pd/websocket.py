@@ -71,7 +71,7 @@ async def _connect(
     where = f"the {instance.role.value} instance at {instance.url}"
     connecting = client.fresh.ws_connect(
         upstream.target(instance.url, request.raw_path),
-        headers=_headers(request, journey),
+        headers=_headers(client, instance, request, journey),
         protocols=_protocols(request),
         autoping=False,
         max_msg_size=MAX_MESSAGE_BYTES,
@@ -153,9 +153,11 @@ def _reason(message: aiohttp.WSMessage) -> bytes:
     return message.extra.encode() if isinstance(message.extra, str) else b""
 
 
-def _headers(request: web.Request, journey: Journey) -> CIMultiDict[str]:
+def _headers(
+    client: upstream.Client, instance: Instance, request: web.Request, journey: Journey
+) -> CIMultiDict[str]:
     """Those of the handshake are made anew."""
-    headers = upstream.request_headers(request.headers, request_id=journey.request_id)
+    headers = client.headers(request.headers, instance.role, request_id=journey.request_id)
     for name in [name for name in headers if name.lower().startswith("sec-websocket-")]:
         headers.popall(name, None)
     return headers
