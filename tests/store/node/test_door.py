@@ -59,10 +59,31 @@ def any_of(kind: type[Any]) -> st.SearchStrategy[Any]:
     )
 
 
+@st.composite
+def dumps(draw: st.DrawFn) -> list[Any]:
+    """Slots, and then pages in them: what fits together by chance only too seldom. The parents may
+    be anything, and come in one message or in several."""
+    keys = draw(st.lists(KEYS, min_size=1, max_size=4, unique=True))
+    parents = [draw(st.one_of(KEYS, st.sampled_from(keys), st.just(b""))) for _ in keys]
+    tail_tokens = draw(st.sampled_from([0, 0, 0, 1, 3, 4, 5]))
+    reserve = p.Reserve(id=1, ns=1, keys=keys, parents=[b""] * len(keys), tail_tokens=tail_tokens)
+    if draw(st.booleans()):
+        return [reserve, p.Commit(ns=1, keys=keys, parents=parents)]
+    commits = [
+        p.Commit(ns=1, keys=[key], parents=[parent])
+        for key, parent in zip(keys, parents, strict=True)
+    ]
+    return [reserve, *draw(st.permutations(commits))]
+
+
+IO = st.sampled_from(["reads", "writes", "timers"])
+
+
 @given(
     said=st.lists(
-        st.one_of(st.sampled_from(["reads", "writes", "timers"]), *map(any_of, KINDS)), max_size=40
-    ),
+        st.one_of(dumps(), *(each.map(lambda one: [one]) for each in (IO, *map(any_of, KINDS)))),
+        max_size=30,
+    ).map(lambda parts: [message for part in parts for message in part]),
     role=st.sampled_from(["scheduler", "store", "worker", "tool"]),
 )
 @settings(max_examples=400, deadline=None)
