@@ -9,7 +9,7 @@ from aiohttp import web
 from yarl import URL
 
 from tests.pd.conftest import Fleet, answering
-from ucm.pd.administration import PATHS, is_administration
+from ucm.pd.administration import PATHS, is_for_all
 
 ADMIN = {"Authorization": "Bearer secret"}
 
@@ -42,12 +42,12 @@ async def test_without_an_admin_key_there_is_no_administration(fleet: Fleet):
     "raw", ["/%73leep", "/sleep?level=2", "/sleep/", "/fault_tolerance%2Fapply", "http://x/sleep"]
 )
 def test_no_spelling_of_a_path_goes_around_the_key(raw):
-    assert is_administration(raw)
+    assert is_for_all(raw)
 
 
 @pytest.mark.parametrize("raw", ["/v1/models", "/sleeping", "/%2573leep", "/v1/completions"])
 def test_what_is_no_administration_passes(raw):
-    assert not is_administration(raw)
+    assert not is_for_all(raw)
 
 
 async def test_every_instance_of_both_roles_is_asked_and_heard(fleet: Fleet):

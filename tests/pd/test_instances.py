@@ -120,3 +120,33 @@ def test_a_breaker_opens_after_failures_in_a_row_and_lets_one_try_after_a_while(
     assert breaker.allows()
     breaker.succeeded()
     assert "closed" == breaker.state
+
+
+async def test_who_waits_for_a_certain_instance_gets_that_one_and_holds_up_nobody():
+    made = pool(A, B)
+    first, second = await made.admit(tokens=1), await made.admit(tokens=1)
+    bound = asyncio.create_task(made.admit_to(first, tokens=1))
+    await asyncio.sleep(0)
+    (other,) = await waiting(made, 1)
+    assert 2 == made.num_queued
+
+    made.leave(second, tokens=1)
+    assert second is await other
+    assert not bound.done()
+    made.drain(first.url)
+    made.leave(first, tokens=1)
+    await bound
+    assert (1, 0) == (first.running, made.num_queued)
+
+
+async def test_who_leaves_while_he_waits_for_a_certain_instance_takes_no_place():
+    made = pool(A, max_queued=1)
+    only = await made.admit(tokens=1)
+    bound = asyncio.create_task(made.admit_to(only, tokens=1))
+    await asyncio.sleep(0)
+    with pytest.raises(QueueFull):
+        await made.admit_to(only, tokens=1)
+    bound.cancel()
+    await asyncio.gather(bound, return_exceptions=True)
+    made.leave(only, tokens=1)
+    assert (0, 0) == (only.running, made.num_queued)

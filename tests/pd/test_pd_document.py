@@ -15,11 +15,11 @@ from ucm import handoff
 from ucm.pd import (
     access,
     administration,
+    delivery,
     prefill,
     promise,
     proxy,
     register,
-    relay,
     rewrite,
     upstream,
 )
@@ -139,7 +139,7 @@ def test_it_names_every_reason_for_which_a_request_is_not_prefilled() -> None:
 
 def test_it_names_every_way_to_fail() -> None:
     ways = first_arguments(CODE, "failed") | assigned(CODE, "_failure")
-    ways |= set(relay._FAILURES.values())
+    ways |= set(delivery._FAILURES.values())
     assert {"unreachable", "broken_off", "client_left"} <= ways
 
     assert set() == ways - named()
@@ -169,5 +169,5 @@ def test_it_names_every_endpoint() -> None:
 
 
 def test_it_names_what_is_for_the_admin_alone() -> None:
-    assert set() == administration.PATHS - named()
+    assert set() == (administration.PATHS | administration.FOR_ANYBODY) - named()
     assert access.ADMIN_HEADER in named()

@@ -4,6 +4,9 @@ An adapter that one decode instance has and the next has not, or a cache that is
 four, is a fault that shows at random. So such a request goes to every instance, of both roles, and
 the answer says what each of them said. Without the key it goes to none: a proxy that passes
 everything on would let any client put an engine to sleep.
+
+A client may end requests by their ids, which it has to know. Where they run it does not: that goes
+to all as well, for anybody whom the engines let.
 """
 
 from __future__ import annotations
@@ -64,13 +67,24 @@ PATHS = frozenset(
         "/get_world_size",
     }
 )
+# For all instances, and no admin's.
+FOR_ANYBODY = frozenset({"/inference/v1/abort_requests"})
 _SHOWN_BYTES = 64 << 10
 
 
-def is_administration(raw_path: str) -> bool:
-    """Of a request's path as it came: engines undo its escapes once, and so does this."""
+def is_for_all(raw_path: str) -> bool:
+    """Of a request's path as it came."""
+    return _path(raw_path) in PATHS | FOR_ANYBODY
+
+
+def is_for_anybody(raw_path: str) -> bool:
+    return _path(raw_path) in FOR_ANYBODY
+
+
+def _path(raw_path: str) -> str:
+    """Engines undo its escapes once, and so does this."""
     path = upstream.target(URL("http://engine"), raw_path).raw_path
-    return unquote(path).rstrip("/") in PATHS
+    return unquote(path).rstrip("/")
 
 
 def change(
@@ -105,6 +119,10 @@ async def broadcast(
     status = bad[0] if bad else 200
     what = f"{request.method} {request.path}"
     logger.info("%s at %d instances: %d of them refused or failed", what, len(said), len(bad))
+    if is_for_anybody(request.raw_path):
+        # Who the instances are is for the admin.
+        problem = f"{len(bad)} of {len(said)} instances refused or failed"
+        return error_response(status, problem) if bad else web.Response()
     return web.json_response({"instances": said}, status=status)
 
 

@@ -11,6 +11,7 @@ import aiohttp
 from aiohttp import web
 
 from ucm.pd import upstream
+from ucm.pd.errors import error_response
 from ucm.pd.journey import Journey
 from ucm.pd.protocol import Protocol, protocol_of
 from ucm.pd.resume import Events, Tracker
@@ -19,6 +20,8 @@ logger = logging.getLogger(__name__)
 
 _EVENT_STREAM = "text/event-stream"
 _NO_PROTOCOL = Protocol()
+_RETRY_AFTER_S = 1
+_FAILURES = {404: "gone", 502: "unreachable", 503: "turned_away", 504: "timeout"}
 
 
 @dataclass(frozen=True)
@@ -33,6 +36,8 @@ class Answer:
     heard: Callable[[], None]
     # None where the connection has one already.
     idle_timeout_s: float | None = None
+    # Sees each piece before the client does.
+    looks: Callable[[bytes], None] | None = None
 
     def close(self) -> None:
         self.upstream.close()
@@ -44,10 +49,16 @@ class Answer:
         return self.upstream.content_type == _EVENT_STREAM and coding == "identity"
 
     async def pieces(self) -> AsyncIterator[bytes]:
-        yield self.first
-        while piece := await asyncio.wait_for(self.upstream.content.readany(), self.idle_timeout_s):
-            self.heard()
+        piece = self.first
+        while True:
+            if self.looks is not None:
+                self.looks(piece)
             yield piece
+            reading = self.upstream.content.readany()
+            piece = await asyncio.wait_for(reading, self.idle_timeout_s)
+            if not piece:
+                return
+            self.heard()
 
 
 @dataclass(frozen=True)
@@ -65,7 +76,7 @@ class Delivery:
 
     def __init__(self, request: web.Request, journey: Journey, tracker: Tracker | None) -> None:
         self.response: web.StreamResponse | None = None
-        self._request = request
+        self.request = request
         self._journey = journey
         self._tracker = tracker
         self._is_event_stream = False
@@ -100,9 +111,9 @@ class Delivery:
         self.response = web.StreamResponse(status=status, reason=reason, headers=headers)
         self._is_event_stream = answer.is_event_stream
         if self._is_event_stream:
-            self._protocol = protocol_of(self._request.path)
+            self._protocol = protocol_of(self.request.path)
         try:
-            await self.response.prepare(self._request)
+            await self.response.prepare(self.request)
         except ConnectionError:
             self._journey.client_left()
             return None
@@ -134,7 +145,7 @@ class Delivery:
                     await self.response.write(whole)
                     self._note_end(whole)
         except upstream.UNREACHABLE as error:
-            if self._request.transport is None or self._request.transport.is_closing():
+            if self.request.transport is None or self.request.transport.is_closing():
                 self._journey.client_left()
                 return None
             if await self._is_whole(tracker):
@@ -189,5 +200,19 @@ class Delivery:
         if event is not None:
             await self.response.write(event)
             await self.response.write_eof()
-        elif self._request.transport is not None:
-            self._request.transport.close()
+        elif self.request.transport is not None:
+            self.request.transport.close()
+
+
+async def give_up(delivery: Delivery, journey: Journey, problem: Problem) -> web.StreamResponse:
+    """The client hears the problem: in place of an answer, or behind what it has of one."""
+    if delivery.response is not None:
+        await delivery.break_off(problem.text)
+        return delivery.response
+    journey.status = problem.code
+    journey.failed(_FAILURES[problem.code])
+    response = error_response(problem.code, problem.text, path=delivery.request.path)
+    response.headers.update(journey.headers())
+    if problem.code == 503:
+        response.headers["Retry-After"] = str(_RETRY_AFTER_S)
+    return response

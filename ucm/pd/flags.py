@@ -47,6 +47,8 @@ class ProxySettings:
     breaker_failures: int = 3
     breaker_open_s: float = 5.0
     resume: bool = True
+    max_remembered: int = 65536
+    max_searched: int = 16
     shutdown_timeout_s: float = 10.0
     api_key: tuple[str, ...] = ()
     api_key_file: str | None = None
@@ -202,6 +204,8 @@ def _parser(description: str) -> argparse.ArgumentParser:
         ("health-interval-s", seconds_flag, "between two looks at an instance's /health"),
         ("breaker-failures", _positive, "failed connections before an instance is left alone"),
         ("breaker-open-s", seconds_flag, "how long it is left alone"),
+        ("max-remembered", _count, "responses whose instance is remembered; the latest"),
+        ("max-searched", _positive, "instances that are asked for one that is not"),
         ("shutdown-timeout-s", seconds_flag, "for requests that run when the proxy is stopped"),
     ):
         default = getattr(defaults, name.replace("-", "_"))

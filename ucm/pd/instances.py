@@ -1,7 +1,8 @@
 """The instances behind the proxy: who is there, who is well, and who gets the next request.
 
 A pool is one role. A request is admitted to an instance when the instance runs less than it may;
-otherwise it waits its turn, in order, within bounds of number and time.
+otherwise it waits its turn, in order, within bounds of number and time. One that only a certain
+instance can answer waits for that one, and stands in nobody's way.
 """
 
 from __future__ import annotations
@@ -32,6 +33,8 @@ class _Waiter:
     but: tuple[Instance, ...]
     kind: str
     future: asyncio.Future[Instance]
+    # The only one that will do.
+    only: Instance | None = None
 
 
 class Pool:
@@ -56,10 +59,12 @@ class Pool:
         self._make_breaker = make_breaker
         self._turns = itertools.count()
         self._waiting: deque[_Waiter] = deque()
+        # Those who wait for a certain instance.
+        self._bound: deque[_Waiter] = deque()
 
     @property
     def num_queued(self) -> int:
-        return len(self._waiting)
+        return len(self._waiting) + len(self._bound)
 
     def add(self, url: URL) -> bool:
         """False if it is there already (it is then not draining any more)."""
@@ -118,13 +123,22 @@ class Pool:
         to wait longer than it may.
         """
         future: asyncio.Future[Instance] = asyncio.get_running_loop().create_future()
-        waiter = _Waiter(tokens, tuple(but), kind, future)
-        self._waiting.append(waiter)
+        return await self._wait(_Waiter(tokens, tuple(but), kind, future), self._waiting)
+
+    async def admit_to(self, instance: Instance, *, tokens: int) -> None:
+        """The same for a request that nobody else can answer, whether the instance is well or
+        drains. Raises QueueFull."""
+        future: asyncio.Future[Instance] = asyncio.get_running_loop().create_future()
+        await self._wait(_Waiter(tokens, (), "", future, only=instance), self._bound)
+
+    async def _wait(self, waiter: _Waiter, queue: deque[_Waiter]) -> Instance:
+        future = waiter.future
+        queue.append(waiter)
         self.dispatch()
         if future.done():
             return future.result()
-        if len(self._waiting) > self._max_queued:
-            self._waiting.remove(waiter)
+        if self.num_queued > self._max_queued:
+            queue.remove(waiter)
             raise QueueFull(f"{self._max_queued} requests wait for {self.role.value} already")
         try:
             # Not wait_for: before Python 3.12 it may swallow that its caller was cancelled.
@@ -140,8 +154,9 @@ class Pool:
         return future.result()
 
     def _withdraw(self, waiter: _Waiter) -> None:
-        if waiter in self._waiting:
-            self._waiting.remove(waiter)
+        queue = self._waiting if waiter.only is None else self._bound
+        if waiter in queue:
+            queue.remove(waiter)
             waiter.future.cancel()
         elif waiter.future.done() and waiter.future.exception() is None:
             self.leave(waiter.future.result(), tokens=waiter.tokens)
@@ -149,6 +164,7 @@ class Pool:
     def dispatch(self) -> None:
         """Gives those who wait what is free, in order; one whom nothing free suits lets others go
         first. To be called when something may have become free."""
+        self._dispatch_bound()
         passed_over: list[_Waiter] = []
         while self._waiting and self._may_suit_somebody():
             waiter = self._waiting.popleft()
@@ -160,12 +176,14 @@ class Pool:
             if chosen is None:
                 passed_over.append(waiter)
                 continue
-            chosen.running += 1
-            chosen.tokens += waiter.tokens
-            chosen.served += 1
-            chosen.begin()
-            waiter.future.set_result(chosen)
+            _give(chosen, waiter)
         self._waiting.extendleft(reversed(passed_over))
+
+    def _dispatch_bound(self) -> None:
+        for waiter in list(self._bound):
+            if waiter.only is not None and waiter.only.running < self._max_running:
+                self._bound.remove(waiter)
+                _give(waiter.only, waiter)
 
     def _may_suit_somebody(self) -> bool:
         there = [each for each in self.instances if not each.draining]
@@ -200,6 +218,14 @@ class Pool:
     def _load(self, instance: Instance) -> int:
         """A prefill takes as long as its prompt; decoding goes on beside other decoding."""
         return instance.tokens if self.role is Role.PREFILL else instance.running
+
+
+def _give(instance: Instance, waiter: _Waiter) -> None:
+    instance.running += 1
+    instance.tokens += waiter.tokens
+    instance.served += 1
+    instance.begin()
+    waiter.future.set_result(instance)
 
 
 def all_instances(pools: Iterable[Pool]) -> list[Instance]:

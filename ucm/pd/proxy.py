@@ -11,9 +11,10 @@ from functools import partial
 from aiohttp import web
 from aiohttp.typedefs import Handler, Middleware
 
-from ucm.pd import administration, bodies, upstream
+from ucm.pd import administration, bodies, intake, upstream
 from ucm.pd.about import NEEDS_KEY, About
 from ucm.pd.access import Access
+from ucm.pd.asking import Asker
 from ucm.pd.breaker import Breaker
 from ucm.pd.errors import error_response
 from ucm.pd.flags import ProxySettings
@@ -21,6 +22,7 @@ from ucm.pd.health import check_health
 from ucm.pd.instance import Instance, Role
 from ucm.pd.instances import Pool, all_instances
 from ucm.pd.journey import Journey
+from ucm.pd.keepers import Keepers, named_by
 from ucm.pd.members import Members
 from ucm.pd.metrics import ProxyMetrics
 from ucm.pd.prefill import Leg, Prefills
@@ -34,8 +36,6 @@ from ucm.pd.websocket import pass_through, wants_websocket
 
 logger = logging.getLogger(__name__)
 
-# A prompt of several images may be large; something has to end one that never ends.
-MAX_BODY_BYTES = 512 << 20
 _RESUMABLE = (COMPLETIONS, CHAT)
 GENERATING = (COMPLETIONS, CHAT, RESPONSES, MESSAGES, GENERATE)
 
@@ -48,7 +48,7 @@ STOPPING = web.AppKey("STOPPING", Stopping)
 def make_app(settings: ProxySettings) -> web.Application:
     """For `ucm.pd.serve`."""
     proxy = Proxy(settings)
-    app = web.Application(client_max_size=MAX_BODY_BYTES, middlewares=[proxy.admitted])
+    app = web.Application(client_max_size=intake.MAX_BODY_BYTES, middlewares=[proxy.admitted])
     app[STOPPING] = proxy.stopping
     app.on_response_prepare.append(proxy.end_connection)
     app.cleanup_ctx.append(proxy.running)
@@ -103,11 +103,17 @@ class Proxy:
             connect_timeout_s=settings.connect_timeout_s, access=self._access
         ) as client:
             session, self._client = client.pooled, client
-            self._relay = Relay(
+            asker = Asker(
                 client,
-                self._answering,
+                self._answering.role,
                 idle_timeout_s=settings.idle_timeout_s,
                 answer_timeout_s=settings.answer_timeout_s,
+            )
+            self._relay = Relay(
+                asker,
+                self._answering,
+                Keepers(settings.max_remembered),
+                max_searched=settings.max_searched,
             )
             if Role.PREFILL in self._pools:
                 self._prefills = Prefills(
@@ -144,7 +150,7 @@ class Proxy:
     # -- requests --------------------------------------------------------------------------
 
     async def generate(self, request: web.Request) -> web.StreamResponse:
-        body = await _read(request)
+        body = await intake.read(request)
         if isinstance(body, web.Response):
             return body
         read = partial(
@@ -172,35 +178,43 @@ class Proxy:
             waits = self._settings.handoff == "chain"
             if promise is not None and (waits or not promise.is_told):
                 await promise.settled()
-            return await self._relaying.answer(request, wanted.body, journey, tracker, promise)
+            name = named_by(request.method, request.path, request.headers, fields)
+            return await self._relaying.answer(
+                request, wanted.body, journey, tracker, promise, name
+            )
 
     async def pass_on(self, request: web.Request) -> web.StreamResponse:
         """Everything else is for an instance that answers, but for what is about all of them."""
         assert self._client is not None, "requests come after the start"
-        if administration.is_administration(request.raw_path):
+        if administration.is_for_all(request.raw_path):
             return await self._administer(request, self._client)
         if wants_websocket(request):
             joined = partial(pass_through, self._client, self._answering, request)
             return await self._journey(request, joined)
-        body = await _read(request) if request.can_read_body else None
+        body = await intake.read(request) if request.can_read_body else None
         if isinstance(body, web.Response):
             return body
         if body:
             body = await bodies.apart(partial(passed_on, body), num_bytes=len(body))
 
+        name = named_by(request.method, request.path, request.headers, {})
+
         async def go(journey: Journey) -> web.StreamResponse:
+            # A response that is made in the background can be read as it comes.
+            journey.is_streamed = request.query.get("stream", "").lower() in ("true", "1")
             if request.method == "POST" and self._prefills is not None:
                 journey.not_prefilled("route")
-            return await self._relaying.answer(request, body, journey)
+            return await self._relaying.answer(request, body, journey, name=name)
 
         return await self._journey(request, go)
 
     async def _administer(
         self, request: web.Request, client: upstream.Client
     ) -> web.StreamResponse:
-        if not self._access.is_admin(request.headers):
+        is_for_anybody = administration.is_for_anybody(request.raw_path)
+        if not is_for_anybody and not self._access.is_admin(request.headers):
             return error_response(403, f"{request.path} {NEEDS_KEY}, and goes to all instances")
-        body = await _read(request)
+        body = await intake.read(request)
         if isinstance(body, web.Response):
             return body
         return await administration.broadcast(client, self._instances(), request, body)
@@ -286,24 +300,6 @@ class Proxy:
             )
             for pool in self._pools.values():
                 pool.dispatch()
-
-
-async def _read(request: web.Request) -> bytes | web.Response:
-    """The body, or the answer to one that is too large, or that can't be unpacked."""
-    too_large = error_response(
-        413, f"the body has more than {MAX_BODY_BYTES >> 20} MiB", path=request.path
-    )
-    if (request.content_length or 0) > MAX_BODY_BYTES:
-        # Before any of it is read; what the client sends of it nobody wants.
-        too_large.force_close()
-        return too_large
-    try:
-        return await request.read()
-    except web.HTTPRequestEntityTooLarge:
-        too_large.force_close()
-        return too_large
-    except web.RequestPayloadError as error:
-        return error_response(400, f"the body can't be read: {error}", path=request.path)
 
 
 def _turned_away(journey: Journey, path: str) -> web.Response:

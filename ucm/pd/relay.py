@@ -1,9 +1,8 @@
 """The decode leg: the client's request to an instance, and the answer back, byte by byte.
 
-Decode's status, headers and body are the truth. An answer that has a length is read whole before
-the client sees any of it, of a stream the first piece: until then another instance can be asked,
-and later one that goes on with the stream. A client that goes away cancels the handler, and with it
-the upstream request, so the engine stops.
+Decode's status, headers and body are the truth. Until the client sees any of it another instance
+can be asked, and later one that goes on with the stream. A client that goes away cancels the
+handler, and with it the upstream request, so the engine stops.
 
 One that can't be reached is passed over, and one that is busy, as long as there are others. After
 an error that may be the instance's own, or its silence, one other is asked, and the client gets the
@@ -14,29 +13,25 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import Callable, Coroutine
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from functools import partial
-from typing import Any
 
-import aiohttp
 from aiohttp import web
 
 from ucm.pd import bodies, upstream, verdict
-from ucm.pd.delivery import Answer, Delivery, Problem
-from ucm.pd.errors import error_response
-from ucm.pd.instance import Instance, unless_lost
+from ucm.pd.asking import Asker, judged
+from ucm.pd.delivery import Answer, Delivery, Problem, give_up
+from ucm.pd.instance import Instance
 from ucm.pd.instances import NoInstance, Pool, QueueFull
 from ucm.pd.journey import Journey
+from ucm.pd.keepers import Keepers, Name
+from ucm.pd.kept import KeptRelay
 from ucm.pd.promise import Ask, Promise
 from ucm.pd.resume import Tracker
 from ucm.pd.stopping import go_on
 from ucm.pd.verdict import Verdict
 
 logger = logging.getLogger(__name__)
-
-_RETRY_AFTER_S = 1
-_FAILURES = {502: "unreachable", 503: "turned_away", 504: "timeout"}
 
 
 @dataclass(eq=False)
@@ -78,16 +73,16 @@ class Relay:
 
     def __init__(
         self,
-        client: upstream.Client,
+        asker: Asker,
         pool: Pool,
+        keepers: Keepers,
         *,
-        idle_timeout_s: float,
-        answer_timeout_s: float | None,
+        max_searched: int,
     ) -> None:
-        self._client = client
+        self._asker = asker
         self._pool = pool
-        self._idle_timeout_s = idle_timeout_s
-        self._answer_timeout_s = answer_timeout_s
+        self._keepers = keepers
+        self._kept = KeptRelay(asker, pool, keepers, max_searched=max_searched)
 
     async def answer(
         self,
@@ -96,11 +91,15 @@ class Relay:
         journey: Journey,
         tracker: Tracker | None = None,
         promise: Promise | None = None,
+        name: Name | None = None,
     ) -> web.StreamResponse:
-        """The client's response, sent. Never raises but for a client that has left."""
+        """The client's response, sent; with a `name` by who keeps what it names. Never raises but
+        for a client that has left."""
         delivery = Delivery(request, journey, tracker)
         tries = _Tries()
         try:
+            if name is not None:
+                return await self._kept.answer(delivery, body, journey, name)
             return await self._answer(delivery, request, body, journey, promise, tries)
         except asyncio.CancelledError:
             response = delivery.response
@@ -135,13 +134,14 @@ class Relay:
                     return delivery.response
                 is_first = not tries.instances or isinstance(error, QueueFull)
                 problem = Problem(str(error), code=503) if is_first else problem
-                return await _give_up(delivery, journey, problem, request.path)
+                return await give_up(delivery, journey, problem)
             try:
                 tries.instances.append(instance)
                 ask = partial(self._ask, tries, request, journey, delivery)
                 found = await _keep(promise, ask, delivery, body)
                 if isinstance(found, Answer):
                     answer = tries.better(found, method=request.method, kind=journey.kind)
+                    answer = self._keepers.noting(answer, path=request.path, url=instance.url)
                     async with answer.upstream:
                         broken = await delivery.take(answer)
                     if broken is None:
@@ -152,7 +152,7 @@ class Relay:
                         logger.warning("%s; another goes on with it", broken)
                 problem = found
                 if problem.is_final:
-                    return await _give_up(delivery, journey, problem, request.path)
+                    return await give_up(delivery, journey, problem)
             finally:
                 self._pool.leave(instance, tokens=journey.tokens)
             if self._pool.has_another(tries.instances):
@@ -169,68 +169,30 @@ class Relay:
     ) -> Answer | Problem:
         """The beginning of the answer of the last of `tries`, or what is wrong with it."""
         instance, num_tries = tries.instances[-1], len(tries.instances)
-        request_id = journey.request_id + (f"-r{num_tries}" if num_tries > 1 else "") + suffix
-        headers = self._client.headers(request.headers, instance.role, request_id=request_id)
-        url = upstream.target(instance.url, request.raw_path)
-
-        async def begin(idle_timeout_s: float | None) -> Answer:
-            response = await upstream.ask(
-                self._client,
-                request.method,
-                url,
-                body=body,
-                headers=headers,
-                idle_timeout_s=idle_timeout_s,
-            )
-            return await _begin(response, instance.heard)
-
-        if journey.is_streamed:
-            asking = begin(self._idle_timeout_s)
-        else:
-            asking = self._answer_in_time(begin(None))
-
+        suffix = (f"-r{num_tries}" if num_tries > 1 else "") + suffix
         asked_s = instance.breaker.clock()
         try:
-            with journey.stage("decode_ttft"):
-                answer = await unless_lost(instance, asking)
+            answer = await self._asker.ask(instance, request, body, journey, suffix=suffix)
         except upstream.UNREACHABLE as error:
             return self._unanswered(tries, error, journey, asked_s)
-        instance.heard()
         return self._judged(tries, answer, request.method, is_resuming=bool(delivery.response))
-
-    async def _answer_in_time(self, beginning: Coroutine[Any, Any, Answer]) -> Answer:
-        """Nothing comes of an answer that is not streamed before all of it does. If it turns out to
-        be a stream, it has a stream's limits from then on."""
-        answer = await asyncio.wait_for(beginning, self._answer_timeout_s)
-        return replace(answer, idle_timeout_s=self._idle_timeout_s)
 
     def _unanswered(
         self, tries: _Tries, error: BaseException, journey: Journey, asked_s: float
     ) -> Problem:
-        instance, role = tries.instances[-1], self._pool.role.value
-        reason = upstream.failure_reason(error)
-        what = str(error)
-        if reason == "timeout" and journey.is_streamed:
-            what = f"nothing came for --idle-timeout-s, {self._idle_timeout_s:g} s"
-        elif reason == "timeout":
-            what = f"no whole answer within --answer-timeout-s, {self._answer_timeout_s:g} s"
-        logger.warning("%s %s: %s (%s)", role, instance.url, reason, what)
-        problem = f"the {role} instance at {instance.url}: {reason} ({what})"
+        instance = tries.instances[-1]
+        reason, text = self._asker.unanswered(instance, error, journey)
         if reason == "unreadable":
-            # About this answer: too long a header, perhaps.
-            instance.shun(instance.breaker.open_s)
             is_final, tries.has_doubted = tries.has_doubted, True
-            return Problem(problem, code=502, is_final=is_final)
+            return Problem(text, code=502, is_final=is_final)
         if reason != "timeout":
-            instance.failed()
-            return Problem(problem, code=502)
-        # Whether it is well its health checks say. A whole answer takes as long elsewhere, and so
-        # does the beginning of a stream, unless the instance has had nothing for anybody meanwhile.
-        instance.shun(instance.breaker.open_s)
+            return Problem(text, code=502)
+        # A whole answer takes as long elsewhere, and so does the beginning of a stream, unless the
+        # instance has had nothing for anybody meanwhile.
         is_silent = journey.is_streamed and instance.heard_s < asked_s
         may_ask = is_silent and not tries.has_doubted
         tries.has_doubted = True
-        return Problem(problem, code=504, is_final=not may_ask)
+        return Problem(text, code=504, is_final=not may_ask)
 
     def _judged(
         self, tries: _Tries, answer: Answer, method: str, *, is_resuming: bool
@@ -238,13 +200,7 @@ class Relay:
         """The answer, if it is one for the client; otherwise it is held, and another is asked."""
         instance = tries.instances[-1]
         status = answer.upstream.status
-        what = verdict.of_status(status, method=method)
-        if what is Verdict.GOOD:
-            instance.succeeded()
-        elif what is Verdict.FAILED:
-            instance.failed()
-        elif what is Verdict.BUSY:
-            instance.shun(_RETRY_AFTER_S)
+        what = judged(instance, answer, method=method)
         if what.is_settled or is_resuming or not verdict.may_ask_another(method):
             return answer
         if what is not Verdict.BUSY:
@@ -268,28 +224,3 @@ async def _keep(
         size = len(body or b"")
         return await ask(await bodies.apart(partial(delivery.body, body), num_bytes=size), "")
     return await promise.keep(ask, body)
-
-
-async def _begin(response: aiohttp.ClientResponse, heard: Callable[[], None]) -> Answer:
-    try:
-        if response.content_length is not None:
-            return Answer(response, await response.read(), is_whole=True, heard=heard)
-        return Answer(response, await response.content.readany(), is_whole=False, heard=heard)
-    except BaseException:
-        response.close()
-        raise
-
-
-async def _give_up(
-    delivery: Delivery, journey: Journey, problem: Problem, path: str
-) -> web.StreamResponse:
-    if delivery.response is not None:
-        await delivery.break_off(problem.text)
-        return delivery.response
-    journey.status = problem.code
-    journey.failed(_FAILURES[problem.code])
-    response = error_response(problem.code, problem.text, path=path)
-    response.headers.update(journey.headers())
-    if problem.code == 503:
-        response.headers["Retry-After"] = str(_RETRY_AFTER_S)
-    return response
