@@ -15,7 +15,14 @@ from typing import Any, NoReturn
 from yarl import URL
 
 from ucm.errors import ConfigError
-from ucm.pd.keys import NO_KEY, is_key
+from ucm.pd.credentials import (
+    InstanceFiles,
+    add_instance_files,
+    add_keys,
+    add_own_files,
+    check_goes_with,
+    instance_files,
+)
 
 POLICIES = ("least-loaded", "round-robin")
 HANDOFFS = ("chain", "overlap")
@@ -25,7 +32,7 @@ DEFAULT_WORKER_PORT = 8100
 
 
 @dataclass(frozen=True, kw_only=True)
-class ProxySettings:
+class ProxySettings(InstanceFiles):
     """Either `prefillers` and `decoders`, or `workers` that do both, or neither yet."""
 
     host: str = "localhost"
@@ -60,6 +67,8 @@ class ProxySettings:
     worker_api_key_file: str | None = None
     admin_key: str | None = None
     admin_key_file: str | None = None
+    ssl_certfile: str | None = None
+    ssl_keyfile: str | None = None
     instances_file: str | None = None
     etcd_addr: str | None = None
 
@@ -141,12 +150,14 @@ def _settings(args: argparse.Namespace) -> ProxySettings:
         decoders = (URL.build(scheme="http", host="localhost", port=DEFAULT_DECODE_PORT),)
     if args.pd_disaggregation and workers:
         raise ConfigError("--pd-disaggregation needs prefillers and decoders, not --worker-hosts")
+    check_goes_with(args, "ssl_keyfile", "ssl_certfile")
     plain = {
         name: value
         for name, value in vars(args).items()
         if name != "pd_disaggregation" and not name.endswith(("_hosts", "_ports"))
     }
     plain["api_key"] = tuple(_flat(args.api_key) or ())
+    plain |= vars(instance_files(args))
     # As in URLs, and as a URL of the proxy is likely copied from.
     plain["host"] = plain["host"].removeprefix("[").removesuffix("]")
     return ProxySettings(prefillers=prefillers, decoders=decoders, workers=workers, **plain)
@@ -218,23 +229,10 @@ def _parser(description: str) -> argparse.ArgumentParser:
     )
     add("--instances-file", help="instances in a YAML file, which is read anew when it changes")
     add("--etcd-addr", help="host:port of an etcd in which instances register themselves")
-    _add_keys(parser)
+    add_keys(parser)
+    add_own_files(parser)
+    add_instance_files(parser)
     return parser
-
-
-def _add_keys(parser: argparse.ArgumentParser) -> None:
-    add = parser.add_argument
-    more = {"nargs": "+", "action": "append", "default": None}
-    add("--api-key", type=_key, help="clients need one of these", **more)  # type: ignore[arg-type]
-    for name, kind, what in (
-        ("prefill-api-key", _key, "prefill instances are asked with it, not the client's"),
-        ("decode-api-key", _key, "decode instances are asked with it, not the client's"),
-        ("worker-api-key", _key, "workers are asked with it, not the client's"),
-        ("admin-key", _secret, "who sends it as a bearer token may change /instances"),
-    ):
-        add(f"--{name}", type=kind, help=what)
-    for name in ("api-key", "prefill-api-key", "decode-api-key", "worker-api-key", "admin-key"):
-        add(f"--{name}-file", help=f"keys as of --{name}, one a line, read anew when it changes")
 
 
 def _flat(given: list[list[Any]] | None) -> list[Any] | None:
@@ -272,18 +270,6 @@ def _port(text: str) -> int:
     if not text.isdecimal() or not 0 < int(text) < 1 << 16:
         raise argparse.ArgumentTypeError(f"{text!r} is no port: a number from 1 to 65535 is")
     return int(text)
-
-
-def _secret(text: str) -> str:
-    if not text:
-        raise argparse.ArgumentTypeError("is empty: leave it out, or give a key")
-    return text
-
-
-def _key(text: str) -> str:
-    if not is_key(text):
-        raise argparse.ArgumentTypeError(NO_KEY)
-    return text
 
 
 def _count(text: str) -> int:

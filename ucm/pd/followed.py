@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Coroutine, Iterable, Sequence
 from typing import TypeVar
 
 from ucm.errors import ConfigError
@@ -20,6 +20,14 @@ _Read = TypeVar("_Read")
 def stamp(paths: Sequence[str]) -> object:
     """Differs when one of the files does."""
     return tuple(map(_stamp, paths))
+
+
+def start(following: Iterable[Coroutine[None, None, None]]) -> list[asyncio.Task[None]]:
+    """Tasks in the background, to be cancelled when the proxy ends. One that fails is a defect."""
+    tasks = [asyncio.create_task(each) for each in following]
+    for task in tasks:
+        task.add_done_callback(_log_failure)
+    return tasks
 
 
 async def follow(
@@ -43,6 +51,11 @@ async def follow(
             except ConfigError as error:
                 logger.warning("the %s stay as they are: %s", what, error)
         await asyncio.sleep(interval_s)
+
+
+def _log_failure(task: asyncio.Task[None]) -> None:
+    if not task.cancelled() and (error := task.exception()) is not None:
+        logger.error("a background task of the proxy has failed", exc_info=error)
 
 
 def _stamp(path: str) -> object:

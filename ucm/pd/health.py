@@ -31,9 +31,13 @@ async def check_health(client: upstream.Client, instance: Instance, timeout_s: f
 async def _is_well(client: upstream.Client, instance: Instance, timeout_s: float) -> bool:
     try:
         timeout = aiohttp.ClientTimeout(total=timeout_s)
-        headers = client.access.of_the_proxy(instance.role)
-        url = instance.url / "health"
-        async with client.pooled.get(url, timeout=timeout, headers=headers) as response:
+        looking = client.pooled.get(
+            instance.url / "health",
+            timeout=timeout,
+            headers=client.access.of_the_proxy(instance.role),
+            ssl=client.tls.now,
+        )
+        async with looking as response:
             return response.ok
     except upstream.UNREACHABLE:
         return False

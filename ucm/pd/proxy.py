@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import logging
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
 from contextlib import contextmanager
 from functools import partial
@@ -11,13 +10,14 @@ from functools import partial
 from aiohttp import web
 from aiohttp.typedefs import Handler, Middleware
 
-from ucm.pd import administration, bodies, intake, upstream
+from ucm.pd import administration, bodies, intake, tls, upstream
 from ucm.pd.about import NEEDS_KEY, About
 from ucm.pd.access import Access
 from ucm.pd.asking import Asker
 from ucm.pd.breaker import Breaker
 from ucm.pd.errors import error_response
 from ucm.pd.flags import ProxySettings
+from ucm.pd.followed import start
 from ucm.pd.health import check_health
 from ucm.pd.instance import Instance, Role
 from ucm.pd.instances import Pool, all_instances
@@ -33,8 +33,6 @@ from ucm.pd.relay import Relay
 from ucm.pd.resume import Tracker
 from ucm.pd.stopping import Stopping, go_on
 from ucm.pd.websocket import pass_through, wants_websocket
-
-logger = logging.getLogger(__name__)
 
 _RESUMABLE = (COMPLETIONS, CHAT)
 GENERATING = (COMPLETIONS, CHAT, RESPONSES, MESSAGES, GENERATE)
@@ -76,6 +74,7 @@ class Proxy:
                 pool.add(url)
         self.stopping = Stopping()
         self._access = Access(settings)
+        self._tls = tls.of_instances(settings)
         self._metrics = ProxyMetrics(self._pools.values)
         self.about = About(self._pools, self._metrics, self.stopping, self._access)
         self._prefills: Prefills | None = None
@@ -100,7 +99,7 @@ class Proxy:
         del app
         settings = self._settings
         async with upstream.client(
-            connect_timeout_s=settings.connect_timeout_s, access=self._access
+            connect_timeout_s=settings.connect_timeout_s, access=self._access, tls=self._tls
         ) as client:
             session, self._client = client.pooled, client
             asker = Asker(
@@ -123,12 +122,8 @@ class Proxy:
                     on_retry=self._metrics.retries.labels(Role.PREFILL.value).inc,
                 )
             followed = Members(self._pools).sources(settings, session)
-            followed += self._access.following()
-            background = [
-                asyncio.create_task(each) for each in (self._check_health(client), *followed)
-            ]
-            for task in background:
-                task.add_done_callback(_log_failure)
+            followed += [*self._access.following(), *self._tls.following()]
+            background = start([self._check_health(client), *followed])
             yield
             for task in background:
                 task.cancel()
@@ -309,8 +304,3 @@ def _turned_away(journey: Journey, path: str) -> web.Response:
     response = error_response(503, "the proxy is stopping", path=path)
     response.headers.update({**journey.headers(), "Retry-After": "1"})
     return response
-
-
-def _log_failure(task: asyncio.Task[None]) -> None:
-    if not task.cancelled() and (error := task.exception()) is not None:
-        logger.error("a background task of the proxy has failed", exc_info=error)

@@ -21,7 +21,9 @@ try:
     from yarl import URL
 
     from ucm.errors import ConfigError
+    from ucm.pd import tls
     from ucm.pd.access import bearer
+    from ucm.pd.credentials import InstanceFiles, add_instance_files, instance_files
     from ucm.pd.etcd import Etcd, EtcdError, Registration, etcd_url
     from ucm.pd.flags import OneLineParser, instance_url, seconds_flag
     from ucm.pd.instance import Role
@@ -38,7 +40,7 @@ _LAST_RETRY_S = 2.0
 
 
 @dataclass(frozen=True, kw_only=True)
-class RegisterSettings:
+class RegisterSettings(InstanceFiles):
     role: Role
     url: URL
     etcd_addr: str
@@ -71,6 +73,7 @@ def parse_flags(arguments: Sequence[str] | None) -> RegisterSettings:
             lease_ttl_s=args.lease_ttl_s,
             interval_s=args.interval_s,
             api_key_file=args.api_key_file,
+            **vars(instance_files(args)),
         )
     except ConfigError as error:
         parser.error(str(error))
@@ -90,6 +93,7 @@ class Registrar:
     def __init__(self, session: aiohttp.ClientSession, settings: RegisterSettings) -> None:
         self._session = session
         self._settings = settings
+        self._tls = tls.of_instances(settings)
         self._keys = Keys((), settings.api_key_file, flag="--api-key-file")
         self._etcd = Etcd(session, settings.etcd_addr)
         # None while the instance does not answer.
@@ -101,7 +105,8 @@ class Registrar:
 
     async def run(self, stop: asyncio.Event) -> None:
         """Until `stop`; the instance is then registered no more."""
-        doing = (self._look(), self._hold(), stop.wait(), *self._keys.following())
+        doing = [self._look(), self._hold(), stop.wait()]
+        doing += [*self._keys.following(), *self._tls.following()]
         tasks = [asyncio.create_task(each) for each in doing]
         try:
             done, _ = await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)
@@ -137,9 +142,14 @@ class Registrar:
     async def _answers(self) -> bool:
         # An engine that is busy may be slow; it is taken for gone when a lease would be, too.
         timeout = aiohttp.ClientTimeout(total=self._settings.lease_ttl_s)
-        url, headers = self._settings.health_url, bearer(self._keys.first)
+        looking = self._session.get(
+            self._settings.health_url,
+            timeout=timeout,
+            headers=bearer(self._keys.first),
+            ssl=self._tls.now,
+        )
         try:
-            async with self._session.get(url, timeout=timeout, headers=headers) as response:
+            async with looking as response:
                 return response.status == 200
         except (aiohttp.ClientError, OSError, asyncio.TimeoutError):
             return False
@@ -232,6 +242,7 @@ def _parser() -> argparse.ArgumentParser:
         help="between two looks at the instance, and between two renewals",
     )
     add("--api-key-file", help="the instance's API key, for looks at it; read anew when it changes")
+    add_instance_files(parser)
     return parser
 
 

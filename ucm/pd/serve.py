@@ -10,11 +10,13 @@ import asyncio
 import logging
 import signal
 import socket
+import ssl
 from typing import Any
 
 from aiohttp import web
 
 from ucm.errors import ConfigError
+from ucm.pd import followed, tls
 from ucm.pd.errors import error_response
 from ucm.pd.flags import ProxySettings
 from ucm.pd.proxy import STOPPING, make_app
@@ -36,16 +38,21 @@ async def serve(settings: ProxySettings) -> None:
     signals: asyncio.Queue[int] = asyncio.Queue()
     loop = asyncio.get_running_loop()
     app = make_app(settings)
+    own = tls.of_the_proxy(settings.ssl_certfile, settings.ssl_keyfile)
     runner = Runner(app)
     await runner.setup()
+    renewing = followed.start(own.following())
     try:
-        await _listen(runner, settings.host, settings.port)
+        await _listen(runner, settings.host, settings.port, own.now)
         for number in (signal.SIGINT, signal.SIGTERM):
             loop.add_signal_handler(number, signals.put_nowait, number)
-        logger.info("listening on http://%s:%d", settings.host, settings.port)
+        scheme = "https" if own.now else "http"
+        logger.info("listening on %s://%s:%d", scheme, settings.host, settings.port)
         logger.info("stopping: %s", signal.Signals(await signals.get()).name)
         await _drain(runner, app, signals, timeout_s=settings.shutdown_timeout_s)
     finally:
+        for task in renewing:
+            task.cancel()
         await runner.cleanup()
 
 
@@ -99,16 +106,17 @@ class _Connection(web.RequestHandler):
         return response
 
 
-async def _listen(runner: Runner, host: str, port: int) -> None:
+async def _listen(runner: Runner, host: str, port: int, context: ssl.SSLContext | None) -> None:
     try:
         if host == "::" and socket.has_dualstack_ipv6():
             # Alone it would be IPv6 only, which nobody means who writes it.
             both = socket.create_server(
                 (host, port), family=socket.AF_INET6, dualstack_ipv6=True, backlog=_BACKLOG
             )
-            await web.SockSite(runner, both).start()
+            await web.SockSite(runner, both, ssl_context=context).start()
         else:
-            await web.TCPSite(runner, host, port, backlog=_BACKLOG).start()
+            site = web.TCPSite(runner, host, port, backlog=_BACKLOG, ssl_context=context)
+            await site.start()
     except socket.gaierror as error:
         problem = f"--host: {host!r} is no address of this machine: {error.strerror}"
         raise ConfigError(problem) from error

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import re
+import ssl
 from collections.abc import AsyncIterator
 from dataclasses import dataclass
 from io import BytesIO
@@ -16,6 +17,7 @@ from yarl import URL
 
 from ucm.pd.access import Access
 from ucm.pd.instance import Role
+from ucm.pd.tls import Followed
 
 # vLLM's server closes idle connections after 5 s: let go before it does, or a request now and then
 # goes out on a connection that is just being closed.
@@ -64,6 +66,7 @@ class Client:
     fresh: aiohttp.ClientSession
     connect_timeout_s: float
     access: Access
+    tls: Followed[ssl.SSLContext | bool]
 
     def headers(
         self, given: CIMultiDictProxy[str], role: Role, *, request_id: str
@@ -75,14 +78,16 @@ class Client:
 
 
 @contextlib.asynccontextmanager
-async def client(*, connect_timeout_s: float, access: Access) -> AsyncIterator[Client]:
+async def client(
+    *, connect_timeout_s: float, access: Access, tls: Followed[ssl.SSLContext | bool]
+) -> AsyncIterator[Client]:
     """No limit and no total timeout: a decode may stream for an hour, and thousands at once."""
     trace = aiohttp.TraceConfig()
     trace.on_connection_reuseconn.append(_note_reuse)
     pooled = aiohttp.TCPConnector(limit=0, keepalive_timeout=IDLE_CONNECTION_S)
     fresh = aiohttp.TCPConnector(limit=0, force_close=True)
     async with _session(pooled, trace) as one, _session(fresh) as other:
-        yield Client(one, other, connect_timeout_s, access)
+        yield Client(one, other, connect_timeout_s, access, tls)
 
 
 def _session(
@@ -150,6 +155,7 @@ async def ask(
             allow_redirects=False,
             timeout=timeout,
             trace_request_ctx=sending,
+            ssl=client.tls.now,
         )
 
     sending = _Sending()

@@ -74,6 +74,7 @@ async def _connect(
         headers=_headers(client, instance, request, journey),
         protocols=_protocols(request),
         autoping=False,
+        ssl=client.tls.now,
         max_msg_size=MAX_MESSAGE_BYTES,
         timeout=aiohttp.ClientWSTimeout(ws_close=_CLOSING_S),
     )
