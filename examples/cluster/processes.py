@@ -268,7 +268,20 @@ class VllmServer(HttpServer):
         if kv_transfer is not None:
             command += ["--kv-transfer-config", json.dumps(kv_transfer)]
         environment = {**VLLM_ENVIRONMENT, **(env or {})}
+        self._needs_a_first_prompt = dtype == "bfloat16" and kv_cache_bytes is not None
         super().__init__([*command, *args], port=port, log=log, env=environment)
+
+    def wait_ready(
+        self, timeout_s: float = START_TIMEOUT_S, *, on_wait: Callable[[], None] | None = None
+    ) -> float:
+        """As `HttpServer.wait_ready`. On processors with AMX, vLLM 0.32's CPU build without
+        compilation dies of an illegal instruction in bfloat16 if the first step it computes has
+        one token, as a hit's has: its attention uses tiles that the kernel grants to a process
+        only once oneDNN, which a longer step calls, has asked for them. Too short to be stored."""
+        started_s = super().wait_ready(timeout_s, on_wait=on_wait)
+        if self._needs_a_first_prompt:
+            self.client.complete([7] * 100, max_tokens=1)
+        return started_s
 
 
 def python_launcher() -> list[str]:

@@ -9,6 +9,8 @@ import pytest
 
 pytest.importorskip("vllm")
 
+from vllm.v1.request import RequestStatus
+
 from tests.integration.scheduler_parts import MANIFEST, Engine, Loopback
 from ucm.config import PRIVATE_EPOCH, load_settings, read_epoch, start_epoch
 from ucm.errors import ConfigError
@@ -50,6 +52,27 @@ def test_a_prompt_that_is_computed_across_such_a_reset_is_stored() -> None:
     engine.step({})
 
     assert hit(engine, "again") == 96
+
+
+@pytest.mark.parametrize("failed", [False, True])
+@pytest.mark.parametrize("preempted", [False, True])
+def test_copies_that_end_after_a_reset_are_given_back_in_the_namespace_that_they_began_in(
+    preempted: bool, failed: bool
+) -> None:
+    engine = Engine(Loopback())
+    request = engine.add("a", 100)
+    engine.admit(request)
+    engine.step({"a": 64})
+    copies = engine.take_dumping()
+    assert copies
+    if preempted:
+        request.status, request.num_computed_tokens = RequestStatus.PREEMPTED, 0
+        engine.step({})
+    reset(engine)
+    engine.copied(*copies, failed=failed)
+    engine.step({})
+
+    assert not engine.slots()["filling"] and not engine.slots()["ready"]
 
 
 def test_without_a_word_about_it_an_epoch_is_nobody_elses() -> None:

@@ -45,9 +45,11 @@ class Dump:
     """What of one request's prompt goes into the store. `todo` are the blocks the store lacks, in
     prompt order; a block leaves it when its copy is on its way, when somebody else has it, or when
     it is given up. `slots` maps blocks to offsets (or HAVE) once the node cache has answered. From
-    `lost_from` on blocks are missing in the store."""
+    `lost_from` on blocks are missing in the store. All that is said of its blocks is said in the
+    `namespace` that it began in, though the engine may be in another one by then."""
 
     state: RequestState
+    namespace: int
     keys: Sequence[Key]
     todo: deque[int]
     lost_from: int
@@ -89,7 +91,11 @@ class Dumps:
         """From now on these blocks of the request are dumped as they are computed."""
         if self._facts.dumps and state.request_id not in self._dumps:
             dump = self._dumps[state.request_id] = Dump(
-                state, state.keys, deque(todo), lost_from=len(state.keys)
+                state,
+                self._session.namespace,
+                state.keys,
+                deque(todo),
+                lost_from=len(state.keys),
             )
             self._reserve(dump, state.local_tokens + self._facts.max_step_tokens)
 
@@ -179,7 +185,7 @@ class Dumps:
         dump.asked_to = blocks[-1] + 1
         request = p.Reserve(
             id=self._session.next_id(),
-            ns=self._session.namespace,
+            ns=dump.namespace,
             keys=[dump.keys[block] for block in blocks],
             parents=parents(dump.keys, blocks),
             tail_tokens=dump.state.tail_at(blocks[-1] + 1),
@@ -267,11 +273,11 @@ class Dumps:
             keys: list[bytes] = [dump.keys[block] for block in done.blocks]
             if done.failed:
                 dump.lost_from = min(dump.lost_from, done.blocks[0])
-                self._session.send(p.Abort(ns=self._session.namespace, keys=keys))
+                self._session.send(p.Abort(ns=dump.namespace, keys=keys))
             else:
                 self._session.send(
                     p.Commit(
-                        ns=self._session.namespace,
+                        ns=dump.namespace,
                         keys=keys,
                         parents=parents(dump.keys, done.blocks),
                     )
@@ -292,10 +298,13 @@ class Dumps:
         keys: list[bytes] = [dump.keys[b] for b, offset in dump.slots.items() if offset >= 0]
         dump.slots.clear()
         if keys:
-            self._session.send(p.Abort(ns=self._session.namespace, keys=keys))
+            self._session.send(p.Abort(ns=dump.namespace, keys=keys))
 
     def forget_all(self) -> None:
-        """What is being copied won't be committed, and nothing else begins."""
+        """What is being copied won't be committed, and nothing else begins. Jobs outlive their
+        dumps: those of preempted requests run on."""
+        for _, job in self._jobs.values():
+            job.failed = True
         for dump in self._dumps.values():
             dump.lost_from = 0
             for job in dump.jobs:
