@@ -31,6 +31,7 @@ BAD_STORE: list[tuple[dict[Any, Any], str]] = [
         "posix_read_thread: unknown setting, did you mean posix_read_threads?",
     ),
     ({"wibble": 1}, f"{STORE}.wibble: unknown setting"),
+    ({"node_cache_group": "kv"}, f"{STORE}.node_cache_group: needs node_cache_socket"),
     ({"use_layerwise": True}, "use_layerwise: unknown setting, it belongs at the top level"),
     ({7: 1}, f"{STORE}: the key 7 is not text, quote it"),
     (

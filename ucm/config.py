@@ -87,6 +87,9 @@ class StoreSettings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fi
     hello_timeout_ms: _Milliseconds = msgspec.field(
         default=30_000, name="node_cache_hello_timeout_ms"
     )
+    group: Annotated[str, Meta(min_length=1)] | None = msgspec.field(
+        default=None, name="node_cache_group"
+    )
     socket_path: str = msgspec.field(name="node_cache_socket")
 
 
@@ -185,6 +188,11 @@ def _parse(tree: object, *, source: str) -> Settings:
         warnings.append(f"{source}: storage_backends: not used by store_pipeline {pipeline[0]}")
     if _CAPACITY_KEY in store_tree:
         store_tree["cache_capacity_bytes"] = _capacity(store_tree.pop(_CAPACITY_KEY), source=source)
+    if store_tree.get("node_cache_group") is not None and "node_cache_socket" not in store_tree:
+        raise ConfigError(
+            f"{source}: {_STORE_PATH}.node_cache_group: needs node_cache_socket: the default place "
+            f"is one user's own"
+        )
     store_tree.setdefault("node_cache_socket", default_socket_path(pipeline, backends))
 
     settings_tree = {

@@ -54,15 +54,18 @@ UMASK_DECIDES = FileRights()
 
 def file_rights(file_mode: str | None, file_group: str | None) -> FileRights:
     """From the settings: three octal digits, and a group's name or number. Raises ConfigError."""
-    gid = None
-    if file_group is not None:
-        try:
-            gid = int(file_group) if file_group.isdigit() else grp.getgrnam(file_group).gr_gid
-        except KeyError:
-            raise ConfigError(
-                f"file_group: {file_group}: no such group on this machine: give its number"
-            ) from None
+    gid = None if file_group is None else gid_of("file_group", file_group)
     return FileRights(None if file_mode is None else int(file_mode, 8), gid)
+
+
+def gid_of(setting: str, group: str) -> int:
+    """Of a group's name or number. Raises ConfigError."""
+    try:
+        return int(group) if group.isdigit() else grp.getgrnam(group).gr_gid
+    except KeyError:
+        raise ConfigError(
+            f"{setting}: {group}: no such group on this machine: give its number"
+        ) from None
 
 
 def problems(mode: int, *, may_write: bool, uid: int, is_sealed: bool) -> list[str]:

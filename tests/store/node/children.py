@@ -16,9 +16,13 @@ from tests.store.node.support import PAGE_BYTES, Engine, engine, make_keys
 from ucm.config import StoreSettings
 from ucm.errors import ConfigError
 from ucm.store.node import protocol as p
+from ucm.store.node import server
 from ucm.store.node.link import MemoryTaker, NodeLink, RankLink
+from ucm.store.node.lock import take_lock
+from ucm.store.node.trust import trust_of
 
 CROWD = 100
+BECOME = "UCM_TEST_BECOME"
 
 
 def hold(settings: StoreSettings) -> None:
@@ -72,14 +76,50 @@ def intrude(settings: StoreSettings) -> None:
 
 def knock(settings: StoreSettings) -> None:
     """Another user, whose configuration says the same."""
-    os.setgroups([])
-    os.setgid(65534)
-    os.setuid(65534)
+    if os.getuid() == 0:
+        become("65534:65534:")
     wait()
     for role in ("scheduler", "worker"):
         with pytest.raises(ConfigError) as refused:
             Engine(settings, "x/0", role)
         print(refused.value, flush=True)
+
+
+def serve(settings: StoreSettings) -> None:
+    """A node cache that somebody starts by hand."""
+    lock = take_lock(settings.socket_path, trust_of(settings))
+    print("ready", flush=True)
+    server.run(settings, lock)
+
+
+def use(settings: StoreSettings) -> None:
+    """Loads prompt `common` and dumps prompt `own`."""
+    wait()
+    with engine(settings, f"user {os.getuid()}/0") as client:
+        loaded = client.load(make_keys("common", 3))
+        dumped = client.dump(make_keys("own", 3))
+        client.wait_written()
+        print(client.pid, loaded, min(dumped) >= 0)
+
+
+def pose(settings: StoreSettings) -> None:
+    """Listens where a node cache is looked for, and hears what it is told."""
+    with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as sock:
+        sock.bind(settings.socket_path)
+        os.chmod(settings.socket_path, 0o666)
+        sock.listen()
+        print("ready", flush=True)
+        while True:
+            heard = sock.accept()[0].recv(1 << 16)
+            print(len(heard), flush=True)
+
+
+def become(who: str) -> None:
+    """`uid:gid:further,groups`, for good."""
+    uid, gid, further = who.split(":")
+    os.setgroups([int(each) for each in further.split(",") if each])
+    os.setgid(int(gid))
+    os.setuid(int(uid))
 
 
 class Reporter(MemoryTaker):
@@ -144,5 +184,8 @@ def wait() -> None:
 
 
 if __name__ == "__main__":
-    what = {each.__name__: each for each in (hold, copy, fill, knock, intrude, crowd)}[sys.argv[1]]
+    roles = (hold, copy, fill, knock, intrude, crowd, serve, use, pose)
+    what = {each.__name__: each for each in roles}[sys.argv[1]]
+    if os.environ.get(BECOME):
+        become(os.environ[BECOME])
     what(msgspec.json.decode(sys.argv[2], type=StoreSettings))

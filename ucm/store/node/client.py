@@ -17,7 +17,8 @@ from weakref import WeakSet
 
 from ucm.errors import ConfigError, NodeUnavailable, ProtocolError
 from ucm.store.node import protocol as p
-from ucm.store.node.place import is_trusted, owner_of, peer_uid
+from ucm.store.node.place import owner_of
+from ucm.store.node.trust import OWN_USER, Trust, peer_of
 
 if TYPE_CHECKING:
     from typing_extensions import Self
@@ -52,16 +53,26 @@ class NodeClient:
         _open.add(self)
 
     @classmethod
-    def connect(cls, socket_path: str, *, session: str, role: str, timeout_s: float) -> NodeClient:
+    def connect(
+        cls,
+        socket_path: str,
+        *,
+        session: str,
+        role: str,
+        timeout_s: float,
+        trust: Trust = OWN_USER,
+    ) -> NodeClient:
         """Connects and shakes hands. Raises NodeUnavailable (nobody there, or too slow),
         ConfigError (another user's) or ProtocolError (somebody else, or another version)."""
         sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM | socket.SOCK_CLOEXEC)
         try:
             sock.settimeout(timeout_s)
             sock.connect(socket_path)
-            uid = peer_uid(sock)
-            if not is_trusted(uid):
-                raise ProtocolError(f"uid {uid} serves at {socket_path}, and is not to be trusted")
+            peer = peer_of(sock)
+            if not trust.peer(peer):
+                raise ProtocolError(
+                    f"uid {peer.uid} serves at {socket_path}, and is not to be trusted"
+                )
             hello = p.Hello(version=p.VERSION, session=session, role=role, pid=os.getpid())
             sock.sendall(p.encode(hello))
             welcome, memory_fd = _receive_welcome(sock)
@@ -70,7 +81,8 @@ class NodeClient:
             raise ConfigError(
                 f"node_cache_socket: {socket_path} is uid {owner_of(socket_path)}'s, and this "
                 f"process is uid {os.getuid()}: a node cache serves its own user and root; run "
-                f"all engines of it as one user, or set a path of your own"
+                f"all engines of it as one user, name a group for all of them (node_cache_group), "
+                f"or set a path of your own"
             ) from error
         except OSError as error:
             sock.close()

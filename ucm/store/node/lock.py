@@ -24,6 +24,7 @@ import msgspec
 
 from ucm.errors import NodeUnavailable
 from ucm.store.node.place import ensure_private_directory, is_file_at, open_own_file
+from ucm.store.node.trust import OWN_USER, Trust
 from ucm.store.processes import num_threads, pid_namespace, state_and_start
 
 _TRIES: Final = 5
@@ -58,18 +59,19 @@ class SocketLock:
     """The right to serve at a socket path. Held until `release` or `handed_over`, or the process's
     end."""
 
-    def __init__(self, socket_path: str, fd: int) -> None:
+    def __init__(self, socket_path: str, fd: int, trust: Trust = OWN_USER) -> None:
         self.path = Path(socket_path)
+        self._trust = trust
         self._lock_path = lock_path(socket_path)
         self._fd = fd
         self._socket_inode: tuple[int, int] | None = None
         _held.add(fd)
 
     @classmethod
-    def adopt(cls, socket_path: str, fd: int) -> SocketLock:
+    def adopt(cls, socket_path: str, fd: int, trust: Trust) -> SocketLock:
         """The lock that the starter of this process has handed over."""
         os.set_inheritable(fd, False)
-        return cls(socket_path, fd)
+        return cls(socket_path, fd, trust)
 
     @property
     def fd(self) -> int:
@@ -95,7 +97,7 @@ class SocketLock:
         if self.is_held():
             os.utime(self._fd)  # those who clear up old files should let it be
             return True
-        other = try_lock(str(self.path))
+        other = try_lock(str(self.path), self._trust)
         if other is None:
             return False
         other.note(self.holder)
@@ -106,7 +108,8 @@ class SocketLock:
     def listen(self) -> socket.socket:
         self.path.unlink(missing_ok=True)
         listener = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM | socket.SOCK_CLOEXEC)
-        umask = os.umask(0o177)
+        # Its group is the directory's.
+        umask = os.umask(0o177 if self._trust.gid is None else 0o117)
         try:
             listener.bind(str(self.path))
         finally:
@@ -142,31 +145,31 @@ def lock_path(socket_path: str) -> str:
     return f"{socket_path}.lock"
 
 
-def try_lock(socket_path: str) -> SocketLock | None:
+def try_lock(socket_path: str, trust: Trust = OWN_USER) -> SocketLock | None:
     """The lock of `socket_path`; None while another process has it. Raises ConfigError where the
     directory or the file is not to be trusted."""
-    ensure_private_directory(socket_path)
+    ensure_private_directory(socket_path, trust)
     path = lock_path(socket_path)
     for _ in range(_TRIES):
-        fd = open_own_file(path, os.O_RDWR)
+        fd = open_own_file(path, os.O_RDWR, trust)
         try:
             fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
-            new_fd = _replace(path, fd) if _is_held_by_the_dead(fd) else None
+            new_fd = _replace(path, fd, trust) if _is_held_by_the_dead(fd) else None
             os.close(fd)
             if new_fd is None:
                 return None
             fd = new_fd
         if is_file_at(fd, path):
-            return SocketLock(socket_path, fd)
+            return SocketLock(socket_path, fd, trust)
         # Another file has come to this name since it was opened.
         os.close(fd)
     return None
 
 
-def take_lock(socket_path: str) -> SocketLock:
+def take_lock(socket_path: str, trust: Trust = OWN_USER) -> SocketLock:
     """`try_lock` for who has nothing to wait for. Raises NodeUnavailable."""
-    lock = try_lock(socket_path)
+    lock = try_lock(socket_path, trust)
     if lock is None:
         raise NodeUnavailable(f"another node cache serves at {socket_path}")
     return lock
@@ -202,10 +205,10 @@ def _is_held_by_the_dead(fd: int) -> bool:
     return is_undead(holder) and _read_holder(fd) == holder
 
 
-def _replace(path: str, dead_fd: int) -> int | None:
+def _replace(path: str, dead_fd: int, trust: Trust) -> int | None:
     """A locked file in place of the one that the dead hold."""
     temporary = f"{path}.{uuid.uuid4().hex}"
-    fd = open_own_file(temporary, os.O_RDWR | os.O_EXCL)
+    fd = open_own_file(temporary, os.O_RDWR | os.O_EXCL, trust)
     fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
     if not is_file_at(dead_fd, path):
         os.unlink(temporary)

@@ -20,8 +20,8 @@ import msgspec
 from ucm.errors import ProtocolError
 from ucm.store.node import protocol as p
 from ucm.store.node.lock import SocketLock
-from ucm.store.node.place import is_trusted, peer_pid, peer_uid
 from ucm.store.node.state import Connection
+from ucm.store.node.trust import peer_of
 
 if TYPE_CHECKING:
     from ucm.store.node.server import NodeServer
@@ -54,10 +54,10 @@ class Door:
     async def _accept_one(self, listener: socket.socket) -> None:
         try:
             sock, _ = await self._loop.sock_accept(listener)
-            uid = peer_uid(sock)
-            if not is_trusted(uid):
+            who = peer_of(sock)
+            if not self._server.trust.peer(who):
                 self._server.core.notices.warn(
-                    "refused_a_connection", f"from uid {uid}, pid {peer_pid(sock)}"
+                    "refused_a_connection", f"from uid {who.uid}, pid {who.pid}"
                 )
                 sock.close()
                 return
@@ -171,7 +171,7 @@ class Peer(asyncio.Protocol):
         if self._is_gone:
             return
         self._is_gone = True
-        self._server.core.notices.warn("dropped_a_client", f"pid {peer_pid(self._sock)}: {why}")
+        self._server.core.notices.warn("dropped_a_client", f"pid {peer_of(self._sock).pid}: {why}")
         self._server.core.count("clients_dropped")
         if self._connection is not None:
             self._dropped = self._sock.dup()

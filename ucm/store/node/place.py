@@ -1,30 +1,37 @@
-"""Where a node cache is found: its directory, the files in it, and who is at the other end.
+"""Where a node cache is found: its directory, and the files in it.
 
 Whoever owns the socket's name can keep a node from its pages. So the directory must belong to this
-user or to root and be writable by nobody else, files in it are not opened through links, and both
-ends of a connection check who is at the other one.
+user or to root and be writable by nobody else, and files in it are not opened through links.
+
+With a group (`trust.py`), the directory is the group's: its members write to it, and what is made
+in it belongs to the group by the directory's set-group-ID bit. No right is ever given by a file's
+name: a member could have put something else there.
 """
 
 from __future__ import annotations
 
 import errno
 import os
-import socket
 import stat
-import struct
+import uuid
 from contextlib import suppress
+from typing import Final
 
 from ucm.errors import ConfigError
+from ucm.store.node.trust import OWN_USER, Trust
 
-_OTHERS_WRITE = stat.S_IWGRP | stat.S_IWOTH
+_OTHERS_WRITE: Final = stat.S_IWGRP | stat.S_IWOTH
+_FOR_GROUP: Final = stat.S_ISGID | stat.S_IRWXG
+_DIRECTORY_MODE: Final = 0o700
+_FILE_MODE: Final = 0o600
 
 
-def ensure_private_directory(socket_path: str) -> None:
+def ensure_private_directory(socket_path: str, trust: Trust = OWN_USER) -> None:
     """Makes the directory of `socket_path` if it is missing. Raises ConfigError for one that
-    somebody else could put a socket into."""
+    somebody else could put a socket into, or that the group can't use."""
     directory = os.path.dirname(socket_path)
     try:
-        os.makedirs(directory, mode=0o700, exist_ok=True)
+        _make_directory(directory, trust)
         found = (os.lstat(directory), os.stat(directory))
     except OSError as error:
         raise ConfigError(
@@ -32,13 +39,15 @@ def ensure_private_directory(socket_path: str) -> None:
             f"directory of your own"
         ) from error
     for info in found:
-        if not is_trusted(info.st_uid):
+        if not trust.owner(info):
             raise ConfigError(
                 f"node_cache_socket: {directory} belongs to uid {info.st_uid}, who could pose as "
                 f"your node cache: remove it, or set a path in a directory of your own"
             )
+    if trust.gid is not None:
+        _check_group_directory(directory, found[1], trust.gid)
     # Also one where nobody can replace what is another's, such as /tmp: anybody may be first there.
-    if found[1].st_mode & _OTHERS_WRITE:
+    elif found[1].st_mode & _OTHERS_WRITE:
         shared = found[1].st_mode & stat.S_ISVTX
         own = f"{directory.rstrip('/')}/ucm/{os.path.basename(socket_path)}"
         raise ConfigError(
@@ -48,11 +57,53 @@ def ensure_private_directory(socket_path: str) -> None:
         )
 
 
-def open_own_file(path: str, flags: int) -> int:
-    """A descriptor of a plain file of ours, which is made if it is missing. Raises ConfigError for
-    what somebody else has put there."""
+def _check_group_directory(directory: str, info: os.stat_result, gid: int) -> None:
+    is_theirs = info.st_gid == gid and info.st_mode & _FOR_GROUP == _FOR_GROUP
+    if not is_theirs or info.st_mode & (stat.S_IWOTH | stat.S_ISVTX):
+        raise ConfigError(
+            f"node_cache_group: {directory} is not the group's alone: chgrp {gid} and chmod 2770 "
+            f"it, or set node_cache_socket to a path in a directory that is missing"
+        )
+
+
+def _make_directory(directory: str, trust: Trust) -> None:
+    """If it is missing. Whole, with all its rights: others may be about to use it. Raises
+    OSError."""
+    if trust.gid is None:
+        os.makedirs(directory, mode=_DIRECTORY_MODE, exist_ok=True)
+        return
+    if os.path.lexists(directory):
+        return
+    os.makedirs(os.path.dirname(directory), exist_ok=True)
+    temporary = f"{directory}.{uuid.uuid4().hex}"
+    os.mkdir(temporary, _DIRECTORY_MODE)
     try:
-        fd = os.open(path, flags | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW | os.O_NONBLOCK, 0o600)
+        # Not by name: where others may write, it may lead elsewhere by now.
+        fd = os.open(temporary, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC)
+        try:
+            os.fchown(fd, -1, trust.gid)
+            os.fchmod(fd, _DIRECTORY_MODE | _FOR_GROUP)
+        finally:
+            os.close(fd)
+        # Where another has made it meanwhile, that one is as good.
+        with suppress(OSError):
+            os.rename(temporary, directory)
+            return
+        os.rmdir(temporary)
+    except OSError:
+        with suppress(OSError):
+            os.rmdir(temporary)
+        raise
+
+
+def open_own_file(path: str, flags: int, trust: Trust = OWN_USER) -> int:
+    """A descriptor of a plain file of ours, or of the group's, which is made if it is missing.
+    Raises ConfigError for what somebody else has put there."""
+    flags |= os.O_CLOEXEC | os.O_NOFOLLOW | os.O_NONBLOCK
+    try:
+        fd = _make_file(path, flags, trust)
+        if fd is None:
+            fd = os.open(path, flags | os.O_CREAT, _FILE_MODE)
     except OSError as error:
         why = "it is a link" if error.errno == errno.ELOOP else error.strerror
         raise ConfigError(
@@ -60,12 +111,26 @@ def open_own_file(path: str, flags: int) -> int:
             f"path in a directory of your own"
         ) from error
     info = os.fstat(fd)
-    if not stat.S_ISREG(info.st_mode) or not is_trusted(info.st_uid) or info.st_nlink > 1:
+    if not stat.S_ISREG(info.st_mode) or not trust.owner(info) or info.st_nlink > 1:
         os.close(fd)
         raise ConfigError(
             f"node_cache_socket: {path} is not a plain file of uid {os.getuid()}'s own (it belongs "
             f"to uid {info.st_uid}): remove it, or set a path in a directory of your own"
         )
+    return fd
+
+
+def _make_file(path: str, flags: int, trust: Trust) -> int | None:
+    """A new one, with the group's rights; None when there is something already, which must not get
+    any. Raises OSError."""
+    try:
+        fd = os.open(path, flags | os.O_CREAT | os.O_EXCL, _FILE_MODE)
+    except FileExistsError:
+        if flags & os.O_EXCL:
+            raise
+        return None
+    if trust.gid is not None:
+        os.fchmod(fd, _FILE_MODE | stat.S_IRGRP | stat.S_IWGRP)
     return fd
 
 
@@ -84,23 +149,3 @@ def owner_of(path: str) -> int:
         with suppress(OSError):
             return os.lstat(each).st_uid
     return -1
-
-
-def is_trusted(uid: int) -> bool:
-    return uid in (0, os.getuid())
-
-
-def peer_uid(sock: socket.socket) -> int:
-    """Who is at the other end of a Unix socket, by the kernel's word."""
-    return _credentials(sock)[1]
-
-
-def peer_pid(sock: socket.socket) -> int:
-    """0 for a process that can't be seen from here."""
-    return _credentials(sock)[0]
-
-
-def _credentials(sock: socket.socket) -> tuple[int, int, int]:
-    found = sock.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, struct.calcsize("3i"))
-    pid, uid, gid = struct.unpack("3i", found)
-    return pid, uid, gid

@@ -1,9 +1,9 @@
 """The node cache process: one event loop for all decisions, bounded threads for all I/O.
 
-The socket is private to one user (mode 0600 in a directory of 0700, and the peer's uid is checked).
-A lock file beside it makes the process the only one; whoever holds the lock owns the socket's
-name. The process leaves on SIGTERM or when it has been idle for a while, after writing out what
-is queued, within a bound.
+The socket is private to one user (mode 0600 in a directory of 0700), or to one group (0660 in
+2770), and who comes in is checked by the kernel's word. A lock file beside it makes the process the
+only one; whoever holds the lock owns the socket's name. The process leaves on SIGTERM or when it
+has been idle for a while, after writing out what is queued, within a bound.
 """
 
 from __future__ import annotations
@@ -32,6 +32,7 @@ from ucm.store.node.memory import SharedMemory, give_way
 from ucm.store.node.peer import Door, Peer
 from ucm.store.node.room import GIB, be_taken_first, memory_left, room_for
 from ucm.store.node.saved import SavingRules
+from ucm.store.node.trust import trust_of
 from ucm.store.slots import SlotTable
 from ucm.store.tiers import build_tier, keeps_pages
 
@@ -51,6 +52,7 @@ class NodeServer:
 
     def __init__(self, settings: StoreSettings, loop: asyncio.AbstractEventLoop) -> None:
         self.settings = settings
+        self.trust = trust_of(settings)
         self._loop = loop
         left = memory_left()
         room = room_for(settings.cache_capacity_bytes, left)
@@ -119,7 +121,7 @@ class NodeServer:
         are finished, bounded."""
         door = Door(self, lock)
         lock.note(this_process(failures=0, tried_s=time.time()))
-        logger.info("node cache %d serves at %s", os.getpid(), lock.path)
+        logger.info("node cache %d serves at %s for %s", os.getpid(), lock.path, self.trust)
         idle_since_s = looked_s = time.monotonic()
         while not self.leaving.is_set():
             if time.monotonic() - looked_s > _LOOK_S:

@@ -26,6 +26,7 @@ from ucm.store.node.client import NodeClient
 from ucm.store.node.greeting import check_pages, ignored_settings
 from ucm.store.node.lock import Holder, SocketLock, take_lock, try_lock
 from ucm.store.node.place import ensure_private_directory, open_own_file
+from ucm.store.node.trust import trust_of
 
 logger = logging.getLogger(__name__)
 
@@ -54,13 +55,18 @@ def connect_or_start(
     answers. Blocks up to `timeout_s`, or until `given_up` is set; raises NodeUnavailable with where
     to look, or ConfigError for a place that somebody else controls, or that serves other pages."""
     given_up = given_up or threading.Event()
-    ensure_private_directory(settings.socket_path)
+    trust = trust_of(settings)
+    ensure_private_directory(settings.socket_path, trust)
     deadline_s = time.monotonic() + timeout_s
     pause_s, handshake_s = _FIRST_PAUSE_S, _FIRST_HANDSHAKE_S
     while True:
         try:
             client = NodeClient.connect(
-                settings.socket_path, session=session, role=role, timeout_s=handshake_s
+                settings.socket_path,
+                session=session,
+                role=role,
+                timeout_s=handshake_s,
+                trust=trust,
             )
         except NodeUnavailable as error:
             if given_up.is_set() or time.monotonic() >= deadline_s:
@@ -101,7 +107,7 @@ def _accept(settings: StoreSettings, client: NodeClient, role: str) -> None:
 def spawn(settings: StoreSettings) -> bool:
     """Starts a node cache that outlives this process, unless somebody serves or starts already, or
     the last ones have failed to start a moment ago."""
-    lock = try_lock(settings.socket_path)
+    lock = try_lock(settings.socket_path, trust_of(settings))
     if lock is None:
         return False
     holder = lock.holder
@@ -126,7 +132,8 @@ def may_start(holder: Holder, *, now_s: float) -> bool:
 
 
 def _spawn(settings: StoreSettings, lock: SocketLock) -> None:
-    with open(open_own_file(log_path(settings), os.O_WRONLY | os.O_APPEND), "ab") as log:
+    log_fd = open_own_file(log_path(settings), os.O_WRONLY | os.O_APPEND, trust_of(settings))
+    with open(log_fd, "ab") as log:
         # The child forks again and its parent ends, so the node cache isn't ours: an engine that
         # ends its process tree doesn't take the unwritten pages with it.
         subprocess.run(
@@ -153,7 +160,7 @@ def log_path(settings: StoreSettings) -> str:
 def run_by_hand(settings: StoreSettings) -> None:
     """`ucm node-cache`: serves in the foreground, logging to stderr. Raises as `server.run`."""
     logging.basicConfig(level=logging.INFO, format=_LOG_FORMAT)
-    lock = take_lock(settings.socket_path)
+    lock = take_lock(settings.socket_path, trust_of(settings))
     server.run(settings, lock)
 
 
@@ -164,7 +171,8 @@ def run_detached(settings_json: str, lock_fd: int) -> None:
     os.sched_setaffinity(0, range(os.cpu_count() or 1))
     try:
         settings = msgspec.json.decode(settings_json, type=StoreSettings)
-        server.run(settings, SocketLock.adopt(settings.socket_path, lock_fd))
+        lock = SocketLock.adopt(settings.socket_path, lock_fd, trust_of(settings))
+        server.run(settings, lock)
     except Exception:
         logger.exception("the node cache failed")
         raise
