@@ -13,12 +13,14 @@ pytest.importorskip("vllm")
 import torch
 from vllm.distributed.kv_transfer.kv_connector.factory import KVConnectorFactory
 from vllm.platforms import current_platform
+from vllm.v1.kv_cache_interface import FullAttentionSpec, KVCacheConfig, KVCacheGroupSpec
 
 from examples.cluster.models import make_model
 from tests.integration.scheduler_parts import Engine, Loopback
 from ucm.config import Settings, StoreSettings
+from ucm.errors import UnsupportedEngine
 from ucm.integration.vllm import ucm_connector
-from ucm.integration.vllm.engine_facts import _adapter_rules, why_no_hits
+from ucm.integration.vllm.engine_facts import EngineFacts, _adapter_rules, engine_facts, why_no_hits
 from ucm.integration.vllm.identity import manifest
 from ucm.store.namespace import Manifest
 from ucm.store.page import PageGeometry
@@ -147,6 +149,43 @@ def test_hits_are_for_engines_that_can_go_on_from_kv_they_have_not_just_computed
     # --enable-prefix-caching against vLLM's advice.
     pooler = SimpleNamespace(seq_pooling_type="MEAN")
     assert "MEAN pooling" in why_no_hits(config(model, supported=False, pooler=pooler))
+
+
+def facts_of(given: SimpleNamespace, *, micro_batches: bool = False, **more: Any) -> EngineFacts:
+    """As the connector learns them when vLLM makes it."""
+    spec = FullAttentionSpec(block_size=16, num_kv_heads=1, head_size=32, dtype=torch.bfloat16)
+    group = KVCacheGroupSpec(["layers.0"], spec)
+    given.parallel_config = SimpleNamespace(
+        nnodes=1,
+        world_size=1,
+        tensor_parallel_size=1,
+        pipeline_parallel_size=1,
+        decode_context_parallel_size=1,
+        prefill_context_parallel_size=1,
+        use_ubatching=micro_batches,
+    )
+    given.kv_transfer_config = SimpleNamespace(
+        engine_id="e", is_kv_consumer=True, is_kv_producer=True
+    )
+    given.instance_id = "i"
+    given.scheduler_config.max_num_batched_tokens = 64
+    given.model_config.get_total_num_kv_heads = lambda: 1
+    given.model_config.enable_sleep_mode = False
+    settings = Settings(store=StoreSettings(socket_path="/nowhere"), **more)
+    cache = KVCacheConfig(num_blocks=4, kv_cache_tensors=[], kv_cache_groups=[group])
+    return engine_facts(given, cache, settings)
+
+
+def test_what_an_engine_can_not_do_is_known_when_its_connector_is_made(model: Path) -> None:
+    assert facts_of(config(model)).loads
+    pooler = SimpleNamespace(seq_pooling_type="MEAN")
+    embedding = facts_of(config(model, supported=False, pooler=pooler))
+    assert (embedding.loads, embedding.dumps) == (False, True)
+    assert "MEAN pooling" in embedding.why_no_hits
+
+    assert facts_of(config(model), micro_batches=True).loads
+    with pytest.raises(UnsupportedEngine, match="--enable-dbo"):
+        facts_of(config(model), micro_batches=True, use_layerwise=True)
 
 
 def test_nothing_is_read_for_a_request_that_may_not_use_it() -> None:

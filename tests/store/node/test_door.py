@@ -62,9 +62,10 @@ def any_of(kind: type[Any]) -> st.SearchStrategy[Any]:
 @st.composite
 def dumps(draw: st.DrawFn) -> list[Any]:
     """Slots, and then pages in them: what fits together by chance only too seldom. The parents may
-    be anything, and come in one message or in several."""
+    be anything, or each other, and come in one message or in several."""
     keys = draw(st.lists(KEYS, min_size=1, max_size=4, unique=True))
-    parents = [draw(st.one_of(KEYS, st.sampled_from(keys), st.just(b""))) for _ in keys]
+    any_parents = st.tuples(*[st.one_of(KEYS, st.just(b"")) for _ in keys]).map(list)
+    parents = draw(st.one_of(any_parents, st.just([*keys[1:], keys[0]])))
     tail_tokens = draw(st.sampled_from([0, 0, 0, 1, 3, 4, 5]))
     reserve = p.Reserve(id=1, ns=1, keys=keys, parents=[b""] * len(keys), tail_tokens=tail_tokens)
     if draw(st.booleans()):
@@ -163,6 +164,23 @@ def test_a_page_is_committed_in_the_namespace_that_it_was_reserved_in() -> None:
     node.reserve(key(1))
     with pytest.raises(ProtocolError, match="reserved in another namespace"):
         handle(node, p.Commit(ns=2, keys=[key(1)], parents=[b""]))
+
+
+@pytest.mark.parametrize("kind", [p.Lookup, p.Find, p.Reserve, p.Commit])
+def test_a_page_is_not_taken_for_one_of_another_size(kind: type[Any]) -> None:
+    """Nobody reads or fills more of the memory than the slot of a key is long."""
+    node = Node()
+    larger = p.OpenNamespace(
+        ns=2, fingerprint=bytes(32), page_bytes=3 * PAGE, block_tokens=4, num_rows=2, manifest=b"{}"
+    )
+    handle(node, larger)
+    node.reserve(key(1))
+    node.commit(key(1))
+    about = {"keys": [key(1)], "parents": [b""], "id": 1, "read_from": 0, "load": True}
+    about |= {"storage": True, "timeout_ms": 1000}
+    fields = {name: about[name] for name in kind.__struct_fields__ if name in about}
+    with pytest.raises(ProtocolError, match="that of a page of another size"):
+        handle(node, kind(ns=2, **fields))
 
 
 def test_a_message_names_no_more_keys_than_it_may() -> None:
