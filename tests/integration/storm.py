@@ -292,9 +292,12 @@ class Storm:
             self.clock.now_s += 0.005
         left = {name: each.status.name for name, each in self.scheduler.requests.items()}
         assert not left, f"requests that nobody ends: {left}"
-        for _ in range(5):
+        for quiet_after in range(200):
             self.step()
             self.node.poll()
+            # A page may be written whose predecessor has just been.
+            if quiet_after >= 5 and not self.node.is_writing:
+                break
         self.side._session.poll()
         assert not self.side._states and not len(self.side._ledger)
         assert not self.side._hits._hits and not self.side._hits._loading

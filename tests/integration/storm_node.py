@@ -101,6 +101,10 @@ class StormNode:
     def memory_of(self, generation: int) -> memoryview | None:
         return self._memories.get(generation)
 
+    @property
+    def is_writing(self) -> bool:
+        return bool(self._writes.jobs or self._writes.hung)
+
     def tick(self, used_generations: set[int]) -> None:
         """Storage and timers go on; ranks let go of what they need no more."""
         self._go_on(self._reads)
