@@ -7,6 +7,7 @@ import contextlib
 import importlib.util
 import platform
 import shutil
+import signal
 import subprocess
 import sys
 from collections.abc import Callable, Iterator, Mapping
@@ -17,7 +18,9 @@ import pytest
 
 from examples.cluster.processes import free_port
 from tests.pd.conftest import Engine, Fleet, until
-from ucm.pd.etcd import PREFIX, Etcd, EtcdError, Registration
+from ucm.pd.etcd import PREFIX, Etcd, Registration
+from ucm.pd.etcd_access import EtcdAccess, etcd_endpoints
+from ucm.pd.etcd_gateway import EtcdError
 
 # The shortest that etcd grants.
 TTL_S = 2
@@ -34,23 +37,39 @@ class EtcdServer:
     """One etcd that may be killed and started again on the same ports."""
 
     folder: Path
+    name: str = "one"
+    scheme: str = "http"
+    # More of etcd's own flags.
+    flags: tuple[str, ...] = ()
     port: int = field(default_factory=free_port)
     peer_port: int = field(default_factory=free_port)
+    # All members of its cluster; it is alone if there are none.
+    members: list[EtcdServer] = field(default_factory=list)
     process: subprocess.Popen[bytes] | None = None
 
     @property
     def address(self) -> str:
         return f"127.0.0.1:{self.port}"
 
+    @property
+    def access(self) -> EtcdAccess:
+        return EtcdAccess(endpoints=etcd_endpoints(self.address, scheme=self.scheme))
+
+    @property
+    def peer_url(self) -> str:
+        return f"http://127.0.0.1:{self.peer_port}"
+
     def start(self) -> None:
-        client, peer = f"http://{self.address}", f"http://127.0.0.1:{self.peer_port}"
+        client, peer = f"{self.scheme}://{self.address}", self.peer_url
+        members = self.members or [self]
         command = [
-            *[etcd_binary(), "--name", "one", "--data-dir", str(self.folder / "data")],
+            *[etcd_binary(), "--name", self.name, "--data-dir", str(self._data)],
             *["--listen-client-urls", client, "--advertise-client-urls", client],
             *["--listen-peer-urls", peer, "--initial-advertise-peer-urls", peer],
-            *["--initial-cluster", f"one={peer}"],
+            *["--initial-cluster", ",".join(f"{each.name}={each.peer_url}" for each in members)],
+            *self.flags,
         ]
-        with (self.folder / "etcd.log").open("ab") as log:
+        with (self.folder / f"etcd-{self.name}.log").open("ab") as log:
             self.process = subprocess.Popen(command, stdout=log, stderr=log)
 
     def kill(self) -> None:
@@ -59,8 +78,17 @@ class EtcdServer:
             self.process.wait()
             self.process = None
 
+    def stand_still(self) -> None:
+        """It keeps its connections, and says nothing."""
+        assert self.process is not None
+        self.process.send_signal(signal.SIGSTOP)
+
     def lose_data(self) -> None:
-        shutil.rmtree(self.folder / "data")
+        shutil.rmtree(self._data)
+
+    @property
+    def _data(self) -> Path:
+        return self.folder / f"data-{self.name}"
 
 
 def etcd_binary() -> str:
@@ -81,9 +109,11 @@ def etcd_binary() -> str:
 
 
 @contextlib.contextmanager
-def running_etcd(folder: Path) -> Iterator[EtcdServer]:
+def running_etcd(
+    folder: Path, *, scheme: str = "http", flags: tuple[str, ...] = ()
+) -> Iterator[EtcdServer]:
     """For a fixture."""
-    server = EtcdServer(folder)
+    server = EtcdServer(folder, scheme=scheme, flags=flags)
     server.start()
     try:
         yield server
@@ -91,12 +121,27 @@ def running_etcd(folder: Path) -> Iterator[EtcdServer]:
         server.kill()
 
 
+@contextlib.contextmanager
+def running_cluster(folder: Path) -> Iterator[list[EtcdServer]]:
+    """Three of which any two go on without the third."""
+    members = [EtcdServer(folder, name=name) for name in ("one", "two", "three")]
+    try:
+        for each in members:
+            each.members = members
+            each.start()
+        yield members
+    finally:
+        for each in members:
+            each.kill()
+
+
 def registrar_command(
-    url: str, role: str, etcd: EtcdServer, *, lease_ttl_s: int = TTL_S
+    url: str, role: str, address: str, *flags: str, lease_ttl_s: int = TTL_S
 ) -> list[str]:
     return [
         *[sys.executable, "-m", "ucm.pd.register", "--role", role, "--url", url],
-        *["--etcd-addr", etcd.address, "--lease-ttl-s", str(lease_ttl_s), "--interval-s", "0.2"],
+        *["--etcd-addr", address, "--lease-ttl-s", str(lease_ttl_s), "--interval-s", "0.2"],
+        *flags,
     ]
 
 
@@ -119,7 +164,7 @@ class World:
         self.seen.append(dict(instances))
 
     def register(self, engine: Engine, role: str = "prefill") -> subprocess.Popen[bytes]:
-        command = registrar_command(str(engine.url.origin()), role, self.server)
+        command = registrar_command(str(engine.url.origin()), role, self.server.address)
         self.registrars.append(subprocess.Popen(command))
         return self.registrars[-1]
 

@@ -31,7 +31,9 @@ from tests.pd.etcd_parts import (
 from ucm.errors import ConfigError
 from ucm.pd import register
 from ucm.pd.discovery import changes, follow
-from ucm.pd.etcd import PREFIX, Etcd, EtcdError, Event, Registration, etcd_url
+from ucm.pd.etcd import PREFIX, Etcd, Registration
+from ucm.pd.etcd_access import EtcdAccess, etcd_endpoints
+from ucm.pd.etcd_gateway import EtcdError, Event
 
 
 @pytest.fixture
@@ -43,11 +45,11 @@ def server(tmp_path: Path) -> Iterator[EtcdServer]:
 @pytest_asyncio.fixture
 async def world(server: EtcdServer, fleet: Fleet) -> AsyncIterator[World]:
     async with aiohttp.ClientSession() as session:
-        world = World(server, Etcd(session, server.address), fleet)
+        world = World(server, Etcd(session, server.access), fleet)
         await world.until_etcd_answers()
         following = asyncio.create_task(
             follow(
-                Etcd(session, server.address, timeout_s=FOLLOW_TIMEOUT_S),
+                Etcd(session, server.access, timeout_s=FOLLOW_TIMEOUT_S),
                 world.see,
                 retry_s=RETRY_S,
                 grace_s=GRACE_S,
@@ -275,7 +277,8 @@ async def test_a_lease_that_is_gone_is_told_from_one_that_is_there(world: World)
 
 async def test_whoever_is_no_etcd_is_an_etcd_error(fleet: Fleet):
     engine = await fleet.engine("a")
-    etcd = Etcd(fleet.client, f"{engine.url.host}:{engine.url.port}", timeout_s=0.2)
+    access = EtcdAccess(endpoints=(engine.url.origin(),))
+    etcd = Etcd(fleet.client, access, timeout_s=0.2)
     answers = [answering(b"[]"), answering(b"no"), answering(b"", status=500), engine.never]
     for answer in answers:
         engine.answer = answer
@@ -296,10 +299,12 @@ def test_changes_are_whom_to_add_and_whom_to_remove():
     assert ([other], [old]) == changes({"x": old, "y": new}, {"y": new, "z": other})
 
 
-@pytest.mark.parametrize("address", ["", "host", "host:x", "ftp://host:1", "host:1/path"])
+@pytest.mark.parametrize(
+    "address", ["", "host", "host:x", "ftp://host:1", "host:1/path", "host:1,", "u:pw@host:1"]
+)
 def test_an_etcd_needs_a_host_and_a_port(address: str):
     with pytest.raises(ConfigError, match="host:port"):
-        etcd_url(address)
+        etcd_endpoints(address)
 
 
 FLAGS = {"--role": "prefill", "--url": "http://host:7800", "--etcd-addr": "host:2379"}

@@ -7,6 +7,7 @@ import contextlib
 import itertools
 import signal
 import sys
+import time
 from collections.abc import AsyncIterator, Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -18,7 +19,7 @@ import pytest_asyncio
 
 from examples.cluster.processes import GuardedProcess, HttpServer, free_port
 from tests.pd.engine_process import MARK, PATH, EngineServer, text_of, words
-from tests.pd.etcd_parts import EtcdServer, registrar_command, running_etcd
+from tests.pd.etcd_parts import EtcdServer, registrar_command, running_cluster, running_etcd
 
 pytestmark = pytest.mark.process
 
@@ -47,10 +48,10 @@ class Member:
 
 @dataclass
 class Site:
-    """An etcd, a proxy that follows it, members, and clients that are never content."""
+    """etcds, a proxy that follows them, members, and clients that are never content."""
 
     folder: Path
-    etcd: EtcdServer
+    etcds: list[EtcdServer]
     proxy: HttpServer
     session: aiohttp.ClientSession
     started: contextlib.ExitStack
@@ -58,6 +59,10 @@ class Site:
     stops: bool = False
     num_answers: int = 0
     problems: list[str] = field(default_factory=list)
+
+    @property
+    def address(self) -> str:
+        return ",".join(each.address for each in self.etcds)
 
     def engine(self, port: int | None = None) -> EngineServer:
         engine = EngineServer(self.folder, port=port)
@@ -68,7 +73,7 @@ class Site:
         engine = self.engine(port)
         log = self.folder / f"registrar-{engine.port}.log"
         url, ttl_s = str(engine.url), self.lease_ttl_s
-        command = registrar_command(url, role, self.etcd, lease_ttl_s=ttl_s)
+        command = registrar_command(url, role, self.address, lease_ttl_s=ttl_s)
         registrar = GuardedProcess(command, log=log)
         self.started.callback(registrar.kill)
         return Member(role, engine, registrar)
@@ -130,17 +135,27 @@ class Site:
 
 
 @pytest.fixture
-def etcd(tmp_path: Path) -> Iterator[EtcdServer]:
-    with running_etcd(tmp_path) as etcd:
-        yield etcd
+def num_etcds() -> int:
+    return 1
 
 
 @pytest.fixture
-def proxy(tmp_path: Path, etcd: EtcdServer) -> Iterator[HttpServer]:
+def etcds(tmp_path: Path, num_etcds: int) -> Iterator[list[EtcdServer]]:
+    if num_etcds == 1:
+        with running_etcd(tmp_path) as etcd:
+            yield [etcd]
+    else:
+        with running_cluster(tmp_path) as etcds:
+            yield etcds
+
+
+@pytest.fixture
+def proxy(tmp_path: Path, etcds: list[EtcdServer]) -> Iterator[HttpServer]:
     port = free_port()
     command = [
         *[sys.executable, "-m", "ucm.pd.toy_proxy_server", "--port", str(port)],
-        *["--host", "127.0.0.1", "--etcd-addr", etcd.address, "--min-prefill-tokens", "0"],
+        *["--host", "127.0.0.1", "--min-prefill-tokens", "0"],
+        *["--etcd-addr", ",".join(each.address for each in etcds)],
         # One failure is enough, and only a new incarnation brings an instance back.
         *["--breaker-failures", "1", "--breaker-open-s", "1000", "--health-interval-s", "1000"],
     ]
@@ -152,12 +167,12 @@ def proxy(tmp_path: Path, etcd: EtcdServer) -> Iterator[HttpServer]:
 
 @pytest_asyncio.fixture
 async def site(
-    tmp_path: Path, etcd: EtcdServer, proxy: HttpServer, lease_ttl_s: int
+    tmp_path: Path, etcds: list[EtcdServer], proxy: HttpServer, lease_ttl_s: int
 ) -> AsyncIterator[Site]:
     """Nobody is there yet."""
     with contextlib.ExitStack() as started:
         async with aiohttp.ClientSession() as session:
-            yield Site(tmp_path, etcd, proxy, session, started, lease_ttl_s)
+            yield Site(tmp_path, etcds, proxy, session, started, lease_ttl_s)
 
 
 @contextlib.asynccontextmanager
@@ -214,18 +229,43 @@ async def test_no_request_fails_while_etcd_is_away_instances_die_and_etcd_is_bac
         dying = [site.join("prefill"), site.join("decode")]
         await site.until_at_work(*dying)
 
-        site.etcd.kill()
+        (etcd,) = site.etcds
+        etcd.kill()
         await site.until_at_work(*living, *dying)
         for each in dying:
             await each.kill()
             await site.until_open(each)
 
         if loses_data:
-            site.etcd.lose_data()
-        site.etcd.start()
+            etcd.lose_data()
+        etcd.start()
         new = site.join("decode")
         await site.until_at_work(new)
         # After the grace that those who are missing get.
         for each in dying:
             await site.until_gone(each)
         await site.until_at_work(*living, new)
+
+
+@pytest.mark.parametrize("lease_ttl_s", [5])
+@pytest.mark.parametrize("num_etcds", [3])
+@pytest.mark.parametrize("end", [EtcdServer.kill, EtcdServer.stand_still], ids=["killed", "silent"])
+async def test_no_request_fails_and_none_is_lost_while_the_etcd_in_use_is(
+    site: Site, end: Callable[[EtcdServer], None]
+):
+    """All of them use the first one. The others go on, and so does what is registered there."""
+    living = [site.join("prefill"), site.join("decode")]
+    async with traffic(site, *living):
+        end(site.etcds[0])
+        new = site.join("decode")
+        await site.until_at_work(*living, new)
+        # Longer than the leases, of which none may have run out.
+        ends_s = time.monotonic() + site.lease_ttl_s + 2.0
+        while time.monotonic() < ends_s:
+            assert {each.url for each in (*living, new)} == set(await site.instances())
+            await asyncio.sleep(0.1)
+
+        new.registrar.send_signal(signal.SIGTERM)
+        await site.until_gone(new)
+        await site.until_at_work(*living)
+    assert "another etcd, " in site.proxy.log_text()

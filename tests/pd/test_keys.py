@@ -12,6 +12,7 @@ from yarl import URL
 from tests.pd.conftest import Fleet, answering, until
 from tests.pd.test_websocket import REALTIME, echo
 from ucm.pd import toy_proxy_server
+from ucm.pd.etcd_access import EtcdAccess, etcd_endpoints
 from ucm.pd.flags import ProxySettings
 from ucm.pd.instance import Role
 from ucm.pd.proxy import GENERATING, make_app
@@ -253,7 +254,7 @@ async def test_a_registrar_looks_at_its_instance_with_the_instances_key(fleet: F
     settings = RegisterSettings(
         role=Role.PREFILL,
         url=engine.url.origin(),
-        etcd_addr="127.0.0.1:1",
+        etcd=EtcdAccess(endpoints=etcd_endpoints("127.0.0.1:1")),
         health_url=engine.url / "health",
         api_key_file=str(file),
     )

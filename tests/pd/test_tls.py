@@ -11,57 +11,21 @@ from pathlib import Path
 
 import aiohttp
 import pytest
-import trustme
 from aiohttp import web
 from aiohttp.test_utils import TestServer
 
 from examples.cluster.processes import free_port
+from tests.pd.certificates import Files
 from tests.pd.conftest import Engine, Fleet, until
 from tests.pd.test_websocket import REALTIME, echo
 from ucm.pd import toy_proxy_server
+from ucm.pd.etcd_access import EtcdAccess, etcd_endpoints
 from ucm.pd.flags import ProxySettings
 from ucm.pd.instance import Role
 from ucm.pd.register import RegisterSettings, Registrar
 from ucm.pd.serve import serve
 
 NEVER_S = 1000.0
-
-
-class Files:
-    """An authority, and what it has signed, as files."""
-
-    def __init__(self, folder: Path, name: str) -> None:
-        self.authority = trustme.CA()
-        self._folder = folder / name
-        self._folder.mkdir()
-        self.ca = str(self._folder / "ca.pem")
-        self.authority.cert_pem.write_to_path(self.ca)
-
-    def issue(self, name: str, *hosts: str) -> tuple[str, str]:
-        """Certificate and key; a second time under one name they are replaced at once."""
-        issued = self.authority.issue_cert(*(hosts or ("localhost", "127.0.0.1")))
-        cert, key = self._folder / f"{name}.pem", self._folder / f"{name}.key"
-        for path, blobs in ((cert, issued.cert_chain_pems), (key, [issued.private_key_pem])):
-            new = path.with_suffix(".new")
-            new.write_bytes(b"".join(blob.bytes() for blob in blobs))
-            new.replace(path)
-        return str(cert), str(key)
-
-    def server(self, cert: str, key: str, *, wants_client: bool = False) -> ssl.SSLContext:
-        context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
-        context.load_cert_chain(cert, key)
-        if wants_client:
-            context.verify_mode = ssl.CERT_REQUIRED
-            self.authority.configure_trust(context)
-        return context
-
-    def spoil(self) -> None:
-        Path(self.ca).write_text("none")
-
-    def client(self) -> ssl.SSLContext:
-        context = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
-        self.authority.configure_trust(context)
-        return context
 
 
 @pytest.fixture
@@ -235,7 +199,7 @@ async def test_a_registrar_reaches_its_instance_as_proxies_do(fleet, files):
     settings = RegisterSettings(
         role=Role.PREFILL,
         url=engine.url.origin(),
-        etcd_addr="127.0.0.1:1",
+        etcd=EtcdAccess(endpoints=etcd_endpoints("127.0.0.1:1")),
         health_url=engine.url / "health",
         instance_ca_file=files.ca,
         instance_cert_file=cert,

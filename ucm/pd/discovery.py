@@ -6,6 +6,8 @@
 
 While etcd is gone, what was last known stays. When it is back, leases may have run out only because
 nobody could renew them: what is missing then, or is deleted soon after, gets a grace to come back.
+The same is due when one endpoint of several was lost: a registrar may have been the slower to leave
+it.
 """
 
 from __future__ import annotations
@@ -16,12 +18,13 @@ import time
 from collections.abc import Callable, Iterable, Mapping
 from contextlib import aclosing
 
-from ucm.pd.etcd import PREFIX, Etcd, EtcdError, Event, Registration
+from ucm.pd.etcd import PREFIX, Etcd, Registration
+from ucm.pd.etcd_gateway import EtcdError, Event
 
 logger = logging.getLogger(__name__)
 
 GRACE_S = 10.0
-# An etcd that stands still is noticed after this and one call's timeout. That has to be before
+# An endpoint that stands still is noticed after this and one call's timeout. That has to be before
 # leases can run out (a registrar's ttl less its interval), or those would get no grace.
 _WATCH_S = 1.0
 _SHORTEST_WATCH_S = 0.05
@@ -60,6 +63,7 @@ class _Follower:
         self._grace_s = grace_s
         self._grace_ends_s = 0.0
         self._is_out = False
+        self._num_lost = etcd.num_lost
         self._there: dict[str, Registration] = {}
         self._told: dict[str, Registration] | None = None
         self._unreadable: set[Event] = set()
@@ -77,10 +81,11 @@ class _Follower:
     async def _read(self) -> int:
         """All that is there. The revision of that. Raises EtcdError."""
         snapshot = await self._etcd.range(PREFIX)
+        if self._is_out or self._num_lost != self._etcd.num_lost:
+            self._grace_ends_s = time.monotonic() + self._grace_s
         if self._is_out:
             logger.info("etcd answers again")
-            self._is_out = False
-            self._grace_ends_s = time.monotonic() + self._grace_s
+        self._is_out, self._num_lost = False, self._etcd.num_lost
         self._there = {}
         self._apply(Event(key, value) for key, value in snapshot.values.items())
         return snapshot.revision

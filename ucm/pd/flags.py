@@ -23,6 +23,7 @@ from ucm.pd.credentials import (
     check_goes_with,
     instance_files,
 )
+from ucm.pd.etcd_access import EtcdAccess, add_etcd_flags, etcd_access
 
 POLICIES = ("least-loaded", "round-robin")
 HANDOFFS = ("chain", "overlap")
@@ -70,7 +71,7 @@ class ProxySettings(InstanceFiles):
     ssl_certfile: str | None = None
     ssl_keyfile: str | None = None
     instances_file: str | None = None
-    etcd_addr: str | None = None
+    etcd: EtcdAccess | None = None
 
     @property
     def mode(self) -> str:
@@ -154,13 +155,17 @@ def _settings(args: argparse.Namespace) -> ProxySettings:
     plain = {
         name: value
         for name, value in vars(args).items()
-        if name != "pd_disaggregation" and not name.endswith(("_hosts", "_ports"))
+        if name != "pd_disaggregation"
+        and not name.startswith("etcd_")
+        and not name.endswith(("_hosts", "_ports"))
     }
     plain["api_key"] = tuple(_flat(args.api_key) or ())
     plain |= vars(instance_files(args))
     # As in URLs, and as a URL of the proxy is likely copied from.
     plain["host"] = plain["host"].removeprefix("[").removesuffix("]")
-    return ProxySettings(prefillers=prefillers, decoders=decoders, workers=workers, **plain)
+    return ProxySettings(
+        prefillers=prefillers, decoders=decoders, workers=workers, etcd=etcd_access(args), **plain
+    )
 
 
 class OneLineParser(argparse.ArgumentParser):
@@ -228,7 +233,7 @@ def _parser(description: str) -> argparse.ArgumentParser:
         help="a stream that breaks off ends with an error event, instead of on another instance",
     )
     add("--instances-file", help="instances in a YAML file, which is read anew when it changes")
-    add("--etcd-addr", help="host:port of an etcd in which instances register themselves")
+    add_etcd_flags(parser, is_required=False)
     add_keys(parser)
     add_own_files(parser)
     add_instance_files(parser)

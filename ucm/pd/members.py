@@ -39,8 +39,8 @@ class Members:
             path = settings.instances_file
             read = partial(read_instances, path)
             following.append(follow_file([path], read, self.listed, what="instances"))
-        if settings.etcd_addr is not None:
-            etcd = Etcd(session, settings.etcd_addr)
+        if settings.etcd is not None:
+            etcd = Etcd(session, settings.etcd)
             following.append(follow(etcd, self.registered, retry_s=_ETCD_RETRY_S))
         return following
 

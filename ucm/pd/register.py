@@ -24,7 +24,9 @@ try:
     from ucm.pd import tls
     from ucm.pd.access import bearer
     from ucm.pd.credentials import InstanceFiles, add_instance_files, instance_files
-    from ucm.pd.etcd import Etcd, EtcdError, Registration, etcd_url
+    from ucm.pd.etcd import CALL_TIMEOUT_S, Etcd, Registration
+    from ucm.pd.etcd_access import EtcdAccess, add_etcd_flags, etcd_access
+    from ucm.pd.etcd_gateway import EtcdError
     from ucm.pd.flags import OneLineParser, instance_url, seconds_flag
     from ucm.pd.instance import Role
     from ucm.pd.keys import Keys
@@ -37,13 +39,15 @@ logger = logging.getLogger("ucm.pd.register")
 # Proxies wait 10 s for instances to come back after an outage of etcd: be there well before.
 _FIRST_RETRY_S = 0.25
 _LAST_RETRY_S = 2.0
+# Less would take a busy etcd for one that is lost.
+_SHORTEST_CALL_S = 0.5
 
 
 @dataclass(frozen=True, kw_only=True)
 class RegisterSettings(InstanceFiles):
     role: Role
     url: URL
-    etcd_addr: str
+    etcd: EtcdAccess
     health_url: URL
     lease_ttl_s: int = 5
     interval_s: float = 1.0
@@ -65,10 +69,12 @@ def parse_flags(arguments: Sequence[str] | None) -> RegisterSettings:
     parser = _parser()
     args = parser.parse_args(arguments)
     try:
+        etcd = etcd_access(args)
+        assert etcd is not None, "--etcd-addr is required"
         settings = RegisterSettings(
             role=Role(args.role),
             url=instance_url(args.url),
-            etcd_addr=str(etcd_url(args.etcd_addr)),
+            etcd=etcd,
             health_url=_health_url(args.health_url, args.url),
             lease_ttl_s=args.lease_ttl_s,
             interval_s=args.interval_s,
@@ -80,6 +86,12 @@ def parse_flags(arguments: Sequence[str] | None) -> RegisterSettings:
     if settings.interval_s >= settings.lease_ttl_s:
         parser.error("--interval-s must be shorter than --lease-ttl-s: the lease would run out")
     return settings
+
+
+def call_timeout_s(settings: RegisterSettings) -> float:
+    """For each endpoint: the lease outlives a renewal for which all but the last one are silent."""
+    spare_s = (settings.lease_ttl_s - settings.interval_s) / len(settings.etcd.endpoints)
+    return min(CALL_TIMEOUT_S, max(_SHORTEST_CALL_S, spare_s))
 
 
 class Registrar:
@@ -95,7 +107,7 @@ class Registrar:
         self._settings = settings
         self._tls = tls.of_instances(settings)
         self._keys = Keys((), settings.api_key_file, flag="--api-key-file")
-        self._etcd = Etcd(session, settings.etcd_addr)
+        self._etcd = Etcd(session, settings.etcd, timeout_s=call_timeout_s(settings))
         # None while the instance does not answer.
         self._wanted: Registration | None = None
         self._failing_since_s = time.monotonic()
@@ -227,8 +239,8 @@ def _parser() -> argparse.ArgumentParser:
     roles = [role.value for role in Role]
     add("--role", required=True, choices=roles, help="what the instance does")
     add("--url", required=True, help="the instance, as proxies reach it: http://host:port")
-    add("--etcd-addr", required=True, help="host:port of etcd")
     add("--health-url", help="asked instead of <url>/health")
+    add_etcd_flags(parser, is_required=True)
     add(
         "--lease-ttl-s",
         type=_whole_seconds,

@@ -39,23 +39,32 @@ class Followed(Generic[_Context]):
         self.now = made
 
 
+def of_a_client(ca: str | None, cert: str | None, key: str | None, *, flags: str) -> ssl.SSLContext:
+    """Reads files, which `flags` with -ca-file and so on behind it name. Raises ConfigError."""
+    if ca is None:
+        context = ssl.create_default_context()
+    else:
+        # The system's authorities are then not trusted.
+        context = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
+        context.verify_flags |= ssl.VERIFY_X509_PARTIAL_CHAIN
+        _load_ca(context, ca, f"{flags}-ca-file")
+    if cert is not None:
+        _load_chain(context, cert, key, (f"{flags}-cert-file", f"{flags}-key-file"))
+    return context
+
+
 def of_instances(files: InstanceFiles) -> Followed[ssl.SSLContext | bool]:
     """For https instances: as Python has it unless a file says otherwise."""
 
     def make() -> ssl.SSLContext | bool:
         if files.instance_ca_file is None and files.instance_cert_file is None:
             return True
-        if files.instance_ca_file is None:
-            context = ssl.create_default_context()
-        else:
-            # The system's authorities are then not trusted.
-            context = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
-            context.verify_flags |= ssl.VERIFY_X509_PARTIAL_CHAIN
-            _load_ca(context, files.instance_ca_file)
-        if files.instance_cert_file is not None:
-            flags = ("--instance-cert-file", "--instance-key-file")
-            _load_chain(context, files.instance_cert_file, files.instance_key_file, flags)
-        return context
+        return of_a_client(
+            files.instance_ca_file,
+            files.instance_cert_file,
+            files.instance_key_file,
+            flags="--instance",
+        )
 
     return Followed(
         (files.instance_ca_file, files.instance_cert_file, files.instance_key_file), make
@@ -85,13 +94,13 @@ def of_the_proxy(cert: str | None, key: str | None) -> Followed[ssl.SSLContext |
     return made
 
 
-def _load_ca(context: ssl.SSLContext, path: str) -> None:
+def _load_ca(context: ssl.SSLContext, path: str, flag: str) -> None:
     """Raises ConfigError."""
-    _check_readable(path, "--instance-ca-file")
+    _check_readable(path, flag)
     try:
         context.load_verify_locations(cafile=path)
     except (OSError, ValueError) as error:
-        raise ConfigError(f"--instance-ca-file: {path} has no certificates: {error}") from error
+        raise ConfigError(f"{flag}: {path} has no certificates: {error}") from error
 
 
 def _load_chain(
