@@ -25,6 +25,8 @@ class Kept:
     sessions: set[str] = field(default_factory=set)
     # Of a stream's bytes so many at once; all by default.
     piece_bytes: int = 1 << 20
+    # What its new answers say was cached; nothing by default.
+    answer_usage: int | None = None
 
     async def answer(self, request: web.Request) -> web.StreamResponse:
         if request.path == "/invocations":
@@ -48,6 +50,9 @@ class Kept:
         made = response(None if fields.get("background") else "one two")
         made |= {"id": f"resp_{next(_numbers)}", "previous_response_id": before}
         made["metadata"] = {"engine": self.engine.name}
+        if self.answer_usage is not None:
+            details = {"cached_tokens": self.answer_usage}
+            made["usage"] = {"input_tokens": 100, "input_tokens_details": details}
         self.responses[made["id"]] = made
         if fields.get("stream"):
             return await self._streamed(request, made)

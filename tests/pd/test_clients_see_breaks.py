@@ -136,7 +136,17 @@ async def test_the_proxys_own_errors_about_messages_have_anthropics_form(fleet: 
     assert (400, "invalid_request_error") == (answer.status, body["error"]["type"])
 
 
-@pytest.mark.parametrize("path", ["v1/other", "inference/v1/generate"])
+async def test_a_broken_stream_of_token_ids_ends_with_an_error_event(fleet: Fleet) -> None:
+    """As vLLM's own errors in it."""
+    await fleet.start(1, 1)
+    fleet.decode[0].answer = breaking("/v1/completions", Break(True, num_whole=1))
+
+    async with await fleet.post("inference/v1/generate", stream=True) as answer:
+        last = (await answer.read()).strip().splitlines()[-1]
+    assert 502 == json.loads(last.removeprefix(b"data: "))["error"]["code"]
+
+
+@pytest.mark.parametrize("path", ["v1/other", "cohere/v2/chat"])
 async def test_where_events_are_not_known_the_connection_ends_inside_the_body(
     fleet: Fleet, path: str
 ) -> None:

@@ -15,6 +15,7 @@ from ucm.pd.errors import error_response
 from ucm.pd.journey import Journey
 from ucm.pd.protocol import Protocol, protocol_of
 from ucm.pd.resume import Events, Tracker
+from ucm.pd.usage import PrefillUsage
 
 logger = logging.getLogger(__name__)
 
@@ -45,8 +46,12 @@ class Answer:
     @property
     def is_event_stream(self) -> bool:
         """One whose events can be read: a compressed one is passed on as it comes."""
-        coding = self.upstream.headers.get("Content-Encoding", "identity").lower()
-        return self.upstream.content_type == _EVENT_STREAM and coding == "identity"
+        return self.upstream.content_type == _EVENT_STREAM and self.is_plain
+
+    @property
+    def is_plain(self) -> bool:
+        """Not compressed."""
+        return self.upstream.headers.get("Content-Encoding", "identity").lower() == "identity"
 
     async def pieces(self) -> AsyncIterator[bytes]:
         piece = self.first
@@ -72,13 +77,21 @@ class Problem:
 
 
 class Delivery:
-    """`tracker` is for requests whose stream may be resumed. Owned by the request's task."""
+    """`tracker` is for requests whose stream may be resumed, `usage` for those that were prefilled.
+    Owned by the request's task."""
 
-    def __init__(self, request: web.Request, journey: Journey, tracker: Tracker | None) -> None:
+    def __init__(
+        self,
+        request: web.Request,
+        journey: Journey,
+        tracker: Tracker | None,
+        usage: PrefillUsage | None = None,
+    ) -> None:
         self.response: web.StreamResponse | None = None
         self.request = request
         self._journey = journey
         self._tracker = tracker
+        self._usage = usage
         self._is_event_stream = False
         # Whose events these are; one that knows none where they can't be read.
         self._protocol = _NO_PROTOCOL
@@ -105,7 +118,9 @@ class Delivery:
         status, reason = answer.upstream.status, answer.upstream.reason
         self._journey.status = status
         if answer.is_whole:
-            body = answer.first
+            body = await self._whole(answer)
+            if body is not answer.first:
+                headers.popall("Content-Length", None)
             self.response = web.Response(status=status, reason=reason, headers=headers, body=body)
             return None
         self.response = web.StreamResponse(status=status, reason=reason, headers=headers)
@@ -118,6 +133,12 @@ class Delivery:
             self._journey.client_left()
             return None
         return await self._pump(answer, is_first=True)
+
+    async def _whole(self, answer: Answer) -> bytes:
+        is_ok = answer.upstream.status == web.HTTPOk.status_code
+        if self._usage is None or not is_ok or not answer.is_plain:
+            return answer.first
+        return await self._usage.in_body(answer.first)
 
     async def _go_on(self, answer: Answer) -> str | None:
         if answer.upstream.status != web.HTTPOk.status_code or not answer.is_event_stream:
@@ -142,6 +163,8 @@ class Delivery:
                     if tracker is not None:
                         tracker.add(whole)
                         whole = whole if is_first else tracker.continued(whole)
+                    if self._usage is not None:
+                        whole = await self._usage.in_events(whole)
                     await self.response.write(whole)
                     self._note_end(whole)
         except upstream.UNREACHABLE as error:

@@ -57,6 +57,7 @@ class ProxySettings(InstanceFiles):
     resume: bool = True
     max_remembered: int = 65536
     max_searched: int = 16
+    usage_wait_s: float = 0.25
     shutdown_timeout_s: float = 10.0
     api_key: tuple[str, ...] = ()
     api_key_file: str | None = None
@@ -222,6 +223,7 @@ def _parser(description: str) -> argparse.ArgumentParser:
         ("breaker-open-s", seconds_flag, "how long it is left alone"),
         ("max-remembered", _count, "responses whose instance is remembered; the latest"),
         ("max-searched", _positive, "instances that are asked for one that is not"),
+        ("usage-wait-s", seconds_flag, "how long a prefill outlives decode's first byte"),
         ("shutdown-timeout-s", seconds_flag, "for requests that run when the proxy is stopped"),
     ):
         default = getattr(defaults, name.replace("-", "_"))

@@ -46,6 +46,8 @@ class Instance:
     draining: bool = False
     heard_s: float = 0.0
     waiting: set[asyncio.Task[Any]] = field(default_factory=set)
+    # It has been said that it does not say what it finds cached.
+    is_known_as_mute: bool = False
     _shunned_until_s: float = 0.0
     _unfit_until_s: dict[str, float] = field(default_factory=dict)
 

@@ -7,8 +7,9 @@ proxies that stand side by side share no memory, and none outlives its proxy.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 import msgspec
@@ -17,6 +18,7 @@ from yarl import URL
 from ucm.pd.delivery import Answer
 from ucm.pd.protocol import RESPONSES
 from ucm.pd.resume import Events
+from ucm.pd.usage import Found
 
 SESSIONS = "/invocations"
 _SESSION = "X-Amzn-SageMaker-Session-Id"
@@ -57,31 +59,36 @@ def named_by(
 
 
 class Keepers:
-    """The latest `max_kept` names and their instances. Owned by the event loop's thread."""
+    """The latest `max_kept` names, each with its instance, and with what prefill had of its prompt
+    if that is known. Owned by the event loop's thread."""
 
     def __init__(self, max_kept: int) -> None:
         self._max_kept = max_kept
         # Those that were asked for or made last are at the end.
-        self._urls: dict[Name, URL] = {}
+        self._kept: dict[Name, tuple[URL, Found | None]] = {}
 
     def __len__(self) -> int:
-        return len(self._urls)
+        return len(self._kept)
 
     def find(self, name: Name) -> URL | None:
-        url = self._urls.pop(name, None)
-        if url is not None:
-            self._urls[name] = url
-        return url
+        kept = self._kept.pop(name, None)
+        if kept is None:
+            return None
+        self._kept[name] = kept
+        return kept[0]
 
-    def note(self, name: Name, url: URL) -> None:
+    def found(self, name: Name) -> Found | None:
+        return self._kept.get(name, (None, None))[1]
+
+    def note(self, name: Name, url: URL, found: Found | None = None) -> None:
         if not 0 < len(name.id) <= MAX_ID_CHARS:
             return
-        self._urls.pop(name, None)
-        self._urls[name] = url
-        while len(self._urls) > self._max_kept:
-            del self._urls[next(iter(self._urls))]
+        self._kept.pop(name, None)
+        self._kept[name] = url, found
+        while len(self._kept) > self._max_kept:
+            del self._kept[next(iter(self._kept))]
 
-    def noting(self, answer: Answer, *, path: str, url: URL) -> Answer:
+    def noting(self, answer: Answer, *, path: str, url: URL, found: Found | None = None) -> Answer:
         """The same answer to a request for `path`. What it says was made is noted before the client
         can ask for it."""
         if not 200 <= answer.upstream.status < 300:
@@ -92,20 +99,17 @@ class Keepers:
         if path != RESPONSES:
             return answer
         if answer.is_whole:
-            self._note_response(_id_of(answer.first), url)
+            self.note(Name("response", _id_of(answer.first)), url, found)
             return answer
-        return replace(answer, looks=_Looks(self, url)) if answer.is_event_stream else answer
-
-    def _note_response(self, response_id: str, url: URL) -> None:
-        self.note(Name("response", response_id), url)
+        looks = _Looks(partial(self.note, url=url, found=found))
+        return replace(answer, looks=looks) if answer.is_event_stream else answer
 
 
 class _Looks:
     """Reads a stream's beginning, up to the event that says what it is."""
 
-    def __init__(self, keepers: Keepers, url: URL) -> None:
-        self._keepers = keepers
-        self._url = url
+    def __init__(self, note: Callable[[Name], None]) -> None:
+        self._note = note
         self._events = Events()
         self._may_come_bytes = _MAX_LOOKED_AT_BYTES
 
@@ -115,7 +119,7 @@ class _Looks:
         self._may_come_bytes -= len(piece)
         for line in self._events.feed(piece).splitlines():
             if line.startswith(b"data:") and (found := _id_of_event(line[len(b"data:") :])):
-                self._keepers.note(Name("response", found), self._url)
+                self._note(Name("response", found))
                 self._may_come_bytes = 0
                 return
 

@@ -115,7 +115,7 @@ class KeptRelay:
             answer = await self._asked(instance, delivery, body, journey, search)
             if answer is None:
                 return False
-            if answer.upstream.status < 400:
+            if answer.upstream.status < 400 and self._keepers.find(name) is None:
                 self._keepers.note(name, instance.url)
             path = delivery.request.path
             answer = self._keepers.noting(answer, path=path, url=instance.url)

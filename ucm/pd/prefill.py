@@ -20,6 +20,7 @@ from ucm.pd import upstream, verdict
 from ucm.pd.instance import Instance, unless_lost
 from ucm.pd.instances import NoInstance, Pool, QueueFull
 from ucm.pd.rewrite import params_of
+from ucm.pd.usage import Found, found_in
 from ucm.pd.verdict import Verdict
 
 logger = logging.getLogger(__name__)
@@ -31,11 +32,14 @@ _BUSY_S = 1.0
 
 @dataclass(frozen=True)
 class PrefillOutcome:
-    """`failure` is a reason for counters; None when the prompt is computed. `receipt` is what the
-    instance has to say to decode, as JSON, if it has."""
+    """`failure` is a reason for counters; None when the prompt is computed, `by` an instance.
+    `receipt` is what that has to say to decode, as JSON, and `found` what it had of the prompt
+    before, if it says so."""
 
     failure: str | None
     receipt: bytes | None = None
+    found: Found | None = None
+    by: Instance | None = None
 
 
 @dataclass(frozen=True)
@@ -185,7 +189,7 @@ class Prefills:
             instance.succeeded()
             for each in tried.refused:
                 each.lacks(leg.kind)
-            return PrefillOutcome(None, params_of(answer))
+            return PrefillOutcome(None, params_of(answer), found_in(answer), instance)
         shown = answer[:_SHOWN_BYTES]
         logger.warning("prefill %s answered %d: %s", instance.url, response.status, shown)
         tried.failure = f"{response.status // 100}xx"

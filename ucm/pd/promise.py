@@ -16,6 +16,7 @@ prefill that fails, or that promises less, is cancelled and sent anew.
 from __future__ import annotations
 
 import asyncio
+import logging
 import time
 from collections.abc import Callable, Coroutine
 from functools import partial
@@ -29,6 +30,9 @@ from ucm.pd.delivery import Answer, Problem
 from ucm.pd.journey import Journey
 from ucm.pd.prefill import PrefillOutcome, Share
 from ucm.pd.rewrite import with_params
+from ucm.pd.usage import Found
+
+logger = logging.getLogger(__name__)
 
 # An engine that hasn't noticed that the first request has ended would refuse the same id.
 WITHDRAWN_SUFFIX = "-w"
@@ -60,10 +64,15 @@ def keeps_what_was_expected(outcome: PrefillOutcome) -> bool:
 
 class Promise:
     """One request's prefill, as far as decode is concerned. Owned by the request's task, which
-    leaves it when it is over; after the first byte of decode's answer it is left already."""
+    leaves it when it is over; `linger_s` after the first byte of decode's answer it is left
+    already. A prefill that decode has loaded from has said by then what it had found."""
 
-    def __init__(self, share: Share, journey: Journey, *, is_told: bool = True) -> None:
+    def __init__(
+        self, share: Share, journey: Journey, *, is_told: bool = True, linger_s: float = 0.0
+    ) -> None:
         self.is_told = is_told
+        self._linger_s = linger_s
+        self._leaving: asyncio.TimerHandle | None = None
         self._share = share
         self._journey = journey
         self._was_expected = False
@@ -80,7 +89,28 @@ class Promise:
         """The prefill is of no more use to this request: it goes on for others, if there are."""
         if not self._is_over:
             self._end()
+        if self._leaving is not None:
+            self._leaving.cancel()
         self._share.leave()
+
+    async def found(self) -> Found | None:
+        """What prefill had of the prompt before; None if it isn't known within `linger_s`, or for
+        a part of the prompts only."""
+        if not self.is_told:
+            return None
+        if not self._share.task.done():
+            await asyncio.wait({self._share.task}, timeout=self._linger_s)
+        outcome = self._share.outcome
+        if outcome is None or outcome.failure is not None:
+            return None
+        if outcome.found is None and outcome.by is not None and not outcome.by.is_known_as_mute:
+            outcome.by.is_known_as_mute = True
+            logger.warning(
+                "prefill %s does not say what it finds cached, so clients are told what decode "
+                "does: start it with --enable-prompt-tokens-details",
+                outcome.by.url,
+            )
+        return outcome.found
 
     async def keep(self, ask: Ask, body: bytes) -> Answer | Problem:
         """Asks decode; once more if it was told to expect a prefill that fails before it answers.
@@ -115,8 +145,15 @@ class Promise:
 
     def _left_if_answered(self, found: Answer | Problem) -> Answer | Problem:
         """Who answers before its prefill has ended has found or computed everything itself."""
-        if isinstance(found, Answer):
+        if not isinstance(found, Answer):
+            return found
+        if self._share.task.done() or found.upstream.status >= 300 or not self._linger_s:
             self.leave()
+        else:
+            if not self._is_over:
+                self._end()
+            loop = asyncio.get_running_loop()
+            self._leaving = loop.call_later(self._linger_s, self._share.leave)
         return found
 
     def _ended(self, _: asyncio.Task[PrefillOutcome]) -> None:

@@ -37,7 +37,7 @@ RESPONSES = "/v1/responses"
 MESSAGES = "/v1/messages"
 # Token ids in, token ids out: vLLM's own.
 GENERATE = "/inference/v1/generate"
-_WITH_DONE = (COMPLETIONS, CHAT, "/v1/audio/transcriptions", "/v1/audio/translations")
+_WITH_DONE = (COMPLETIONS, CHAT, GENERATE, "/v1/audio/transcriptions", "/v1/audio/translations")
 
 
 @dataclass(frozen=True)

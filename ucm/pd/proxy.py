@@ -28,7 +28,7 @@ from ucm.pd.metrics import ProxyMetrics
 from ucm.pd.prefill import Leg, Prefills
 from ucm.pd.promise import Promise
 from ucm.pd.protocol import CHAT, COMPLETIONS, GENERATE, MESSAGES, RESPONSES
-from ucm.pd.reading import Wanted, passed_on, read_request
+from ucm.pd.reading import Wanted, answers_at_once, passed_on, read_request
 from ucm.pd.relay import Relay
 from ucm.pd.resume import Tracker
 from ucm.pd.stopping import Stopping, go_on
@@ -170,7 +170,7 @@ class Proxy:
         if self._settings.resume and request.path in _RESUMABLE and fields.get("stream"):
             tracker = Tracker(fields, is_chat=request.path == CHAT)
         with self._promised(request, wanted, journey) as promise:
-            waits = self._settings.handoff == "chain"
+            waits = self._settings.handoff == "chain" or answers_at_once(request.path, fields)
             if promise is not None and (waits or not promise.is_told):
                 await promise.settled()
             name = named_by(request.method, request.path, request.headers, fields)
@@ -266,7 +266,12 @@ class Proxy:
             tokens=journey.tokens,
             kind=journey.kind,
         )
-        promise = Promise(self._prefills.join(leg), journey, is_told=wanted.is_all)
+        promise = Promise(
+            self._prefills.join(leg),
+            journey,
+            is_told=wanted.is_all,
+            linger_s=self._settings.usage_wait_s,
+        )
         try:
             yield promise
         finally:

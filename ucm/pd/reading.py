@@ -6,9 +6,11 @@ loop: reading it, taking out what is not a client's to say, guessing, and writin
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from ucm.pd.protocol import RESPONSES
 from ucm.pd.rewrite import (
     guess_tokens,
     kind_of,
@@ -49,6 +51,12 @@ def read_request(body: bytes, path: str, *, min_tokens: int, has_prefill: bool) 
             first = prefill_body(long, path=path)
     kind = kind_of(path, fields)
     return Wanted(body, fields, guess_tokens(fields), kind, why_not, first, is_all)
+
+
+def answers_at_once(path: str, fields: Mapping[str, Any]) -> bool:
+    """Whether decode's first byte says nothing of its having found or computed the prompt: it says
+    of a response that there will be one before it has done anything for it."""
+    return path == RESPONSES and bool(fields.get("stream") or fields.get("background"))
 
 
 def passed_on(body: bytes) -> bytes:

@@ -27,8 +27,10 @@ from ucm.pd.journey import Journey
 from ucm.pd.keepers import Keepers, Name
 from ucm.pd.kept import KeptRelay
 from ucm.pd.promise import Ask, Promise
+from ucm.pd.protocol import RESPONSES
 from ucm.pd.resume import Tracker
 from ucm.pd.stopping import go_on
+from ucm.pd.usage import Asking, Found, PrefillUsage
 from ucm.pd.verdict import Verdict
 
 logger = logging.getLogger(__name__)
@@ -95,7 +97,8 @@ class Relay:
     ) -> web.StreamResponse:
         """The client's response, sent; with a `name` by who keeps what it names. Never raises but
         for a client that has left."""
-        delivery = Delivery(request, journey, tracker)
+        found = self._found(request, promise, name)
+        delivery = Delivery(request, journey, tracker, PrefillUsage(found) if found else None)
         tries = _Tries()
         try:
             if name is not None:
@@ -141,7 +144,7 @@ class Relay:
                 found = await _keep(promise, ask, delivery, body)
                 if isinstance(found, Answer):
                     answer = tries.better(found, method=request.method, kind=journey.kind)
-                    answer = self._keepers.noting(answer, path=request.path, url=instance.url)
+                    answer = await self._noted(answer, request, instance, promise)
                     async with answer.upstream:
                         broken = await delivery.take(answer)
                     if broken is None:
@@ -157,6 +160,29 @@ class Relay:
                 self._pool.leave(instance, tokens=journey.tokens)
             if self._pool.has_another(tries.instances):
                 journey.retried(self._pool.role.value)
+
+    def _found(
+        self, request: web.Request, promise: Promise | None, name: Name | None
+    ) -> Asking | None:
+        """Who knows what prefill has found for the answer. A response that is asked for later is
+        the same one; a request that goes on with one has a prompt of its own, and no prefill."""
+        if promise is not None:
+            return promise.found
+        if name is None or request.path == RESPONSES:
+            return None
+
+        async def kept() -> Found | None:
+            return self._keepers.found(name)
+
+        return kept
+
+    async def _noted(
+        self, answer: Answer, request: web.Request, instance: Instance, promise: Promise | None
+    ) -> Answer:
+        found = None
+        if promise is not None and request.path == RESPONSES:
+            found = await promise.found()
+        return self._keepers.noting(answer, path=request.path, url=instance.url, found=found)
 
     async def _ask(
         self,
