@@ -62,7 +62,7 @@ class FuseMount:
     @property
     def calls(self) -> Counter[str]:
         """By operation, counted when they come: a hung one is in it. What the kernel answers by
-        itself is not."""
+        itself is not. `open_direct` are those of the opens that bypass the page cache."""
         return Counter(self._ask("calls"))
 
     def hang(self, operation: str, *, file: Path | None = None) -> None:

@@ -38,6 +38,12 @@ _NOT_FOR_OPEN = os.O_NOFOLLOW | os.O_DIRECT | os.O_APPEND | os.O_NOCTTY
 libc = ctypes.CDLL(None, use_errno=True)
 
 
+def opens_past_the_page_cache(body: memoryview) -> bool:
+    """Of the body of an open."""
+    (flags,) = struct.unpack_from("<I", body)
+    return bool(flags & os.O_DIRECT)
+
+
 class Nodes:
     """Files and folders that the kernel knows by number, each with a descriptor that holds it."""
 

@@ -23,7 +23,12 @@ from collections import Counter
 from typing import NoReturn
 
 from tests.faults.fuse_client import Client
-from tests.faults.fuse_folder import MAX_WRITE, Passthrough, libc
+from tests.faults.fuse_folder import (
+    MAX_WRITE,
+    Passthrough,
+    libc,
+    opens_past_the_page_cache,
+)
 
 # By the kernel's numbers. Others are answered with ENOSYS, and the kernel does without them.
 OPERATIONS = {
@@ -104,6 +109,10 @@ class Faults:
                 error = self._failing[operation].pop()
                 raise OSError(error, os.strerror(error))
 
+    def count(self, what: str) -> None:
+        with self._changed:
+            self._calls[what] += 1
+
     def as_read(self, body: bytes) -> bytes:
         """What the kernel gets of what was read."""
         with self._changed:
@@ -173,6 +182,8 @@ class Connection:
         if name:
             try:
                 counted_as = _COUNTED_AS.get(name, name)
+                if name == "open" and opens_past_the_page_cache(request[_IN_HEADER.size :]):
+                    self._faults.count("open_direct")
                 self._faults.pass_through(counted_as, self._folder.inode(node))
                 body, error = getattr(self._folder, name)(node, request[_IN_HEADER.size :]), 0
                 body = self._faults.as_read(body) if name == "read" else body

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
 
 import pytest
 
@@ -87,3 +88,11 @@ def test_after_closing_only_running_jobs_use_anything(memories: Memories) -> Non
     memories.ended([JOB.job_id])
 
     assert not memories.is_used(0)
+
+
+def test_prompts_are_in_no_core_dump_of_a_rank(memories: Memories) -> None:
+    smaps = Path("/proc/self/smaps").read_text()
+    for generation in range(2):
+        (after,) = smaps.split(f"memfd:node cache {generation} ")[1:]
+        flags = next(line for line in after.splitlines() if line.startswith("VmFlags:"))
+        assert "dd" in flags.split()

@@ -5,11 +5,21 @@ from __future__ import annotations
 import os
 import socket
 from collections.abc import Iterator
+from contextlib import suppress
 from pathlib import Path
 
 import pytest
 
-from tests.store.node.support import PAGE_BYTES, Engine, Place, engine, make_keys, wait_until
+from tests.store.node.support import (
+    PAGE_BYTES,
+    Engine,
+    Place,
+    engine,
+    log_of,
+    make_keys,
+    wait_until,
+)
+from ucm.config import StoreSettings
 from ucm.errors import NodeUnavailable, TaskFailed, UcmError
 from ucm.store.node import protocol as p
 from ucm.store.node.client import NodeClient
@@ -98,6 +108,29 @@ def test_there_are_no_more_clients_than_there_may_be(place: Place) -> None:
         assert one.status().invariant == ""
     with Engine(settings, "d/0") as later:
         assert later.pid == one.pid
+
+
+def knock(settings: StoreSettings, message: bytes) -> None:
+    """Says this, and waits for the end."""
+    with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as sock, suppress(ConnectionError):
+        sock.settimeout(20.0)
+        sock.connect(settings.socket_path)
+        sock.sendall(message)
+        while sock.recv(4096):
+            pass
+
+
+def test_however_many_are_dropped_or_refused_the_log_says_each_kind_once(place: Place) -> None:
+    settings = place.settings(max_clients=2)
+    with Engine(settings, "good/0") as good:
+        for _ in range(5):
+            knock(settings, b"\xff" * 100)
+        with Engine(settings, "other/0"):
+            for _ in range(5):
+                knock(settings, b"")
+        assert good.status().counters["clients_dropped"] == 5
+    log = log_of(settings)
+    assert (log.count("dropped a client: "), log.count("refused a connection: ")) == (1, 1)
 
 
 def in_a_fork(read_end: int, write_end: int) -> int:
