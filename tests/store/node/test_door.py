@@ -155,6 +155,19 @@ def test_blocks_that_wait_for_themselves_are_not_waited_for() -> None:
         assert node.core.slots.counts().pins == 0
 
 
+@pytest.mark.parametrize(
+    ("parents", "says"),
+    [([b"short"], "no key of 32 bytes"), ([], "1 keys with 0"), ([b"", b""], "1 keys with 2")],
+)
+def test_each_key_has_a_parent_that_is_a_key_or_none(parents: list[bytes], says: str) -> None:
+    node = Node()
+    with pytest.raises(ProtocolError, match=says):
+        handle(node, p.Reserve(id=1, ns=1, keys=[key(1)], parents=parents))
+    node.reserve(key(1))
+    with pytest.raises(ProtocolError, match=says):
+        handle(node, p.Commit(ns=1, keys=[key(1)], parents=parents))
+
+
 def test_a_page_is_committed_in_the_namespace_that_it_was_reserved_in() -> None:
     node = Node()
     other = p.OpenNamespace(
