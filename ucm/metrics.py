@@ -144,7 +144,7 @@ _TABLE = (
     Metric(
         "ucm_node_stalled",
         "gauge",
-        "1 while half of the threads for this hang in storage, which is then done without. "
+        "Backends of which half of the threads for this hang, and which are then done without. "
         f"{_OF_THE_NODE}",
         {"op": ("read", "write")},
     ),

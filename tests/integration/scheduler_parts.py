@@ -21,6 +21,7 @@ from ucm.metrics import series_key
 from ucm.store.namespace import Manifest
 from ucm.store.node import protocol as p
 from ucm.store.node.core import NodeCore
+from ucm.store.node.lanes import Lanes
 from ucm.store.page import PageGeometry
 from ucm.store.slots import SlotTable
 from ucm.store.tier import MemoryTier
@@ -81,8 +82,8 @@ class Loopback:
         self.core = NodeCore(
             slots=slots,
             tier=self.tier,
-            reads=InlinePool(),
-            writes=InlinePool(),
+            reads=Lanes([InlinePool()], None),
+            writes=Lanes([InlinePool()], None),
             page_of=lambda slot: memory[slot.offset : slot.offset + GEOMETRY.slot_bytes],
             populate=lambda offset, nbytes, on_done: None,
             ahead_bytes=0,

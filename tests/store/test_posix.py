@@ -269,15 +269,33 @@ def test_one_backend_under_two_names_is_refused(tmp_path: Path) -> None:
 
 
 def test_a_damaged_backend_id_is_an_error_and_in_a_read_a_result(tmp_path: Path) -> None:
+    backend = three_backends(tmp_path)[0]
+    fill(PosixTier([backend]))
+    Path(paths.backend_id_path(backend)).write_bytes(b"")
+
+    tier = PosixTier([backend])
+
+    with pytest.raises(TierError, match="not the id of a storage backend"):
+        tier.contains(SMALL, KEYS)
+    assert load(tier, SMALL, KEYS[0]) is ReadStatus.IO_ERROR
+
+
+def test_of_several_backends_a_damaged_id_costs_what_lies_there_and_all_writing(
+    tmp_path: Path,
+) -> None:
     backends = three_backends(tmp_path)
     fill(PosixTier(backends))
+    places = backend_of_each_key(backends)
     Path(paths.backend_id_path(backends[1])).write_bytes(b"")
 
     tier = PosixTier(backends)
 
     with pytest.raises(TierError, match="not the id of a storage backend"):
-        tier.contains(SMALL, KEYS)
-    assert load(tier, SMALL, KEYS[0]) is ReadStatus.IO_ERROR
+        tier.open_namespace(SMALL)
+    with pytest.raises(TierError, match="not the id of a storage backend"):
+        fill(tier)
+    found = [tier.contains(SMALL, [key]) == 1 for key in KEYS]
+    assert found == [place != backends[1] for place in places]
 
 
 def test_many_first_writers_agree_on_the_ids_of_backends(tmp_path: Path) -> None:

@@ -31,6 +31,25 @@ class MeasuredTier(Tier):
         with self._lock:
             return {**self._read.named("tier_read"), **self._write.named("tier_write")}
 
+    @property
+    def lanes(self) -> Sequence[str]:
+        return self._tier.lanes
+
+    def lane_of(self, key: Key) -> int:
+        return self._tier.lane_of(key)
+
+    def open_lane(self, namespace: TierNamespace, lane: int) -> None:
+        self._tier.open_lane(namespace, lane)
+
+    def read_manifest_in(self, lane: int, fingerprint: bytes) -> bytes | None:
+        return self._tier.read_manifest_in(lane, fingerprint)
+
+    def unknown_lanes(self) -> Sequence[int]:
+        return self._tier.unknown_lanes()
+
+    def look_for_lane(self, lane: int) -> None:
+        self._tier.look_for_lane(lane)
+
     def open_namespace(self, namespace: TierNamespace) -> None:
         self._tier.open_namespace(namespace)
 

@@ -16,17 +16,17 @@ import contextlib
 import errno
 import os
 import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from functools import partial
 
 from ucm.errors import TierError
 from ucm.store import paths
-from ucm.store.backend import READ_ONLY_ERRNOS, Backend, is_gone, tier_error, unlink_if_there
+from ucm.store.backend import Backend, is_gone, tier_error, unlink_if_there
 from ucm.store.blockfile import BlockId, Scratch, check_header, read_block, write_block
 from ucm.store.keys import Key
 from ucm.store.names import doubt, is_there_now
 from ucm.store.page_key import PageKey
-from ucm.store.placement import Placement
+from ucm.store.placement import Placement, for_all, unless_read_only
 from ucm.store.plain_files import NotPlain, open_plain
 from ucm.store.quarantine import Quarantine, forget_cached, move_aside
 from ucm.store.rights import UMASK_DECIDES, FileRights
@@ -73,14 +73,27 @@ class PosixTier(Tier):
         self._quarantine = Quarantine(quarantine_per_minute)
 
     def open_namespace(self, namespace: TierNamespace) -> None:
-        for backend in self._backends:
-            _unless_read_only(backend.open)
-            backend.say_rights()
-        if len(self._backends) > 1:
-            self._placement.identify()
-        for backend in self._backends:
-            write = partial(backend.ensure_manifest, namespace.fingerprint, namespace.manifest_json)
-            _unless_read_only(write)
+        error = for_all(range(len(self._backends)), partial(self.open_lane, namespace))
+        if error is not None:
+            raise error
+
+    @property
+    def lanes(self) -> Sequence[str]:
+        return [backend.path for backend in self._backends]
+
+    def lane_of(self, key: Key) -> int:
+        return self._placement.lane_of(key)
+
+    def unknown_lanes(self) -> Sequence[int]:
+        return self._placement.unknown()
+
+    def look_for_lane(self, lane: int) -> None:
+        self._placement.look_for(lane)
+
+    def open_lane(self, namespace: TierNamespace, lane: int) -> None:
+        self._placement.open(lane)
+        ensure = self._backends[lane].ensure_manifest
+        unless_read_only(partial(ensure, namespace.fingerprint, namespace.manifest_json))
 
     def contains(self, namespace: TierNamespace, keys: Sequence[Key]) -> int:
         here: dict[Backend, bool] = {}
@@ -140,13 +153,12 @@ class PosixTier(Tier):
             raise tier_error(path, "can't be looked up", error) from error
 
     def read_manifest(self, fingerprint: bytes) -> bytes | None:
-        for backend in self._backends:
-            if not backend.identity.is_here():
-                continue
-            manifest = backend.read_manifest(fingerprint)
-            if manifest is not None:
-                return manifest
-        return None
+        found = (self.read_manifest_in(lane, fingerprint) for lane in range(len(self._backends)))
+        return next((manifest for manifest in found if manifest is not None), None)
+
+    def read_manifest_in(self, lane: int, fingerprint: bytes) -> bytes | None:
+        backend = self._backends[lane]
+        return backend.read_manifest(fingerprint) if backend.identity.is_here() else None
 
     def read(self, namespace: TierNamespace, key: Key, page: memoryview) -> PageRead:
         try:
@@ -332,14 +344,3 @@ class PosixTier(Tier):
                 self._has_manifest.discard(known)
                 backend.forget_dirs()
         return backend.try_direct(write)
-
-
-def _unless_read_only(write: Callable[[], object]) -> None:
-    """A read-only mount is fine: what others wrote can be read. What may not be read either says
-    so at the first read."""
-    try:
-        write()
-    except TierError as error:
-        cause = error.__cause__
-        if not (isinstance(cause, OSError) and cause.errno in READ_ONLY_ERRNOS):
-            raise

@@ -75,7 +75,35 @@ class Tier(ABC):
 
     Pages are buffers of exactly `padded_bytes(page_bytes)` bytes that start on a 4096-byte
     boundary in memory, so that O_DIRECT can be used on them. The padding is written as zeros.
+
+    Storage may have parts that hang or fail each by itself: its lanes. A call about keys of one
+    lane waits for that lane only; `open_namespace` and `read_manifest` wait for all of them.
     """
+
+    @property
+    def lanes(self) -> Sequence[str]:
+        """Their names for people. Always as many, and at least one."""
+        return ("storage",)
+
+    def lane_of(self, key: Key) -> int:
+        """Where `key` lies, as far as is known now. Asks no storage, and never raises."""
+        return 0
+
+    def open_lane(self, namespace: TierNamespace, lane: int) -> None:
+        """`open_namespace` in one lane."""
+        self.open_namespace(namespace)
+
+    def read_manifest_in(self, lane: int, fingerprint: bytes) -> bytes | None:
+        """`read_manifest` in one lane."""
+        return self.read_manifest(fingerprint)
+
+    def unknown_lanes(self) -> Sequence[int]:
+        """Those that were never reached so that it isn't known what belongs there: what is read is
+        right without them, and nothing can be written. Asks no storage, and never raises."""
+        return ()
+
+    def look_for_lane(self, lane: int) -> None:  # noqa: B027 few need it
+        """Tries to reach a lane that is unknown. Raises TierError when storage can't tell."""
 
     @abstractmethod
     def open_namespace(self, namespace: TierNamespace) -> None:

@@ -10,6 +10,7 @@ from ucm.errors import TierError
 from ucm.store.keys import Key
 from ucm.store.node import protocol as p
 from ucm.store.node.core import NodeCore
+from ucm.store.node.lanes import Lanes
 from ucm.store.slots import Slot, SlotTable
 from ucm.store.tier import MemoryTier, TierNamespace
 
@@ -132,8 +133,8 @@ class Node:
         self.core = NodeCore(
             slots=SlotTable(PAGE * num_slots, extent_bytes=PAGE * 8, keeps_unpinned=keeps_unpinned),
             tier=self.tier if has_tier else None,
-            reads=self.reads,
-            writes=self.writes,
+            reads=Lanes([self.reads], None),
+            writes=Lanes([self.writes], None),
             page_of=self.page_of,
             populate=lambda offset, nbytes, on_done: None,
             ahead_bytes=0,

@@ -24,6 +24,7 @@ from tests.store.node.held import DisorderlyPool, Timers
 from ucm.store.keys import Key, block_keys, root_key
 from ucm.store.node import protocol as p
 from ucm.store.node.core import NodeCore
+from ucm.store.node.lanes import Lanes
 from ucm.store.node.state import Connection
 from ucm.store.slots import Slot, SlotTable
 from ucm.store.tier import MemoryTier, TierNamespace
@@ -66,8 +67,8 @@ class NodeMachine(RuleBasedStateMachine):
         self.core = NodeCore(
             slots=SlotTable(PAGE * NUM_SLOTS, extent_bytes=PAGE * 2),
             tier=self.tier,
-            reads=self.reads,
-            writes=self.writes,
+            reads=Lanes([self.reads], None),
+            writes=Lanes([self.writes], None),
             page_of=self.page_of,
             populate=lambda offset, nbytes, on_done: None,
             ahead_bytes=0,

@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 
 from ucm.errors import TierError
 from ucm.store.keys import Key
+from ucm.store.node.lanes import Lanes
 from ucm.store.node.saved import Saving, SavingRules
 from ucm.store.node.state import OpenedNamespace
 from ucm.store.node.writeback import WriteBack
@@ -82,7 +83,7 @@ class Bench:
         self.told: dict[Key, str] = {}
         self.writeback = WriteBack(
             tier=self.tier,
-            pool=self.pool,
+            lanes=Lanes([self.pool], None),
             slots=self.slots,
             page_of=self.page_of,
             count=self.count,
@@ -240,7 +241,7 @@ def test_what_a_full_queue_does_not_take_is_dropped_and_counted() -> None:
     bench = Bench(max_pages=3)
     bench.dump(A)
 
-    assert bench.writeback.is_full
+    assert bench.writeback.is_full(A[0])
     assert bench.writeback.depth == 3
     dropped = {"dump_dropped_queue_full": 1, "dump_dropped_after_failed": 4}
     assert bench.counters == dropped

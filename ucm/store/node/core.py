@@ -16,7 +16,7 @@ from ucm.store.node.ahead import MemoryAhead, Populate
 from ucm.store.node.door import check_hello, check_message, check_namespace, check_open
 from ucm.store.node.fillings import Fillings
 from ucm.store.node.finds import Finds
-from ucm.store.node.io import Pool
+from ucm.store.node.lanes import Lanes
 from ucm.store.node.lookups import Lookups
 from ucm.store.node.notices import Notices
 from ucm.store.node.openings import Openings
@@ -40,8 +40,8 @@ class NodeCore:
         *,
         slots: SlotTable,
         tier: Tier | None,
-        reads: Pool,
-        writes: Pool,
+        reads: Lanes,
+        writes: Lanes,
         page_of: Callable[[Slot], memoryview],
         populate: Populate,
         ahead_bytes: int,
@@ -51,7 +51,7 @@ class NodeCore:
         clock: Callable[[], float],
         call_later: CallLater,
         saving: SavingRules | None = None,
-        control: Pool | None = None,
+        control: Lanes | None = None,
         open_timeout_s: float = 5.0,
     ) -> None:
         self.slots = slots
@@ -96,7 +96,7 @@ class NodeCore:
         self._openings = Openings(
             slots=slots,
             tier=tier,
-            pool=self._control,
+            lanes=self._control,
             notices=notices,
             call_later=call_later,
             timeout_s=open_timeout_s,
@@ -114,6 +114,8 @@ class NodeCore:
         self._reads.tick()
         self._writes.tick()
         self._control.tick()
+        if self.writeback is not None:
+            self.writeback.tick()
         self.lookups.tick()
         self.finds.tick()
         if self._reads.depth or self.lookups.num_open:
@@ -277,8 +279,8 @@ class NodeCore:
                 "pins": counts.pins,
                 "evictions": self.slots.evictions,
                 "capacity_bytes": self.slots.capacity_bytes,
-                "reads_stalled": int(self._reads.stalled),
-                "writes_stalled": int(self._writes.stalled),
+                "reads_stalled": self._reads.num_stalled,
+                "writes_stalled": self._writes.num_stalled,
             },
             sessions={
                 session.name: {

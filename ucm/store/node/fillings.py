@@ -59,15 +59,14 @@ class Fillings:
                 # Nothing leads to a block whose predecessor is missing.
                 offsets += [p.NO_ROOM] * (len(message.keys) - len(offsets))
                 if not message.will_ask_again:
-                    why = "leaving" if leaving else self._why_no_room()
+                    why = "leaving" if leaving else self._why_no_room(key)
                     self._count(f"dump_dropped_{why}")
                 break
         connection.send(p.ReserveReply(id=message.id, offsets=offsets))
 
-    def _why_no_room(self) -> str:
-        return (
-            "queue_full" if self._writeback is not None and self._writeback.is_full else "no_room"
-        )
+    def _why_no_room(self, key: Key) -> str:
+        is_full = self._writeback is not None and self._writeback.is_full(key)
+        return "queue_full" if is_full else "no_room"
 
     def _reserve_one(
         self,
@@ -87,7 +86,7 @@ class Fillings:
             elif key not in connection.session.filling:
                 self._counted_on.add(key)
             return p.HAVE
-        if leaving or (writeback is not None and writeback.is_full):
+        if leaving or (writeback is not None and writeback.is_full(key)):
             return p.NO_ROOM
         slot = self._slots.reserve(key, namespace.slot_bytes)
         if slot is None:

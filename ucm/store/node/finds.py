@@ -16,6 +16,7 @@ from ucm.errors import ProtocolError
 from ucm.store.keys import Key
 from ucm.store.node import protocol as p
 from ucm.store.node.io import Pool, error_reason
+from ucm.store.node.lanes import Lanes
 from ucm.store.node.saved import Saving
 from ucm.store.node.state import Connection, OpenedNamespace
 from ucm.store.node.storing import Storing
@@ -48,7 +49,7 @@ class Finds:
         *,
         slots: SlotTable,
         tier: Tier | None,
-        reads: Pool,
+        reads: Lanes,
         storing: Storing,
         clock: Callable[[], float],
     ) -> None:
@@ -82,9 +83,7 @@ class Finds:
         unknown = [i for i, place in enumerate(job.places) if not place & enough]
         if not message.storage:
             self._on_met(connection, namespace, keys, [None] * len(keys))
-        if unknown and self._reads.stalled:
-            job.reason = "timeout"
-        elif unknown and self._tier is not None:
+        if self._tier is not None:
             self._ask_storage(job, self._tier, namespace.tier, unknown)
         self._answer_if_settled(job)
 
@@ -116,12 +115,16 @@ class Finds:
     def _ask_storage(
         self, job: FindJob, tier: Tier, namespace: TierNamespace, unknown: list[int]
     ) -> None:
-        num_threads = self._reads.num_threads
-        size = min(_MAX_GROUP, -(-len(unknown) // num_threads))
-        groups = [unknown[i : i + size] for i in range(0, len(unknown), size)]
+        groups: list[tuple[Pool, list[int]]] = []
+        for pool, blocks in self._reads.split(unknown, lambda i: job.keys[i]):
+            if pool.stalled:
+                job.reason = "timeout"
+                continue
+            size = min(_MAX_GROUP, -(-len(blocks) // pool.num_threads))
+            groups += [(pool, blocks[i : i + size]) for i in range(0, len(blocks), size)]
         job.groups_running = len(groups)
-        for group in groups:
-            self._reads.submit(
+        for pool, group in groups:
+            pool.submit(
                 partial(
                     held_of if job.storage else _stored_of,
                     tier,

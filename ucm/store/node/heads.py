@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterable
 from functools import partial
 
 from ucm.store.keys import Key
-from ucm.store.node.io import Pool
+from ucm.store.node.lanes import Lanes
 from ucm.store.node.lookup_job import LookupJob
 from ucm.store.node.writeback import WriteBack
 from ucm.store.slots import SlotTable
@@ -21,7 +21,7 @@ class Heads:
         *,
         slots: SlotTable,
         tier: Tier | None,
-        reads: Pool,
+        reads: Lanes,
         writeback: WriteBack | None,
         answer: Callable[[LookupJob], None],
     ) -> None:
@@ -31,22 +31,25 @@ class Heads:
         self._writeback = writeback
         self._answer = answer
 
-    def scan(self, job: LookupJob, *, storage: bool) -> None:
+    def scan(self, job: LookupJob) -> None:
         self._count(job)
-        asked = [k for k in job.keys[job.head_stored : job.read_from] if not self._is_stored(k)]
-        if not asked or self._tier is None or not storage:
+        if self._tier is None:
             return
-        job.head_open = True
-        self._reads.submit(
-            partial(self._tier.contains, job.namespace.tier, asked),
-            partial(self._probed, job, asked),
-            urgent=True,
-        )
+        unknown = [k for k in job.keys[job.head_stored : job.read_from] if not self._is_stored(k)]
+        for pool, asked in self._reads.split(unknown, lambda key: key):
+            if pool.stalled:
+                continue
+            job.head_probes += 1
+            pool.submit(
+                partial(self._tier.contains, job.namespace.tier, asked),
+                partial(self._probed, job, asked),
+                urgent=True,
+            )
 
     def _probed(self, job: LookupJob, asked: list[Key], result: object) -> None:
         self.note_stored(asked[: result if isinstance(result, int) else 0])
         self._count(job)
-        job.head_open = False
+        job.head_probes -= 1
         self._answer(job)
 
     def _count(self, job: LookupJob) -> None:

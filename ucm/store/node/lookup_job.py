@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from bisect import insort
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from heapq import heappop, heappush
 
 from ucm.store.keys import Key
+from ucm.store.node.io import Pool
 from ucm.store.node.state import Connection, OpenedNamespace
 from ucm.store.slots import Slot
 
@@ -34,11 +36,12 @@ class LookupJob:
     # Seconds by which each page that comes puts off the deadline.
     renewal_s: float = 0.0
     head_stored: int = 0
-    head_open: bool = False
+    head_probes: int = 0
     unprobed: list[int] = field(default_factory=list)
     probes_running: int = 0
     unread: list[int] = field(default_factory=list)
-    reads_running: int = 0
+    # By the pool that has them.
+    reads_running: Counter[Pool] = field(default_factory=Counter)
     waiting: set[int] = field(default_factory=set)
     pinned: dict[int, Slot] = field(default_factory=dict)
     stored: set[int] = field(default_factory=set)
@@ -77,11 +80,11 @@ class LookupJob:
         return self.had if self.had < self.end else None
 
     def is_settled(self) -> bool:
-        return not self.head_open and self.first_open() is None
+        return not self.head_probes and self.first_open() is None
 
     def next_probes(self, max_groups: int) -> list[list[int]]:
         """The next groups of the tail to ask storage about; none while others are out, or while
-        there is plenty to read."""
+        there is plenty to read. Who asks counts `probes_running`."""
         if self.probes_running or not self.unprobed or self.unprobed[0] >= self.end:
             return []
         if len(self.unread) >= max_groups * PROBE_GROUP or self.missing():
@@ -92,7 +95,6 @@ class LookupJob:
             stop = min(len(self.unprobed), max_groups * PROBE_GROUP)
             groups = [self.unprobed[i : i + PROBE_GROUP] for i in range(0, stop, PROBE_GROUP)]
         del self.unprobed[: sum(len(group) for group in groups)]
-        self.probes_running += len(groups)
         return groups
 
     def missing(self) -> list[int]:

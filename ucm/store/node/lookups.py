@@ -22,7 +22,8 @@ from ucm.store.keys import Key
 from ucm.store.node import protocol as p
 from ucm.store.node.heads import Heads
 from ucm.store.node.holds import Holds
-from ucm.store.node.io import Pool, error_reason
+from ucm.store.node.io import error_reason
+from ucm.store.node.lanes import Lanes
 from ucm.store.node.lookup_job import LookupJob
 from ucm.store.node.notices import Notices
 from ucm.store.node.page_reads import PageReads
@@ -41,7 +42,7 @@ class Lookups:
         *,
         slots: SlotTable,
         tier: Tier | None,
-        reads: Pool,
+        reads: Lanes,
         storing: Storing,
         page_of: Callable[[Slot], memoryview],
         count: Callable[[str, int], None],
@@ -77,7 +78,7 @@ class Lookups:
             self._page_reads = PageReads(
                 slots=slots,
                 tier=tier,
-                pool=reads,
+                lanes=reads,
                 holds=self._holds,
                 writeback=storing.writeback,
                 page_of=page_of,
@@ -112,9 +113,8 @@ class Lookups:
         )
         self._open[lookup] = job
         self._count("lookups", 1)
-        storage = self._tier is not None and not self._reads.stalled
         self.touch(job.keys[: job.read_from])
-        self._heads.scan(job, storage=storage)
+        self._heads.scan(job)
         for i in range(job.read_from, len(job.keys)):
             if i >= job.end:
                 break
@@ -122,7 +122,7 @@ class Lookups:
         if self._tier is None:
             lost = [i for i in job.unprobed if i >= job.promised]
         else:
-            lost = job.unprobed if not storage else []
+            lost = [i for i in job.unprobed if self._reads.is_stalled(job.keys[i])]
         if lost:
             job.shorten(lost[0], "never_stored" if self._tier is None else "timeout")
         self._go_on(job)
@@ -148,7 +148,7 @@ class Lookups:
             if first_open is not None:
                 is_late = first_open < job.promised and not self._is_storage_slow(job, first_open)
                 job.shorten(first_open, "late" if is_late else "timeout")
-            job.head_open = False
+            job.head_probes = 0
             self._answer_if_settled(job)
 
     def wait_at_least(self, wait_s: float) -> None:
@@ -190,11 +190,15 @@ class Lookups:
     def _probe_tail(self, job: LookupJob) -> None:
         if self._tier is None or job.closed:
             return
-        for group in job.next_probes(self._reads.num_threads):
-            keys = [job.keys[i] for i in group]
-            self._reads.submit(
-                partial(self._tier.contains, job.namespace.tier, keys),
-                partial(self._on_probed, job, group),
+        groups = job.next_probes(self._reads.num_threads)
+        asked = [
+            each for group in groups for each in self._reads.split(group, lambda i: job.keys[i])
+        ]
+        job.probes_running += len(asked)
+        for pool, blocks in asked:
+            pool.submit(
+                partial(self._tier.contains, job.namespace.tier, [job.keys[i] for i in blocks]),
+                partial(self._on_probed, job, blocks),
                 # A question costs little, and must not wait behind the pages of others.
                 urgent=True,
             )
@@ -257,7 +261,7 @@ class Lookups:
             if there:
                 self._promises.take_heart(job)
             missing = [i for i in blocks[result.leading :] if i in job.wanted]
-            if missing and result.all_there:
+            if missing and result.last_there:
                 job.shorten(missing[0], "evicted")
             elif missing:
                 self._promises.look_later(job)

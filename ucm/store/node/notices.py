@@ -23,19 +23,20 @@ class Notices:
         """`on_said` hears what is logged, for those who read another log."""
         self._on_said = on_said
         self._clock = clock
-        self._said_s: dict[str, float] = {}
-        self._unsaid: Counter[str] = Counter()
+        self._said_s: dict[tuple[str, str], float] = {}
+        self._unsaid: Counter[tuple[str, str]] = Counter()
 
-    def warn(self, kind: str, text: object) -> None:
-        """Logs `text`, unless there was a notice of this kind a moment ago. Kinds are few and
-        fixed: they are remembered for good."""
+    def warn(self, kind: str, text: object, *, of: str = "") -> None:
+        """Logs `text`, unless there was a notice of this kind a moment ago, of the same thing.
+        Kinds and things are few and fixed: they are remembered for good."""
         now_s = self._clock()
-        said_s = self._said_s.get(kind)
+        same = kind, of
+        said_s = self._said_s.get(same)
         if said_s is not None and now_s - said_s < _EVERY_S:
-            self._unsaid[kind] += 1
+            self._unsaid[same] += 1
             return
-        self._said_s[kind] = now_s
-        unsaid = self._unsaid.pop(kind, 0)
+        self._said_s[same] = now_s
+        unsaid = self._unsaid.pop(same, 0)
         more = f" ({unsaid} more like it since the last notice)" if unsaid else ""
         said = f"{kind.replace('_', ' ')}: {text}{more}"
         logger.warning("%s", said)

@@ -11,7 +11,7 @@ from functools import partial
 
 from ucm.errors import TierError
 from ucm.store.node import protocol as p
-from ucm.store.node.io import Pool
+from ucm.store.node.lanes import Lanes
 from ucm.store.node.notices import Notices
 from ucm.store.node.promises import CallLater
 from ucm.store.node.state import Connection, OpenedNamespace
@@ -28,14 +28,14 @@ class Openings:
         *,
         slots: SlotTable,
         tier: Tier | None,
-        pool: Pool,
+        lanes: Lanes,
         notices: Notices,
         call_later: CallLater,
         timeout_s: float,
     ) -> None:
         self._slots = slots
         self._tier = tier
-        self._pool = pool
+        self._lanes = lanes
         self._notices = notices
         self._call_later = call_later
         self._timeout_s = timeout_s
@@ -93,7 +93,7 @@ class Openings:
                 is_answered = True
                 answer(result)
 
-        self._pool.submit(partial(call, tier), once)
+        self._lanes.pools[0].submit(partial(call, tier), once)
         if not is_answered:
             late = f"storage has not answered for {self._timeout_s:g} s ({without}): is it mounted?"
             self._call_later(self._timeout_s, partial(once, TierError(late, reason="timeout")))

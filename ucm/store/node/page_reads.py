@@ -9,6 +9,7 @@ from typing import Protocol
 from ucm.store.keys import Key
 from ucm.store.node.holds import Holds
 from ucm.store.node.io import Pool, error_reason
+from ucm.store.node.lanes import Lanes
 from ucm.store.node.lookup_job import LookupJob
 from ucm.store.node.notices import Notices
 from ucm.store.node.writeback import WriteBack
@@ -35,7 +36,7 @@ class PageReads:
         *,
         slots: SlotTable,
         tier: Tier,
-        pool: Pool,
+        lanes: Lanes,
         holds: Holds,
         writeback: WriteBack | None,
         page_of: Callable[[Slot], memoryview],
@@ -47,7 +48,7 @@ class PageReads:
         self.filling: set[Slot] = set()
         self._slots = slots
         self._tier = tier
-        self._pool = pool
+        self._lanes = lanes
         self._holds = holds
         self._writeback = writeback
         self._page_of = page_of
@@ -58,16 +59,24 @@ class PageReads:
 
     def go_on_with(self, job: LookupJob) -> None:
         """Keeps the threads busy with this lookup, and no more than that: others get their turn,
-        and what is late at the deadline was never started and has pushed nobody out."""
-        pool = self._pool
-        while job.unread and job.reads_running < _READS_PER_THREAD * pool.num_threads:
+        and what is late at the deadline was never started and has pushed nobody out. In order:
+        what lies behind a block that has to wait for its lane is of no use before it is."""
+        while (pool := self._next_turn(job)) is not None:
             # While threads are idle, one page each. Small pages that only wait for a thread go in
             # groups: handing over a job costs about as much as copying 64 KiB.
             is_busy = pool.depth >= pool.num_threads
             slot_bytes = job.namespace.slot_bytes
             slots = self._next_slots(job, max(1, _READ_BYTES // slot_bytes) if is_busy else 1)
-            if slots:
-                self._read(job, slots)
+            for each, group in self._lanes.split(slots, _key_of):
+                self._read(job, each, group)
+
+    def _next_turn(self, job: LookupJob) -> Pool | None:
+        """The threads of the next block to read, if this lookup may have more of them."""
+        if not job.unread:
+            return None
+        pool = self._lanes.of(job.keys[job.unread[0]])
+        has_turn = job.reads_running[pool] < _READS_PER_THREAD * pool.num_threads
+        return pool if has_turn else None
 
     def _next_slots(self, job: LookupJob, max_slots: int) -> list[Slot]:
         """Slots for the next blocks to read; pins those that somebody has brought meanwhile."""
@@ -97,19 +106,21 @@ class PageReads:
             slot = self._slots.reserve(job.keys[i], job.namespace.slot_bytes)
         return slot
 
-    def _read(self, job: LookupJob, slots: list[Slot]) -> None:
-        keys = [slot.key for slot in slots if slot.key is not None]
+    def _read(self, job: LookupJob, pool: Pool, slots: list[Slot]) -> None:
+        keys = [_key_of(slot) for slot in slots]
         pages = [self._page_of(slot) for slot in slots]
-        job.reads_running += 1
+        job.reads_running[pool] += 1
         self.filling.update(slots)
-        self._pool.submit(
+        pool.submit(
             partial(self._tier.read_all, job.namespace.tier, keys, pages),
-            partial(self._on_read, job, slots, keys),
-            on_overdue=partial(self._on_read_overdue, slots),
+            partial(self._on_read, job, pool, slots, keys),
+            on_overdue=partial(self._on_read_overdue, pool, slots),
         )
 
-    def _on_read(self, job: LookupJob, slots: list[Slot], keys: list[Key], result: object) -> None:
-        job.reads_running -= 1
+    def _on_read(
+        self, job: LookupJob, pool: Pool, slots: list[Slot], keys: list[Key], result: object
+    ) -> None:
+        job.reads_running[pool] -= 1
         self.filling.difference_update(slots)
         if isinstance(result, list):
             outcomes = [page_read.status.value for page_read in result]
@@ -141,9 +152,10 @@ class PageReads:
             absent = outcome == ReadStatus.ABSENT.value
             self._on_page(slot, "never_stored" if absent else outcome)
 
-    def _on_read_overdue(self, slots: list[Slot]) -> None:
+    def _on_read_overdue(self, pool: Pool, slots: list[Slot]) -> None:
+        name = self._lanes.name_of(pool)
         self._notices.warn(
-            "read_overdue", "storage hangs; its slots are set aside until it returns"
+            "read_overdue", f"{name} hangs; its slots are set aside until it returns", of=name
         )
         for slot in slots:
             self._count("read_overdue", 1)
@@ -152,3 +164,8 @@ class PageReads:
             if self._writeback is not None and key is not None:
                 self._writeback.filled_from_tier(key, is_hit=False)
             self._on_page(slot, "timeout")
+
+
+def _key_of(slot: Slot) -> Key:
+    assert slot.key is not None, "a slot that is reserved has a key"
+    return slot.key

@@ -7,7 +7,7 @@ and next to never while an engine of this node brings the pages.
 
 Any number of hand-offs may wait, for long, and storage may be slow. So looks take turns at a few
 of the threads (`max_looks`), and those who only ask find the others free. Everything here runs on
-the event loop's thread; only `_look` is on an I/O thread.
+the event loop's thread; only `_ask` is on an I/O thread.
 """
 
 from __future__ import annotations
@@ -20,8 +20,9 @@ from functools import partial
 from ucm.errors import TierError
 from ucm.store.keys import Key
 from ucm.store.node.io import Pool
+from ucm.store.node.lanes import Lanes
 from ucm.store.node.lookup_job import FIRST_PROBE, LookupJob
-from ucm.store.tier import Tier, TierNamespace
+from ucm.store.tier import Tier
 
 CallLater = Callable[[float, Callable[[], None]], object]
 
@@ -36,10 +37,11 @@ FED_PAUSE_S = 1.0
 
 @dataclass(frozen=True)
 class Looked:
-    """`leading` of the blocks asked for are there. `all_there`: so was the last promised one,
-    before they were asked for."""
+    """`leading` of the blocks asked for are there. `last_there`: so was a later promised block,
+    before they were asked for. `all_there`: and that was the last one."""
 
     leading: int
+    last_there: bool
     all_there: bool
 
 
@@ -51,10 +53,14 @@ def max_looks(num_threads: int) -> int:
 
 @dataclass(eq=False, slots=True)
 class _Look:
-    """One that has a thread, or is about to."""
+    """One that has a thread, or is about to. All it asks for is of one lane, whose last promised
+    block is `last`."""
 
     job: LookupJob
+    pool: Pool
     blocks: Sequence[int]
+    last: int
+    doubted: Sequence[Key]
     is_overdue: bool = False
 
 
@@ -65,7 +71,7 @@ class Promises:
         self,
         *,
         tier: Tier | None,
-        reads: Pool,
+        reads: Lanes,
         call_later: CallLater,
         clock: Callable[[], float],
         on_looked: Callable[[LookupJob, Sequence[int], object], None],
@@ -76,9 +82,9 @@ class Promises:
         self._clock = clock
         self._on_looked = on_looked
         self._wanted: defaultdict[Key, list[tuple[LookupJob, int]]] = defaultdict(list)
-        # Who waits for a turn to look, the longest first; and who looks.
-        self._turns: dict[LookupJob, None] = {}
-        self._looks: set[_Look] = set()
+        # By lane: who waits for a turn to look, the longest first; and who looks.
+        self._turns: defaultdict[Pool, dict[LookupJob, None]] = defaultdict(dict)
+        self._looks: defaultdict[Pool, set[_Look]] = defaultdict(set)
 
     def want(self, job: LookupJob, i: int) -> None:
         """Storage has to be asked for promised block `i`, or an engine brings it."""
@@ -101,7 +107,8 @@ class Promises:
             self._unwant(job, i)
 
     def forget(self, job: LookupJob) -> None:
-        self._turns.pop(job, None)
+        for turns in self._turns.values():
+            turns.pop(job, None)
         for i in list(job.wanted):
             self._unwant(job, i)
 
@@ -120,36 +127,49 @@ class Promises:
 
     def look(self, job: LookupJob) -> None:
         """Asks storage for the first blocks that are missing, when it is this lookup's turn."""
-        if job.closed or job.look_pending or not job.missing() or self._tier is None:
+        missing = job.missing()
+        if job.closed or job.look_pending or not missing or self._tier is None:
             return
         job.look_pending = True
-        self._turns[job] = None
-        self._take_turns(self._tier)
+        pool = self._reads.of(job.keys[missing[0]])
+        self._turns[pool][job] = None
+        self._take_turns(self._tier, pool)
 
-    def _take_turns(self, tier: Tier) -> None:
-        most = max_looks(self._reads.num_threads)
-        hangs = sum(look.is_overdue for look in self._looks) >= most
-        while self._turns and (hangs or len(self._looks) < most):
-            job = next(iter(self._turns))
-            del self._turns[job]
-            blocks = job.missing()[:FIRST_PROBE]
-            if hangs and blocks:
+    def _take_turns(self, tier: Tier, pool: Pool) -> None:
+        turns, looks = self._turns[pool], self._looks[pool]
+        most = max_looks(pool.num_threads)
+        hangs = sum(look.is_overdue for look in looks) >= most
+        while turns and (hangs or len(looks) < most):
+            job = next(iter(turns))
+            del turns[job]
+            look = self._look_of(job, pool)
+            if look is None:
+                # They came another way, or what is missing now is of another lane.
                 job.look_pending = False
-                self._on_looked(job, blocks, _late())
-            elif blocks:
-                self._begin(tier, _Look(job, blocks))
+                self.look(job)
+            elif hangs:
+                job.look_pending = False
+                self._on_looked(job, look.blocks, _late())
             else:
-                # They came another way.
-                job.look_pending = False
+                self._begin(tier, look)
+
+    def _look_of(self, job: LookupJob, pool: Pool) -> _Look | None:
+        """Only blocks of the first missing one's lane: if that hangs, those of others help nobody.
+        None if that isn't the lane of `pool`."""
+        missing = job.missing()[:FIRST_PROBE]
+        blocks = [i for i in missing if self._reads.of(job.keys[i]) is pool]
+        if not blocks or blocks[0] != missing[0]:
+            return None
+        last = job.promised - 1
+        while self._reads.of(job.keys[last]) is not pool:
+            last -= 1
+        doubted = (job.keys[blocks[0]], job.keys[last]) if self._must_doubt(job) else ()
+        return _Look(job, pool, blocks, last, doubted)
 
     def _begin(self, tier: Tier, look: _Look) -> None:
-        job = look.job
-        keys = [job.keys[i] for i in look.blocks]
-        last = job.keys[job.promised - 1]
-        doubted = (keys[0], last) if self._must_doubt(job) else ()
-        self._looks.add(look)
-        self._reads.submit(
-            partial(_look, tier, job.namespace.tier, keys, last, doubted),
+        self._looks[look.pool].add(look)
+        look.pool.submit(
+            partial(_ask, tier, look),
             partial(self._looked, tier, look),
             on_overdue=partial(self._overdue, tier, look),
             urgent=True,
@@ -184,9 +204,9 @@ class Promises:
         self.look(job)
 
     def _looked(self, tier: Tier, look: _Look, result: object) -> None:
-        self._looks.discard(look)
+        self._looks[look.pool].discard(look)
         look.job.look_pending = False
-        self._take_turns(tier)
+        self._take_turns(tier, look.pool)
         if not look.job.closed:
             self._on_looked(look.job, look.blocks, result)
 
@@ -195,7 +215,7 @@ class Promises:
         look.is_overdue = True
         if not look.job.closed:
             self._on_looked(look.job, look.blocks, _late())
-        self._take_turns(tier)
+        self._take_turns(tier, look.pool)
 
 
 def _late() -> TierError:
@@ -204,17 +224,14 @@ def _late() -> TierError:
     )
 
 
-def _look(
-    tier: Tier,
-    namespace: TierNamespace,
-    keys: Sequence[Key],
-    last: Key,
-    doubted: Sequence[Key],
-) -> Looked:
-    for key in doubted:
+def _ask(tier: Tier, look: _Look) -> Looked:
+    job, namespace = look.job, look.job.namespace.tier
+    for key in look.doubted:
         tier.doubt(namespace, key)
-    all_there = tier.contains_now(namespace, last)
+    last_there = tier.contains_now(namespace, job.keys[look.last])
     leading = 0
+    keys = [job.keys[i] for i in look.blocks]
     while leading < len(keys) and tier.contains_now(namespace, keys[leading]):
         leading += 1
-    return Looked(leading, all_there)
+    is_very_last = look.last == job.promised - 1
+    return Looked(leading, last_there, all_there=last_there and is_very_last)

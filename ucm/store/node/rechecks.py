@@ -1,20 +1,23 @@
 """Pages in memory that were seen in storage once: are their files still there?
 
 A lookup or a dump that meets such a page goes on at once; the answer decides about the next one.
-What has gone is queued from memory. No more than `max_pages` are asked about at a time: what is
-beyond that is asked about when it is met again.
+What has gone is queued from memory. No more than `max_pages` of a lane are asked about at a time:
+what is beyond that is asked about when it is met again.
 """
 
 from __future__ import annotations
 
+from collections import defaultdict
 from collections.abc import Callable, Sequence
 from functools import partial
 
 from ucm.store.keys import Key
 from ucm.store.node.io import Pool, error_reason
+from ucm.store.node.lanes import Lanes
 from ucm.store.node.notices import Notices
+from ucm.store.node.saved import Met
 from ucm.store.node.state import OpenedNamespace
-from ucm.store.node.writeback import Met, WriteBack
+from ucm.store.node.writeback import WriteBack
 from ucm.store.slots import SlotState, SlotTable
 from ucm.store.tier import Tier, held_of
 
@@ -38,7 +41,7 @@ class Rechecks:
         self,
         *,
         tier: Tier,
-        reads: Pool,
+        reads: Lanes,
         writeback: WriteBack,
         slots: SlotTable,
         count: Callable[[str, int], None],
@@ -52,24 +55,31 @@ class Rechecks:
         self._count = count
         self._notices = notices
         self._max_pages = max_pages
-        self._open: set[Key] = set()
+        self._open: defaultdict[Pool, set[Key]] = defaultdict(set)
 
     def meet(self, namespace: OpenedNamespace, pages: Sequence[Met]) -> list[Key]:
         """Somebody counts on these READY pages. Returns those that are neither saved nor queued."""
         unsaved, old = self._writeback.meet(namespace, pages)
-        fresh = [page for page in old if page.key not in self._open]
-        del fresh[max(0, self._max_pages - len(self._open)) :]
-        self._open.update(page.key for page in fresh)
-        for start in range(0, len(fresh), _MAX_GROUP):
-            group = fresh[start : start + _MAX_GROUP]
-            self._reads.submit(
-                partial(held_of, self._tier, namespace.tier, [page.key for page in group]),
-                partial(self._on_asked, namespace, group),
-            )
+        for pool, pages_there in self._reads.split(old, lambda page: page.key):
+            self._ask(namespace, pool, pages_there)
         return unsaved
 
-    def _on_asked(self, namespace: OpenedNamespace, group: list[Met], result: object) -> None:
-        self._open.difference_update(page.key for page in group)
+    def _ask(self, namespace: OpenedNamespace, pool: Pool, pages: list[Met]) -> None:
+        asked = self._open[pool]
+        fresh = [page for page in pages if page.key not in asked]
+        del fresh[max(0, self._max_pages - len(asked)) :]
+        asked.update(page.key for page in fresh)
+        for start in range(0, len(fresh), _MAX_GROUP):
+            group = fresh[start : start + _MAX_GROUP]
+            pool.submit(
+                partial(held_of, self._tier, namespace.tier, [page.key for page in group]),
+                partial(self._on_asked, namespace, pool, group),
+            )
+
+    def _on_asked(
+        self, namespace: OpenedNamespace, pool: Pool, group: list[Met], result: object
+    ) -> None:
+        self._open[pool].difference_update(page.key for page in group)
         if not isinstance(result, list):
             self._notices.warn("recheck_failed", result)
             self._writeback.refuse([page.key for page in group], error_reason(result))

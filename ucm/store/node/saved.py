@@ -18,12 +18,13 @@ Both memories are bounded; what falls out of them is MEMORY_ONLY again, which co
 from __future__ import annotations
 
 from collections import OrderedDict
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from enum import Enum
-from typing import TypeVar
+from typing import Protocol, TypeVar
 
 from ucm.store.keys import Key
+from ucm.store.slots import Slot
 
 _REMEMBERED_KEYS = 1 << 16
 _V = TypeVar("_V")
@@ -34,6 +35,21 @@ class Saving(Enum):
     QUEUED = "queued"
     SAVED = "saved"
     REFUSED = "refused"
+
+
+class Tell(Protocol):
+    """Tells the node cache's clients. `reason` is that of the refusals."""
+
+    def __call__(self, refused: Sequence[Key], saved: Sequence[Key], reason: str) -> None: ...
+
+
+@dataclass(frozen=True)
+class Met:
+    """A READY page that somebody counts on, and the block before it."""
+
+    key: Key
+    parent: Key | None
+    slot: Slot
 
 
 @dataclass(frozen=True)

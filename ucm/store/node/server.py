@@ -27,6 +27,7 @@ from ucm.store.measured import MeasuredTier
 from ucm.store.node import protocol as p
 from ucm.store.node.core import NodeCore
 from ucm.store.node.io import IoPool
+from ucm.store.node.lanes import Lanes
 from ucm.store.node.lock import SocketLock, this_process
 from ucm.store.node.memory import SharedMemory, give_way
 from ucm.store.node.peer import Door, Peer
@@ -63,20 +64,23 @@ class NodeServer:
         self.tier = None if tier is None else MeasuredTier(tier)
         timeout_s = settings.io_timeout_ms / 1000
         pool = partial(IoPool, loop=loop, timeout_s=timeout_s)
-        self._reads = pool(
-            "read", num_threads=settings.read_threads, keeps_queue_when_stalled=False
-        )
+
+        def lanes(name: str, num_threads: int, *, keeps: bool = False) -> Lanes:
+            return Lanes(
+                [
+                    pool(f"{name}-{lane}", num_threads=num_threads, keeps_queue_when_stalled=keeps)
+                    for lane in range(1 if tier is None else len(tier.lanes))
+                ],
+                tier,
+            )
+
         # Pages that wait to be written can wait: there is a bound, and storage may come back.
-        self._writes = pool(
-            "write", num_threads=settings.write_threads, keeps_queue_when_stalled=True
-        )
-        # Nobody's start waits behind pages.
-        self._control = pool("control", num_threads=2, keeps_queue_when_stalled=False)
+        self._writes = lanes("write", settings.write_threads, keeps=True)
         self._populate = pool("populate", num_threads=1, keeps_queue_when_stalled=True)
         self.core = NodeCore(
             slots=slots,
             tier=self.tier,
-            reads=self._reads,
+            reads=lanes("read", settings.read_threads),
             writes=self._writes,
             page_of=lambda slot: self.memory.page(slot.offset, slot.span.slot_bytes),
             populate=self._populate_soon,
@@ -86,7 +90,8 @@ class NodeServer:
             max_open_keys=settings.max_open_keys,
             clock=time.monotonic,
             call_later=loop.call_later,
-            control=self._control,
+            # Nobody's start waits behind pages.
+            control=lanes("control", 2),
             open_timeout_s=min(timeout_s, _OPEN_S),
             saving=SavingRules(recheck_s=settings.recheck_s, retry_s=settings.retry_ms / 1000),
         )
@@ -163,7 +168,7 @@ class NodeServer:
         deadline_s = time.monotonic() + _DRAIN_S
         while self.core.queues()["write_pages"] or self._writes.depth:
             self.core.tick()
-            if time.monotonic() > deadline_s or self._writes.stalled:
+            if time.monotonic() > deadline_s or self._writes.is_hopeless:
                 logger.warning(
                     "leaving with %d pages unwritten: storage is too slow",
                     self.core.queues()["write_pages"],

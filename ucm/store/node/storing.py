@@ -8,7 +8,7 @@ from collections.abc import Callable, Mapping, Sequence
 
 from ucm.store.keys import Key
 from ucm.store.node import protocol as p
-from ucm.store.node.io import Pool
+from ucm.store.node.lanes import Lanes
 from ucm.store.node.notices import Notices
 from ucm.store.node.rechecks import Rechecks, ready_pages
 from ucm.store.node.saved import SavingRules
@@ -29,8 +29,8 @@ class Storing:
         sessions: Mapping[str, Session],
         slots: SlotTable,
         tier: Tier | None,
-        reads: Pool,
-        writes: Pool,
+        reads: Lanes,
+        writes: Lanes,
         page_of: Callable[[Slot], memoryview],
         count: Callable[..., None],
         notices: Notices,
@@ -46,7 +46,7 @@ class Storing:
             return
         self.writeback = WriteBack(
             tier=tier,
-            pool=writes,
+            lanes=writes,
             slots=slots,
             page_of=page_of,
             count=count,

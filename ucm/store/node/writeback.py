@@ -7,10 +7,11 @@ parallel and published one after the other:
     place ──commit──► queued ──staged──► staged ──parent published──► publishing ──► stored
        └── given back    └──────── failed: so does every block after it in the prompt
 
-The queue has `max_pages` places. A dump takes its place when its slot is reserved, so what is
-committed is queued; a page that is met unsaved takes one if there is one. What is not written is
-told: every page that was accepted is in the end in storage, or in a `tell` with the reason. A page
-in the queue is pinned, so its slot can't be reused before its bytes are out.
+A dump takes its place in the queue (`places.py`) when its slot is reserved, so what is committed is
+queued; a page that is met unsaved takes one if there is one. What is not written is told: every
+page that was accepted is in the end in storage, or in a `tell` with the reason. A page in the queue
+is pinned, so its slot can't be reused before its bytes are out. While a lane of storage hangs,
+pages of the others don't wait for its pages: those behind them are given up.
 
 `saved.py` says what is known of a page that is not in the queue.
 """
@@ -20,13 +21,14 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from functools import partial
-from typing import Protocol
 
 from ucm.errors import TierError
 from ucm.store.keys import Key, num_tokens_of
 from ucm.store.node.io import Pool
+from ucm.store.node.lanes import Lanes
 from ucm.store.node.notices import Notices
-from ucm.store.node.saved import SavedBook, Saving, SavingRules
+from ucm.store.node.places import Places
+from ucm.store.node.saved import Met, SavedBook, Saving, SavingRules, Tell
 from ucm.store.node.state import OpenedNamespace
 from ucm.store.slots import Slot, SlotState, SlotTable
 from ucm.store.tier import Staged, Tier
@@ -35,27 +37,13 @@ AFTER_FAILED = "after_failed"
 QUEUE_FULL = "queue_full"
 
 
-class Tell(Protocol):
-    """Tells the node cache's clients. `reason` is that of the refusals."""
-
-    def __call__(self, refused: Sequence[Key], saved: Sequence[Key], reason: str) -> None: ...
-
-
-@dataclass(frozen=True)
-class Met:
-    """A READY page that somebody counts on, and the block before it."""
-
-    key: Key
-    parent: Key | None
-    slot: Slot
-
-
 @dataclass(eq=False, slots=True)
 class _Write:
     namespace: OpenedNamespace
     key: Key
     parent: Key | None
     slot: Slot
+    pool: Pool
     staged: Staged | None = None
     is_staged: bool = False
     is_waiting: bool = False
@@ -70,7 +58,7 @@ class WriteBack:
         self,
         *,
         tier: Tier,
-        pool: Pool,
+        lanes: Lanes,
         slots: SlotTable,
         page_of: Callable[[Slot], memoryview],
         count: Callable[[str], None],
@@ -81,17 +69,15 @@ class WriteBack:
         notices: Notices | None = None,
     ) -> None:
         self._tier = tier
-        self._pool = pool
+        self._lanes = lanes
         self._slots = slots
         self._page_of = page_of
         self._count = count
         self._notices = notices or Notices(clock)
-        self._max_pages = max_pages
         self._tell = tell
         self._book = SavedBook(rules, clock)
         self._writes: dict[Key, _Write] = {}
-        # Of slots that are being filled. They are in the queue as far as its bound goes.
-        self._places: set[Key] = set()
+        self._places = Places(lanes, max_pages)
         # Writes whose parent's slot is still being filled: nothing to queue behind yet.
         self._waiting: dict[Key, list[_Write]] = {}
         self._leaving = False
@@ -100,9 +86,8 @@ class WriteBack:
     def depth(self) -> int:
         return len(self._writes)
 
-    @property
-    def is_full(self) -> bool:
-        return len(self._writes) + len(self._places) >= self._max_pages
+    def is_full(self, key: Key) -> bool:
+        return self._places.is_full(key)
 
     # -- what is known of a page -----------------------------------------------------------
 
@@ -152,22 +137,22 @@ class WriteBack:
         """Storage has refused it, and it is not on its way again."""
         return key is not None and key not in self._writes and self._book.refusal(key) is not None
 
+    def _is_held_up(self, key: Key, parent: Key | None) -> bool:
+        """It would wait for a page of another lane, which hangs."""
+        before = None if parent is None else self._writes.get(parent)
+        return before is not None and before.pool.stalled and before.pool is not self._lanes.of(key)
+
     def _may_retry(self, page: Met) -> bool:
-        if self._is_lost(page.parent):
+        if self._is_lost(page.parent) or self._is_held_up(page.key, page.parent):
             return False
         refusal = self._book.refusal(page.key)
         return refusal is None or refusal.reason == AFTER_FAILED or self._book.may_retry(page.key)
 
-    # -- places ----------------------------------------------------------------------------
+    # -- the queue -------------------------------------------------------------------------
 
     def take_place(self, key: Key) -> bool:
         """For a slot that is to be filled. False: the queue has no place left."""
-        if self.is_full:
-            return False
-        self._places.add(key)
-        return True
-
-    # -- the queue -------------------------------------------------------------------------
+        return self._places.take(key)
 
     def enqueue(self, namespace: OpenedNamespace, key: Key, parent: Key | None, slot: Slot) -> None:
         """Queues the READY page in `slot`, at the place that was taken for it. Refuses it when
@@ -175,23 +160,23 @@ class WriteBack:
         only fill the disk."""
         if key in self._writes:
             return
-        reason = AFTER_FAILED if self._is_lost(parent) else ""
+        is_vain = self._is_lost(parent) or self._is_held_up(key, parent)
+        reason = AFTER_FAILED if is_vain else ""
         if reason or not self._begin(namespace, Met(key, parent, slot)):
-            self._places.discard(key)
+            self._places.give_back(key)
             self._drop([key], reason or QUEUE_FULL)
             self._drop_waiting(key)
 
     def _begin(self, namespace: OpenedNamespace, page: Met) -> bool:
         """False if there is no place for it."""
         key, slot = page.key, page.slot
-        if key in self._places:
-            self._places.discard(key)
-        elif self.is_full:
+        pool = self._places.enter(key)
+        if pool is None:
             return False
-        write = _Write(namespace, key, page.parent, slot, after=self._waiting.pop(key, []))
+        write = _Write(namespace, key, page.parent, slot, pool, after=self._waiting.pop(key, []))
         self._writes[key] = write
         self._slots.pin(slot)
-        self._pool.submit(
+        pool.submit(
             partial(
                 self._tier.stage,
                 namespace.tier,
@@ -207,7 +192,7 @@ class WriteBack:
     def filling_ended(self, key: Key) -> None:
         """The slot of `key` was given up before it was READY: its place is free, and what waited
         for it is dropped."""
-        self._places.discard(key)
+        self._places.give_back(key)
         self._drop_waiting(key)
 
     def filled_from_tier(self, key: Key, *, is_hit: bool) -> None:
@@ -264,7 +249,7 @@ class WriteBack:
                 return
         staged = write.staged
         assert staged is not None
-        self._pool.submit(
+        write.pool.submit(
             partial(self._tier.publish, staged),
             partial(self._on_published, write),
             on_overdue=partial(self._count, "write_overdue"),
@@ -297,6 +282,17 @@ class WriteBack:
             self._publish_in_order(after)
 
     # -- what is not written ---------------------------------------------------------------
+
+    def tick(self) -> None:
+        """Gives up what waits for a lane that hangs and is of another one. What is of that lane
+        itself stays: it may come back."""
+        if not self._lanes.num_stalled:
+            return
+        for write in [each for each in self._writes.values() if each.pool.stalled]:
+            held_up = [after for after in write.after if after.pool is not write.pool]
+            write.after = [after for after in write.after if after.pool is write.pool]
+            for after in held_up:
+                self._drop(self._doom(after), AFTER_FAILED)
 
     def _fail_write(self, write: _Write, error: TierError) -> None:
         """Storage has refused it. Nothing will lead to what waits behind it."""
@@ -337,7 +333,7 @@ class WriteBack:
     def _discard(self, write: _Write) -> None:
         staged, write.staged = write.staged, None
         if staged is not None:
-            self._pool.submit(partial(self._tier.discard, staged), lambda _: None, urgent=True)
+            write.pool.submit(partial(self._tier.discard, staged), lambda _: None, urgent=True)
         self._finish(write)
 
     def _finish(self, write: _Write) -> None:
@@ -345,4 +341,5 @@ class WriteBack:
         # may hold another write of the same key.
         if self._writes.get(write.key) is write:
             del self._writes[write.key]
+            self._places.leave(write.pool)
             self._slots.unpin(write.slot)
