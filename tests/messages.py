@@ -19,6 +19,7 @@ _ANSWERED = {"error_response", "error_body"}
 # Of these the message is what they are called with, wherever that is.
 _ERRORS = re.compile(
     r"^(ConfigError|UnsupportedEngine|ProtocolError|NodeUnavailable|TierError|TaskFailed|UcmError"
+    r"|BackendAway|NotPlain"
     r"|EtcdError|EtcdRefused|SystemExit|Exit|QueueFull|NoInstance|tier_error|BadParameter)$"
 )
 _VARIES = "…"

@@ -21,6 +21,7 @@ P = ParamSpec("P")
 
 _libc = ctypes.CDLL(None, use_errno=True)
 _CLONE_NEWNS = 0x00020000
+_MNT_DETACH = 2
 _MS_RDONLY, _MS_REMOUNT, _MS_BIND, _MS_REC, _MS_PRIVATE = 1, 32, 4096, 16384, 1 << 18
 
 
@@ -81,6 +82,12 @@ def mount_again(source: Path, path: Path) -> None:
 def unmount(path: Path) -> None:
     """Leaves the directory below, as it was."""
     if _libc.umount2(os.fsencode(path), 0) != 0:
+        raise OSError(ctypes.get_errno(), os.strerror(ctypes.get_errno()), str(path))
+
+
+def take_away(path: Path) -> None:
+    """As `unmount`, also while it is used: what is open stays, what comes meets what lies below."""
+    if _libc.umount2(os.fsencode(path), _MNT_DETACH) != 0:
         raise OSError(ctypes.get_errno(), os.strerror(ctypes.get_errno()), str(path))
 
 

@@ -7,11 +7,14 @@ import os
 import shutil
 import subprocess
 import sys
+import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
 
-from tests.faults.mounts import mount_again, mount_tmpfs, own_mounts, unmount
+from tests.faults.fuse import mount_fuse, needs_fuse
+from tests.faults.mounts import mount_again, mount_tmpfs, own_mounts, take_away, unmount
 from tests.store.tier_contract import (
     BLOCK_TOKENS,
     SMALL,
@@ -23,6 +26,7 @@ from tests.store.tier_contract import (
 )
 from ucm.errors import TierError
 from ucm.store import paths
+from ucm.store.keys import Key
 from ucm.store.posix import PosixTier
 from ucm.store.tier import ReadStatus
 
@@ -94,6 +98,38 @@ def test_a_page_that_was_staged_before_the_mount_went_is_not_published(tmp_path:
 
     assert files_below(store) == []
     assert not [name for name in files_below(server) if name.endswith(".kv")]
+
+
+@own_mounts
+@needs_fuse
+@pytest.mark.parametrize("is_new", [False, True])
+def test_a_mount_that_goes_away_in_the_middle_of_a_write_leaves_nothing_below(
+    tmp_path: Path, is_new: bool
+) -> None:
+    """After the backend was found to be there, and before a directory or a file is made in it."""
+    store = tmp_path / "store"
+    with (
+        # What is there is not looked up again, so what hangs is the name of the page.
+        mount_fuse(tmp_path / "server", store, entry_timeout_s=60.0) as mount,
+        ThreadPoolExecutor(1) as thread,
+    ):
+        tier = PosixTier([str(store)])
+        tier.open_namespace(SMALL)
+        dump(tier, SMALL, KEYS[0], PAGE)
+        mount.hang("lookup")
+        num_lookups = mount.calls["lookup"]
+        beside = KEYS[1] if is_new else Key(KEYS[0][:-1] + bytes([KEYS[0][-1] ^ 1]))
+        staging = thread.submit(tier.stage, SMALL, beside, PAGE, num_tokens=BLOCK_TOKENS)
+        deadline_s = time.monotonic() + 30
+        while mount.calls["lookup"] == num_lookups:
+            assert not staging.done() and time.monotonic() < deadline_s
+            time.sleep(0.01)
+        take_away(store)
+        mount.release()
+
+        with pytest.raises(TierError):
+            staging.result(timeout=30)
+        assert files_below(store) == []
 
 
 @own_mounts

@@ -115,14 +115,15 @@ class Backend:
 
     def make_dirs(self, directory: str) -> None:
         """Makes `directory`, which lies below the backend, and what is missing above it, but never
-        the backend itself. Each is looked at once. Raises NotPlain if one of them is a link or no
-        directory at all, and OSError."""
+        the backend itself, nor on what has taken its place. Each is looked at once. Raises NotPlain
+        if one of them is a link or no directory at all, BackendAway, TierError and OSError."""
         for each in self._unknown(directory):
             try:
                 check_directory(each)
             except FileNotFoundError:
-                with contextlib.suppress(FileExistsError):
-                    os.mkdir(each)
+                below = os.path.relpath(each, self.path)
+                with self.identity.pinned() as root, contextlib.suppress(FileExistsError):
+                    os.mkdir(below, dir_fd=root)
                     self.rights.give_directory(each)
                 check_directory(each)
             self._known_dirs.add(each)

@@ -11,6 +11,10 @@ From then on this process remembers the id and the file that it lay in, by devic
     another id, or none        it is away: nothing is written, and nothing is found
 
 What is away is said once, and so is its return, which needs no restart.
+
+A mount may go between a look and what follows it. So directories are made by a descriptor of the
+backend that was looked at through itself (`pinned`). A file that is made by its path a moment later
+finds no directory on the disk below, and so isn't made there.
 """
 
 from __future__ import annotations
@@ -18,10 +22,12 @@ from __future__ import annotations
 import logging
 import os
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 from ucm.errors import TierError
+from ucm.store import paths
 from ucm.store.mounts import mount_of
 
 _logger = logging.getLogger(__name__)
@@ -102,6 +108,29 @@ class Identity:
                 f"or make a new storage backend of it with `ucm init {self._path}`"
             )
 
+    @contextmanager
+    def pinned(self) -> Iterator[int]:
+        """A descriptor of the directory that is known, whatever its path leads to meanwhile; of
+        what is there, while nothing is known. Raises BackendAway, TierError or OSError."""
+        fd = os.open(self._path, os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC)
+        try:
+            if self._known is not None and not self._is_known(fd):
+                self.check()  # another file may have the id now
+                if not self._is_known(fd):
+                    raise BackendAway(f"{self._path}: has changed just now, tried again later")
+            yield fd
+        finally:
+            os.close(fd)
+
+    def _is_known(self, fd: int) -> bool:
+        known = self._known
+        try:
+            status = os.stat(paths.BACKEND_ID, dir_fd=fd, follow_symlinks=False)
+        except FileNotFoundError:
+            return False
+        there = (status.st_dev, status.st_ino)
+        return known is not None and there == (known[1].device, known[1].inode)
+
     def is_here(self) -> bool:
         """Whether what is found here counts. Raises TierError if storage can't tell."""
         try:
@@ -113,7 +142,7 @@ class Identity:
     def _compare(self, known: tuple[int, Place], found: tuple[int, Place] | None) -> None:
         why = why_away(known, found)
         if why:
-            away = (
+            away = BackendAway(
                 f"{self._path}: this is not the storage backend {known[0]:016x} any more ({why}): "
                 f"nothing is written there, and nothing found, until it is mounted again "
                 f"(if it was emptied by hand: `ucm init --id {known[0]:016x} {self._path}`)"
@@ -121,7 +150,7 @@ class Identity:
             if not self._is_away:
                 _logger.error("%s", away)
             self._is_away = True
-            raise BackendAway(away)
+            raise away
         assert found is not None
         if found != known:
             self._known, self.generation = found, self.generation + 1
