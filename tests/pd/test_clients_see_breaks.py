@@ -193,7 +193,7 @@ async def test_what_goes_to_decode_alone_says_why(fleet: Fleet) -> None:
     await fleet.start(1, 1)
 
     for path, fields, why in (
-        ("v1/chat/completions/batch", {}, "route"),
+        ("v1/embeddings", {}, "route"),
         ("v1/responses", {"input": "x", "previous_response_id": "r"}, "continued"),
     ):
         async with await fleet.post(path, **fields) as answer:

@@ -228,3 +228,33 @@ async def test_an_answer_that_can_not_be_read_is_asked_of_one_other_and_counts_a
         assert "unreadable" in (await response.json())["error"]["message"]
     assert 2 == sum(len(engine.asked) for engine in fleet.decode)
     assert 3 == await fleet.metric('ucm_pd_instance_state{role="decode",state="closed"')
+
+
+@pytest.mark.process
+async def test_a_socket_hears_that_the_proxy_stops_and_so_does_its_engine(
+    tmp_path: Path, bench: Bench
+):
+    codes: asyncio.Queue[int | None] = asyncio.Queue()
+
+    async def hold(request: web.Request) -> web.StreamResponse:
+        socket = web.WebSocketResponse()
+        await socket.prepare(request)
+        await socket.send_str("open")
+        await socket.receive()
+        codes.put_nowait(socket.close_code)
+        return socket
+
+    bench.decode.answer = hold
+    async with proxy_of(bench, tmp_path, "--shutdown-timeout-s", "0.5") as proxy:
+        url = f"http://localhost:{proxy.port}/v1/realtime"
+        async with bench.client.ws_connect(url) as socket:
+            assert "open" == await socket.receive_str()
+            proxy.send_signal(signal.SIGTERM)
+            message = await socket.receive(timeout=PATIENCE_S)
+            assert (aiohttp.WSMsgType.CLOSE, 1001, "the proxy is stopping") == (
+                message.type,
+                message.data,
+                message.extra,
+            )
+        assert 1001 == await asyncio.wait_for(codes.get(), PATIENCE_S)
+        assert 0 == await asyncio.to_thread(proxy.wait, PATIENCE_S)

@@ -112,6 +112,69 @@ async def test_another_decoder_is_asked_before_the_socket_is_open(fleet: Fleet):
             await socket.receive_json()
 
 
+@pytest.mark.parametrize("role", ["client", "engine"])
+async def test_pings_alone_keep_no_socket_open(fleet: Fleet, role):
+    """vLLM's server pings every 20 s, and a client that waits for nothing answers."""
+    await fleet.start(1, 1, websocket_idle_timeout_s=0.5)
+    codes: list[int | None] = []
+    heartbeat_s = 0.05
+
+    async def silent(request: web.Request) -> web.StreamResponse:
+        socket = web.WebSocketResponse(heartbeat=heartbeat_s if role == "engine" else None)
+        await socket.prepare(request)
+        assert aiohttp.WSMsgType.CLOSE is (await socket.receive()).type
+        codes.append(socket.close_code)
+        return socket
+
+    fleet.decode[0].answer = silent
+    heartbeat = heartbeat_s if role == "client" else None
+    async with fleet.client.ws_connect(fleet.proxy / REALTIME, heartbeat=heartbeat) as socket:
+        message = await socket.receive(timeout=20)
+        assert (aiohttp.WSMsgType.CLOSE, aiohttp.WSCloseCode.GOING_AWAY) == (
+            message.type,
+            message.data,
+        )
+        assert "--websocket-idle-timeout-s" in str(message.extra)
+    await fleet.until_metric('ucm_pd_failed_total{reason="timeout"}', 1)
+    assert [aiohttp.WSCloseCode.GOING_AWAY] == codes
+    assert 0 == await fleet.metric("ucm_pd_open_requests")
+
+
+async def test_a_peer_that_takes_nothing_any_more_lets_its_engine_go(fleet: Fleet):
+    """As one whose machine is gone: its connection stands, and what is sent to it is lost."""
+    await fleet.start(1, 1, websocket_idle_timeout_s=0.5)
+    has_ended = asyncio.Event()
+
+    async def pour(request: web.Request) -> web.StreamResponse:
+        socket = web.WebSocketResponse()
+        await socket.prepare(request)
+        try:
+            while not socket.closed:
+                await socket.send_bytes(bytes(1 << 20))
+        finally:
+            has_ended.set()
+        return socket
+
+    fleet.decode[0].answer = pour
+    async with fleet.client.ws_connect(fleet.proxy / REALTIME, max_msg_size=0) as socket:
+        transport = socket._response.connection.transport
+        transport.pause_reading()
+        await asyncio.wait_for(has_ended.wait(), 30)
+        await fleet.until_metric('ucm_pd_failed_total{reason="timeout"}', 1)
+        transport.abort()
+
+
+async def test_a_socket_with_messages_stays_open_for_longer_than_the_limit(fleet: Fleet):
+    await fleet.start(1, 1, websocket_idle_timeout_s=1.0)
+    fleet.decode[0].answer = echo
+    async with fleet.client.ws_connect(fleet.proxy / REALTIME) as socket:
+        await socket.receive_json()
+        for i in range(30):
+            await asyncio.sleep(0.05)
+            await socket.send_str(str(i))
+            assert str(i) == await socket.receive_str()
+
+
 @pytest.mark.parametrize("status", [400, 403, 404])
 async def test_a_refusal_is_the_clients_answer(fleet: Fleet, status):
     await fleet.start(1, 1)

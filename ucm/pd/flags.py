@@ -51,6 +51,7 @@ class ProxySettings(InstanceFiles):
     prefill_timeout_s: float = 600.0
     idle_timeout_s: float = 600.0
     answer_timeout_s: float | None = None
+    websocket_idle_timeout_s: float = 600.0
     health_interval_s: float = 2.0
     breaker_failures: int = 3
     breaker_open_s: float = 5.0
@@ -218,6 +219,7 @@ def _parser(description: str) -> argparse.ArgumentParser:
         ("prefill-timeout-s", seconds_flag, "for a prefill; then decode computes the prompt"),
         ("idle-timeout-s", seconds_flag, "without a byte from an instance that streams"),
         ("answer-timeout-s", seconds_flag, "for an answer that is not streamed; none: no limit"),
+        ("websocket-idle-timeout-s", seconds_flag, "of a WebSocket without a message either way"),
         ("health-interval-s", seconds_flag, "between two looks at an instance's /health"),
         ("breaker-failures", _positive, "failed connections before an instance is left alone"),
         ("breaker-open-s", seconds_flag, "how long it is left alone"),

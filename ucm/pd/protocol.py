@@ -35,6 +35,10 @@ COMPLETIONS = "/v1/completions"
 CHAT = "/v1/chat/completions"
 RESPONSES = "/v1/responses"
 MESSAGES = "/v1/messages"
+# Several conversations at once, each of them a prompt: vLLM's own.
+CHAT_BATCH = "/v1/chat/completions/batch"
+# A chat or a completion, whichever its body is, or something else: SageMaker's.
+INVOCATIONS = "/invocations"
 # Token ids in, token ids out: vLLM's own.
 GENERATE = "/inference/v1/generate"
 _WITH_DONE = (COMPLETIONS, CHAT, GENERATE, "/v1/audio/transcriptions", "/v1/audio/translations")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from functools import partial
 
 from aiohttp import web
@@ -27,15 +28,23 @@ from ucm.pd.members import Members
 from ucm.pd.metrics import ProxyMetrics
 from ucm.pd.prefill import Leg, Prefills
 from ucm.pd.promise import Promise
-from ucm.pd.protocol import CHAT, COMPLETIONS, GENERATE, MESSAGES, RESPONSES
-from ucm.pd.reading import Wanted, answers_at_once, passed_on, read_request
+from ucm.pd.protocol import (
+    CHAT,
+    CHAT_BATCH,
+    COMPLETIONS,
+    GENERATE,
+    INVOCATIONS,
+    MESSAGES,
+    RESPONSES,
+)
+from ucm.pd.reading import Wanted, answers_at_once, is_invocation, passed_on, read_request
 from ucm.pd.relay import Relay
 from ucm.pd.resume import Tracker
 from ucm.pd.stopping import Stopping, go_on
 from ucm.pd.websocket import pass_through, wants_websocket
 
 _RESUMABLE = (COMPLETIONS, CHAT)
-GENERATING = (COMPLETIONS, CHAT, RESPONSES, MESSAGES, GENERATE)
+GENERATING = (COMPLETIONS, CHAT, CHAT_BATCH, RESPONSES, MESSAGES, GENERATE, INVOCATIONS)
 
 
 _NO_ACCESS = "this proxy wants one of its API keys, as a bearer token or as x-api-key"
@@ -156,6 +165,8 @@ class Proxy:
             has_prefill=self._prefills is not None,
         )
         wanted = await bodies.apart(read, num_bytes=len(body))
+        if request.path == INVOCATIONS and not is_invocation(wanted):
+            return await self._pass_on(request, body)
         if wanted is None:
             return error_response(400, "the body is not a JSON object", path=request.path)
         return await self._journey(request, partial(self._generate, request, wanted))
@@ -169,11 +180,14 @@ class Proxy:
         tracker = None
         if self._settings.resume and request.path in _RESUMABLE and fields.get("stream"):
             tracker = Tracker(fields, is_chat=request.path == CHAT)
+        name = named_by(request.method, request.path, request.headers, fields)
+        if name is not None and wanted.why_not is None:
+            # No prefill instance has it.
+            wanted = replace(wanted, why_not="continued")
         with self._promised(request, wanted, journey) as promise:
             waits = self._settings.handoff == "chain" or answers_at_once(request.path, fields)
             if promise is not None and (waits or not promise.is_told):
                 await promise.settled()
-            name = named_by(request.method, request.path, request.headers, fields)
             return await self._relaying.answer(
                 request, wanted.body, journey, tracker, promise, name
             )
@@ -184,11 +198,20 @@ class Proxy:
         if administration.is_for_all(request.raw_path):
             return await self._administer(request, self._client)
         if wants_websocket(request):
-            joined = partial(pass_through, self._client, self._answering, request)
+            joined = partial(
+                pass_through,
+                self._client,
+                self._answering,
+                request,
+                idle_timeout_s=self._settings.websocket_idle_timeout_s,
+            )
             return await self._journey(request, joined)
         body = await intake.read(request) if request.can_read_body else None
         if isinstance(body, web.Response):
             return body
+        return await self._pass_on(request, body)
+
+    async def _pass_on(self, request: web.Request, body: bytes | None) -> web.StreamResponse:
         if body:
             body = await bodies.apart(partial(passed_on, body), num_bytes=len(body))
 

@@ -10,7 +10,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from ucm.pd.protocol import RESPONSES
+from ucm.pd.protocol import CHAT_BATCH, RESPONSES
 from ucm.pd.rewrite import (
     guess_tokens,
     kind_of,
@@ -26,7 +26,7 @@ from ucm.pd.rewrite import (
 @dataclass(frozen=True)
 class Wanted:
     """`body` is for decode. `first` is for prefill; without it `why_not` says why there is none.
-    It `is_all` if it has all of the prompts."""
+    It `is_all` if it has all of the prompts, and its receipt is about them."""
 
     body: bytes
     fields: dict[str, Any]
@@ -49,6 +49,8 @@ def read_request(body: bytes, path: str, *, min_tokens: int, has_prefill: bool) 
         if why_not is None:
             long, is_all = long_prompts(fields, min_tokens=min_tokens)
             first = prefill_body(long, path=path)
+            # vLLM answers with one receipt for one prompt.
+            is_all = is_all and path != CHAT_BATCH
     kind = kind_of(path, fields)
     return Wanted(body, fields, guess_tokens(fields), kind, why_not, first, is_all)
 
@@ -57,6 +59,11 @@ def answers_at_once(path: str, fields: Mapping[str, Any]) -> bool:
     """Whether decode's first byte says nothing of its having found or computed the prompt: it says
     of a response that there will be one before it has done anything for it."""
     return path == RESPONSES and bool(fields.get("stream") or fields.get("background"))
+
+
+def is_invocation(wanted: Wanted | None) -> bool:
+    """What vLLM takes for a chat or a completion where anything may be asked."""
+    return wanted is not None and ("messages" in wanted.fields or "prompt" in wanted.fields)
 
 
 def passed_on(body: bytes) -> bytes:

@@ -23,7 +23,7 @@ import msgspec
 
 from ucm import handoff
 from ucm.pd import bodies
-from ucm.pd.protocol import GENERATE, MESSAGES, RESPONSES
+from ucm.pd.protocol import CHAT_BATCH, GENERATE, MESSAGES, RESPONSES
 
 KV_PARAMS = "kv_transfer_params"
 GRAMMARS = (
@@ -91,6 +91,9 @@ def prefill_body(fields: Mapping[str, Any], *, path: str) -> bytes:
     else:
         first["max_tokens"] = 1
     first["stream"] = False
+    if path == CHAT_BATCH:
+        # Each of its prompts would be told, and the answer has no receipt for any.
+        return bodies.encode(first)
     first[KV_PARAMS] = handoff.params(handoff.Wanted())
     if path == MESSAGES:
         # vLLM refuses to think for more tokens than it may make, but in a prefill that says so.

@@ -1,14 +1,16 @@
 """WebSockets, passed through to one instance, message by message, both ways.
 
 Another instance is asked as long as none has said yes. From then on each side gets the other's
-messages, pings and end as they come, and whoever goes takes the other along. One message of each
-way is in memory at a time, and what the sockets have read ahead.
+messages, pings and end as they come, and whoever goes takes the other along. So do both when no
+message has got through for a while: whose peer has vanished without a word hears of it by nothing
+else. One message of each way is in memory at a time, and what the sockets have read ahead.
 """
 
 from __future__ import annotations
 
 import asyncio
 import logging
+import time
 
 import aiohttp
 from aiohttp import web
@@ -37,7 +39,12 @@ def wants_websocket(request: web.Request) -> bool:
 
 
 async def pass_through(
-    client: upstream.Client, pool: Pool, request: web.Request, journey: Journey
+    client: upstream.Client,
+    pool: Pool,
+    request: web.Request,
+    journey: Journey,
+    *,
+    idle_timeout_s: float,
 ) -> web.StreamResponse:
     if pool.role is Role.DECODE:
         journey.not_prefilled("websocket")
@@ -53,7 +60,7 @@ async def pass_through(
             found = await _connect(client, instance, request, journey)
             if isinstance(found, aiohttp.ClientWebSocketResponse):
                 async with found:
-                    return await _joined(found, request, journey)
+                    return await _joined(found, request, journey, idle_timeout_s)
             status, text, is_final = found
             problem = problem or (status, text)
             if is_final:
@@ -98,8 +105,30 @@ async def _connect(
     return found
 
 
+class _Idle:
+    """Since when no message has got through, either way. Pings are none: they say that somebody
+    lives, and vLLM sends them whether anybody listens or not."""
+
+    def __init__(self, limit_s: float) -> None:
+        self.limit_s = limit_s
+        self._since_s = time.monotonic()
+
+    def ends(self) -> None:
+        self._since_s = time.monotonic()
+
+    async def is_over(self) -> None:
+        """Returns when it has been so for too long."""
+        left_s = self.limit_s
+        while left_s > 0:
+            await asyncio.sleep(left_s)
+            left_s = self._since_s + self.limit_s - time.monotonic()
+
+
 async def _joined(
-    engine: aiohttp.ClientWebSocketResponse, request: web.Request, journey: Journey
+    engine: aiohttp.ClientWebSocketResponse,
+    request: web.Request,
+    journey: Journey,
+    idle_timeout_s: float,
 ) -> web.StreamResponse:
     chosen = (engine.protocol,) if engine.protocol else ()
     client = web.WebSocketResponse(
@@ -108,30 +137,56 @@ async def _joined(
     client.headers.update(journey.headers())
     await client.prepare(request)
     journey.status = 101
-    ways = [asyncio.create_task(_pump(client, engine)), asyncio.create_task(_pump(engine, client))]
+    idle = _Idle(idle_timeout_s)
+    doing = (_pump(client, engine, idle), _pump(engine, client, idle), idle.is_over())
+    tasks = [asyncio.create_task(each) for each in doing]
+    why = None
     try:
-        await asyncio.wait(ways, return_when=asyncio.FIRST_COMPLETED)
+        await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)
+        if tasks[-1].done():
+            journey.failed("timeout")
+            why = f"nothing came for --websocket-idle-timeout-s, {idle.limit_s:g} s"
     except asyncio.CancelledError:
         if not go_on(journey):
             raise
         journey.failed("stopping")
-        await client.close(code=aiohttp.WSCloseCode.GOING_AWAY, message=b"the proxy is stopping")
+        why = "the proxy is stopping"
     finally:
-        for way in ways:
-            way.cancel()
-        await asyncio.wait(ways)
+        for task in tasks:
+            task.cancel()
+        await asyncio.wait(tasks)
+    if why is not None:
+        # That the client goes then is no other failure.
+        journey.is_delivered = True
+        # At once: neither has to wait for what the other says to it.
+        has_ended, _ = await asyncio.gather(_end(client, why), _end(engine, why))
+        if not has_ended and request.transport is not None:
+            request.transport.abort()
     return client
 
 
-async def _pump(source: _Socket, target: _Socket) -> None:
+async def _end(socket: _Socket, why: str) -> bool:
+    """Whether it has. One that takes nothing any more takes no goodbye either, and one that doesn't
+    stop to send hides its own."""
+    closing = socket.close(code=aiohttp.WSCloseCode.GOING_AWAY, message=why.encode())
+    try:
+        await asyncio.wait_for(closing, _CLOSING_S)
+    except (ConnectionError, asyncio.TimeoutError):
+        return False
+    return True
+
+
+async def _pump(source: _Socket, target: _Socket, idle: _Idle) -> None:
     """Until the source has ended, or nobody takes it any more."""
     try:
         while True:
             message = await source.receive()
             if message.type is aiohttp.WSMsgType.TEXT:
                 await target.send_str(message.data)
+                idle.ends()
             elif message.type is aiohttp.WSMsgType.BINARY:
                 await target.send_bytes(message.data)
+                idle.ends()
             elif message.type is aiohttp.WSMsgType.PING:
                 await target.ping(message.data)
             elif message.type is aiohttp.WSMsgType.PONG:
