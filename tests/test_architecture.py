@@ -52,6 +52,7 @@ BELOW_NODE = {
         "paths",
         "processes",
         "writers",
+        "sweep",
         "names",
         "posix",
         "backend",

@@ -72,8 +72,17 @@ class StoreSettings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fi
     quarantine_per_minute: Annotated[int, Meta(ge=0, le=1_000_000)] = msgspec.field(
         default=6, name="posix_quarantine_per_minute"
     )
+    stale_temp_hours: Annotated[int, Meta(ge=0, le=8_760)] = msgspec.field(
+        default=24, name="posix_stale_temp_hours"
+    )
+    sweep_dirs_per_s: Annotated[int, Meta(ge=1, le=1_000_000)] = msgspec.field(
+        default=200, name="posix_sweep_dirs_per_s"
+    )
     idle_exit_s: Annotated[float, Meta(gt=0, le=31_536_000)] = msgspec.field(
         default=60.0, name="node_cache_idle_exit_s"
+    )
+    drain_s: Annotated[float, Meta(ge=0, le=3_600)] = msgspec.field(
+        default=20.0, name="node_cache_drain_s"
     )
     max_clients: Annotated[int, Meta(ge=2, le=65_536)] = msgspec.field(
         default=1024, name="node_cache_max_clients"

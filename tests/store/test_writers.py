@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 
 from ucm.store import processes, writers
 from ucm.store.processes import UNKNOWN, Process
+from ucm.store.writers import Fate
 
 HOUR_S = 3600.0
 HERE = Process("node1.example.com", "0123456789abcdef", 100, 5_000)
@@ -59,15 +60,9 @@ def test_what_is_named_can_be_parsed_and_is_seen_by_its_own(process: Process, no
     assert writers.is_seen(found.process, here=process) == (process.world != UNKNOWN)
 
 
-@given(
-    writer=few,
-    here=few,
-    runs=st.sampled_from([True, False, None]),
-    age_s=st.sampled_from([None, -HOUR_S, 0.0, HOUR_S - 1, HOUR_S, 1e12]),
-    stale_s=st.sampled_from([0.0, HOUR_S]),
-)
-def test_only_the_dead_and_the_old_are_removed(
-    writer: Process, here: Process, runs: bool | None, age_s: float | None, stale_s: float
+@given(writer=few, here=few, runs=st.sampled_from([True, False, None]))
+def test_a_writer_is_dead_only_where_its_own_world_says_so(
+    writer: Process, here: Process, runs: bool | None
 ) -> None:
     asked: list[tuple[int, int]] = []
 
@@ -75,20 +70,24 @@ def test_only_the_dead_and_the_old_are_removed(
         asked.append((pid, began))
         return runs
 
-    removed = writers.may_remove(
-        writer, here=here, is_running=is_running, age_s=lambda: age_s, stale_s=stale_s
-    )
+    found = writers.fate(writer, here=here, is_running=is_running)
 
     is_own = here.world == writer.world and here.world != UNKNOWN
-    is_old = stale_s > 0 and age_s is not None and age_s >= stale_s
     if asked:
         assert is_own, "a process id means nothing anywhere else"
         assert asked == [(writer.pid, writer.began)]
-        assert removed == (is_old if runs is None else not runs)
+        assert found is {True: Fate.ALIVE, False: Fate.DEAD, None: Fate.UNSEEN}[runs]
     else:
-        assert removed == is_old
-    if is_own and writer.host == here.host:
-        assert asked
+        assert found is Fate.UNSEEN
+        assert not is_own or writer.host != here.host
+
+
+@given(age_s=st.none() | st.floats(-1e9, 1e12), stale_s=st.sampled_from([0.0, HOUR_S]))
+def test_nothing_is_stale_before_its_time_or_without_a_clock(
+    age_s: float | None, stale_s: float
+) -> None:
+    is_stale = writers.is_stale(age_s, stale_s=stale_s)
+    assert is_stale == (stale_s > 0 and age_s is not None and age_s >= HOUR_S)
 
 
 def test_a_copy_of_a_running_machine_with_another_host_name_is_somebody_else() -> None:

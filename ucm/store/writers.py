@@ -16,6 +16,7 @@ from __future__ import annotations
 import re
 from collections.abc import Callable
 from dataclasses import dataclass
+from enum import Enum
 from typing import Final
 
 from ucm.store.processes import UNKNOWN, Process
@@ -53,24 +54,26 @@ def parsed(match: re.Match[str]) -> WriterName:
     return WriterName(process, int(match["created_s"]))
 
 
-def may_remove(
-    writer: Process,
-    *,
-    here: Process,
-    is_running: Callable[[int, int], bool | None],
-    age_s: Callable[[], float | None],
-    stale_s: float,
-) -> bool:
-    """Whether a process in `here`'s place may remove what `writer` has left. `age_s` is asked only
-    if it matters: since the file was last changed, by the filesystem's own clock; None if that
-    can't be told. `stale_s` of 0: never what a writer has left that can't be seen from here."""
+class Fate(Enum):
+    ALIVE = "alive"
+    DEAD = "dead"
+    UNSEEN = "unseen"
+
+
+def fate(writer: Process, *, here: Process, is_running: Callable[[int, int], bool | None]) -> Fate:
+    """What a process in `here`'s place can say of a writer: what the dead have left may be
+    removed, and what those have left that can't be seen if it is stale. `is_running` is asked of
+    processes of `here`'s own world only, and says None where it can't tell."""
     runs = is_running(writer.pid, writer.began) if is_seen(writer, here=here) else None
-    if runs is not None:
-        return not runs
-    if stale_s <= 0:
-        return False
-    passed_s = age_s()
-    return passed_s is not None and passed_s >= stale_s
+    if runs is None:
+        return Fate.UNSEEN
+    return Fate.ALIVE if runs else Fate.DEAD
+
+
+def is_stale(age_s: float | None, *, stale_s: float) -> bool:
+    """`age_s` is that since a file was last changed, by the filesystem's own clock; None if that
+    can't be told. `stale_s` of 0: never."""
+    return age_s is not None and 0 < stale_s <= age_s
 
 
 def is_seen(writer: Process, *, here: Process) -> bool:

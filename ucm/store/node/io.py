@@ -45,20 +45,23 @@ class Pool(Protocol):
         urgent: bool = False,
     ) -> None: ...
     def tick(self) -> None: ...
+    def give_back_queue(self, *, urgent: bool) -> None: ...
 
 
 class IoJob:
     """One blocking call. Owned by the pool from `submit` until its `on_done` was called."""
 
-    __slots__ = ("call", "on_done", "on_overdue", "overdue", "started_s")
+    __slots__ = ("call", "on_done", "on_overdue", "overdue", "started_s", "urgent")
 
     def __init__(
         self,
         call: Callable[[], object],
         on_done: Callable[[object], None],
         on_overdue: Callable[[], None] | None,
+        urgent: bool,
     ) -> None:
         self.call = call
+        self.urgent = urgent
         self.on_done = on_done
         self.on_overdue = on_overdue
         self.started_s: float | None = None
@@ -122,7 +125,7 @@ class IoPool:
         urgent: bool = False,
     ) -> None:
         """Queues a call; an `urgent` one goes before those that are not."""
-        job = IoJob(call, on_done, on_overdue)
+        job = IoJob(call, on_done, on_overdue, urgent)
         self._num_queued += 1
         self._running.add(job)
         self._unclaimed[job] = job
@@ -141,12 +144,13 @@ class IoPool:
             if job.on_overdue is not None:
                 job.on_overdue()
         if self.stalled and not self._keeps_queue_when_stalled:
-            self._give_back_queue()
+            self.give_back_queue(urgent=True)
 
-    def _give_back_queue(self) -> None:
+    def give_back_queue(self, *, urgent: bool) -> None:
+        """What no thread has begun ends now, as timed out; what is urgent if that is asked for."""
         late = TierError("storage hangs: not started in time", reason="timeout")
         for job in list(self._unclaimed):
-            if self._unclaimed.pop(job, None) is not None:
+            if job.urgent <= urgent and self._unclaimed.pop(job, None) is not None:
                 self._finish(job, late)
 
     def close(self) -> None:

@@ -58,6 +58,10 @@ class Lanes:
         for pool in self.pools:
             pool.tick()
 
+    def give_back_queue(self, *, urgent: bool) -> None:
+        for pool in self.pools:
+            pool.give_back_queue(urgent=urgent)
+
     def of(self, key: Key) -> Pool:
         if self._tier is None or len(self.pools) == 1:
             return self.pools[0]

@@ -33,6 +33,7 @@ from ucm.store.node.memory import SharedMemory, give_way
 from ucm.store.node.peer import Door, Peer
 from ucm.store.node.room import GIB, be_taken_first, memory_left, room_for
 from ucm.store.node.saved import SavingRules
+from ucm.store.node.sweeper import Sweeper
 from ucm.store.node.trust import trust_of
 from ucm.store.slots import SlotTable
 from ucm.store.tiers import build_tier, keeps_pages
@@ -43,7 +44,7 @@ _TICK_S = 0.05
 _LOOK_S = 1.0
 _HELD_UP_S = 1.0
 _NICE = -10
-_DRAIN_S = 30.0
+_CLEAR_UP_S = 5.0
 # Less than any client waits for a node cache.
 _OPEN_S = 5.0
 
@@ -76,6 +77,8 @@ class NodeServer:
 
         # Pages that wait to be written can wait: there is a bound, and storage may come back.
         self._writes = lanes("write", settings.write_threads, keeps=True)
+        # Nobody's start waits behind pages.
+        self._control = lanes("control", 2)
         self._populate = pool("populate", num_threads=1, keeps_queue_when_stalled=True)
         self.core = NodeCore(
             slots=slots,
@@ -90,11 +93,11 @@ class NodeServer:
             max_open_keys=settings.max_open_keys,
             clock=time.monotonic,
             call_later=loop.call_later,
-            # Nobody's start waits behind pages.
-            control=lanes("control", 2),
+            control=self._control,
             open_timeout_s=min(timeout_s, _OPEN_S),
             saving=SavingRules(recheck_s=settings.recheck_s, retry_s=settings.retry_ms / 1000),
         )
+        self._sweeper = Sweeper(settings)
         self.arena = uuid.uuid4().hex
         # Clients that have said Hello. Who doesn't, keeps no node cache from leaving.
         self.num_connections = 0
@@ -165,15 +168,33 @@ class NodeServer:
             )
 
     async def _drain(self) -> None:
-        deadline_s = time.monotonic() + _DRAIN_S
-        while self.core.queues()["write_pages"] or self._writes.depth:
+        """Writes out what is queued. What storage is too slow for is given up, and what was staged
+        of it removed, as far as storage still answers."""
+        self._sweeper.stop()
+        await self._until(self._is_written, self.settings.drain_s)
+        num_left = self.core.queues()["write_pages"]
+        if num_left:
+            logger.warning("leaving with %d pages unwritten: storage is too slow", num_left)
+            # What is urgent publishes or removes what was staged.
+            self._writes.give_back_queue(urgent=False)
+        await self._until(self._is_quiet, _CLEAR_UP_S)
+
+    def _is_written(self) -> bool:
+        """Or never will be."""
+        left = self._writes.depth or self.core.queues()["write_pages"]
+        return self._writes.is_hopeless or not left
+
+    def _is_quiet(self) -> bool:
+        """Nothing that could leave a temporary file is under way, but for what hangs."""
+        lanes = self._writes, self._control
+        return not (
+            self._sweeper.is_working or any(each.depth > each.num_overdue for each in lanes)
+        )
+
+    async def _until(self, is_done: Callable[[], bool], within_s: float) -> None:
+        deadline_s = time.monotonic() + within_s
+        while not is_done() and time.monotonic() < deadline_s:
             self.core.tick()
-            if time.monotonic() > deadline_s or self._writes.is_hopeless:
-                logger.warning(
-                    "leaving with %d pages unwritten: storage is too slow",
-                    self.core.queues()["write_pages"],
-                )
-                return
             await asyncio.sleep(_TICK_S / 5)
 
 
