@@ -17,7 +17,8 @@ from tests.e2e.node import Node
 
 # Within a fleet the destructive ones come last.
 MODULES = (
-    *("test_identity", "test_sharing", "test_proxy", "test_handoff", "test_handoff_storage"),
+    *("test_identity", "test_sharing", "test_proxy", "test_proxy_protocols"),
+    *("test_handoff", "test_handoff_storage"),
     *("test_damaged_files", "test_handoff_stress", "test_crashes"),
     *("test_layouts", "test_bfloat16", "test_handoff_namespaces", "test_images"),
     *("test_what_shapes_kv", "test_no_hits", "test_files_only", "test_stress"),
@@ -62,6 +63,10 @@ def oracle(started_oracle: Oracle) -> Oracle:
 # vLLM refuses a required tool call without them.
 TOOLS = ("--enable-auto-tool-choice", "--tool-call-parser", "pythonic")
 
+# What clients ask of engines behind a proxy: how much was cached, and responses that are kept.
+DETAILS = ("--enable-prompt-tokens-details",)
+KEEPS_RESPONSES = {"VLLM_ENABLE_RESPONSES_API_STORE": "1"}
+
 DeploymentMaker = Callable[[str], Deployment]
 
 
@@ -80,15 +85,18 @@ def use_float32(
     fleets: Fleets, deployment: DeploymentMaker, started_oracle: Oracle
 ) -> Callable[[], Deployment]:
     """Four float32 servers on two nodes: prefill chunks of 512 and 4096, copied after the forward
-    pass and layer by layer. None has a prefix cache of its own. The first two take tools."""
+    pass and layer by layer. None has a prefix cache of its own. The first two take tools; all keep
+    responses, and say what was cached."""
 
     def start() -> Deployment:
         made = deployment("float32")
         one, two = Node("f32-one"), Node("f32-two")
-        made.start("chunk512", one, chunk=512, args=TOOLS)
-        made.start("chunk512-layerwise", one, chunk=512, layerwise=True, args=TOOLS)
-        made.start("chunk4096", two, chunk=4096)
-        made.start("chunk4096-layerwise", two, chunk=4096, layerwise=True)
+        start = partial(made.start, env=KEEPS_RESPONSES)
+        tools = (*TOOLS, *DETAILS)
+        start("chunk512", one, chunk=512, args=tools)
+        start("chunk512-layerwise", one, chunk=512, layerwise=True, args=tools)
+        start("chunk4096", two, chunk=4096, args=DETAILS)
+        start("chunk4096-layerwise", two, chunk=4096, layerwise=True, args=DETAILS)
         return made
 
     return partial(fleets.use, "float32", start)
