@@ -44,6 +44,9 @@ class ProxySettings(InstanceFiles):
     policy: str = "least-loaded"
     handoff: str = "chain"
     min_prefill_tokens: int = 128
+    known_for_s: float | None = None
+    max_new_tokens: int = 256
+    max_known: int = 65536
     max_running: int = 1024
     max_queued: int = 4096
     queue_timeout_s: float = 60.0
@@ -212,6 +215,9 @@ def _parser(description: str) -> argparse.ArgumentParser:
     )
     for name, kind, text in (
         ("min-prefill-tokens", _count, "prompts that are surely shorter go to decode alone"),
+        ("known-for-s", seconds_flag, "what a prefill has computed needs none for so long"),
+        ("max-new-tokens", _count, "behind that; prompts with more (a guess) are prefilled"),
+        ("max-known", _positive, "beginnings of prompts that are remembered for that"),
         ("max-running", _positive, "requests at one instance; more wait in the proxy"),
         ("max-queued", _count, "requests that wait in the proxy; more are turned away (503)"),
         ("queue-timeout-s", seconds_flag, "how long one waits before it is turned away (503)"),

@@ -62,7 +62,10 @@ class Journey:
 
     def not_prefilled(self, reason: str) -> None:
         self.reason = reason
-        self.path = "skip-short" if reason == "short" else "decode-only"
+        if reason == "known":
+            self.path = "skip-known"
+        else:
+            self.path = "skip-short" if reason == "short" else "decode-only"
         self._metrics.not_prefilled.labels(reason).inc()
 
     def withdrawn(self) -> None:

@@ -81,6 +81,11 @@ class Promise:
         journey.path = "shared-prefill" if share.is_shared else "pd"
         share.task.add_done_callback(self._ended)
 
+    @property
+    def outcome(self) -> PrefillOutcome | None:
+        """None while it runs."""
+        return self._share.outcome
+
     async def settled(self) -> None:
         """Until the prefill has ended, well or not."""
         await asyncio.wait({self._share.task})

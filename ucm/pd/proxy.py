@@ -24,6 +24,7 @@ from ucm.pd.instance import Instance, Role
 from ucm.pd.instances import Pool, all_instances
 from ucm.pd.journey import Journey
 from ucm.pd.keepers import Keepers, named_by
+from ucm.pd.known import Known
 from ucm.pd.members import Members
 from ucm.pd.metrics import ProxyMetrics
 from ucm.pd.prefill import Leg, Prefills
@@ -83,6 +84,11 @@ class Proxy:
                 pool.add(url)
         self.stopping = Stopping()
         self._access = Access(settings)
+        self._known = Known(
+            for_s=settings.known_for_s,
+            max_new_tokens=settings.max_new_tokens,
+            max_known=settings.max_known,
+        )
         self._tls = tls.of_instances(settings)
         self._metrics = ProxyMetrics(self._pools.values)
         self.about = About(self._pools, self._metrics, self.stopping, self._access)
@@ -163,6 +169,7 @@ class Proxy:
             request.path,
             min_tokens=self._settings.min_prefill_tokens,
             has_prefill=self._prefills is not None,
+            chains=self._known.is_on,
         )
         wanted = await bodies.apart(read, num_bytes=len(body))
         if request.path == INVOCATIONS and not is_invocation(wanted):
@@ -184,6 +191,8 @@ class Proxy:
         if name is not None and wanted.why_not is None:
             # No prefill instance has it.
             wanted = replace(wanted, why_not="continued")
+        if wanted.why_not is None and self._known.has_nearly_all(wanted.chain):
+            wanted = replace(wanted, why_not="known")
         with self._promised(request, wanted, journey) as promise:
             waits = self._settings.handoff == "chain" or answers_at_once(request.path, fields)
             if promise is not None and (waits or not promise.is_told):
@@ -299,6 +308,7 @@ class Proxy:
             yield promise
         finally:
             promise.leave()
+            self._known.note(wanted.chain, promise.outcome)
 
     @property
     def _relaying(self) -> Relay:

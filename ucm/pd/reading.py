@@ -10,6 +10,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from ucm.pd.known import Link, chain_of
 from ucm.pd.protocol import CHAT_BATCH, RESPONSES
 from ucm.pd.rewrite import (
     guess_tokens,
@@ -18,6 +19,7 @@ from ucm.pd.rewrite import (
     may_have_words,
     parse_body,
     prefill_body,
+    prefill_fields,
     why_not_prefill,
     without_words,
 )
@@ -26,7 +28,8 @@ from ucm.pd.rewrite import (
 @dataclass(frozen=True)
 class Wanted:
     """`body` is for decode. `first` is for prefill; without it `why_not` says why there is none.
-    It `is_all` if it has all of the prompts, and its receipt is about them."""
+    It `is_all` if it has all of the prompts, and its receipt is about them. `chain` is that of its
+    prompt, where anybody wants to know."""
 
     body: bytes
     fields: dict[str, Any]
@@ -35,15 +38,19 @@ class Wanted:
     why_not: str | None
     first: bytes
     is_all: bool
+    chain: tuple[Link, ...] = ()
 
 
-def read_request(body: bytes, path: str, *, min_tokens: int, has_prefill: bool) -> Wanted | None:
+def read_request(
+    body: bytes, path: str, *, min_tokens: int, has_prefill: bool, chains: bool = False
+) -> Wanted | None:
     """None if it is no JSON object."""
     fields = parse_body(body)
     if fields is None:
         return None
     body, fields = without_words(body, fields)
     why_not, first, is_all = None, b"", True
+    chain: tuple[Link, ...] = ()
     if has_prefill:
         why_not = why_not_prefill(fields, min_tokens=min_tokens)
         if why_not is None:
@@ -51,8 +58,10 @@ def read_request(body: bytes, path: str, *, min_tokens: int, has_prefill: bool) 
             first = prefill_body(long, path=path)
             # vLLM answers with one receipt for one prompt.
             is_all = is_all and path != CHAT_BATCH
+            if chains and is_all:
+                chain = chain_of(prefill_fields(long, path=path), path=path)
     kind = kind_of(path, fields)
-    return Wanted(body, fields, guess_tokens(fields), kind, why_not, first, is_all)
+    return Wanted(body, fields, guess_tokens(fields), kind, why_not, first, is_all, chain)
 
 
 def answers_at_once(path: str, fields: Mapping[str, Any]) -> bool:

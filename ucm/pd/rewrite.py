@@ -75,7 +75,7 @@ def kind_of(path: str, fields: Mapping[str, Any]) -> str:
     return f"{path} {str(fields.get('model'))[:_MAX_MODEL_CHARS]}"
 
 
-def prefill_body(fields: Mapping[str, Any], *, path: str) -> bytes:
+def prefill_fields(fields: Mapping[str, Any], *, path: str) -> dict[str, Any]:
     """The request that computes the same prompt and as little else as there can be: one token."""
     first = {name: value for name, value in fields.items() if name not in _DROPPED}
     for name in _ONE_IF_GIVEN:
@@ -93,12 +93,17 @@ def prefill_body(fields: Mapping[str, Any], *, path: str) -> bytes:
     first["stream"] = False
     if path == CHAT_BATCH:
         # Each of its prompts would be told, and the answer has no receipt for any.
-        return bodies.encode(first)
+        return first
     first[KV_PARAMS] = handoff.params(handoff.Wanted())
     if path == MESSAGES:
         # vLLM refuses to think for more tokens than it may make, but in a prefill that says so.
         first[KV_PARAMS]["do_remote_decode"] = True
-    return bodies.encode(first)
+    return first
+
+
+def prefill_body(fields: Mapping[str, Any], *, path: str) -> bytes:
+    """`prefill_fields` as they are sent."""
+    return bodies.encode(prefill_fields(fields, path=path))
 
 
 def _one_token(sampling: object) -> object:
@@ -233,10 +238,11 @@ def _bound(prompt: object) -> int | None:
 
 def guess_tokens(fields: Mapping[str, Any]) -> int:
     """About how many tokens the prompt has, to compare what instances have to do."""
-    return max(1, sum(_guess(fields.get(name)) for name in _PROMPTS))
+    return max(1, sum(guess(fields.get(name)) for name in _PROMPTS))
 
 
-def _guess(value: object) -> int:
+def guess(value: object) -> int:
+    """About how many tokens a part of a prompt has."""
     if isinstance(value, str):
         # Media also come as text, where their kind is not said.
         kind = _MEDIA_URL.match(value)
@@ -246,11 +252,11 @@ def _guess(value: object) -> int:
     if isinstance(value, list):
         if value and isinstance(value[0], int):
             return len(value)
-        return sum(map(_guess, value))
+        return sum(map(guess, value))
     if isinstance(value, dict):
         kind_of_part = str(value.get("type"))
         for media, tokens in _MEDIA_TOKENS.items():
             if media in kind_of_part:
                 return tokens
-        return sum(_guess(each) for name, each in value.items() if name not in ("type", "role"))
+        return sum(guess(each) for name, each in value.items() if name not in ("type", "role"))
     return 0
