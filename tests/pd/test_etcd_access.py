@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import asyncio
+import base64
 from collections.abc import Callable
 from pathlib import Path
 
@@ -12,13 +14,15 @@ from hypothesis import strategies as st
 from yarl import URL
 
 from tests.pd.certificates import Files
-from tests.pd.conftest import Fleet, answering
+from tests.pd.conftest import Answer, Fleet, answering, until
 from ucm.pd import flags, register
-from ucm.pd.etcd import CALL_TIMEOUT_S, PREFIX, Etcd
+from ucm.pd.discovery import follow
+from ucm.pd.etcd import CALL_TIMEOUT_S, PREFIX, Etcd, Registration
 from ucm.pd.etcd_access import EtcdAccess, etcd_endpoints
 from ucm.pd.etcd_gateway import EtcdError
 from ucm.pd.instance import Role
 
+Parse = Callable[..., "EtcdAccess | None"]
 NOTHING = b'{"header": {"revision": "7"}}'
 
 
@@ -31,7 +35,10 @@ def registrars(*words: str) -> EtcdAccess | None:
 
 
 either = pytest.mark.parametrize("parse", [proxys, registrars])
-Parse = Callable[..., "EtcdAccess | None"]
+
+
+async def is_true(what: bool) -> bool:
+    return what
 
 
 @pytest.fixture
@@ -153,6 +160,42 @@ async def test_the_next_endpoint_is_asked_in_the_same_call_and_from_then_on(
     assert all(str(each.url.origin()) in str(info.value) for each in engines)
     assert ": etcdserver: no leader; " in str(info.value)
     assert ": no answer in time; " in str(info.value)
+
+
+async def test_who_is_missing_after_the_loss_of_an_endpoint_gets_the_grace_of_an_outage(
+    fleet: Fleet,
+):
+    """Its registrar may have lost that endpoint, too, and been too slow for its lease."""
+    first, other = [await fleet.engine(name) for name in "ab"]
+    record = Registration("worker", "http://x:1", "1")
+    key, value = (
+        base64.b64encode(each).decode() for each in (record.key.encode(), record.encode())
+    )
+
+    def gateway(*kvs: dict[str, str]) -> Answer:
+        async def answer(request: web.Request) -> web.StreamResponse:
+            if request.path.endswith("watch"):
+                await asyncio.Event().wait()
+            return web.json_response({"header": {"revision": "7"}, "kvs": kvs})
+
+        return answer
+
+    first.answer, other.answer = gateway({"key": key, "value": value}), gateway()
+    access = EtcdAccess(endpoints=(first.url.origin(), other.url.origin()))
+    seen: list[dict[str, Registration]] = []
+    etcd = Etcd(fleet.client, access, timeout_s=0.2)
+    following = asyncio.create_task(
+        follow(etcd, lambda now: seen.append(dict(now)), retry_s=0.05, grace_s=2.0)
+    )
+    try:
+        await until(lambda: is_true(bool(seen)))
+        first.answer = first.never
+        await until(lambda: is_true(len(other.asked) > 0))
+        await asyncio.sleep(0.1)
+        assert [{record.key: record}] == seen
+        await until(lambda: is_true(seen[-1] == {}))
+    finally:
+        following.cancel()
 
 
 async def test_that_another_endpoint_is_asked_is_said_at_a_bounded_rate(
