@@ -22,6 +22,7 @@ from tests.e2e.checks import (
     asking,
     at_once,
     check_answer,
+    counted,
     make_prompt,
     metric,
     wait_until,
@@ -43,6 +44,9 @@ KV_CACHE_BYTES = 48 * MIB
 MAX_RUNNING = "64"
 KILLED_EVERY_S = 20.0
 HEAD_REMOVED_EVERY_S = 0.1
+# Of the prompts whose heads are lost, and how much of them that is.
+ROUNDS, TRIES = 4, 12
+HEAD = 256
 
 
 @pytest.fixture
@@ -177,6 +181,57 @@ def test_clients_that_hang_up_while_heads_of_their_prompts_are_lost_end_no_engin
         for prompt in expected
     )
     check_nothing_is_left(storm)
+
+
+def test_clients_that_hang_up_while_tails_are_loaded_whose_heads_are_lost_end_no_engine(
+    stormy: Deployment, oracle: Oracle
+) -> None:
+    """One after the other, and in the middle of it: whose head is to be stored while the tail is
+    loaded. An engine that is told twice of such a request's end dies."""
+    engine, expected = stormy["whole"], dict[Prompt, tuple[int, ...]]()
+    rng = random.Random("tails")
+    for round_ in range(ROUNDS):
+        prompts = [make_prompt(1000, f"tail {round_} {i}") for i in range(TRIES)]
+        expected |= oracle.answers(prompts, max_tokens=2)
+        lose_heads(stormy, prompts, name=f"{round_}")
+        first, *others = prompts
+        before, asked_s = engine.client.counters(), time.monotonic()
+        check_answer(engine, first, expected[first])
+        answered_s = time.monotonic() - asked_s
+        gained = counted(engine.client, before, len(first))
+        assert (gained.local_hits, gained.external_hits) == (HEAD, 7 * 128 - HEAD)
+        for prompt in others:
+            abandon(engine.client, prompt, after_s=rng.uniform(0.0, answered_s))
+        wait_until(partial(is_empty, engine), "nothing is left")
+    for prompt in expected:
+        check_answer(engine, prompt, expected[prompt])
+    check_nothing_is_left(Storm(stormy, {}))
+
+
+def lose_heads(fleet: Deployment, prompts: list[Prompt], *, name: str) -> None:
+    """Afterwards their heads are in the engine's own cache alone, their tails in files alone."""
+    engine = fleet["whole"]
+    spares = [make_prompt(300, f"spare {name} {i}") for i in range(30)]
+    for prompt in (*prompts, *spares):
+        engine.client.complete(prompt, max_tokens=1)
+    for i in range(8):  # for which the tails have to leave the engine's cache
+        engine.client.complete(make_prompt(1500, f"filler {i}"), max_tokens=1)
+    for prompt in prompts:
+        engine.client.complete(prompt[: HEAD + 1], max_tokens=1)
+    engine.node.wait_quiet()
+    for prompt in prompts:
+        for file in fleet.store.files(prompt)[: HEAD // 128]:
+            os.unlink(file)
+    engine.node.kill()
+    engine.node.wait("serving", lambda status: len(engine_sessions(status)) == 2)
+    # Each only once: what it has not loaded, it has computed, and keeps itself.
+    wait_until(lambda: is_loaded(engine, spares.pop()), "it loads again")
+
+
+def is_loaded(engine: Engine, prompt: Prompt) -> bool:
+    before = engine.client.counters()
+    engine.client.complete(prompt, max_tokens=1)
+    return counted(engine.client, before, len(prompt)).external_hits > 0
 
 
 def check_nothing_is_left(storm: Storm) -> None:
