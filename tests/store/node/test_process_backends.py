@@ -1,8 +1,10 @@
-"""Real node caches over two storage backends: when one hangs, the other one does not feel it."""
+"""Real node caches over two storage backends: when one hangs or is missing, the other one does not
+feel it."""
 
 from __future__ import annotations
 
 import mmap
+import os
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -66,6 +68,12 @@ class TwoBackends:
         return all(
             _file(self.good if key in self._of_good else self.below, key).exists() for key in keys
         )
+
+    def in_files(self) -> set[Path]:
+        """All files that hold pages or may come to hold them."""
+        return {
+            path for each in (self.good, self.below) for path in each.rglob("*") if path.is_file()
+        }
 
     def settings(self, place: Place, **changes: object) -> StoreSettings:
         backends = (str(self.good), str(self.hung))
@@ -185,3 +193,71 @@ def test_a_node_cache_leaves_when_only_what_hangs_is_left(place: Place) -> None:
         )
         mount.release()
         wait_until(lambda: not alive(client.pid), "it has left")
+
+
+def check_that_pages_are_read_and_none_are_written(
+    client: Engine, both: TwoBackends, *, name: str
+) -> None:
+    good, files = both.in_good(STORED), both.in_files()
+    assert set(find(client, good).places) == {p.IN_STORAGE}
+    for key in good:
+        assert client.load([key]) == (1, 1)
+    assert client.look_up(both.in_hung(STORED)[:1]).reason == "never_stored"
+    new = [*both.in_good(NEW)[:2], *both.in_hung(NEW)[:2]]
+    for key in new:
+        dump_each(client, [key])
+    refused: set[bytes] = set()
+    while refused != set(new):
+        news = client.answer(p.SavingNews)
+        assert news.reason == "io_error"
+        refused |= set(news.refused)
+    said = client.answer(p.Notice).text
+    while "nothing is written to any storage backend" not in said:
+        said = client.answer(p.Notice).text
+    assert name in said
+    assert both.in_files() == files
+
+
+def check_that_all_pages_are_read_and_written(client: Engine, both: TwoBackends) -> None:
+    for key in both.in_hung(STORED):
+        wait_until(lambda: client.load([key]) == (1, 1), "it was found")  # noqa: B023
+    wait_until(lambda: dump_and_look(client, both), "pages are written as ever")
+
+
+def dump_and_look(client: Engine, both: TwoBackends) -> bool:
+    """What was refused is tried again when it is met."""
+    client.dump(NEW)
+    return both.are_written(NEW)
+
+
+def test_a_backend_that_hangs_at_the_start_is_named_and_the_other_one_is_read(
+    place: Place,
+) -> None:
+    both = TwoBackends(place)
+    with both.mounted(hang=["lookup"]) as mount, Engine(both.settings(place)) as client:
+        opened = client.open_namespace()
+        assert f"{both.hung}: storage has not answered for 1 s" in opened.error
+        assert not opened.refused
+
+        check_that_pages_are_read_and_none_are_written(client, both, name=str(both.hung))
+
+        mount.release()
+        check_that_all_pages_are_read_and_written(client, both)
+
+
+def test_a_backend_that_is_missing_at_the_start_is_named_and_the_other_one_is_read(
+    place: Place,
+) -> None:
+    """Its mount comes later, and no engine has to be started anew."""
+    both = TwoBackends(place)
+    both.hung = place.directory / "mounts" / "hung"
+    with Engine(both.settings(place)) as client:
+        opened = client.open_namespace()
+        assert f"{both.hung}: can't be made, because {both.hung.parent} is not" in opened.error
+        assert not opened.refused
+
+        check_that_pages_are_read_and_none_are_written(client, both, name=str(both.hung))
+
+        both.hung.parent.mkdir()
+        os.symlink(both.below, both.hung)
+        check_that_all_pages_are_read_and_written(client, both)

@@ -90,9 +90,7 @@ class NodeCore:
         self._max_keys, self._max_open_keys = max_keys, max_open_keys
         # Set when the process is about to end: what is queued is written, nothing new is begun.
         self.leaving = False
-        self._reads = reads
-        self._writes = writes
-        self._control = control or writes
+        self._reads, self._writes, self._control = reads, writes, control or writes
         self._openings = Openings(
             slots=slots,
             tier=tier,
@@ -100,6 +98,7 @@ class NodeCore:
             notices=notices,
             call_later=call_later,
             timeout_s=open_timeout_s,
+            clock=clock,
         )
         announce = self._tell_workers
         self._ahead = MemoryAhead(
@@ -114,6 +113,7 @@ class NodeCore:
         self._reads.tick()
         self._writes.tick()
         self._control.tick()
+        self._openings.tick()
         if self.writeback is not None:
             self.writeback.tick()
         self.lookups.tick()

@@ -1,12 +1,15 @@
 """Opening namespaces, and reading the manifests of others: what a client waits for at its start.
 
 None of it may wait behind pages. It has threads of its own, and who asks has an answer after
-`timeout_s` at the latest, with the true reason: pages can be had from memory while storage hangs.
+`timeout_s` at the latest, with the true reason: pages can be had from memory while storage hangs,
+and from the lanes of storage that are there while another one isn't. A lane that was never reached
+is looked for once a second from the first opening on.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import logging
+from collections.abc import Callable, Sequence
 from functools import partial
 
 from ucm.errors import TierError
@@ -18,6 +21,9 @@ from ucm.store.node.state import Connection, OpenedNamespace
 from ucm.store.page import padded_bytes
 from ucm.store.slots import SlotTable
 from ucm.store.tier import Tier, TierNamespace
+
+_logger = logging.getLogger(__name__)
+_LOOK_EVERY_S = 1.0
 
 
 class Openings:
@@ -32,6 +38,7 @@ class Openings:
         notices: Notices,
         call_later: CallLater,
         timeout_s: float,
+        clock: Callable[[], float],
     ) -> None:
         self._slots = slots
         self._tier = tier
@@ -39,6 +46,28 @@ class Openings:
         self._notices = notices
         self._call_later = call_later
         self._timeout_s = timeout_s
+        self._clock = clock
+        # When to look next for lanes that were never reached; None before the first opening.
+        self._look_s: float | None = None
+        self._looking: set[int] = set()
+
+    def tick(self) -> None:
+        """Called many times a second."""
+        if self._tier is None or self._look_s is None or self._clock() < self._look_s:
+            return
+        self._look_s = self._clock() + _LOOK_EVERY_S
+        for lane in set(self._tier.unknown_lanes()) - self._looking:
+            self._looking.add(lane)
+            self._lanes.pools[lane].submit(
+                partial(self._tier.look_for_lane, lane), partial(self._on_looked, self._tier, lane)
+            )
+
+    def _on_looked(self, tier: Tier, lane: int, result: object) -> None:
+        self._looking.discard(lane)
+        if isinstance(result, Exception):
+            self._notices.warn("storage_backend_not_found", result, of=tier.lanes[lane])
+        elif lane not in tier.unknown_lanes():
+            _logger.info("%s: is there now", tier.lanes[lane])
 
     def open(self, connection: Connection, message: p.OpenNamespace) -> None:
         """The namespace can be used from now on, whatever storage says of it."""
@@ -62,38 +91,68 @@ class Openings:
             num_rows=message.num_rows,
         )
 
-        def answer(result: object) -> None:
-            error = str(result) if isinstance(result, Exception) else ""
+        def answer(results: Sequence[object]) -> None:
+            error = _errors(results)
             if error:
                 self._notices.warn("opening_failed", error)
             connection.send(p.NamespaceOpened(ns=message.ns, error=error, refused=False))
 
-        self._ask(lambda tier: tier.open_namespace(namespace), answer, "no manifest written")
+        if self._look_s is None:
+            self._look_s = self._clock() + _LOOK_EVERY_S
+        self._ask(lambda tier, lane: tier.open_lane(namespace, lane), answer, "no manifest written")
 
     def find_manifest(self, connection: Connection, message: p.GetManifest) -> None:
-        def answer(result: object) -> None:
-            manifest = result if isinstance(result, bytes) else b""
-            error = str(result) if isinstance(result, Exception) else ""
+        def answer(results: Sequence[object]) -> None:
+            # All are the same: the first that is found will do.
+            manifest = next((each for each in results if isinstance(each, bytes)), b"")
+            error = "" if manifest else _errors(results)
             connection.send(p.ManifestFound(id=message.id, manifest=manifest, error=error))
 
-        self._ask(lambda tier: tier.read_manifest(message.fingerprint), answer, "no manifest read")
+        self._ask(
+            lambda tier, lane: tier.read_manifest_in(lane, message.fingerprint),
+            answer,
+            "no manifest read",
+            is_enough=lambda result: isinstance(result, bytes),
+        )
 
     def _ask(
-        self, call: Callable[[Tier], object], answer: Callable[[object], None], without: str
+        self,
+        call: Callable[[Tier, int], object],
+        answer: Callable[[Sequence[object]], None],
+        without: str,
+        *,
+        is_enough: Callable[[object], bool] = lambda result: False,
     ) -> None:
-        tier = self._tier
-        if tier is None:
-            answer(None)
+        """Calls in every lane. Answers once: when all have ended, or one is enough, or in time with
+        an error for each that is late."""
+        if self._tier is None:
+            answer([])
             return
+        pools, names = self._lanes.pools, self._tier.lanes
+        results: dict[int, object] = {}
         is_answered = False
 
-        def once(result: object) -> None:
+        def end() -> None:
             nonlocal is_answered
             if not is_answered:
                 is_answered = True
-                answer(result)
+                late = [self._late(name, without, of=len(names)) for name in names]
+                answer([results.get(lane, late[lane]) for lane in range(len(names))])
 
-        self._lanes.pools[0].submit(partial(call, tier), once)
+        def on_done(lane: int, result: object) -> None:
+            results[lane] = result
+            if len(results) == len(names) or is_enough(result):
+                end()
+
+        for lane, pool in enumerate(pools):
+            pool.submit(partial(call, self._tier, lane), partial(on_done, lane))
         if not is_answered:
-            late = f"storage has not answered for {self._timeout_s:g} s ({without}): is it mounted?"
-            self._call_later(self._timeout_s, partial(once, TierError(late, reason="timeout")))
+            self._call_later(self._timeout_s, end)
+
+    def _late(self, name: str, without: str, *, of: int) -> TierError:
+        late = f"storage has not answered for {self._timeout_s:g} s ({without}): is it mounted?"
+        return TierError(f"{name}: {late}" if of > 1 else late, reason="timeout")
+
+
+def _errors(results: Sequence[object]) -> str:
+    return "; ".join(str(each) for each in results if isinstance(each, Exception))
