@@ -11,6 +11,7 @@ from tests.store.node.held import DisorderlyPool, Timers
 from ucm.store.keys import Key
 from ucm.store.node import protocol as p
 from ucm.store.node.core import NodeCore
+from ucm.store.node.lanes import Lanes
 from ucm.store.node.state import Connection
 from ucm.store.page import PageGeometry
 from ucm.store.slots import SlotTable
@@ -183,8 +184,8 @@ class StormNode:
         self.core = NodeCore(
             slots=slots,
             tier=self.tier,
-            reads=self._reads,
-            writes=self._writes,
+            reads=Lanes([self._reads], None),
+            writes=Lanes([self._writes], None),
             page_of=lambda slot: memory[slot.offset : slot.offset + slot_bytes],
             populate=lambda offset, nbytes, on_done: None,
             ahead_bytes=0,
