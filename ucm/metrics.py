@@ -161,6 +161,12 @@ _TABLE = (
         "gauge",
         f"Pages evicted from memory, ever. {_OF_THE_NODE}",
     ),
+    Metric(
+        "ucm_node_dropped_clients",
+        "gauge",
+        "Connections that it has ended for what came by them, or because its answers were not read,"
+        f" ever. {_OF_THE_NODE}",
+    ),
 )
 
 METRICS: Mapping[str, Metric] = {metric.name: metric for metric in _TABLE}

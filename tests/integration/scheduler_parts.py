@@ -20,6 +20,7 @@ from ucm.integration.vllm.views import LayoutKind
 from ucm.metrics import series_key
 from ucm.store.namespace import Manifest
 from ucm.store.node import protocol as p
+from ucm.store.node.answers import Answers
 from ucm.store.node.core import NodeCore
 from ucm.store.node.lanes import Lanes
 from ucm.store.page import PageGeometry
@@ -91,6 +92,7 @@ class Loopback:
             clock=lambda: self.now_s,
             call_later=self.timers,
         )
+        self.answers = Answers(slots.capacity_bytes)
         hello = p.Hello(version=p.VERSION, session="s", role="scheduler", pid=1)
         self.client = self.core.connect(hello, self.inbox.append)
 
@@ -105,9 +107,12 @@ class Loopback:
         if self.mute:
             return []
         messages, self.inbox[:] = list(self.inbox), []
+        for message in messages:
+            self.answers.check(message)
         return messages
 
     def send(self, message: p.ClientMessage) -> bool:
+        self.answers.asked(message)
         # As it arrives, after its way over a socket.
         (body,) = p.FrameBuffer().feed(p.encode(message))
         message = p.decode_client(body)

@@ -10,6 +10,7 @@ from tests.integration.storm_device import page_differs
 from tests.store.node.held import DisorderlyPool, Timers
 from ucm.store.keys import Key
 from ucm.store.node import protocol as p
+from ucm.store.node.answers import Answers
 from ucm.store.node.core import NodeCore
 from ucm.store.node.lanes import Lanes
 from ucm.store.node.state import Connection
@@ -73,6 +74,7 @@ class StormNode:
         count = len(self._inbox) if self.calm else self._rng.randint(0, len(self._inbox))
         messages = [self._inbox.popleft() for _ in range(count)]
         for message in messages:
+            self._answers.check(message)
             if isinstance(message, p.RanksReady):
                 self.ranks_ready = message.count
         return messages
@@ -80,6 +82,7 @@ class StormNode:
     def send(self, message: p.ClientMessage) -> bool:
         if self.client is None:
             return False
+        self._answers.asked(message)
         (body,) = p.FrameBuffer().feed(p.encode(message))
         message = p.decode_client(body)
         if isinstance(message, p.GetStatus):
@@ -200,6 +203,7 @@ class StormNode:
         session = f"e/{self.generation}"
         hello = p.Hello(version=p.VERSION, session=session, role="scheduler", pid=1)
         self.client = self.core.connect(hello, self._inbox.append)
+        self._answers = Answers(self.core.slots.capacity_bytes)
         for _ in range(self._num_ranks):
             hello = p.Hello(version=p.VERSION, session=session, role="worker", pid=1)
             worker = self.core.connect(hello, lambda message: None)

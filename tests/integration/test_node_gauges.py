@@ -75,6 +75,7 @@ def test_a_status_sets_every_gauge_of_the_node() -> None:
         "tier_read_us": 2_500_000,
         "tier_write_bytes": 30,
         "tier_write_us": 4,
+        "clients_dropped": 2,
     }
     bench.gauges.on_status(
         status(
@@ -88,6 +89,7 @@ def test_a_status_sets_every_gauge_of_the_node() -> None:
     assert gauges['ucm_node_queue{queue="write_pages"}'] == 7
     assert gauges['ucm_node_slots{state="free"}'] == 5
     assert (gauges["ucm_node_pins"], gauges["ucm_node_evictions"]) == (3, 8)
+    assert gauges["ucm_node_dropped_clients"] == 2
     assert gauges['ucm_tier_bytes{tier="posix",op="read"}'] == 100
     assert gauges['ucm_tier_bytes{tier="posix",op="write"}'] == 30
     assert gauges['ucm_tier_seconds{tier="posix",op="read"}'] == 2.5

@@ -57,9 +57,16 @@ def connect(path: str, timeout_s: float = SOON_S) -> NodeClient:
     return NodeClient.connect(path, session="x/0", role="tool", timeout_s=timeout_s)
 
 
-def welcome(sock: socket.socket, place: Place | None = None, *, version: int = p.VERSION) -> None:
+def welcome(
+    sock: socket.socket,
+    place: Place | None = None,
+    *,
+    version: int = p.VERSION,
+    memory_bytes: int | None = None,
+) -> None:
     """As the node cache of `place` does it."""
     memory_fd = os.memfd_create("test")
+    os.ftruncate(memory_fd, WELCOME.capacity_bytes if memory_bytes is None else memory_bytes)
     settings = msgspec.to_builtins(place.settings()) if place is not None else {}
     message = replace(WELCOME, version=version, settings=settings)
     socket.send_fds(sock, [p.encode(message)], [memory_fd])
@@ -94,6 +101,7 @@ ODD_PEERS: dict[str, tuple[Callable[[socket.socket], None], str]] = {
     "closes": (lambda sock: None, "did not answer with its memory"),
     "speaks another protocol": (lambda sock: sock.sendall(b"HTTP/1.1 400 \r\n\r\n"), "frame of"),
     "sends no memory": (lambda sock: sock.sendall(p.encode(WELCOME)), "did not answer"),
+    "has less memory than it says": (lambda sock: welcome(sock, memory_bytes=4095), "other memory"),
     "is newer": (lambda sock: welcome(sock, version=p.VERSION + 1), "stop it, so that a new one"),
 }
 

@@ -18,6 +18,7 @@ from tests.store.node.support import (
     Place,
     alive,
     engine,
+    log_of,
     make_keys,
     wait_until,
 )
@@ -53,6 +54,17 @@ def test_a_node_cache_whose_place_is_cleared_up_is_found_again(place: Place, gon
             assert two.load(KEYS) == (4, 0)
         assert stat.S_IMODE(socket_of(place).parent.stat().st_mode) == 0o700
         assert place.pids() == [one.pid]
+
+
+def test_a_place_that_is_cleared_up_again_and_again_is_said_once_a_minute(place: Place) -> None:
+    settings = place.settings()
+    with Engine(settings) as one:
+        for _ in range(3):
+            socket_of(place).unlink()
+            wait_until(socket_of(place).exists, "it listens anew")
+        with Engine(settings, "two/0") as two:
+            assert two.pid == one.pid
+    assert log_of(settings).count("listening anew") == 1
 
 
 def test_a_node_cache_that_has_lost_its_place_to_another_leaves_it_alone(place: Place) -> None:

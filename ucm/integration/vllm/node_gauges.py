@@ -52,6 +52,7 @@ class NodeGauges:
             gauge("ucm_node_slots", status.slots[state], state=state)
         gauge("ucm_node_pins", status.slots["pins"])
         gauge("ucm_node_evictions", status.slots["evictions"])
+        gauge("ucm_node_dropped_clients", status.counters.get("clients_dropped", 0))
         for reason in METRICS["ucm_node_unwritten_pages"].labels["reason"]:
             gauge("ucm_node_unwritten_pages", _unwritten(status, reason), reason=reason)
         for op in METRICS["ucm_node_stalled"].labels["op"]:

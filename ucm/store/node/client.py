@@ -227,4 +227,9 @@ def _receive_welcome(sock: socket.socket) -> tuple[p.Welcome, int]:
             f"the node cache (pid {welcome.pid}) speaks protocol {welcome.version}, this process "
             f"{p.VERSION}: stop it, so that a new one is started"
         )
+    if os.fstat(fds[0]).st_size != welcome.capacity_bytes:
+        os.close(fds[0])
+        raise ProtocolError(
+            f"the node cache (pid {welcome.pid}) speaks of other memory than it has passed"
+        )
     return welcome, fds[0]

@@ -15,8 +15,9 @@ from abc import ABC, abstractmethod
 from collections import deque
 
 from ucm.config import StoreSettings
-from ucm.errors import UcmError
+from ucm.errors import ProtocolError, UcmError
 from ucm.store.node import protocol as p
+from ucm.store.node.answers import Answers
 from ucm.store.node.client import NodeClient
 from ucm.store.node.notices import Notices
 from ucm.store.node.start import connect_or_start
@@ -60,6 +61,9 @@ class NodeLink:
         self._engine_id = engine_id
         self._role = role
         self._client: NodeClient | None = None
+        self._answers = Answers(0)
+        # A node cache that answers wrongly is left, and will be met again: not at once.
+        self._is_distrusted = False
         # Guards `_arrived`: a connection for each generation, in their order.
         self._lock = threading.Lock()
         self._arrived: deque[NodeClient] = deque()
@@ -77,6 +81,8 @@ class NodeLink:
         while (client := self._current()) is not None:
             try:
                 messages = client.poll(timeout_s)
+                for message in messages:
+                    self._answers.check(message)
             except UcmError as error:
                 self._lost(error)
                 continue
@@ -90,6 +96,7 @@ class NodeLink:
         """False when there is no connection (any more)."""
         if self._client is None:
             return False
+        self._answers.asked(message)
         try:
             self._client.send(message)
         except UcmError as error:
@@ -119,11 +126,14 @@ class NodeLink:
         if self._client is None:
             with self._lock:
                 self._client = self._arrived.popleft() if self._arrived else None
+            if self._client is not None:
+                self._answers = Answers(self._client.welcome.capacity_bytes)
         return self._client
 
     def _lost(self, error: UcmError) -> None:
         logger.warning("%s; serving without the store until there is one again", error)
         self.problem = error
+        self._is_distrusted = isinstance(error, ProtocolError)
         if self._client is not None:
             self._client.close()
         self._client = None
@@ -153,11 +163,15 @@ class NodeLink:
                 self._closed.wait(backoff_s)
                 backoff_s = min(backoff_s * 2, _BACKOFF_LAST_S)
                 continue
-            backoff_s = _BACKOFF_FIRST_S
             with client.ending() as ending:
                 self._hand_over(client)
                 ending.wait()
             generation += 1
+            if self._is_distrusted:
+                self._closed.wait(backoff_s)
+                backoff_s = min(backoff_s * 2, _BACKOFF_LAST_S)
+            else:
+                backoff_s = _BACKOFF_FIRST_S
 
     def _hand_over(self, client: NodeClient) -> None:
         with self._lock:
@@ -254,8 +268,10 @@ class RankLink(threading.Thread):
         try:
             self._on_memory.memory_arrived(generation, client.memory_fd, client.welcome)
             client.send(p.MemoryReady())
+            answers = Answers(client.welcome.capacity_bytes)
             while not self._closed.is_set() and self._generation == generation:
                 for message in client.poll(_LISTEN_S):
+                    answers.check(message)
                     if isinstance(message, p.MemoryInUse):
                         self._on_memory.memory_in_use(generation, message.offset, message.nbytes)
                 self._let_go()

@@ -139,7 +139,7 @@ class NodeServer:
                     logger.warning("another process has the lock of %s: leaving", lock.path)
                     break
                 if not lock.is_listening():
-                    logger.warning("%s is gone: listening anew", lock.path)
+                    self.core.notices.warn("listening_anew", f"{lock.path} is gone")
                     await door.close()
                     door = Door(self, lock)
             slept_since_s = time.monotonic()
