@@ -78,7 +78,7 @@ async def problem(session: aiohttp.ClientSession, access: EtcdAccess) -> str:
 
 
 @pytest.mark.parametrize("wants_certificate", [False, True], ids=["server-only", "both"])
-async def test_an_instance_is_registered_and_found_over_tls(
+async def test_an_instance_is_registered_and_found_by_a_proxy_over_tls(
     access: EtcdAccess, server: EtcdServer, fleet: Fleet, session: aiohttp.ClientSession
 ):
     engine = await fleet.engine("a")
@@ -88,11 +88,15 @@ async def test_an_instance_is_registered_and_found_over_tls(
     registrar = await asyncio.to_thread(subprocess.Popen, command)
     etcd = Etcd(session, access)
     try:
+        await fleet.start(0, 0, etcd=access)
 
         async def is_there() -> bool:
-            return key_of(engine) in (await etcd.range(PREFIX)).values
+            async with fleet.client.get(fleet.proxy / "instances") as response:
+                found = (await response.json())["instances"]
+            return [str(engine.url.origin())] == [each["url"] for each in found]
 
         await until(is_there)
+        assert [key_of(engine)] == list((await etcd.range(PREFIX)).values)
     finally:
         registrar.terminate()
         await asyncio.to_thread(registrar.wait, PATIENCE_S)

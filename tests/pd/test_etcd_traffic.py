@@ -257,7 +257,13 @@ async def test_no_request_fails_while_etcd_is_away_instances_die_and_etcd_is_bac
 
 @pytest.mark.parametrize("lease_ttl_s", [5])
 @pytest.mark.parametrize("num_etcds", [3])
-@pytest.mark.parametrize("end", [EtcdServer.kill, EtcdServer.stand_still], ids=["killed", "silent"])
+@pytest.mark.parametrize(
+    "end",
+    [
+        pytest.param(EtcdServer.kill, id="killed"),
+        pytest.param(EtcdServer.stand_still, id="silent", marks=pytest.mark.long),
+    ],
+)
 async def test_no_request_fails_and_none_is_lost_while_the_etcd_in_use_is(
     site: Site, end: Callable[[EtcdServer], None]
 ):
