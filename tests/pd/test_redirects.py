@@ -78,7 +78,26 @@ def test_of_a_reference_all_but_its_host_stays(given_location: str, expected: st
     assert expected == at_the_proxy(given_location)
 
 
-@given(st.text(alphabet="htp:/\\.?#a1@[] \t", max_size=20))
+BEGINNINGS = [
+    "",
+    "/",
+    "//",
+    "\\\\",
+    "/\\",
+    "/\t/",
+    "http:",
+    "https://",
+    "HTTP:\\\\",
+    "h\tttp://",
+    "ftp://",
+]
+
+
+@given(
+    st.tuples(st.sampled_from(BEGINNINGS), st.text(alphabet="htp:/\\.?#a1@[] \t", max_size=20)).map(
+        "".join
+    )
+)
 def test_no_reference_leads_away_from_the_proxy(location: str):
     changed = at_the_proxy(location).replace("\\", "/")
     try:
