@@ -27,10 +27,12 @@ pytestmark = [
 
 @pytest_asyncio.fixture(autouse=True)
 async def _collected() -> AsyncIterator[None]:
-    """Here, where their warnings are expected."""
+    """Here, where their warnings are expected. What was there before is not looked at again."""
+    gc.freeze()
     yield
     await asyncio.sleep(0)
     gc.collect()
+    gc.unfreeze()
 
 
 @dataclass(frozen=True)
