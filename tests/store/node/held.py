@@ -31,6 +31,7 @@ class HeldPool:
     """Calls end when the test says so."""
 
     num_threads = 4
+    hung: tuple[()] = ()
 
     def __init__(self) -> None:
         self.jobs: list[tuple[Callable[[], object], Callable[[object], None]]] = []
@@ -133,8 +134,8 @@ class Node:
         self.core = NodeCore(
             slots=SlotTable(PAGE * num_slots, extent_bytes=PAGE * 8, keeps_unpinned=keeps_unpinned),
             tier=self.tier if has_tier else None,
-            reads=Lanes([self.reads], None),
-            writes=Lanes([self.writes], None),
+            reads=self.lanes(self.reads),
+            writes=self.lanes(self.writes),
             page_of=self.page_of,
             populate=lambda offset, nbytes, on_done: None,
             ahead_bytes=0,
@@ -153,6 +154,9 @@ class Node:
         self.writes.end_all()
         self.timers.waiting.clear()
         self.inbox.clear()
+
+    def lanes(self, pool: Any) -> Lanes:
+        return Lanes([pool], None)
 
     def page_of(self, slot: Slot) -> memoryview:
         return self.memory[slot.offset : slot.offset + PAGE]

@@ -21,6 +21,7 @@ from hypothesis.stateful import (
 )
 
 from tests.store.node.held import DisorderlyPool, Timers
+from tests.store.node.laned import LanedTier, lanes_of
 from ucm.store.keys import Key, block_keys, root_key
 from ucm.store.node import protocol as p
 from ucm.store.node.core import NodeCore
@@ -56,19 +57,25 @@ class Engine:
 
 
 class NodeMachine(RuleBasedStateMachine):
+    def make_tier(self) -> MemoryTier:
+        return MemoryTier()
+
+    def lanes(self, pool: DisorderlyPool) -> Lanes:
+        return Lanes([pool], None)
+
     @initialize()
     def start(self) -> None:
         self.memory = bytearray(PAGE * NUM_SLOTS)
         self.view = memoryview(self.memory)
-        self.tier = MemoryTier()
+        self.tier = self.make_tier()
         self.reads, self.writes = DisorderlyPool(), DisorderlyPool()
         self.now = 0.0
         self.timers = Timers()
         self.core = NodeCore(
             slots=SlotTable(PAGE * NUM_SLOTS, extent_bytes=PAGE * 2),
             tier=self.tier,
-            reads=Lanes([self.reads], None),
-            writes=Lanes([self.writes], None),
+            reads=self.lanes(self.reads),
+            writes=self.lanes(self.writes),
             page_of=self.page_of,
             populate=lambda offset, nbytes, on_done: None,
             ahead_bytes=0,
@@ -309,5 +316,18 @@ class NodeMachine(RuleBasedStateMachine):
         self.slots_obey_their_conservation_law()
 
 
+class TwoLanesMachine(NodeMachine):
+    """The same over storage whose parts hang each by itself."""
+
+    def make_tier(self) -> MemoryTier:
+        return LanedTier()
+
+    def lanes(self, pool: DisorderlyPool) -> Lanes:
+        assert isinstance(self.tier, LanedTier)
+        return lanes_of(pool, self.tier)
+
+
+TwoLanesMachine.TestCase.settings = settings(max_examples=75, stateful_step_count=60, deadline=None)
+TestTwoLanesMachine = TwoLanesMachine.TestCase
 NodeMachine.TestCase.settings = settings(max_examples=150, stateful_step_count=60, deadline=None)
 TestNodeMachine = NodeMachine.TestCase
