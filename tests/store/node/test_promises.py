@@ -7,7 +7,6 @@ from hashlib import sha256
 import pytest
 
 from tests.store.node.held import NAMESPACE, PAGE, DisorderlyPool, Node, key
-from tests.store.node.laned import LanedNode
 from ucm.store.keys import Key, TailKey
 from ucm.store.node import protocol as p
 from ucm.store.node.promises import FED_PAUSE_S, LAST_PAUSE_S, max_looks
@@ -346,21 +345,3 @@ def test_looks_that_hang_end_all_that_wait_and_leave_the_threads_to_others() -> 
     reads.return_late()
     node.expect([key(200)], number=10)
     assert reads.depth == 1
-
-
-def test_a_page_that_is_gone_was_evicted_if_a_later_one_of_its_lane_is_there() -> None:
-    """Of other lanes nothing is asked on its behalf: they may hang."""
-    even, odd = ([each for each in KEYS if each[0] % 2 == lane] for lane in range(2))
-    node = LanedNode()
-    node.store(even[0], odd[0], odd[1])
-    node.expect([even[0], odd[0], even[1], odd[1]])
-    for _ in range(3):
-        node.reads.end_all()
-        node.timers.fire()
-    assert node.reply() is None, "what is there is of another lane"
-    node.store(even[2])
-    node.expect([even[0], odd[0], even[1], even[2], odd[1]], number=2)
-    node.reads.end_all()
-
-    reply = node.reply()
-    assert reply is not None and (len(reply.offsets), reply.reason) == (2, "evicted")
