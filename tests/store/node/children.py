@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import os
+import random
+import select
 import signal
 import socket
 import sys
 import time
+from collections import Counter
 from pathlib import Path
 
 import msgspec
@@ -14,7 +17,7 @@ import pytest
 
 from tests.store.node.support import PAGE_BYTES, Engine, engine, make_keys
 from ucm.config import StoreSettings
-from ucm.errors import ConfigError
+from ucm.errors import ConfigError, NodeUnavailable
 from ucm.store.node import protocol as p
 from ucm.store.node import server
 from ucm.store.node.link import MemoryTaker, NodeLink, RankLink
@@ -174,6 +177,54 @@ def one_of_the_crowd(settings: StoreSettings, number: int) -> None:
             time.sleep(0.2)
 
 
+def write_and_read(settings: StoreSettings) -> None:
+    """Goes on whatever becomes of its node caches: dumps prompts that others dump as well, many of
+    them with a hole, and loads what is there. Says how many pages it has checked, and how many node
+    caches it has lost; a wrong byte ends it."""
+    rng = random.Random(os.getpid())
+    totals = Counter[str]()
+    wait()
+    while not told_to_end():
+        write_and_read_until_it_is_lost(settings, rng, totals)
+    print(totals["checked"], totals["losses"], flush=True)
+
+
+def write_and_read_until_it_is_lost(
+    settings: StoreSettings, rng: random.Random, totals: Counter[str]
+) -> None:
+    try:
+        with engine(settings, f"writer{os.getpid()}/0") as client:
+            while not told_to_end():
+                totals["checked"] += write_one_and_read_one(client, rng)
+    except (NodeUnavailable, OSError):
+        totals["losses"] += 1
+
+
+def write_one_and_read_one(client: Engine, rng: random.Random) -> int:
+    now = int(time.time())
+    keys = make_keys(f"prompt {now} {rng.randrange(4)}", 5)
+    offsets = client.reserve(keys)
+    client.fill(keys, offsets)
+    blocks = [
+        (key, parent)
+        for key, parent, offset in zip(keys, [b"", *keys[:-1]], offsets, strict=True)
+        if offset >= 0
+    ]
+    # What follows a hole is written, and waits until it is filled.
+    hole = rng.randrange(2)
+    for some in (blocks[hole:], blocks[:hole]):
+        if some:
+            commit = p.Commit(ns=1, keys=[key for key, _ in some], parents=[at for _, at in some])
+            client.client.send(commit)
+        time.sleep(0.1)
+        checked = client.load(make_keys(f"prompt {now - rng.randrange(30)} {rng.randrange(4)}", 5))
+    return checked[0]
+
+
+def told_to_end() -> bool:
+    return bool(select.select([sys.stdin], [], [], 0)[0])
+
+
 def report(who: str, generation: int, pid: int) -> None:
     os.write(1, f"{who} {generation} {pid}\n".encode())
 
@@ -184,7 +235,7 @@ def wait() -> None:
 
 
 if __name__ == "__main__":
-    roles = (hold, copy, fill, knock, intrude, crowd, serve, use, pose)
+    roles = (hold, copy, fill, knock, intrude, crowd, serve, use, pose, write_and_read)
     what = {each.__name__: each for each in roles}[sys.argv[1]]
     if os.environ.get(BECOME):
         become(os.environ[BECOME])
