@@ -318,6 +318,19 @@ def test_a_page_that_was_doomed_while_it_was_staged_is_never_published() -> None
     bench.check_nothing_is_held()
 
 
+def test_what_is_committed_when_the_drain_has_ended_is_told_and_never_begun() -> None:
+    bench = Bench()
+    taken, late = prompt("late", 1) + prompt("later", 1)
+    bench.reserve(taken)
+    bench.writeback.leave()
+    bench.writeback.close()
+    bench.commit(taken, None)
+    bench.commit(late, None)
+    assert bench.pool.depth == 0
+    assert set(bench.told) == {taken, late}
+    assert bench.writeback.depth == 0
+
+
 def test_a_stop_discards_what_waits_for_a_block_that_nobody_committed() -> None:
     bench = Bench()
     head, middle, tail, late = prompt("left", 4)

@@ -172,6 +172,8 @@ class NodeServer:
         of it removed, as far as storage still answers."""
         self._sweeper.stop()
         await self._until(self._is_written, self.settings.drain_s)
+        if self.core.writeback is not None:
+            self.core.writeback.close()
         num_left = self.core.queues()["write_pages"]
         if num_left:
             logger.warning("leaving with %d pages unwritten: storage is too slow", num_left)

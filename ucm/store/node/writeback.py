@@ -80,7 +80,7 @@ class WriteBack:
         self._places = Places(lanes, max_pages)
         # Writes whose parent's slot is still being filled: nothing to queue behind yet.
         self._waiting: dict[Key, list[_Write]] = {}
-        self._leaving = False
+        self._leaving = self._closed = False
 
     @property
     def depth(self) -> int:
@@ -170,7 +170,7 @@ class WriteBack:
     def _begin(self, namespace: OpenedNamespace, page: Met) -> bool:
         """False if there is no place for it."""
         key, slot = page.key, page.slot
-        pool = self._places.enter(key)
+        pool = None if self._closed else self._places.enter(key)
         if pool is None:
             return False
         write = _Write(namespace, key, page.parent, slot, pool, after=self._waiting.pop(key, []))
@@ -210,6 +210,10 @@ class WriteBack:
         self._leaving = True
         for key in list(self._waiting):
             self._drop_waiting(key)
+
+    def close(self) -> None:
+        """Nothing is queued any more: nobody would see it through."""
+        self._closed = True
 
     def _drop_waiting(self, key: Key) -> None:
         for write in self._waiting.pop(key, []):
