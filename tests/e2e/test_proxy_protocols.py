@@ -100,3 +100,44 @@ def test_a_conversation_goes_on_with_the_decoder_that_keeps_it(float32_fleet: De
             for id_ in (before, response_id):
                 assert other.client.get(f"/v1/responses/{id_}")[0] == 200
             assert other.client.get("/v1/responses/resp_no")[0] == 404
+
+
+def test_what_was_prefilled_lately_is_found_by_decode_alone(float32_fleet: Deployment) -> None:
+    prefill, decode = (float32_fleet[PLACES[name]].client for name in ("p1", "d1"))
+    flags = f"{ONE_TO_ONE} --known-for-s 1000 --max-new-tokens 40"
+    with proxy(float32_fleet, flags, PLACES) as server:
+        for path in bodies(""):
+            body = bodies(f"known at {path} {TEXT}")[path]
+            first = ask(server.client, path, body)
+            before = prefill.counters(), decode.counters()
+            assert cached_in(first) == 0
+            # All full blocks of it: there is no receipt for the tail.
+            assert cached_in(ask(server.client, path, body)) >= 512
+            assert (prefill.counters() - before[0]).external_queries == 0
+            assert (decode.counters() - before[1]).computed < 200
+        chat = "/v1/chat/completions"
+        talk = bodies(f"known at {chat} {TEXT}")[chat]["messages"]
+        turns = [{"role": "assistant", "content": "Yes."}, {"role": "user", "content": "Why?"}]
+        before = prefill.counters(), decode.counters()
+        more = {"messages": [*talk, *turns], "max_tokens": 4}
+        assert cached_in(ask(server.client, chat, more)) >= 512
+        assert (prefill.counters() - before[0]).external_queries == 0
+        assert (decode.counters() - before[1]).computed < 256
+        assert server.client.metrics()['ucm_pd_requests_total{path="skip-known"}'] == 5
+
+
+def test_every_chat_of_a_batch_is_prefilled(float32_fleet: Deployment) -> None:
+    prefill, decode = (float32_fleet[PLACES[name]].client for name in ("p1", "d1"))
+    talks = [[{"role": "user", "content": f"batch {i} {TEXT}"}] for i in range(2)]
+    with proxy(float32_fleet, f"{ONE_TO_ONE} --handoff overlap", PLACES) as server:
+        before = prefill.counters(), decode.counters()
+        asked = {"messages": talks, "max_completion_tokens": 4}
+        answer = json.loads(ask(server.client, "/v1/chat/completions/batch", asked))
+        assert [0, 1] == [choice["index"] for choice in answer["choices"]]
+        assert (prefill.counters() - before[0]).computed > 2 * 512
+        assert (decode.counters() - before[1]).external_hits >= 2 * 512
+        assert server.client.metrics()['ucm_pd_requests_total{path="pd"}'] == 1
+        for talk, choice in zip(talks, answer["choices"], strict=True):
+            body = {"messages": talk, "max_tokens": 4}
+            single = json.loads(ask(server.client, "/v1/chat/completions", body))
+            assert single["choices"][0]["message"] == choice["message"]
