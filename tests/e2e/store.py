@@ -34,6 +34,10 @@ class Namespace:
     manifest_json: bytes
     page_bytes: int
 
+    @property
+    def layout(self) -> str:
+        return from_json(self.manifest_json).layout
+
     def keys(self, prompt: Sequence[int]) -> list[Key]:
         root = root_key(self.fingerprint, lora_digest=None, cache_salt=None)
         return block_keys(root, prompt, block_tokens=BLOCK_TOKENS)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import pytest
 
 from tests.e2e.checks import (
@@ -14,6 +16,7 @@ from tests.e2e.checks import (
 )
 from tests.e2e.deployment import MAX_TOKENS, Deployment, Engine, Oracle
 from tests.e2e.proxies import ONE_TO_ONE, proxy
+from tests.e2e.store import BLOCK_TOKENS
 from ucm.handoff import Wanted, params
 
 pytestmark = [pytest.mark.vllm, pytest.mark.timeout(600)]
@@ -27,6 +30,17 @@ def wait_logged(engine: Engine, words: str) -> None:
         return any("receipts of namespace" in line and words in line for line in lines)
 
     wait_until(is_logged, f"{engine.name} logs: {words}")
+
+
+def promised_tokens(deployment: Deployment, prefill: str, prompt: Sequence[int]) -> int:
+    """All but the last, which decode computes; of a layout that is opaque, as vLLM's is for
+    bfloat16 on processors with AMX, whole blocks, because it has no tails."""
+    if prefill == "bfloat16":
+        store = deployment.store.of("bfloat16")
+        store.wait_stored(prompt, "")
+        if store.namespace("").layout.startswith("opaque"):
+            return len(prompt) // BLOCK_TOKENS * BLOCK_TOKENS
+    return len(prompt) - 1
 
 
 @pytest.mark.parametrize(
@@ -47,9 +61,10 @@ def test_decode_of_another_dtype_answers_and_names_the_field_in_which_they_diffe
     with proxy(unlike_fleet, ONE_TO_ONE, {"p1": prefill, "d1": decode}) as server:
         answer = server.client.complete(prompt, max_tokens=MAX_TOKENS)
     assert answer.token_ids == alone.token_ids
-    gained = handed_over_since(consumer.client, before, 1499)
-    assert (gained.promised, gained.loaded) == (1499, 0)
-    assert gained.recomputed == {"namespace": 1499}
+    promised = promised_tokens(unlike_fleet, prefill, prompt)
+    gained = handed_over_since(consumer.client, before, promised)
+    assert (gained.promised, gained.loaded) == (promised, 0)
+    assert gained.recomputed == {"namespace": promised}
     assert gained.receipts == {"refused_namespace": 1}
     wait_logged(consumer, says)
 

@@ -22,6 +22,7 @@ from tests.store.tier_contract import (
 from ucm.errors import TierError
 from ucm.store import paths
 from ucm.store.blockfile import decode_header
+from ucm.store.keys import Key
 from ucm.store.posix import PosixTier
 from ucm.store.tier import ReadStatus, Tier, TierNamespace
 
@@ -157,6 +158,26 @@ def test_a_store_that_is_emptied_while_in_use_fills_again(tmp_path: Path) -> Non
     assert dump(tier, SMALL, KEYS[0], make_page(SMALL, 0))
 
     assert files_below(tmp_path / "store") == files_below(tmp_path / "gone")
+
+
+@pytest.mark.parametrize("level", [0, 1, 2])
+@pytest.mark.parametrize("other", [bytes([1, 2, 4]), bytes([1, 3]), bytes([2])])
+def test_directories_that_are_removed_while_in_use_are_made_again(
+    tmp_path: Path, level: int, other: bytes
+) -> None:
+    """Whichever of those above a page is gone, and whether or not this process knew all of them."""
+    one, another = (Key(start.ljust(32, b".")) for start in (bytes([1, 2, 3]), other))
+    tier = PosixTier([str(tmp_path)])
+    dump(tier, SMALL, one, make_page(SMALL, 0))
+    block = Path(paths.block_path(str(tmp_path), SMALL.fingerprint, one))
+    shutil.rmtree(block.parents[2 - level])
+
+    # As a node cache does it, which opened the namespace long ago.
+    staged = tier.stage(SMALL, another, make_page(SMALL, 0), num_tokens=BLOCK_TOKENS)
+    assert staged is not None
+    tier.publish(staged)
+    assert load(tier, SMALL, another) == bytes(make_page(SMALL, 0))
+    assert (block.parents[2] / paths.MANIFEST).exists()
 
 
 def test_publishing_what_was_swept_is_an_error(tmp_path: Path) -> None:

@@ -335,8 +335,8 @@ class PosixTier(Tier):
 
         for _ in range(_MAX_DIRECTORY_TRIES):
             self._ensure_manifest(backend, namespace)
-            backend.make_dirs(os.path.dirname(target))
             try:
+                backend.make_dirs(os.path.dirname(target))
                 return backend.try_direct(write)
             except FileNotFoundError:
                 # The store was emptied under us, and its manifest with it.
