@@ -235,7 +235,7 @@ class EtcdLink:
         return self._why_lost
 
     def _say_where(self, url: URL) -> None:
-        is_other = self._answered not in (None, url)
+        is_other = url != (self._answered or self._access.endpoints[0])
         self._answered = url
         if is_other and time.monotonic() >= self._quiet_until_s:
             self._quiet_until_s = time.monotonic() + _SAY_AGAIN_S

@@ -6,11 +6,12 @@ from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
+import psutil
 import pytest
 
 from tests.faults.fuse import FuseMount, mount_fuse, needs_fuse
 from tests.faults.mounts import mount_read_only, mount_tmpfs, own_mounts
-from tests.store.node.support import Engine, Place, alive, engine, make_keys, wait_until
+from tests.store.node.support import Engine, Place, engine, make_keys, wait_until
 from ucm.store.keys import Key
 from ucm.store.node import protocol as p
 
@@ -39,6 +40,15 @@ def mount(place: Place) -> Iterator[FuseMount]:
     """Over the whole store."""
     with mount_fuse(place.directory / "below", place.store) as mounted:
         yield mounted
+
+
+def has_ended(pid: int) -> bool:
+    """All of the process that can end: a thread in a call that the mount has begun to answer stays
+    in the kernel until the mount goes on, after SIGKILL as well."""
+    try:
+        return psutil.Process(pid).status() == psutil.STATUS_ZOMBIE
+    except psutil.NoSuchProcess:
+        return True
 
 
 def slots_of(client: Engine, *states: str) -> tuple[int, ...]:
@@ -117,7 +127,7 @@ def test_a_node_cache_leaves_in_spite_of_a_hung_read(place: Place, mount: FuseMo
         wait_until(lambda: client.status().queues["reads"], "the read hangs")
         client.client.send(p.Shutdown())
 
-        wait_until(lambda: not alive(client.pid), "it has left")
+        wait_until(lambda: has_ended(client.pid), "it has left")
 
 
 @own_mounts
