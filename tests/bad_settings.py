@@ -83,6 +83,10 @@ BAD_STORE: list[tuple[dict[Any, Any], str]] = [
         'node_cache_socket: expected an absolute path, got "ucm.sock"',
     ),
     (
+        {"node_cache_socket": "/run/ucm/"},
+        """node_cache_socket: expected a socket's path, not a directory's, got "/run/ucm/\"""",
+    ),
+    (
         {"node_cache_socket": "/" + "x" * SOCKET_PATH_MAX_BYTES},
         "has 104 bytes, a socket's path at most 103: set a shorter one",
     ),

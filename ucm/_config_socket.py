@@ -50,6 +50,8 @@ def check_socket_path(path: str, *, source: str, path_of_store: str) -> None:
     where = f"{source}: {path_of_store}.node_cache_socket"
     if not os.path.isabs(path) or "\0" in path:
         raise ConfigError(f"{where}: expected an absolute path, got {show(path)}")
+    if not os.path.basename(path):
+        raise ConfigError(f"{where}: expected a socket's path, not a directory's, got {show(path)}")
     num_bytes = len(os.fsencode(path))
     if num_bytes > SOCKET_PATH_MAX_BYTES:
         raise ConfigError(

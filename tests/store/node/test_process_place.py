@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import os
+import resource
 import shutil
 import signal
 import stat
+import time
 from contextlib import closing
 from pathlib import Path
 
 import pytest
 
+from tests.faults.mounts import mount_tmpfs, own_mounts
 from tests.store.node.support import (
     SOON_S,
     Engine,
@@ -65,6 +69,61 @@ def test_a_place_that_is_cleared_up_again_and_again_is_said_once_a_minute(place:
         with Engine(settings, "two/0") as two:
             assert two.pid == one.pid
     assert log_of(settings).count("listening anew") == 1
+
+
+@pytest.mark.parametrize("gone", ["socket", "lock"])
+def test_a_node_cache_without_free_descriptors_waits_for_them_to_renew_its_place(
+    place: Place, gone: str
+) -> None:
+    settings = place.settings()
+    with engine(settings, "one/0") as one:
+        one.dump(KEYS)
+        soft, hard = resource.prlimit(one.pid, resource.RLIMIT_NOFILE)
+        # Nor for one in place of one that was closed.
+        resource.prlimit(one.pid, resource.RLIMIT_NOFILE, (3, hard))
+        os.unlink(settings.socket_path if gone == "socket" else lock_path(settings.socket_path))
+        said = "could not listen" if gone == "socket" else "could not renew the lock"
+        wait_until(lambda: said in log_of(settings), "it has tried in vain")
+        assert one.load(KEYS) == (4, 0)
+
+        resource.prlimit(one.pid, resource.RLIMIT_NOFILE, (soft, hard))
+        wait_until(lambda: os.path.exists(lock_path(settings.socket_path)), "the lock is back")
+        wait_until(socket_of(place).exists, "it listens anew")
+        with engine(settings, "two/0") as two:
+            assert two.pid == one.pid
+            assert two.load(KEYS) == (4, 0)
+
+
+@own_mounts
+def test_a_node_cache_on_a_full_disk_waits_for_room_to_renew_its_lock(place: Place) -> None:
+    settings = place.settings()
+    directory = socket_of(place).parent
+    directory.mkdir(mode=0o700, exist_ok=True)
+    mount_tmpfs(directory, size_bytes=1 << 20)
+    os.chmod(directory, 0o700)
+    with engine(settings, "one/0") as one:
+        one.dump(KEYS)
+        fill = directory / "fill"
+        with fill.open("wb", buffering=0) as file, contextlib.suppress(OSError):
+            while True:
+                file.write(bytes(4096))
+        os.unlink(lock_path(settings.socket_path))
+        wait_until(lambda: os.path.exists(lock_path(settings.socket_path)), "it has tried")
+        time.sleep(2.5)  # it looks once a second
+        assert one.load(KEYS) == (4, 0)
+
+        fill.unlink()
+        with engine(settings, "two/0") as two:
+            assert two.pid == one.pid
+
+
+def test_a_file_at_the_sockets_name_is_not_removed(place: Place) -> None:
+    socket_of(place).parent.mkdir(mode=0o700, exist_ok=True)
+    socket_of(place).write_text("somebody's work")
+    with pytest.raises(ConfigError, match=r"is there, and is no socket: remove it, or set another"):
+        connect_or_start(place.settings(), session="e/0", role="scheduler", timeout_s=SOON_S)
+
+    assert socket_of(place).read_text() == "somebody's work"
 
 
 def test_a_node_cache_that_has_lost_its_place_to_another_leaves_it_alone(place: Place) -> None:

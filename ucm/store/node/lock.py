@@ -23,7 +23,12 @@ from typing import Final
 import msgspec
 
 from ucm.errors import NodeUnavailable
-from ucm.store.node.place import ensure_private_directory, is_file_at, open_own_file
+from ucm.store.node.place import (
+    check_socket_name,
+    ensure_private_directory,
+    is_file_at,
+    open_own_file,
+)
 from ucm.store.node.trust import OWN_USER, Trust
 from ucm.store.processes import num_threads, pid_namespace, state_and_start
 
@@ -93,25 +98,35 @@ class SocketLock:
 
     def renew(self) -> bool:
         """Takes the lock that is beside the socket now, in place of one whose file has gone. False:
-        another process has it."""
+        another process has it. Raises ConfigError and OSError, and then has what it had."""
         if self.is_held():
-            os.utime(self._fd)  # those who clear up old files should let it be
+            with suppress(OSError):
+                os.utime(self._fd)  # those who clear up old files should let it be
             return True
         other = try_lock(str(self.path), self._trust)
         if other is None:
             return False
-        other.note(self.holder)
+        try:
+            other.note(self.holder)
+        except OSError:
+            other.release()
+            raise
         self._close()
         self._fd = other.fd
         return True
 
     def listen(self) -> socket.socket:
+        """In place of a socket that has the name. Raises ConfigError and OSError."""
+        check_socket_name(str(self.path))
         self.path.unlink(missing_ok=True)
         listener = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM | socket.SOCK_CLOEXEC)
         # Its group is the directory's.
         umask = os.umask(0o177 if self._trust.gid is None else 0o117)
         try:
             listener.bind(str(self.path))
+        except OSError:
+            listener.close()
+            raise
         finally:
             os.umask(umask)
         self._socket_inode = _inode_of(self.path)
@@ -149,6 +164,7 @@ def try_lock(socket_path: str, trust: Trust = OWN_USER) -> SocketLock | None:
     """The lock of `socket_path`; None while another process has it. Raises ConfigError where the
     directory or the file is not to be trusted."""
     ensure_private_directory(socket_path, trust)
+    check_socket_name(socket_path)
     path = lock_path(socket_path)
     for _ in range(_TRIES):
         fd = open_own_file(path, os.O_RDWR, trust)

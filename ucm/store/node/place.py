@@ -24,6 +24,14 @@ _OTHERS_WRITE: Final = stat.S_IWGRP | stat.S_IWOTH
 _FOR_GROUP: Final = stat.S_ISGID | stat.S_IRWXG
 _DIRECTORY_MODE: Final = 0o700
 _FILE_MODE: Final = 0o600
+_SHORTAGES: Final = frozenset(
+    {errno.EMFILE, errno.ENFILE, errno.ENOMEM, errno.ENOBUFS, errno.ENOSPC, errno.EDQUOT, errno.EIO}
+)
+
+
+def is_shortage(error: BaseException | None) -> bool:
+    """Whether it says nothing about who owns a place, only that the machine lacks something now."""
+    return isinstance(error, OSError) and error.errno in _SHORTAGES
 
 
 def ensure_private_directory(socket_path: str, trust: Trust = OWN_USER) -> None:
@@ -118,6 +126,18 @@ def open_own_file(path: str, flags: int, trust: Trust = OWN_USER) -> int:
             f"to uid {info.st_uid}): remove it, or set a path in a directory of your own"
         )
     return fd
+
+
+def check_socket_name(path: str) -> None:
+    """Raises ConfigError for what is no socket: it is somebody's, and not ours to remove."""
+    try:
+        mode = os.lstat(path).st_mode
+    except OSError:
+        return  # whoever needs it says so
+    if not stat.S_ISSOCK(mode):
+        raise ConfigError(
+            f"node_cache_socket: {path} is there, and is no socket: remove it, or set another path"
+        )
 
 
 def _make_file(path: str, flags: int, trust: Trust) -> int | None:

@@ -31,6 +31,7 @@ from ucm.store.node.lanes import Lanes
 from ucm.store.node.lock import SocketLock, this_process
 from ucm.store.node.memory import SharedMemory, give_way
 from ucm.store.node.peer import Door, Peer
+from ucm.store.node.place import is_shortage
 from ucm.store.node.room import GIB, be_taken_first, memory_left, room_for
 from ucm.store.node.saved import SavingRules
 from ucm.store.node.sweeper import Sweeper
@@ -127,7 +128,7 @@ class NodeServer:
     async def serve(self, lock: SocketLock) -> None:
         """Serves until told to leave, or idle, or another has the lock. Writes that are queued then
         are finished, bounded."""
-        door = Door(self, lock)
+        door: Door | None = Door(self, lock)
         lock.note(this_process(failures=0, tried_s=time.time()))
         logger.info("node cache %d serves at %s for %s", os.getpid(), lock.path, self.trust)
         idle_since_s = looked_s = time.monotonic()
@@ -135,13 +136,12 @@ class NodeServer:
             if time.monotonic() - looked_s > _LOOK_S:
                 looked_s = time.monotonic()
                 self.dropped -= {peer for peer in self.dropped if peer.has_hung_up()}
-                if not _has_lock(lock):
+                if not self._has_lock(lock):
                     logger.warning("another process has the lock of %s: leaving", lock.path)
                     break
-                if not lock.is_listening():
+                if door is None or not lock.is_listening():
                     self.core.notices.warn("listening_anew", f"{lock.path} is gone")
-                    await door.close()
-                    door = Door(self, lock)
+                    door = await self._door_anew(door, lock)
             slept_since_s = time.monotonic()
             await asyncio.sleep(_TICK_S)
             self._note_held_up(time.monotonic() - slept_since_s)
@@ -151,11 +151,31 @@ class NodeServer:
             if time.monotonic() - idle_since_s > self.settings.idle_exit_s:
                 logger.info("idle for %g s: leaving", self.settings.idle_exit_s)
                 break
-        await door.close()
+        if door is not None:
+            await door.close()
         self.core.leaving = True
         if self.core.writeback is not None:
             self.core.writeback.leave()
         await self._drain()
+
+    def _has_lock(self, lock: SocketLock) -> bool:
+        """Takes it anew where its file was removed, also with its directory. What the machine is
+        short of at the moment is no reason to leave those who are connected."""
+        try:
+            return lock.renew()
+        except (ConfigError, OSError) as error:
+            self.core.notices.warn("could_not_renew_the_lock", error)
+            return is_shortage(error) or is_shortage(error.__cause__)
+
+    async def _door_anew(self, door: Door | None, lock: SocketLock) -> Door | None:
+        """None: not yet, and those who are in stay."""
+        if door is not None:
+            await door.close()
+        try:
+            return Door(self, lock)
+        except (ConfigError, OSError) as error:
+            self.core.notices.warn("could_not_listen", error)
+            return None
 
     def _note_held_up(self, slept_s: float) -> None:
         """Clients take a node cache that doesn't answer for a hung one: the log should know why."""
@@ -198,15 +218,6 @@ class NodeServer:
         while not is_done() and time.monotonic() < deadline_s:
             self.core.tick()
             await asyncio.sleep(_TICK_S / 5)
-
-
-def _has_lock(lock: SocketLock) -> bool:
-    """Takes it anew where its file was removed, also with its directory."""
-    try:
-        return lock.renew()
-    except ConfigError as error:
-        logger.warning("%s", error)
-        return False
 
 
 def run(settings: StoreSettings, lock: SocketLock) -> None:
