@@ -63,5 +63,5 @@ def parse(kv_transfer_params: object) -> Handoff | None:
         return None
     try:
         return msgspec.convert(kv_transfer_params[NAME], Handoff)  # type: ignore[no-any-return]
-    except msgspec.ValidationError:
+    except (msgspec.ValidationError, UnicodeEncodeError):  # the latter of lone surrogates
         return None

@@ -155,11 +155,15 @@ def test_a_namespace_that_this_store_does_not_know_is_said_to_be_of_another_stor
     assert "not in this store" in caplog.text
 
 
-def test_words_that_make_no_sense_are_counted_and_the_request_is_served():
+@pytest.mark.parametrize(
+    "words",
+    [{"kind": "receipt", "tokens": -1}, {"\ud800": 1}, {"kind": "\ud800"}, None, [], "\ud800"],
+)
+def test_words_that_make_no_sense_are_counted_and_the_request_is_served(words: object):
     engine = Engine(Loopback())
     request = engine.add("a", 100)
     engine.side.finished(request, [])
-    request.kv_transfer_params = {"ucm": {"kind": "receipt", "tokens": -1}}
+    request.kv_transfer_params = {"ucm": words}
     engine.side.on_new_request(request)
     assert engine.admit(request) == 0
     assert engine.counted("ucm_receipts", outcome="unreadable") == 1

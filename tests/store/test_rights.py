@@ -114,9 +114,10 @@ def test_a_group_that_is_set_gets_everything(tmp_path: Path, file_mode: str | No
         assert rights_of(tmp_path / "store") == ({0o2770}, {0o660})
 
 
-def test_a_group_that_is_not_there_stops_the_start() -> None:
-    with pytest.raises(ConfigError, match="file_group: no-such-group"):
-        file_rights(None, "no-such-group")
+@pytest.mark.parametrize("group", ["no-such-group", "²", "4294967295", "9" * 11, "-1", "\ud800"])
+def test_a_group_that_is_not_there_stops_the_start(group: str) -> None:
+    with pytest.raises(ConfigError, match=f"file_group: {group}"):
+        file_rights(None, group)
 
 
 # -- sealed pages ---------------------------------------------------------------------------

@@ -12,6 +12,7 @@ import logging
 import os
 import stat
 from dataclasses import dataclass
+from typing import Final
 
 from ucm.errors import ConfigError
 
@@ -49,6 +50,9 @@ class FileRights:
             os.chmod(path, self.directory_mode)
 
 
+# What chown takes for "leave it".
+_NO_GROUP: Final = (1 << 32) - 1
+
 UMASK_DECIDES = FileRights()
 
 
@@ -61,8 +65,12 @@ def file_rights(file_mode: str | None, file_group: str | None) -> FileRights:
 def gid_of(setting: str, group: str) -> int:
     """Of a group's name or number. Raises ConfigError."""
     try:
-        return int(group) if group.isdigit() else grp.getgrnam(group).gr_gid
-    except KeyError:
+        if not (group.isascii() and group.isdigit()):
+            return grp.getgrnam(group).gr_gid
+        if int(group) < _NO_GROUP:
+            return int(group)
+        raise ConfigError(f"{setting}: {group}: groups have numbers below {_NO_GROUP}")
+    except (KeyError, UnicodeEncodeError):
         raise ConfigError(
             f"{setting}: {group}: no such group on this machine: give its number"
         ) from None

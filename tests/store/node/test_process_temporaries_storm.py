@@ -10,6 +10,7 @@ from contextlib import ExitStack
 
 import pytest
 
+from tests.e2e.store import Store
 from tests.store.node.support import Place, alive, child, engine, kill, log_of, wait_until
 from ucm.config import StoreSettings
 from ucm.errors import NodeUnavailable
@@ -79,3 +80,5 @@ def test_after_a_hundred_kills_and_stops_nothing_is_left_and_no_byte_is_wrong(pl
     assert left_by_killed, "a test of nothing"
     assert checked
     assert place.stray_files() == []
+    assert place.blocks()
+    assert Store(place.store, "float32").bad_files() == []
