@@ -7,8 +7,20 @@ import re
 import pytest
 
 from tests.messages import ROOT, messages
+from ucm.pd import flags, register
 
 TEXT = (ROOT / "docs" / "troubleshooting.md").read_text()
+# Of vLLM's server, whose flags are not ours to know.
+_OF_VLLM = {
+    "--block-size",
+    "--calculate-kv-scales",
+    "--enable-dbo",
+    "--enable-prompt-tokens-details",
+    "--kv-cache-dtype",
+    "--kv-transfer-config",
+    "--load-format",
+    "--ubatch-size",
+}
 _ROW = re.compile(r"^\| (`+) ?(.*?) ?\1 \| (.*) \| (.*) \|$", re.MULTILINE)
 
 
@@ -36,6 +48,19 @@ def test_no_message_is_explained_twice() -> None:
 def test_every_table_row_is_one_that_the_other_tests_read() -> None:
     lines = [line for line in TEXT.splitlines() if line.startswith("| `")]
     assert len(lines) == len(rows())
+
+
+def test_the_flags_that_are_to_help_exist() -> None:
+    parsers = (flags._parser(""), register._parser())
+    ours = {
+        name for parser in parsers for action in parser._actions for name in action.option_strings
+    }
+    cli = (ROOT / "ucm" / "cli" / "main.py").read_text()
+    ours |= set(re.findall(r"--[a-z][a-z-]*", cli))
+    named = {name for _, _, fix in rows() for name in re.findall(r"(?<![\w-])--[a-z][a-z-]*", fix)}
+
+    assert "--max-queued" in named
+    assert set() == named - ours - _OF_VLLM
 
 
 @pytest.mark.parametrize("message", ["can't be read", "no node cache: …"])
