@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 
 import pytest
@@ -10,7 +11,9 @@ from yarl import URL
 
 from tests.pd.conftest import Fleet, answering
 from ucm.pd.administration import PATHS, is_for_all
+from ucm.pd.proxy import STOPPING
 
+PATIENCE_S = 20.0
 ADMIN = {"Authorization": "Bearer secret"}
 
 
@@ -101,3 +104,81 @@ async def test_one_that_refuses_or_is_away_is_named(fleet: Fleet):
 
     assert [200, 400, 502, 200] == [each["status"] for each in said]
     assert str(away.origin()) == said[2]["url"].rstrip("/")
+
+
+@pytest.mark.parametrize("is_begun", [False, True])
+async def test_one_that_never_ends_its_answer_is_named_and_holds_up_nobody_for_good(
+    fleet: Fleet, is_begun: bool
+):
+    await fleet.start(1, 2, admin_key="secret", idle_timeout_s=0.5)
+
+    async def silent(request: web.Request) -> web.StreamResponse:
+        if is_begun:
+            response = web.StreamResponse()
+            await response.prepare(request)
+            await response.write(b"{")
+        return await fleet.decode[1].never(request)
+
+    fleet.decode[1].answer = silent
+
+    asking = fleet.client.post(fleet.proxy / "sleep", headers=ADMIN)
+    async with await asyncio.wait_for(asking, PATIENCE_S) as response:
+        assert 504 == response.status
+        said = (await response.json())["instances"]
+    assert [200, 200, 504] == [each["status"] for each in said]
+    assert "--idle-timeout-s" in said[2]["answer"]
+
+    # Nobody is told who the instances are.
+    asking = fleet.client.post(fleet.proxy / "inference/v1/abort_requests", json={})
+    async with await asyncio.wait_for(asking, PATIENCE_S) as response:
+        assert 504 == response.status
+        assert str(fleet.decode[1].url.port) not in await response.text()
+
+
+async def test_one_that_is_lost_to_its_health_checks_is_waited_for_no_longer(fleet: Fleet):
+    await fleet.start(1, 1, admin_key="secret", health_interval_s=0.1)
+    fleet.decode[0].answer = fleet.decode[0].never
+
+    asking = fleet.client.post(fleet.proxy / "sleep", headers=ADMIN)
+    async with await asyncio.wait_for(asking, PATIENCE_S) as response:
+        assert 502 == response.status
+        said = (await response.json())["instances"]
+    assert [200, 502] == [each["status"] for each in said]
+    assert "health checks fail" in said[1]["answer"]
+
+
+async def test_an_answer_without_an_end_is_read_as_far_as_it_is_shown(fleet: Fleet):
+    await fleet.start(1, 1, admin_key="secret")
+
+    async def endless(request: web.Request) -> web.StreamResponse:
+        response = web.StreamResponse()
+        await response.prepare(request)
+        while True:
+            await response.write(b"x" * (1 << 16))
+
+    fleet.decode[0].answer = endless
+    asking = fleet.client.post(fleet.proxy / "server_info", headers=ADMIN)
+    async with await asyncio.wait_for(asking, PATIENCE_S) as response:
+        said = (await response.json())["instances"]
+    assert "x" * (64 << 10) == said[1]["answer"]
+
+
+async def test_the_end_of_the_proxy_waits_for_what_goes_to_all_instances(fleet: Fleet):
+    await fleet.start(1, 1, admin_key="secret")
+    may_answer = asyncio.Event()
+
+    async def late(_: web.Request) -> web.StreamResponse:
+        await may_answer.wait()
+        return web.json_response({})
+
+    fleet.decode[0].answer = late
+    asking = asyncio.create_task(fleet.client.post(fleet.proxy / "sleep", headers=ADMIN))
+    await asyncio.wait_for(fleet.decode[0].started.wait(), PATIENCE_S)
+    drained = asyncio.create_task(fleet.servers["proxy"].app[STOPPING].drained())
+    await asyncio.sleep(0)
+    assert not drained.done()
+
+    may_answer.set()
+    async with await asyncio.wait_for(asking, PATIENCE_S) as response:
+        assert 200 == response.status
+    await asyncio.wait_for(drained, PATIENCE_S)

@@ -14,7 +14,6 @@ from __future__ import annotations
 import asyncio
 import json
 import logging
-import uuid
 from collections.abc import Mapping, Sequence
 from typing import Any
 from urllib.parse import unquote
@@ -26,8 +25,9 @@ from ucm.errors import ConfigError
 from ucm.pd import upstream
 from ucm.pd.errors import error_response
 from ucm.pd.flags import instance_url
-from ucm.pd.instance import Instance, Role
+from ucm.pd.instance import Instance, Role, unless_lost
 from ucm.pd.instances import Pool
+from ucm.pd.journey import Journey
 
 logger = logging.getLogger(__name__)
 
@@ -111,19 +111,27 @@ async def broadcast(
     instances: Sequence[Instance],
     request: web.Request,
     body: bytes,
+    timeout_s: float,
+    journey: Journey,
 ) -> web.Response:
-    """Asks all of them at once. The status is 200 if each has done it, otherwise the first one that
-    is none of success."""
-    said = await asyncio.gather(*(_ask(client, each, request, body) for each in instances))
+    """Asks all of them at once, and waits for none for longer than that, nor for one that is lost.
+    The status is 200 if each has done it, otherwise the first one that is none of success."""
+    journey.path = "all-instances"
+    said = await asyncio.gather(
+        *(_ask(client, each, request, body, timeout_s, journey.request_id) for each in instances)
+    )
     bad = [each["status"] for each in said if not 200 <= each["status"] < 300]
-    status = bad[0] if bad else 200
+    status = journey.status = bad[0] if bad else 200
     what = f"{request.method} {request.path}"
     logger.info("%s at %d instances: %d of them refused or failed", what, len(said), len(bad))
     if is_for_anybody(request.raw_path):
         # Who the instances are is for the admin.
         problem = f"{len(bad)} of {len(said)} instances refused or failed"
-        return error_response(status, problem) if bad else web.Response()
-    return web.json_response({"instances": said}, status=status)
+        response = error_response(status, problem) if bad else web.Response()
+    else:
+        response = web.json_response({"instances": said}, status=status)
+    response.headers.update(journey.headers())
+    return response
 
 
 async def _ask(
@@ -131,12 +139,14 @@ async def _ask(
     instance: Instance,
     request: web.Request,
     body: bytes,
+    timeout_s: float,
+    request_id: str,
 ) -> dict[str, Any]:
     where = {"role": instance.role.value, "url": str(instance.url)}
-    request_id = request.headers.get(upstream.REQUEST_ID) or uuid.uuid4().hex
     headers = client.headers(request.headers, instance.role, request_id=request_id)
     headers["Accept-Encoding"] = "identity"
-    try:
+
+    async def asking() -> tuple[int, bytes]:
         response = await upstream.ask(
             client,
             request.method,
@@ -146,11 +156,17 @@ async def _ask(
             idle_timeout_s=None,
         )
         async with response:
-            answer = (await response.read())[:_SHOWN_BYTES]
+            return response.status, await upstream.read_at_most(response, _SHOWN_BYTES)
+
+    try:
+        status, answer = await unless_lost(instance, asyncio.wait_for(asking(), timeout_s))
     except upstream.UNREACHABLE as error:
         reason = upstream.failure_reason(error)
+        if reason == "timeout":
+            what = f"{reason} (no answer within --idle-timeout-s, {timeout_s:g} s)"
+            return {**where, "status": 504, "answer": what}
         return {**where, "status": 502, "answer": f"{reason} ({error})"}
-    return {**where, "status": response.status, "answer": _readable(answer)}
+    return {**where, "status": status, "answer": _readable(answer)}
 
 
 def _readable(answer: bytes) -> object:

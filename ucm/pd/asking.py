@@ -1,8 +1,8 @@
 """Asking one instance: the client's request to it, the beginning of its answer back, and what that
 says about the instance.
 
-An answer that has a length is read whole before anybody sees any of it, of a stream the first
-piece.
+An answer that has a length is read whole before anybody sees any of it, of a stream, and of an
+answer that is too long to be held, the first piece.
 """
 
 from __future__ import annotations
@@ -38,11 +38,13 @@ class Asker:
         *,
         idle_timeout_s: float,
         answer_timeout_s: float | None,
+        max_answer_bytes: int,
     ) -> None:
         self._client = client
         self._role = role
         self._idle_timeout_s = idle_timeout_s
         self._answer_timeout_s = answer_timeout_s
+        self._max_answer_bytes = max_answer_bytes
 
     async def ask(
         self,
@@ -68,7 +70,7 @@ class Asker:
                 headers=headers,
                 idle_timeout_s=idle_timeout_s,
             )
-            return await _begin(response, instance.heard)
+            return await _begin(response, instance.heard, self._max_answer_bytes)
 
         if journey.is_streamed:
             asking = begin(self._idle_timeout_s)
@@ -118,9 +120,11 @@ def judged(instance: Instance, answer: Answer, *, method: str) -> Verdict:
     return what
 
 
-async def _begin(response: aiohttp.ClientResponse, heard: Callable[[], None]) -> Answer:
+async def _begin(
+    response: aiohttp.ClientResponse, heard: Callable[[], None], max_bytes: int
+) -> Answer:
     try:
-        if response.content_length is not None:
+        if response.content_length is not None and response.content_length <= max_bytes:
             return Answer(response, await response.read(), is_whole=True, heard=heard)
         return Answer(response, await response.content.readany(), is_whole=False, heard=heard)
     except BaseException:

@@ -113,11 +113,13 @@ class Prefills:
         pool: Pool,
         *,
         timeout_s: float,
+        max_answer_bytes: int,
         on_retry: Callable[[], None],
     ) -> None:
         self._client = client
         self._pool = pool
         self._timeout_s = timeout_s
+        self._max_answer_bytes = max_answer_bytes
         self._on_retry = on_retry
         self._running: dict[bytes, _Running] = {}
 
@@ -211,4 +213,4 @@ class Prefills:
             idle_timeout_s=None,
         )
         async with response:
-            return response, await response.read()
+            return response, await upstream.read_whole(response, self._max_answer_bytes)

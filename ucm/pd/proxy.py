@@ -122,6 +122,7 @@ class Proxy:
                 self._answering.role,
                 idle_timeout_s=settings.idle_timeout_s,
                 answer_timeout_s=settings.answer_timeout_s,
+                max_answer_bytes=settings.max_answer_mb << 20,
             )
             self._relay = Relay(
                 asker,
@@ -134,6 +135,7 @@ class Proxy:
                     client,
                     self._pools[Role.PREFILL],
                     timeout_s=settings.prefill_timeout_s,
+                    max_answer_bytes=settings.max_answer_mb << 20,
                     on_retry=self._metrics.retries.labels(Role.PREFILL.value).inc,
                 )
             followed = Members(self._pools).sources(settings, session)
@@ -244,7 +246,8 @@ class Proxy:
         body = await intake.read(request)
         if isinstance(body, web.Response):
             return body
-        return await administration.broadcast(client, self._instances(), request, body)
+        go = partial(administration.broadcast, client, self._instances(), request, body)
+        return await self._journey(request, partial(go, self._settings.idle_timeout_s))
 
     async def _journey(
         self, request: web.Request, go: Callable[[Journey], Awaitable[web.StreamResponse]]

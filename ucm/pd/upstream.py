@@ -167,6 +167,31 @@ async def ask(
     return await send(client.fresh, sending)
 
 
+async def read_whole(response: aiohttp.ClientResponse, max_bytes: int) -> bytes:
+    """The body. Raises UNREACHABLE, also for one that is longer than that: it is `unreadable`."""
+    body = await read_at_most(response, max_bytes + 1)
+    if len(body) > max_bytes:
+        response.close()
+        raise aiohttp.ClientResponseError(
+            response.request_info,
+            response.history,
+            status=response.status,
+            message=f"an answer above {max_bytes >> 20} MiB",
+        )
+    return body
+
+
+async def read_at_most(response: aiohttp.ClientResponse, max_bytes: int) -> bytes:
+    """The beginning of the body, or all of it. Raises UNREACHABLE."""
+    body = bytearray()
+    while len(body) < max_bytes:
+        piece = await response.content.read(max_bytes - len(body))
+        if not piece:
+            break
+        body += piece
+    return bytes(body)
+
+
 def request_headers(headers: CIMultiDictProxy[str], *, request_id: str) -> CIMultiDict[str]:
     """The client's without what is about its connection, and under this request id. Pure."""
     sent = _end_to_end(headers, but=_REQUEST_ONLY)
