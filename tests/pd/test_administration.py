@@ -42,7 +42,11 @@ async def test_without_an_admin_key_there_is_no_administration(fleet: Fleet):
 
 
 @pytest.mark.parametrize(
-    "raw", ["/%73leep", "/sleep?level=2", "/sleep/", "/fault_tolerance%2Fapply", "http://x/sleep"]
+    "raw",
+    [
+        *["/%73leep", "/sleep?level=2", "/sleep/", "/fault_tolerance%2Fapply", "http://x/sleep"],
+        *["/sleep%0A", "/sleep%20", "/sleep/%0d%0a"],
+    ],
 )
 def test_no_spelling_of_a_path_goes_around_the_key(raw):
     assert is_for_all(raw)

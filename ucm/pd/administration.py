@@ -14,6 +14,7 @@ from __future__ import annotations
 import asyncio
 import json
 import logging
+import string
 from collections.abc import Mapping, Sequence
 from typing import Any
 from urllib.parse import unquote
@@ -82,9 +83,9 @@ def is_for_anybody(raw_path: str) -> bool:
 
 
 def _path(raw_path: str) -> str:
-    """Engines undo its escapes once, and so does this."""
+    """Engines undo its escapes once, and so does this; what some routers ignore at its end goes."""
     path = upstream.target(URL("http://engine"), raw_path).raw_path
-    return unquote(path).rstrip("/")
+    return unquote(path).rstrip("/" + string.whitespace)
 
 
 def change(
