@@ -163,10 +163,10 @@ async def _ask(
         status, answer = await unless_lost(instance, asyncio.wait_for(asking(), timeout_s))
     except upstream.UNREACHABLE as error:
         reason = upstream.failure_reason(error)
+        status, what = upstream.status_for(reason), str(error)
         if reason == "timeout":
-            what = f"{reason} (no answer within --idle-timeout-s, {timeout_s:g} s)"
-            return {**where, "status": 504, "answer": what}
-        return {**where, "status": 502, "answer": f"{reason} ({error})"}
+            what = f"no answer within --idle-timeout-s, {timeout_s:g} s"
+        return {**where, "status": status, "answer": f"{reason} ({what})"}
     return {**where, "status": status, "answer": _readable(answer)}
 
 

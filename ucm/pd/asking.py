@@ -99,6 +99,8 @@ class Asker:
         elif reason == "timeout":
             what = f"no whole answer within --answer-timeout-s, {self._answer_timeout_s:g} s"
         logger.warning("%s %s: %s (%s)", role, instance.url, reason, what)
+        if reason == upstream.OUT_OF_SOCKETS:
+            return reason, f"the proxy has no file descriptor or port left: {what}"
         if reason in ("unreadable", "timeout"):
             # About this answer: too long a header, perhaps. Whether a silent one is well its health
             # checks say.

@@ -17,7 +17,10 @@ async def check_health(client: upstream.Client, instance: Instance, timeout_s: f
     failing them, and from which nothing has come for as long, is lost: a busy one may be late with
     its health, but not with everything."""
     before = instance.state
-    if await _is_well(client, instance, timeout_s):
+    is_well = await _is_well(client, instance, timeout_s)
+    if is_well is None:
+        return
+    if is_well:
         instance.health.succeeded()
     else:
         instance.health.failed()
@@ -28,7 +31,8 @@ async def check_health(client: upstream.Client, instance: Instance, timeout_s: f
         logger.warning("%s %s: %s -> %s", instance.role.value, instance.url, before, after)
 
 
-async def _is_well(client: upstream.Client, instance: Instance, timeout_s: float) -> bool:
+async def _is_well(client: upstream.Client, instance: Instance, timeout_s: float) -> bool | None:
+    """None when the proxy has nothing to look with."""
     try:
         timeout = aiohttp.ClientTimeout(total=timeout_s)
         looking = client.pooled.get(
@@ -39,5 +43,5 @@ async def _is_well(client: upstream.Client, instance: Instance, timeout_s: float
         )
         async with looking as response:
             return response.ok
-    except upstream.UNREACHABLE:
-        return False
+    except upstream.UNREACHABLE as error:
+        return None if upstream.failure_reason(error) == upstream.OUT_OF_SOCKETS else False

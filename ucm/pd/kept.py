@@ -144,7 +144,7 @@ class KeptRelay:
             if _is_deserted(error):
                 search.deserted.append(instance)
             else:
-                search.keep_unclear(Problem(text, code=504 if reason == "timeout" else 502))
+                search.keep_unclear(Problem(text, code=upstream.status_for(reason)))
             return None
         what = judged(instance, answer, method=request.method)
         if what.is_settled:

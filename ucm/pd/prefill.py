@@ -177,6 +177,8 @@ class Prefills:
         except upstream.UNREACHABLE as error:
             tried.failure = upstream.failure_reason(error)
             logger.warning("prefill %s: %s (%s)", instance.url, tried.failure, error)
+            if tried.failure == upstream.OUT_OF_SOCKETS:
+                return PrefillOutcome(tried.failure)
             if tried.failure != "timeout":
                 instance.failed()
                 return None

@@ -208,6 +208,8 @@ class Relay:
     ) -> Problem:
         instance = tries.instances[-1]
         reason, text = self._asker.unanswered(instance, error, journey)
+        if reason == upstream.OUT_OF_SOCKETS:
+            return Problem(text, code=503, is_final=True)
         if reason == "unreadable":
             is_final, tries.has_doubted = tries.has_doubted, True
             return Problem(text, code=502, is_final=is_final)

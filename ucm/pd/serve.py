@@ -19,12 +19,12 @@ from ucm.errors import ConfigError
 from ucm.pd import followed, tls
 from ucm.pd.errors import error_response
 from ucm.pd.flags import ProxySettings
+from ucm.pd.listening import Site, bound, raise_descriptor_limit
 from ucm.pd.proxy import STOPPING, make_app
 from ucm.pd.upstream import MAX_HEADER_BYTES
 
 logger = logging.getLogger(__name__)
 
-_BACKLOG = 1024
 # Each request has a line of its own already.
 _NO_ACCESS_LOG = logging.getLogger(f"{__name__}.access")
 _NO_ACCESS_LOG.disabled = True
@@ -35,6 +35,7 @@ _CLOSING_S = 1.0
 
 async def serve(settings: ProxySettings) -> None:
     """Until SIGINT or SIGTERM. Raises ConfigError when it can't listen there."""
+    raise_descriptor_limit()
     signals: asyncio.Queue[int] = asyncio.Queue()
     loop = asyncio.get_running_loop()
     app = make_app(settings)
@@ -108,15 +109,7 @@ class _Connection(web.RequestHandler):
 
 async def _listen(runner: Runner, host: str, port: int, context: ssl.SSLContext | None) -> None:
     try:
-        if host == "::" and socket.has_dualstack_ipv6():
-            # Alone it would be IPv6 only, which nobody means who writes it.
-            both = socket.create_server(
-                (host, port), family=socket.AF_INET6, dualstack_ipv6=True, backlog=_BACKLOG
-            )
-            await web.SockSite(runner, both, ssl_context=context).start()
-        else:
-            site = web.TCPSite(runner, host, port, backlog=_BACKLOG, ssl_context=context)
-            await site.start()
+        await Site(runner, await bound(host, port), context).start()
     except socket.gaierror as error:
         problem = f"--host: {host!r} is no address of this machine: {error.strerror}"
         raise ConfigError(problem) from error

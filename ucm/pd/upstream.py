@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import errno
 import re
 import ssl
 from collections.abc import AsyncIterator
@@ -55,6 +56,10 @@ _NO_DEFAULTS = ("Accept", "Accept-Encoding", "Content-Type", "User-Agent")
 _RESET = (aiohttp.ServerDisconnectedError, aiohttp.ClientOSError, ConnectionError)
 # The engine can't be reached, or has gone, or is silent: another one may do.
 UNREACHABLE = (aiohttp.ClientError, OSError, asyncio.TimeoutError)
+# The proxy has no descriptor, buffer or port left: that says nothing about any instance, and it
+# would have none for another one either.
+OUT_OF_SOCKETS = "out_of_sockets"
+_OUT_OF_SOCKETS = (errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.EADDRNOTAVAIL)
 
 
 @dataclass(frozen=True)
@@ -226,6 +231,8 @@ def at_the_proxy(location: str) -> str:
 
 def failure_reason(error: BaseException) -> str:
     """What counters call it."""
+    if isinstance(error, OSError) and error.errno in _OUT_OF_SOCKETS:
+        return "out_of_sockets"
     if isinstance(error, (aiohttp.ClientConnectorError, aiohttp.ConnectionTimeoutError)):
         return "refused"
     if isinstance(error, asyncio.TimeoutError):
@@ -233,6 +240,11 @@ def failure_reason(error: BaseException) -> str:
     if isinstance(error, aiohttp.ClientResponseError):
         return "unreadable"
     return "broken_off"
+
+
+def status_for(reason: str) -> int:
+    """What a client hears who gets no other answer."""
+    return {"timeout": 504, OUT_OF_SOCKETS: 503}.get(reason, 502)
 
 
 def _end_to_end(headers: CIMultiDictProxy[str], *, but: frozenset[str]) -> CIMultiDict[str]:

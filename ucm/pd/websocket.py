@@ -96,9 +96,11 @@ async def _connect(
         return max(error.status, 400), text, what is Verdict.NO_WORD
     except upstream.UNREACHABLE as error:
         reason = upstream.failure_reason(error)
+        logger.warning("%s: %s (%s)", where, reason, error)
+        if reason == upstream.OUT_OF_SOCKETS:
+            return 503, f"the proxy has no file descriptor or port left: {error}", True
         if reason != "timeout":
             instance.failed()
-        logger.warning("%s: %s (%s)", where, reason, error)
         return 502, f"{where}: {reason} ({error})", False
     instance.heard()
     instance.succeeded()
