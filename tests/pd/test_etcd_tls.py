@@ -22,7 +22,12 @@ from ucm.pd.etcd import PREFIX, Etcd
 from ucm.pd.etcd_access import EtcdAccess
 from ucm.pd.etcd_gateway import EtcdError
 
-pytestmark = pytest.mark.process
+# asyncio leaves the transport of a handshake that failed to the garbage collector.
+pytestmark = [
+    pytest.mark.process,
+    pytest.mark.filterwarnings("ignore::ResourceWarning"),
+    pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning"),
+]
 
 
 @pytest.fixture

@@ -27,6 +27,12 @@ from ucm.pd.serve import serve
 
 NEVER_S = 1000.0
 
+# asyncio leaves the transport of a handshake that failed to the garbage collector.
+pytestmark = [
+    pytest.mark.filterwarnings("ignore::ResourceWarning"),
+    pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning"),
+]
+
 
 @pytest.fixture
 def files(tmp_path: Path) -> Files:
