@@ -15,14 +15,12 @@ import pytest_asyncio
 from aiohttp import web
 
 from tests.pd.conftest import Fleet
+from tests.pd.leftovers import LEFT_TO_THE_COLLECTOR
 from tests.pd.protocol_answers import STREAMS, WHOLE
 from tests.pd.protocol_clients import CLIENTS, ERRORS, QUESTION, Call
 
 # The clients leave connections to the garbage collector, litellm those of all its requests.
-pytestmark = [
-    pytest.mark.filterwarnings("ignore::ResourceWarning"),
-    pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning"),
-]
+pytestmark = [*LEFT_TO_THE_COLLECTOR]
 
 
 @pytest_asyncio.fixture(autouse=True)

@@ -18,6 +18,7 @@ import pytest_asyncio
 from tests.pd.certificates import Files
 from tests.pd.conftest import Fleet, until
 from tests.pd.etcd_parts import PATIENCE_S, EtcdServer, key_of, registrar_command, running_etcd
+from tests.pd.leftovers import LEFT_TO_THE_COLLECTOR
 from ucm.pd.etcd import PREFIX, Etcd
 from ucm.pd.etcd_access import EtcdAccess
 from ucm.pd.etcd_gateway import EtcdError
@@ -25,8 +26,7 @@ from ucm.pd.etcd_gateway import EtcdError
 # asyncio leaves the transport of a handshake that failed to the garbage collector.
 pytestmark = [
     pytest.mark.process,
-    pytest.mark.filterwarnings("ignore::ResourceWarning"),
-    pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning"),
+    *LEFT_TO_THE_COLLECTOR,
 ]
 
 

@@ -17,6 +17,7 @@ from aiohttp.test_utils import TestServer
 from examples.cluster.processes import free_port
 from tests.pd.certificates import Files
 from tests.pd.conftest import Engine, Fleet, until
+from tests.pd.leftovers import LEFT_TO_THE_COLLECTOR
 from tests.pd.test_websocket import REALTIME, echo
 from ucm.pd import toy_proxy_server
 from ucm.pd.etcd_access import EtcdAccess, etcd_endpoints
@@ -28,10 +29,7 @@ from ucm.pd.serve import serve
 NEVER_S = 1000.0
 
 # asyncio leaves the transport of a handshake that failed to the garbage collector.
-pytestmark = [
-    pytest.mark.filterwarnings("ignore::ResourceWarning"),
-    pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning"),
-]
+pytestmark = [*LEFT_TO_THE_COLLECTOR]
 
 
 @pytest.fixture

@@ -302,13 +302,13 @@ class Dumps:
 
     def forget_all(self) -> None:
         """What is being copied won't be committed, and nothing else begins. Jobs outlive their
-        dumps: those of preempted requests run on."""
-        for _, job in self._jobs.values():
-            job.failed = True
-        for dump in self._dumps.values():
-            dump.lost_from = 0
+        dumps: those of preempted requests run on. What waits to be committed waits for one of
+        them."""
+        for dump, _ in self._jobs.values():
             for job in dump.jobs:
                 job.failed = True
+        for dump in self._dumps.values():
+            dump.lost_from = 0
             self._close(dump)
 
     def node_lost(self) -> None:
