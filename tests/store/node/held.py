@@ -159,7 +159,7 @@ class Node:
         return Lanes([pool], None)
 
     def page_of(self, slot: Slot) -> memoryview:
-        return self.memory[slot.offset : slot.offset + PAGE]
+        return self.memory[slot.offset : slot.offset + slot.span.slot_bytes]
 
     def store(self, *keys: Key) -> None:
         for each in keys:
