@@ -63,7 +63,21 @@ def test_the_flags_that_are_to_help_exist() -> None:
     assert set() == named - ours - _OF_VLLM
 
 
-@pytest.mark.parametrize("message", ["can't be read", "no node cache: …"])
+@pytest.mark.parametrize(
+    "message",
+    [
+        "can't be read",
+        "no node cache: …",
+        "timed out after … s, waiting for …",
+        "it takes too long to start",
+        "can't be moved aside: …",
+        "…: storage_backends: not used by store_pipeline …",
+        "one page takes … bytes and the node cache has …: raise cache_buffer_capacity_gb",
+        "room in the node cache: storage is slow, or the cache is small",
+        "write failed …: …",
+    ],
+)
 def test_messages_are_found_in_the_source(message: str) -> None:
-    """The reader of the source sees both what is raised and what is logged."""
+    """The reader of the source sees what is raised, what is logged, and what either is put together
+    of."""
     assert message in messages()
