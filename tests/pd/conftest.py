@@ -147,7 +147,7 @@ class Fleet:
     async def engine(self, name: str) -> Engine:
         engine = Engine(name, answering(json.dumps({"from": name}).encode()))
         app = web.Application(client_max_size=1 << 30)
-        app.router.add_route("*", "/{path:.*}", engine.handle)
+        app.router.add_route("*", r"/{path:[\s\S]*}", engine.handle)
         self.servers[name] = await _serve(app)
         engine.url = self.servers[name].make_url("/")
         return engine
@@ -199,7 +199,7 @@ async def bench() -> AsyncIterator[Bench]:
     servers: dict[str, TestServer] = {}
     for name, engine in engines.items():
         app = web.Application(client_max_size=1 << 30)
-        app.router.add_route("*", "/{path:.*}", engine.handle)
+        app.router.add_route("*", r"/{path:[\s\S]*}", engine.handle)
         servers[name] = await _serve(app)
         engine.url = servers[name].make_url("/")
     settings = ProxySettings(

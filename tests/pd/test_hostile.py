@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import gzip
 import json
+import re
 
 import pytest
 
@@ -38,13 +39,41 @@ async def test_a_client_can_not_choose_whom_the_proxy_asks(fleet: Fleet, form: s
 
 async def test_a_path_reaches_decode_as_it_is(fleet: Fleet):
     await fleet.start(1, 1)
-    paths = ["/v1/../x", "/v1/a%2Fb?q=%20+%c3", "/v1//x"]
+    paths = ["/v1/../x", "/v1/a%2Fb?q=%20+%c3", "/v1//x", "/v1/a%0Ab", "/%0a%0D"]
     for path in paths:
         assert 200 == (await raw(fleet, f"GET {path} HTTP/1.1"))[0]
     asked = [asked.path for asked in fleet.decode[0].asked]
-    assert [path.replace("%c3", "%C3") for path in paths] == [
-        path.replace("%c3", "%C3") for path in asked
-    ]
+    assert list(map(in_capitals, paths)) == list(map(in_capitals, asked))
+
+
+def in_capitals(path: str) -> str:
+    """Of what is escaped, which is the same either way."""
+    return re.sub("%..", lambda found: found[0].upper(), path)
+
+
+@pytest.mark.parametrize("line", ["OPTIONS * HTTP/1.1", "CONNECT a:443 HTTP/1.1"])
+async def test_a_target_that_is_no_path_is_refused_in_the_words_of_the_api(fleet: Fleet, line: str):
+    await fleet.start(1, 1)
+    status, answer = await raw(fleet, line)
+    error = json.loads(answer)["error"]
+    assert (404, 404) == (status, error["code"])
+    assert f"{line.split()[1]!r} is no path" in error["message"]
+    assert [] == fleet.decode[0].asked
+
+
+@pytest.mark.parametrize(
+    ("path", "kind"),
+    [("/v1/completions", "BadRequestError"), ("/v1/messages", "invalid_request_error")],
+)
+async def test_an_unknown_expectation_is_refused_in_the_words_of_the_api(
+    fleet: Fleet, path: str, kind: str
+):
+    await fleet.start(1, 1)
+    line = f"POST {path} HTTP/1.1"
+    status, answer = await raw(fleet, line, b"{}", b"Expect: wonders")
+    error = json.loads(answer)["error"]
+    assert (417, kind, "Unknown Expect: wonders") == (status, error["type"], error["message"])
+    assert [] == fleet.decode[0].asked
 
 
 async def test_an_authorization_that_is_no_text_is_the_engines_business(fleet: Fleet):

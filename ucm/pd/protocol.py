@@ -55,7 +55,7 @@ class Protocol:
 
     def error_body(self, code: int, message: str) -> bytes:
         if self.is_anthropic:
-            kind = _ANTHROPIC_TYPES.get(code, "api_error")
+            kind = _ANTHROPIC_TYPES.get(code, "api_error" if code >= 500 else _ANTHROPIC_TYPES[400])
             return msgspec.json.encode({"type": "error", "error": _typed(kind, message)})
         kind = _TYPES.get(code, "InternalServerError" if code >= 500 else "BadRequestError")
         return msgspec.json.encode(

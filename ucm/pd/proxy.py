@@ -63,7 +63,8 @@ def make_app(settings: ProxySettings) -> web.Application:
     for path in GENERATING:
         app.router.add_post(path, proxy.generate)
     proxy.about.add_routes(app.router)
-    app.router.add_route("*", "/{path:.*}", proxy.pass_on)
+    # A dot would leave out paths with a line feed.
+    app.router.add_route("*", r"/{path:[\s\S]*}", proxy.pass_on)
     return app
 
 

@@ -11,6 +11,8 @@ import logging
 import signal
 import socket
 import ssl
+from collections.abc import Awaitable, Callable
+from functools import partial
 from typing import Any
 
 from aiohttp import web
@@ -66,11 +68,23 @@ class Runner(web.AppRunner):
     async def _make_server(self) -> web.Server:
         made = await super()._make_server()
         return _Server(
-            made.request_handler,
+            partial(_answer, made.request_handler),
             request_factory=made.request_factory,
             # A client that leaves cancels both legs.
             handler_cancellation=True,
         )
+
+
+async def _answer(
+    handler: Callable[[web.BaseRequest], Awaitable[web.StreamResponse]], request: web.BaseRequest
+) -> web.StreamResponse:
+    """What `handler` answers, or what the HTTP library refuses before any of our code is asked."""
+    try:
+        return await handler(request)
+    except web.HTTPNotFound:
+        return error_response(404, f"{request.raw_path!r} is no path: they begin with /")
+    except web.HTTPException as error:
+        return error_response(error.status, error.text or error.reason, path=request.path)
 
 
 class _Server(web.Server):
