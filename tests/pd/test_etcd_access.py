@@ -14,15 +14,18 @@ from hypothesis import strategies as st
 from yarl import URL
 
 from tests.pd.certificates import Files
-from tests.pd.conftest import Answer, Fleet, answering, until
+from tests.pd.conftest import Answer, Engine, Fleet, answering, until
 from ucm.pd import flags, register
 from ucm.pd.discovery import follow
 from ucm.pd.etcd import CALL_TIMEOUT_S, PREFIX, Etcd, Registration
 from ucm.pd.etcd_access import EtcdAccess, etcd_endpoints
-from ucm.pd.etcd_gateway import EtcdError
+from ucm.pd.etcd_gateway import MAX_ANSWER_BYTES, EtcdError
 from ucm.pd.instance import Role
 
 Parse = Callable[..., "EtcdAccess | None"]
+PATIENCE_S = 30.0
+# What the sender has written and nobody has read.
+IN_SOCKETS_BYTES = 16 << 20
 NOTHING = b'{"header": {"revision": "7"}}'
 
 
@@ -220,6 +223,55 @@ async def test_a_refusal_is_not_asked_for_at_every_endpoint(fleet: Fleet, status
     with pytest.raises(EtcdError, match=r": kv/range: no$"):
         await etcd.range(PREFIX)
     assert [1, 0] == [len(each.asked) for each in engines]
+
+
+@pytest.mark.parametrize("status", [200, 400])
+async def test_an_answer_without_end_is_not_read_and_its_endpoint_is_lost(
+    fleet: Fleet, status: int
+):
+    engines = [await fleet.engine(name) for name in "ab"]
+    written = without_end(engines[0], status=status)
+    engines[1].answer = answering(NOTHING)
+    etcd = Etcd(
+        fleet.client,
+        EtcdAccess(endpoints=tuple(each.url.origin() for each in engines)),
+        timeout_s=PATIENCE_S,
+    )
+    assert 7 == (await etcd.range(PREFIX)).revision
+    assert 1 == etcd.num_lost
+    assert sum(written) <= MAX_ANSWER_BYTES + IN_SOCKETS_BYTES
+
+    engines[1].answer = answering(b"", status=503)
+    with pytest.raises(EtcdError, match=r": kv/range: its answer has more than 16 MiB"):
+        await etcd.range(PREFIX)
+
+
+async def test_a_line_of_a_watch_without_end_is_not_read(fleet: Fleet):
+    engine = await fleet.engine("a")
+    written = without_end(engine, status=200)
+    etcd = Etcd(fleet.client, EtcdAccess(endpoints=(engine.url.origin(),)))
+    with pytest.raises(EtcdError, match=r": watch: its answer has more than 16 MiB"):
+        async for _ in etcd.watch(PREFIX, revision=1, for_s=PATIENCE_S):
+            pass
+    assert sum(written) <= MAX_ANSWER_BYTES + IN_SOCKETS_BYTES
+
+
+def without_end(engine: Engine, *, status: int) -> list[int]:
+    """Makes it answer so. How many bytes it has written, one item for each piece."""
+    written: list[int] = []
+    piece = b" " * (1 << 20)
+
+    async def answer(request: web.Request) -> web.StreamResponse:
+        response = web.StreamResponse(status=status)
+        await response.prepare(request)
+        # Who reads on is not to need all memory.
+        while sum(written) < 10 * MAX_ANSWER_BYTES:
+            await response.write(piece)
+            written.append(len(piece))
+        return response
+
+    engine.answer = answer
+    return written
 
 
 async def test_a_gateway_that_hangs_up_on_an_old_token_is_shown_a_new_one(

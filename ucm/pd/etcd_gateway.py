@@ -13,8 +13,9 @@ import msgspec
 
 from ucm.errors import UcmError
 
-# Nothing of ours comes near it; something has to end a line that never ends.
-MAX_LINE_BYTES = 64 << 20
+# Of an answer, or of one line of a watch. An instance takes less than 512 bytes of it; something
+# has to end one that never ends, such as that of an address which is no etcd's.
+MAX_ANSWER_BYTES = 16 << 20
 
 # How etcd says that a token has expired, is unknown since a restart, is missing, or is older than
 # a change of users and roles. The last has other words when the gateway passes it on as it is.
@@ -30,6 +31,10 @@ _DENIED = "permission denied"
 
 class EtcdError(UcmError):
     """etcd can't be reached, refuses, or speaks nonsense. Says where, what was asked, and why."""
+
+
+class TooLong(ValueError):
+    """An answer, or a line of a watch, of more than MAX_ANSWER_BYTES. It is not read on."""
 
 
 @dataclass(frozen=True)
@@ -146,15 +151,29 @@ def events(line: bytes) -> tuple[Event, ...] | Refusal:
     )
 
 
-async def lines(response: aiohttp.ClientResponse) -> AsyncIterator[bytes]:
-    """aiohttp's own lines end at 128 KiB, and many events at once are longer."""
-    rest = b""
+async def whole(response: aiohttp.ClientResponse) -> bytes:
+    """The body. Raises TooLong."""
+    body = bytearray()
     async for chunk in response.content.iter_any():
-        *whole, rest = (rest + chunk).split(b"\n")
-        if len(rest) > MAX_LINE_BYTES:
-            raise ValueError(f"a line of more than {MAX_LINE_BYTES} bytes")
-        for line in filter(None, whole):
-            yield line
+        body += chunk
+        if len(body) > MAX_ANSWER_BYTES:
+            raise TooLong
+    return bytes(body)
+
+
+async def lines(response: aiohttp.ClientResponse) -> AsyncIterator[bytes]:
+    """aiohttp's own lines end at 128 KiB, and many events at once are longer. Raises TooLong."""
+    rest = bytearray()
+    async for chunk in response.content.iter_any():
+        *ended, begun = chunk.split(b"\n")
+        for line in ended:
+            rest += line
+            if rest:
+                yield bytes(rest)
+            rest.clear()
+        rest += begun
+        if len(rest) > MAX_ANSWER_BYTES:
+            raise TooLong
 
 
 def end_of(prefix: str) -> bytes:

@@ -27,7 +27,18 @@ from yarl import URL
 
 from ucm.errors import ConfigError
 from ucm.pd.etcd_access import EtcdAccess
-from ucm.pd.etcd_gateway import EtcdError, Event, Refusal, Token, events, lines, refusal
+from ucm.pd.etcd_gateway import (
+    MAX_ANSWER_BYTES,
+    EtcdError,
+    Event,
+    Refusal,
+    Token,
+    TooLong,
+    events,
+    lines,
+    refusal,
+    whole,
+)
 
 logger = logging.getLogger(__name__)
 
@@ -141,7 +152,7 @@ class EtcdLink:
         self, url: URL, path: str, fields: dict[str, Any], token: str, ends_s: float
     ) -> bytes:
         async with self._post(url, path, fields, token, ends_s) as response:
-            return await response.read()
+            return await whole(response)
 
     async def _watched(
         self, url: URL, fields: dict[str, Any], for_s: float
@@ -175,7 +186,7 @@ class EtcdLink:
             allow_redirects=False,
         ) as response:
             if response.status != 200:
-                raise self._refused(url, path, refusal(response.status, await response.read()))
+                raise self._refused(url, path, refusal(response.status, await whole(response)))
             yield response
 
     async def _valid_token(self, url: URL, ends_s: float) -> str:
@@ -247,6 +258,11 @@ def _lost(at: str, error: Exception) -> EtcdError:
     text = str(error) or type(error).__name__
     if isinstance(error, asyncio.TimeoutError):
         return EtcdError(f"{at}: no answer in time")
+    if isinstance(error, TooLong):
+        return EtcdError(
+            f"{at}: its answer has more than {MAX_ANSWER_BYTES >> 20} MiB: look whether an etcd"
+            " listens there"
+        )
     if isinstance(error, aiohttp.ServerDisconnectedError):
         return EtcdError(
             f"{at}: it hangs up, as one may that wants TLS (https://) or a user (--etcd-user)"
