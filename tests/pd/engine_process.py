@@ -51,6 +51,11 @@ class Fault(str, Enum):
     HANGS = "hangs"
 
 
+# No fault: each answer begins so long after it was asked for.
+SLOW_S = 1.2
+SLOW = "slow"
+
+
 def said(stage: Stage) -> str:
     """The line on stdout, one for each answer that is held."""
     return f"holding {stage.value}"
@@ -98,10 +103,12 @@ class Engine:
     def __init__(self, hold: Stage | None) -> None:
         self._hold = hold
         self._fault: Fault | None = None
+        self._is_slow = False
 
     async def set_fault(self, request: web.Request) -> web.Response:
         kind = await request.text()
-        self._fault = Fault(kind) if kind else None
+        self._is_slow = kind == SLOW
+        self._fault = Fault(kind) if kind and not self._is_slow else None
         return web.Response()
 
     async def complete(self, request: web.Request) -> web.StreamResponse:
@@ -113,6 +120,8 @@ class Engine:
             await asyncio.Event().wait()
         if self._fault is not None:
             return web.json_response({"error": self._fault.value}, status=int(self._fault.value))
+        if self._is_slow:
+            await asyncio.sleep(SLOW_S)
         answer = words(fields["prompt"], fields["max_tokens"])
         await self._reached(Stage.BEFORE_HEAD)
         if fields.get("stream"):

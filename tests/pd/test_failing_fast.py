@@ -14,7 +14,7 @@ import aiohttp
 import pytest
 
 from tests.pd.conftest import Fleet
-from tests.pd.engine_process import MARK, PATH, EngineServer, Fault, text_of, words
+from tests.pd.engine_process import MARK, PATH, SLOW, EngineServer, Fault, text_of, words
 
 pytestmark = pytest.mark.process
 
@@ -22,7 +22,7 @@ START_TIMEOUT_S = 30.0
 NUM_REQUESTS = 200
 NUM_CLIENTS = 8
 MAX_TOKENS = 4
-TIMEOUTS = {"idle_timeout_s": 0.5, "prefill_timeout_s": 0.5}
+SILENT_AFTER_S = 0.5
 
 
 @pytest.fixture(scope="module")
@@ -54,9 +54,11 @@ async def start(fleet: Fleet, engines: list[EngineServer], role: str, **settings
     await fleet.start(0, 0, **{**urls, "health_interval_s": 0.1, **settings})
 
 
-async def ask_all(fleet: Fleet, *, stream: bool | None = None) -> list[tuple[int, str, bool]]:
+async def ask_all(
+    fleet: Fleet, *, stream: bool | None = None, num_requests: int = NUM_REQUESTS
+) -> list[tuple[int, str, bool]]:
     """Status, path, and whether the answer is the right one, of many requests, some at a time."""
-    numbers = iter(range(NUM_REQUESTS))
+    numbers = iter(range(num_requests))
     found = []
 
     async def client() -> None:
@@ -82,15 +84,53 @@ async def ask_all(fleet: Fleet, *, stream: bool | None = None) -> list[tuple[int
 async def test_clients_do_not_notice_an_instance_that_fails_while_another_is_well(
     fleet: Fleet, engines: list[EngineServer], role: str, fault: Fault
 ):
-    await start(fleet, engines, role, **TIMEOUTS)
+    await start(fleet, engines, role, silent_after_s=SILENT_AFTER_S)
     await set_fault(engines[0], fault.value)
     try:
-        # Of an answer that is not streamed nobody knows how long it takes.
-        found = await ask_all(fleet, stream=True if fault is Fault.HANGS else None)
+        found = await ask_all(fleet)
     finally:
         await set_fault(engines[0], "")
     assert {(200, "pd", True)} == set(found)
     assert NUM_REQUESTS == len(found)
+
+
+@pytest.mark.parametrize(
+    ("role", "policy"), [("prefill", "least-loaded"), ("decode", "round-robin")]
+)
+async def test_without_any_flag_an_instance_that_hangs_costs_nobody_an_answer(
+    fleet: Fleet, engines: list[EngineServer], role: str, policy: str
+):
+    await start(fleet, engines, role, policy=policy)
+    await set_fault(engines[0], Fault.HANGS.value)
+    try:
+        found = await asyncio.wait_for(ask_all(fleet), timeout=60)
+    finally:
+        await set_fault(engines[0], "")
+    assert {(200, "pd", True)} == set(found)
+    assert NUM_REQUESTS == len(found)
+
+
+@pytest.mark.parametrize(("role", "stream"), [("prefill", True), ("decode", False)])
+async def test_instances_that_take_longer_than_they_did_are_not_taken_for_ones_that_stand_still(
+    fleet: Fleet, engines: list[EngineServer], role: str, stream: bool
+):
+    """One request of each is asked elsewhere; then it is known how long answers take."""
+    await start(fleet, engines, role, silent_after_s=SILENT_AFTER_S)
+    for engine in engines[:2]:
+        await set_fault(engine, SLOW)
+    try:
+        found = []
+        for _ in range(3):
+            found += await ask_all(fleet, stream=stream, num_requests=NUM_CLIENTS)
+            retries = await fleet.metric(f'ucm_pd_retries_total{{role="{role}"}}')
+            async with fleet.client.get(fleet.proxy / "instances") as response:
+                states = {each["state"] for each in (await response.json())["instances"]}
+            assert {"closed"} == states
+            assert 1 <= retries <= 2
+    finally:
+        for engine in engines[:2]:
+            await set_fault(engine, "")
+    assert {(200, "pd", True)} == set(found)
 
 
 @pytest.mark.parametrize("role", ["prefill", "decode"])

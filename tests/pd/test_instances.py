@@ -21,6 +21,7 @@ def pool(*urls: URL, max_running: int = 1, max_queued: int = 100, timeout_s: flo
         max_running=max_running,
         max_queued=max_queued,
         queue_timeout_s=timeout_s,
+        silent_after_s=10.0,
         make_breaker=lambda: Breaker(max_failures=3, open_s=5.0),
     )
     for url in urls:

@@ -88,6 +88,7 @@ def pools() -> dict[Role, Pool]:
             max_running=1,
             max_queued=1,
             queue_timeout_s=1.0,
+            silent_after_s=10.0,
             make_breaker=lambda: Breaker(max_failures=1, open_s=1000.0),
         )
         for role in (Role.PREFILL, Role.DECODE)

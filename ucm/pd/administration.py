@@ -26,9 +26,10 @@ from ucm.errors import ConfigError
 from ucm.pd import upstream
 from ucm.pd.errors import error_response
 from ucm.pd.flags import instance_url
-from ucm.pd.instance import Instance, Role, unless_lost
+from ucm.pd.instance import Instance, Role
 from ucm.pd.instances import Pool
 from ucm.pd.journey import Journey
+from ucm.pd.silence import unless_lost
 
 logger = logging.getLogger(__name__)
 

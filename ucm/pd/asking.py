@@ -18,8 +18,9 @@ from aiohttp import web
 
 from ucm.pd import upstream, verdict
 from ucm.pd.delivery import Answer
-from ucm.pd.instance import Instance, Role, unless_lost
+from ucm.pd.instance import Instance, Role
 from ucm.pd.journey import Journey
+from ucm.pd.silence import InstanceSilent, Scout, unless_lost
 from ucm.pd.verdict import Verdict
 
 logger = logging.getLogger(__name__)
@@ -54,12 +55,18 @@ class Asker:
         journey: Journey,
         *,
         suffix: str = "",
+        scout: Scout | None = None,
     ) -> Answer:
-        """The beginning of its answer. `suffix` goes behind the request's id. Raises
-        UNREACHABLE."""
+        """The beginning of its answer. `suffix` goes behind the request's id; with a `scout` it is
+        one that an engine has to compute. Raises UNREACHABLE."""
         request_id = journey.request_id + suffix
         headers = self._client.headers(request.headers, instance.role, request_id=request_id)
         url = upstream.target(instance.url, request.raw_path)
+
+        def heard() -> None:
+            instance.heard()
+            if scout is not None:
+                instance.worked()
 
         async def begin(idle_timeout_s: float | None) -> Answer:
             response = await upstream.ask(
@@ -70,14 +77,14 @@ class Asker:
                 headers=headers,
                 idle_timeout_s=idle_timeout_s,
             )
-            return await _begin(response, instance.heard, self._max_answer_bytes)
+            return await _begin(response, heard, self._max_answer_bytes)
 
         if journey.is_streamed:
             asking = begin(self._idle_timeout_s)
         else:
             asking = self._answer_in_time(begin(None))
         with journey.stage("decode_ttft"):
-            answer = await unless_lost(instance, asking)
+            answer = await unless_lost(instance, asking, scout)
         instance.heard()
         return answer
 
@@ -94,7 +101,9 @@ class Asker:
         role = self._role.value
         reason = upstream.failure_reason(error)
         what = str(error)
-        if reason == "timeout" and journey.is_streamed:
+        if isinstance(error, InstanceSilent):
+            pass  # it says it
+        elif reason == "timeout" and journey.is_streamed:
             what = f"nothing came for --idle-timeout-s, {self._idle_timeout_s:g} s"
         elif reason == "timeout":
             what = f"no whole answer within --answer-timeout-s, {self._answer_timeout_s:g} s"

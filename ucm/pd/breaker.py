@@ -45,6 +45,11 @@ class Breaker:
     def succeeded(self) -> None:
         self.failures, self._is_trying = 0, False
 
+    def trip(self) -> None:
+        """It is known to fail, without being asked again."""
+        self.failures = max(self.failures, self.max_failures - 1)
+        self.failed()
+
     def failed(self) -> None:
         self._is_trying = False
         self.failures += 1

@@ -55,6 +55,7 @@ class ProxySettings(InstanceFiles):
     idle_timeout_s: float = 600.0
     answer_timeout_s: float | None = None
     max_answer_mb: int = 64
+    silent_after_s: float = 10.0
     websocket_idle_timeout_s: float = 600.0
     health_interval_s: float = 2.0
     breaker_failures: int = 3
@@ -227,6 +228,7 @@ def _parser(description: str) -> argparse.ArgumentParser:
         ("idle-timeout-s", seconds_flag, "without a byte from an instance that streams"),
         ("answer-timeout-s", seconds_flag, "for an answer that is not streamed; none: no limit"),
         ("max-answer-mb", _positive, "of an answer that the proxy holds whole, in MiB"),
+        ("silent-after-s", seconds_flag, "an instance that says nothing may stand still then"),
         ("websocket-idle-timeout-s", seconds_flag, "of a WebSocket without a message either way"),
         ("health-interval-s", seconds_flag, "between two looks at an instance's /health"),
         ("breaker-failures", _positive, "failed connections before an instance is left alone"),

@@ -26,7 +26,7 @@ async def check_health(client: upstream.Client, instance: Instance, timeout_s: f
         instance.health.failed()
         patience_s = instance.health.max_failures * timeout_s
         if instance.health.state == "open" and instance.is_silent_for(patience_s):
-            instance.lose()
+            instance.lose("health checks fail, and nothing has come from it since")
     if (after := instance.state) != before:
         logger.warning("%s %s: %s -> %s", instance.role.value, instance.url, before, after)
 

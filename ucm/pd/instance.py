@@ -9,16 +9,14 @@ request, and for no other.
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Coroutine
 from dataclasses import dataclass, field
 from enum import Enum
-from typing import Any, TypeVar
+from typing import Any
 
 from yarl import URL
 
 from ucm.pd.breaker import Breaker
 
-_T = TypeVar("_T")
 # Of what one instance is said to lack; the oldest goes first.
 _MAX_UNFIT_KINDS = 64
 
@@ -44,8 +42,13 @@ class Instance:
     tokens: int = 0
     served: int = 0
     draining: bool = False
+    # When something came from it last, whatever it was, and when something that it had to compute.
     heard_s: float = 0.0
+    worked_s: float = 0.0
     waiting: set[asyncio.Task[Any]] = field(default_factory=set)
+    # One of those who wait for it is asking another one (`silence`).
+    has_scout: bool = False
+    lost_why: str = ""
     # It has been said that it does not say what it finds cached.
     is_known_as_mute: bool = False
     _shunned_until_s: float = 0.0
@@ -92,6 +95,10 @@ class Instance:
         """Something came from it, whatever it was."""
         self.heard_s = self.breaker.clock()
 
+    def worked(self) -> None:
+        """Something came from it that a server does not say whose engine stands still."""
+        self.worked_s = self.breaker.clock()
+
     def is_silent_for(self, time_s: float) -> bool:
         return self.breaker.clock() - self.heard_s >= time_s
 
@@ -115,35 +122,15 @@ class Instance:
             del self._unfit_until_s[next(iter(self._unfit_until_s))]
         self._unfit_until_s[kind] = self.breaker.clock() + self.breaker.open_s
 
-    def lose(self) -> None:
+    def lose(self, why: str) -> None:
         """Nothing is expected of it any more: those who wait may ask another one."""
+        self.lost_why = why
         for task in self.waiting:
             task.cancel()
 
 
-class InstanceLost(ConnectionError):
-    """Its health checks fail, and nothing has come from it since."""
-
-
-async def unless_lost(instance: Instance, asking: Coroutine[Any, Any, _T]) -> _T:
-    """What `asking` gives, unless the instance is lost first. Raises InstanceLost, and what it
-    raises."""
-    task = asyncio.create_task(asking)
-    instance.waiting.add(task)
-    try:
-        await asyncio.wait({task})
-    except BaseException:
-        await _drop(task)
-        raise
-    finally:
-        instance.waiting.discard(task)
-    if task.cancelled():
-        raise InstanceLost("health checks fail, and nothing has come from it since")
-    return task.result()
-
-
-async def _drop(task: asyncio.Task[_T]) -> None:
-    """What it may have found in the meantime nobody will read."""
+async def drop(task: asyncio.Task[Any]) -> None:
+    """Ends it. What it may have found in the meantime nobody will read."""
     task.cancel()
     await asyncio.wait({task})
     if not task.cancelled() and task.exception() is None:

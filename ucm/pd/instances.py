@@ -17,6 +17,7 @@ from yarl import URL
 
 from ucm.pd.breaker import Breaker
 from ucm.pd.instance import Instance, Role
+from ucm.pd.silence import Patience
 
 
 class QueueFull(Exception):
@@ -48,10 +49,12 @@ class Pool:
         max_running: int,
         max_queued: int,
         queue_timeout_s: float,
+        silent_after_s: float,
         make_breaker: Callable[[], Breaker],
     ) -> None:
         self.role = role
         self.instances: list[Instance] = []
+        self.patience = Patience(silent_after_s)
         self._policy = policy
         self._max_running = max_running
         self._max_queued = max_queued

@@ -7,6 +7,7 @@ as one of them waits for it.
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import logging
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -17,9 +18,10 @@ from multidict import CIMultiDict
 from xxhash import xxh3_128
 
 from ucm.pd import upstream, verdict
-from ucm.pd.instance import Instance, unless_lost
+from ucm.pd.instance import Instance
 from ucm.pd.instances import NoInstance, Pool, QueueFull
 from ucm.pd.rewrite import params_of
+from ucm.pd.silence import InstanceSilent, Scout, unless_lost
 from ucm.pd.usage import Found, found_in
 from ucm.pd.verdict import Verdict
 
@@ -104,6 +106,26 @@ class _Tried:
     is_late: bool = False
 
 
+def _unanswered(
+    instance: Instance, tried: _Tried, error: BaseException, asked_s: float
+) -> PrefillOutcome | None:
+    """What the error says about the instance is noted. None if another one is to be asked."""
+    tried.failure = upstream.failure_reason(error)
+    logger.warning("prefill %s: %s (%s)", instance.url, tried.failure, error)
+    if tried.failure == upstream.OUT_OF_SOCKETS:
+        return PrefillOutcome(tried.failure)
+    if tried.failure != "timeout":
+        instance.failed()
+        return None
+    instance.shun(instance.breaker.open_s)
+    if isinstance(error, InstanceSilent):
+        return None
+    # Another one would take as long, unless this one has had nothing for anybody meanwhile.
+    may_ask = instance.heard_s < asked_s and not tried.is_late
+    tried.is_late = True
+    return None if may_ask else PrefillOutcome(tried.failure)
+
+
 class Prefills:
     """Owned by the event loop's thread."""
 
@@ -148,6 +170,11 @@ class Prefills:
 
     async def _send(self, leg: Leg) -> PrefillOutcome:
         tried = _Tried()
+        may_move = partial(self._pool.has_room_at_another, tried.instances)
+        with contextlib.closing(Scout(self._pool.patience, "prefill", may_move)) as scout:
+            return await self._ask_in_turn(leg, tried, scout)
+
+    async def _ask_in_turn(self, leg: Leg, tried: _Tried, scout: Scout) -> PrefillOutcome:
         while True:
             try:
                 instance = await self._pool.admit(
@@ -160,7 +187,7 @@ class Prefills:
                 return PrefillOutcome("queue_full")
             tried.instances.append(instance)
             try:
-                outcome = await self._ask(instance, leg, tried)
+                outcome = await self._ask(instance, leg, tried, scout)
             finally:
                 self._pool.leave(instance, tokens=leg.tokens)
             if outcome is not None:
@@ -168,29 +195,21 @@ class Prefills:
             if self._pool.has_another(tried.instances):
                 self._on_retry()
 
-    async def _ask(self, instance: Instance, leg: Leg, tried: _Tried) -> PrefillOutcome | None:
+    async def _ask(
+        self, instance: Instance, leg: Leg, tried: _Tried, scout: Scout
+    ) -> PrefillOutcome | None:
         """None if another instance is to be asked; `tried` says then why."""
         asked_s = instance.breaker.clock()
         try:
             asking = asyncio.wait_for(self._response(instance, leg), self._timeout_s)
-            response, answer = await unless_lost(instance, asking)
+            response, answer = await unless_lost(instance, asking, scout)
         except upstream.UNREACHABLE as error:
-            tried.failure = upstream.failure_reason(error)
-            logger.warning("prefill %s: %s (%s)", instance.url, tried.failure, error)
-            if tried.failure == upstream.OUT_OF_SOCKETS:
-                return PrefillOutcome(tried.failure)
-            if tried.failure != "timeout":
-                instance.failed()
-                return None
-            # Another one would take as long, unless this one has had nothing for anybody meanwhile.
-            instance.shun(instance.breaker.open_s)
-            may_ask = instance.heard_s < asked_s and not tried.is_late
-            tried.is_late = True
-            return None if may_ask else PrefillOutcome(tried.failure)
+            return _unanswered(instance, tried, error, asked_s)
         instance.heard()
         what = verdict.of_status(response.status)
         if what is Verdict.GOOD:
             instance.succeeded()
+            scout.answered(instance, instance.breaker.clock() - asked_s)
             for each in tried.refused:
                 each.lacks(leg.kind)
             return PrefillOutcome(None, params_of(answer), found_in(answer), instance)

@@ -105,6 +105,7 @@ class Proxy:
             max_running=settings.max_running,
             max_queued=settings.max_queued,
             queue_timeout_s=settings.queue_timeout_s,
+            silent_after_s=settings.silent_after_s,
             make_breaker=partial(
                 Breaker, max_failures=settings.breaker_failures, open_s=settings.breaker_open_s
             ),

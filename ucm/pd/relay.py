@@ -29,6 +29,7 @@ from ucm.pd.kept import KeptRelay
 from ucm.pd.promise import Ask, Promise
 from ucm.pd.protocol import RESPONSES
 from ucm.pd.resume import Tracker
+from ucm.pd.silence import InstanceSilent, Scout
 from ucm.pd.stopping import go_on
 from ucm.pd.usage import Asking, Found, PrefillUsage
 from ucm.pd.verdict import Verdict
@@ -43,6 +44,8 @@ class _Tries:
     instances: list[Instance] = field(default_factory=list)
     held: Answer | None = None
     held_verdict: Verdict = Verdict.NO_WORD
+    # Only what an engine has to compute has one.
+    scout: Scout | None = None
     # After an error or silence one other instance is asked, and no third one.
     has_doubted: bool = False
 
@@ -68,6 +71,8 @@ class _Tries:
     def close(self) -> None:
         if self.held is not None:
             self.held.close()
+        if self.scout is not None:
+            self.scout.close()
 
 
 class Relay:
@@ -100,6 +105,7 @@ class Relay:
         found = self._found(request, promise, name)
         delivery = Delivery(request, journey, tracker, PrefillUsage(found) if found else None)
         tries = _Tries()
+        tries.scout = self._scout(request, journey, tries)
         try:
             if name is not None:
                 return await self._kept.answer(delivery, body, journey, name)
@@ -161,6 +167,13 @@ class Relay:
             if self._pool.has_another(tries.instances):
                 journey.retried(self._pool.role.value)
 
+    def _scout(self, request: web.Request, journey: Journey, tries: _Tries) -> Scout | None:
+        if not journey.kind or request.method != "POST":
+            return None
+        sort = "streamed" if journey.is_streamed else "whole"
+        may_move = partial(self._pool.has_room_at_another, tries.instances)
+        return Scout(self._pool.patience, sort, may_move)
+
     def _found(
         self, request: web.Request, promise: Promise | None, name: Name | None
     ) -> Asking | None:
@@ -198,9 +211,13 @@ class Relay:
         suffix = (f"-r{num_tries}" if num_tries > 1 else "") + suffix
         asked_s = instance.breaker.clock()
         try:
-            answer = await self._asker.ask(instance, request, body, journey, suffix=suffix)
+            answer = await self._asker.ask(
+                instance, request, body, journey, suffix=suffix, scout=tries.scout
+            )
         except upstream.UNREACHABLE as error:
             return self._unanswered(tries, error, journey, asked_s)
+        if tries.scout is not None and answer.upstream.ok:
+            tries.scout.answered(instance, instance.breaker.clock() - asked_s)
         return self._judged(tries, answer, request.method, is_resuming=bool(delivery.response))
 
     def _unanswered(
@@ -210,6 +227,8 @@ class Relay:
         reason, text = self._asker.unanswered(instance, error, journey)
         if reason == upstream.OUT_OF_SOCKETS:
             return Problem(text, code=503, is_final=True)
+        if isinstance(error, InstanceSilent):
+            return Problem(text, code=504)
         if reason == "unreadable":
             is_final, tries.has_doubted = tries.has_doubted, True
             return Problem(text, code=502, is_final=is_final)

@@ -18,9 +18,10 @@ from multidict import CIMultiDict
 
 from ucm.pd import upstream, verdict
 from ucm.pd.errors import error_response
-from ucm.pd.instance import Instance, Role, unless_lost
+from ucm.pd.instance import Instance, Role
 from ucm.pd.instances import NoInstance, Pool, QueueFull
 from ucm.pd.journey import Journey
+from ucm.pd.silence import unless_lost
 from ucm.pd.stopping import go_on
 from ucm.pd.verdict import Verdict
 
