@@ -112,6 +112,8 @@ def test_the_soft_limit_of_descriptors_becomes_the_hard_one() -> None:
 async def test_more_clients_than_descriptors_wait_and_do_not_fill_the_log(tmp_path: Path):
     port, log = free_port(), tmp_path / "log"
     proxy_command = [sys.executable, "-m", "ucm.pd.toy_proxy_server", "--port", str(port)]
+    # Or the others would wait, without descriptors of their own.
+    proxy_command += ["--max-connections", str(4 * MAX_DESCRIPTORS)]
     proxy_command += ["--prefiller-port", str(free_port()), "--decoder-port", str(free_port())]
     limited = f'ulimit -n {MAX_DESCRIPTORS}; exec "$@"'
     command = ["sh", "-c", limited, "sh", *proxy_command]

@@ -65,6 +65,8 @@ class ProxySettings(InstanceFiles):
     max_searched: int = 16
     usage_wait_s: float = 0.25
     shutdown_timeout_s: float = 10.0
+    # None: by how many file descriptors there are.
+    max_connections: int | None = None
     api_key: tuple[str, ...] = ()
     api_key_file: str | None = None
     prefill_api_key: str | None = None
@@ -236,6 +238,7 @@ def _parser(description: str) -> argparse.ArgumentParser:
         ("max-remembered", _count, "responses whose instance is remembered; the latest"),
         ("max-searched", _positive, "instances that are asked for one that is not"),
         ("usage-wait-s", seconds_flag, "how long a prefill outlives decode's first byte"),
+        ("max-connections", _positive, "of clients; none: a quarter of all files, or 16384"),
         ("shutdown-timeout-s", seconds_flag, "for requests that run when the proxy is stopped"),
     ):
         default = getattr(defaults, name.replace("-", "_"))

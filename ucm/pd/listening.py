@@ -16,6 +16,8 @@ import time
 
 from aiohttp import web
 
+from ucm.pd.connections import Connections
+
 logger = logging.getLogger(__name__)
 
 _BACKLOG = 1024
@@ -36,15 +38,21 @@ def raise_descriptor_limit() -> None:
 
 
 class Site(web.BaseSite):
-    """Accepts on sockets that are bound. Closes them when it stops; connections go on."""
+    """Accepts on sockets that are bound, as long as there is room for connections. Closes the
+    sockets when it stops; connections go on."""
 
     def __init__(
-        self, runner: web.AppRunner, sockets: list[socket.socket], context: ssl.SSLContext | None
+        self,
+        runner: web.AppRunner,
+        connections: Connections,
+        sockets: list[socket.socket],
+        context: ssl.SSLContext | None,
     ) -> None:
         super().__init__(runner, ssl_context=context)
         server = runner.server
         assert server is not None, "a site comes after the runner's setup"
         self._make_protocol = server
+        self._connections = connections
         self._context = context
         self._sockets = sockets
         self._accepting: list[asyncio.Task[None]] = []
@@ -81,6 +89,11 @@ class Site(web.BaseSite):
                 self._say(error)
                 await asyncio.sleep(_PAUSE_S)
                 continue
+            try:
+                await self._connections.room()
+            except asyncio.CancelledError:
+                accepted.close()
+                raise
             task = asyncio.create_task(self._begin(accepted))
             self._beginning.add(task)
             task.add_done_callback(self._beginning.discard)
@@ -92,6 +105,8 @@ class Site(web.BaseSite):
         except OSError as error:
             # No handshake of TLS, or gone.
             logger.debug("a connection has ended before it began: %s", error)
+        finally:
+            self._connections.began()
 
     def _say(self, error: OSError) -> None:
         now_s = time.monotonic()

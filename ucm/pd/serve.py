@@ -19,6 +19,7 @@ from aiohttp import web
 
 from ucm.errors import ConfigError
 from ucm.pd import followed, tls
+from ucm.pd.connections import MOST_CONNECTIONS, Connections, default_limit
 from ucm.pd.errors import error_response
 from ucm.pd.flags import ProxySettings
 from ucm.pd.listening import Site, bound, raise_descriptor_limit
@@ -33,6 +34,7 @@ _NO_ACCESS_LOG.disabled = True
 # For the last words of those that the end has interrupted, and then for their connections.
 _LAST_WORDS_S = 2.0
 _CLOSING_S = 1.0
+_Handler = Callable[[web.BaseRequest], Awaitable[web.StreamResponse]]
 
 
 async def serve(settings: ProxySettings) -> None:
@@ -42,7 +44,7 @@ async def serve(settings: ProxySettings) -> None:
     loop = asyncio.get_running_loop()
     app = make_app(settings)
     own = tls.of_the_proxy(settings.ssl_certfile, settings.ssl_keyfile)
-    runner = Runner(app)
+    runner = Runner(app, max_connections=settings.max_connections or default_limit())
     await runner.setup()
     renewing = followed.start(own.following())
     try:
@@ -62,34 +64,39 @@ async def serve(settings: ProxySettings) -> None:
 class Runner(web.AppRunner):
     """Also for tests that serve the proxy in their own process."""
 
-    def __init__(self, app: web.Application) -> None:
+    def __init__(self, app: web.Application, *, max_connections: int = MOST_CONNECTIONS) -> None:
         super().__init__(app, shutdown_timeout=_CLOSING_S)
+        self.connections = Connections(max_connections)
 
     async def _make_server(self) -> web.Server:
         made = await super()._make_server()
         return _Server(
-            partial(_answer, made.request_handler),
+            self.connections,
+            partial(self._answer, made.request_handler),
             request_factory=made.request_factory,
             # A client that leaves cancels both legs.
             handler_cancellation=True,
         )
 
-
-async def _answer(
-    handler: Callable[[web.BaseRequest], Awaitable[web.StreamResponse]], request: web.BaseRequest
-) -> web.StreamResponse:
-    """What `handler` answers, or what the HTTP library refuses before any of our code is asked."""
-    try:
-        return await handler(request)
-    except web.HTTPNotFound:
-        return error_response(404, f"{request.raw_path!r} is no path: they begin with /")
-    except web.HTTPException as error:
-        return error_response(error.status, error.text or error.reason, path=request.path)
+    async def _answer(self, handler: _Handler, request: web.BaseRequest) -> web.StreamResponse:
+        """What `handler` answers, or what the HTTP library refuses before it asks our code."""
+        self.connections.asks(request.protocol)
+        try:
+            return await handler(request)
+        except web.HTTPNotFound:
+            return error_response(404, f"{request.raw_path!r} is no path: they begin with /")
+        except web.HTTPException as error:
+            return error_response(error.status, error.text or error.reason, path=request.path)
 
 
 class _Server(web.Server):
+    def __init__(self, connections: Connections, handler: _Handler, **given: Any) -> None:
+        super().__init__(handler, **given)
+        self._of_clients = connections
+
     def __call__(self) -> web.RequestHandler:
         return _Connection(
+            self._of_clients,
             self,
             loop=asyncio.get_running_loop(),
             access_log=_NO_ACCESS_LOG,
@@ -99,7 +106,27 @@ class _Server(web.Server):
 
 
 class _Connection(web.RequestHandler):
-    __slots__ = ()
+    __slots__ = ("_of_clients",)
+
+    def __init__(self, connections: Connections, server: web.Server, **given: Any) -> None:
+        super().__init__(server, **given)
+        self._of_clients = connections
+
+    def connection_made(self, transport: asyncio.BaseTransport) -> None:
+        super().connection_made(transport)
+        self._of_clients.opened(self)
+
+    def connection_lost(self, exc: BaseException | None) -> None:
+        self._of_clients.lost(self)
+        super().connection_lost(exc)
+
+    async def finish_response(
+        self, request: web.BaseRequest, resp: web.StreamResponse, start_time: float | None
+    ) -> tuple[web.StreamResponse, bool]:
+        try:
+            return await super().finish_response(request, resp, start_time)
+        finally:
+            self._of_clients.is_answered(self)
 
     def handle_error(
         self,
@@ -123,7 +150,7 @@ class _Connection(web.RequestHandler):
 
 async def _listen(runner: Runner, host: str, port: int, context: ssl.SSLContext | None) -> None:
     try:
-        await Site(runner, await bound(host, port), context).start()
+        await Site(runner, runner.connections, await bound(host, port), context).start()
     except socket.gaierror as error:
         problem = f"--host: {host!r} is no address of this machine: {error.strerror}"
         raise ConfigError(problem) from error
