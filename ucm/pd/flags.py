@@ -217,6 +217,24 @@ def _parser(description: str) -> argparse.ArgumentParser:
         default=defaults.handoff,
         help="decode is asked when prefill has answered, or at the same time",
     )
+    _add_values(parser)
+    add(
+        "--no-resume",
+        dest="resume",
+        action="store_false",
+        help="a stream that breaks off ends with an error event, instead of on another instance",
+    )
+    add("--instances-file", help="instances in a YAML file, which is read anew when it changes")
+    add_etcd_flags(parser, is_required=False)
+    add_keys(parser)
+    add_own_files(parser)
+    add_instance_files(parser)
+    return parser
+
+
+def _add_values(parser: argparse.ArgumentParser) -> None:
+    """Flags that take a number."""
+    defaults = ProxySettings()
     for name, kind, text in (
         ("min-prefill-tokens", _count, "prompts that are surely shorter go to decode alone"),
         ("known-for-s", seconds_flag, "what a prefill has computed needs none for so long"),
@@ -242,19 +260,7 @@ def _parser(description: str) -> argparse.ArgumentParser:
         ("shutdown-timeout-s", seconds_flag, "for requests that run when the proxy is stopped"),
     ):
         default = getattr(defaults, name.replace("-", "_"))
-        add(f"--{name}", type=kind, default=default, help=text)
-    add(
-        "--no-resume",
-        dest="resume",
-        action="store_false",
-        help="a stream that breaks off ends with an error event, instead of on another instance",
-    )
-    add("--instances-file", help="instances in a YAML file, which is read anew when it changes")
-    add_etcd_flags(parser, is_required=False)
-    add_keys(parser)
-    add_own_files(parser)
-    add_instance_files(parser)
-    return parser
+        parser.add_argument(f"--{name}", type=kind, default=default, help=text)
 
 
 def _flat(given: list[list[Any]] | None) -> list[Any] | None:
