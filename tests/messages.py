@@ -32,7 +32,7 @@ _ERRORS = re.compile(
     r"|EtcdError|EtcdRefused|SystemExit|Exit|QueueFull|NoInstance|tier_error|BadParameter)$"
 )
 _VARIES = "…"
-_FOR_PEOPLE = re.compile(r"\bfor people\b|\ba person\b")
+_FOR_PEOPLE = re.compile(r"(?i)\bfor people\b|\ba person\b")
 _KEYWORDS = {"error"}
 _BOUND = {"waits_for"}
 _APPENDED = {"warnings"}

@@ -66,3 +66,20 @@ def test_only_scheduler_sides_are_sent_notices() -> None:
     engine.prefill("a", 4 * BLOCK)
 
     assert not [each for each in inbox if isinstance(each, (p.Notice, p.SavingNews))]
+
+
+def test_a_node_cache_that_is_silent_is_in_the_log_of_the_engine(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    engine = Engine(Loopback(), timeout_ms=1)
+    for i in range(3):
+        engine.link.mute = True
+        request = engine.add(f"r{i}", (i + 1) * BLOCK)
+        while engine.side.matched_tokens(request, 0)[0] is None:
+            pass
+        engine.link.mute = False
+        engine.step({})
+
+    said = [each.getMessage() for each in caplog.records if "does not answer" in each.getMessage()]
+    assert len(said) == 1
+    assert "/nowhere.log" in said[0]

@@ -15,7 +15,7 @@ from ucm.store.node import protocol as p
 from ucm.store.tasks import RETRY_S, Part, Task, batches
 
 if TYPE_CHECKING:
-    from ucm.store.transfers import Dumped, Transfers
+    from ucm.store.transfers import Transfers
 
 _NAMED = 5
 
@@ -29,6 +29,14 @@ class OpenBlock:
     touched_s: float
     copied: set[int] = field(default_factory=set)
     broken: str = ""
+
+
+@dataclass(eq=False, slots=True)
+class Dumped:
+    """One dump of a block, to be told from the next. `refused` says why storage did not take it."""
+
+    block_id: bytes
+    refused: str = ""
 
 
 def not_written(blocks: Sequence[Dumped]) -> str:

@@ -18,17 +18,17 @@ import threading
 import time
 from collections import OrderedDict, deque
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from typing import Any, Final
 
 from ucm.config import StoreSettings
 from ucm.errors import ConfigError, NodeUnavailable, TaskFailed, UcmError
 from ucm.store import namespace
-from ucm.store.dumps import DumpTask, OpenBlock, not_written
+from ucm.store.dumps import Dumped, DumpTask, OpenBlock, not_written
 from ucm.store.keys import Key
 from ucm.store.node import protocol as p
 from ucm.store.node.client import NodeClient
 from ucm.store.node.link import NodeLink
+from ucm.store.node.lock import why_held_up
 from ucm.store.node.memory import MappedMemory
 from ucm.store.node.notices import Notices
 from ucm.store.node.start import log_path
@@ -48,14 +48,6 @@ _START_S: Final = 15.0
 _MAP_BYTES: Final = 4 << 20
 
 
-@dataclass(eq=False, slots=True)
-class Dumped:
-    """One dump of a block, to be told from the next. `refused` says why storage did not take it."""
-
-    block_id: bytes
-    refused: str = ""
-
-
 class Transfers:
     """See the module's text. `start`, `wait_opened` and `close` may be called from any thread."""
 
@@ -72,6 +64,7 @@ class Transfers:
         self._manifest = shape.manifest()
         self._timeout_s = timeout_s
         self.log_path = log_path(settings)
+        self._socket_path = settings.socket_path
         self._link = NodeLink(settings, engine_id=name, role="store")
         self._client: NodeClient | None = None
         self._memory: MappedMemory | None = None
@@ -82,6 +75,7 @@ class Transfers:
         self._tasks: OrderedDict[Task, None] = OrderedDict()
         self._asked: dict[int, Callable[[Any], None]] = {}
         self._numbers = itertools.count(1)
+        self._heard_s = time.monotonic()
         self._timers: list[tuple[float, int, Callable[[], None]]] = []
         self._turns: deque[DumpTask] = deque()
         self._turn_is_taken = False
@@ -109,7 +103,7 @@ class Transfers:
                         f"the node cache has not answered for {time.monotonic() - started_s:.0f} s;"
                         f" its log may say why: {self.log_path}"
                     )
-                why = problem or "it takes too long to start"
+                why = problem or why_held_up(self._socket_path) or "it takes too long to start"
                 raise NodeUnavailable(f"there is no node cache: {why}; its log: {self.log_path}")
         if self._ended_by is not None:
             raise self._ended_by
@@ -246,6 +240,8 @@ class Transfers:
 
     def _follow_link(self) -> None:
         messages = self._link.poll()
+        if messages:
+            self._heard_s = time.monotonic()
         client = self._link.client
         if client is not self._client:
             self._forget_node()
@@ -315,8 +311,14 @@ class Transfers:
         """Tasks all have the same time, so the oldest is the first to be late."""
         now_s = time.monotonic()
         while self._tasks and now_s >= (task := next(iter(self._tasks))).deadline_s:
-            late = f"timed out after {self._timeout_s:g} s, waiting for {task.waits_for}"
+            late = f"timed out after {self._timeout_s:g} s, waiting for {self._waits_for(task)}"
             task.fail(TaskFailed(late))
+
+    def _waits_for(self, task: Task) -> str:
+        """A node cache that lives answers before a task ends, whatever storage does."""
+        if self._client is not None and self._heard_s > task.deadline_s - self._timeout_s:
+            return task.waits_for
+        return why_held_up(self._socket_path) or task.waits_for
 
     def _expire_blocks(self) -> None:
         now_s = time.monotonic()

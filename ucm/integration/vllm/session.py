@@ -13,6 +13,7 @@ from collections.abc import Callable
 
 from ucm.store.node import protocol as p
 from ucm.store.node.link import NodeLink
+from ucm.store.node.notices import Notices
 
 logger = logging.getLogger(__name__)
 
@@ -49,6 +50,7 @@ class NodeSession:
         self._silent_since_s: float | None = None
         self._allowance_s = 0.0
         self._has_news = False
+        self._notices = Notices(time.monotonic)
 
     @property
     def generation(self) -> int:
@@ -97,6 +99,11 @@ class NodeSession:
         """An answer is overdue: ask nothing more of this node cache until it says something."""
         if self._silent_since_s is None:
             self._silent_since_s = time.monotonic()
+            self._notices.warn(
+                "the_node_cache_does_not_answer",
+                f"nothing is loaded until it does; it may be stopped, or have too little CPU or "
+                f"memory (its log: {self._log_path})",
+            )
         self._link.send(p.GetStatus(id=0))
 
     def next_id(self) -> int:

@@ -51,13 +51,15 @@ os.register_at_fork(after_in_child=_forget_held)
 
 class Holder(msgspec.Struct, frozen=True, kw_only=True):
     """What the lock's file says. `pid` is 0 between its start and its first line of code; pids only
-    mean something in their namespace. `failures` counts starts since the last that served."""
+    mean something in their namespace. `failures` counts starts since the last that served; `why`
+    says for people what the last start has ended by."""
 
     pid: int = 0
     pid_namespace: str = ""
     pid_started: str = ""
     tried_s: float = 0.0
     failures: int = 0
+    why: str = ""
 
 
 class SocketLock:
@@ -209,6 +211,35 @@ def is_undead(holder: Holder) -> bool:
     if state_and_start(holder.pid) != ("Z", holder.pid_started):
         return False
     return num_threads(holder.pid) > 1
+
+
+def why_held_up(socket_path: str) -> str:
+    """What the lock says for people of why nobody answers at a socket; empty if it says nothing."""
+    try:
+        fd = os.open(lock_path(socket_path), os.O_RDONLY | os.O_NOFOLLOW | os.O_CLOEXEC)
+    except OSError:
+        return ""
+    try:
+        holder = _read_holder(fd)
+        # Shared, and for an instant: who wants the lock meanwhile asks again.
+        fcntl.flock(fd, fcntl.LOCK_SH | fcntl.LOCK_NB)
+    except OSError:
+        return _why_silent(holder)
+    finally:
+        os.close(fd)
+    return f"the last one that was started has ended: {holder.why}" if holder.why else ""
+
+
+def _why_silent(holder: Holder) -> str:
+    """For people; empty for a process that has not begun yet."""
+    if not holder.pid:
+        return ""
+    said = f"pid {holder.pid} holds the lock and does not answer"
+    if holder.pid_namespace != pid_namespace():
+        return f"{said} (a pid of another container)"
+    state, started = state_and_start(holder.pid)
+    is_stopped = state == "T" and started == holder.pid_started
+    return f"{said}: it is stopped, kill -CONT {holder.pid} lets it go on" if is_stopped else said
 
 
 def _is_held_by_the_dead(fd: int) -> bool:

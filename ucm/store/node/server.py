@@ -48,6 +48,7 @@ _NICE = -10
 _CLEAR_UP_S = 5.0
 # Less than any client waits for a node cache.
 _OPEN_S = 5.0
+_MAX_WHY_CHARS = 500
 
 
 class NodeServer:
@@ -227,6 +228,10 @@ def run(settings: StoreSettings, lock: SocketLock) -> None:
     lock.note(this_process(failures=holder.failures, tried_s=holder.tried_s))
     try:
         asyncio.run(_run(settings, lock))
+    except ConfigError as error:
+        # For those who wait for it, and can't see its log.
+        lock.note(msgspec.structs.replace(lock.holder, why=str(error)[:_MAX_WHY_CHARS]))
+        raise
     finally:
         lock.release()
 

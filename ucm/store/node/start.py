@@ -24,9 +24,11 @@ from ucm.errors import NodeUnavailable
 from ucm.store.node import server
 from ucm.store.node.client import NodeClient
 from ucm.store.node.greeting import check_pages, ignored_settings
-from ucm.store.node.lock import Holder, SocketLock, take_lock, try_lock
+from ucm.store.node.lock import Holder, SocketLock, take_lock, try_lock, why_held_up
 from ucm.store.node.place import ensure_private_directory, open_own_file
+from ucm.store.node.room import memory_left, room_for
 from ucm.store.node.trust import trust_of
+from ucm.store.tiers import build_tier
 
 logger = logging.getLogger(__name__)
 
@@ -53,7 +55,8 @@ def connect_or_start(
 ) -> NodeClient:
     """A connection to the node cache at `settings.socket_path`, which is started when nobody
     answers. Blocks up to `timeout_s`, or until `given_up` is set; raises NodeUnavailable with where
-    to look, or ConfigError for a place that somebody else controls, or that serves other pages."""
+    to look, or ConfigError for a place that somebody else controls, or that serves other pages, and
+    for settings that no node cache can start with."""
     given_up = given_up or threading.Event()
     trust = trust_of(settings)
     ensure_private_directory(settings.socket_path, trust)
@@ -70,8 +73,12 @@ def connect_or_start(
             )
         except NodeUnavailable as error:
             if given_up.is_set() or time.monotonic() >= deadline_s:
+                why = why_held_up(settings.socket_path)
+                log = log_path(settings)
                 raise NodeUnavailable(
-                    f"{error}; see {log_path(settings)} for why it did not start"
+                    f"{error}: {why}; its log: {log}"
+                    if why
+                    else f"{error}; see {log} for why it did not start"
                 ) from error
             if isinstance(error.__cause__, TimeoutError):
                 # Somebody listens, on a machine that has too much to do.
@@ -106,10 +113,16 @@ def _accept(settings: StoreSettings, client: NodeClient, role: str) -> None:
 
 def spawn(settings: StoreSettings) -> bool:
     """Starts a node cache that outlives this process, unless somebody serves or starts already, or
-    the last ones have failed to start a moment ago."""
+    the last ones have failed to start a moment ago. Raises ConfigError for settings that would end
+    it at once: its own log is read by fewer people than the one of who starts it."""
     lock = try_lock(settings.socket_path, trust_of(settings))
     if lock is None:
         return False
+    try:
+        check_settings(settings)
+    except BaseException:
+        lock.release()
+        raise
     holder = lock.holder
     now_s = time.time()
     if not may_start(holder, now_s=now_s):
@@ -121,6 +134,12 @@ def spawn(settings: StoreSettings) -> bool:
     finally:
         lock.handed_over()
     return True
+
+
+def check_settings(settings: StoreSettings) -> None:
+    """Raises ConfigError for what only a node cache needs, and can't start with on this machine."""
+    build_tier(settings)
+    room_for(settings.cache_capacity_bytes, memory_left())
 
 
 def may_start(holder: Holder, *, now_s: float) -> bool:
