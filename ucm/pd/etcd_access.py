@@ -15,7 +15,7 @@ from pathlib import Path
 from yarl import URL
 
 from ucm.errors import ConfigError
-from ucm.pd import tls
+from ucm.pd import secret_files, tls
 from ucm.pd.credentials import check_goes_with
 
 
@@ -46,6 +46,7 @@ class EtcdAccess:
             raise ConfigError(
                 f"--etcd-password-file: {self.password_file}: can't be read: {error}"
             ) from error
+        secret_files.judge(self.password_file, flag="--etcd-password-file")
         if not password:
             raise ConfigError(f"--etcd-password-file: {self.password_file}: there is no password")
         return password

@@ -12,7 +12,7 @@ import hmac
 from collections.abc import Coroutine, Sequence
 
 from ucm.errors import ConfigError
-from ucm.pd import followed
+from ucm.pd import followed, secret_files
 
 _MAX_FILE_BYTES = 1 << 20
 
@@ -79,6 +79,7 @@ def read_keys(path: str, *, flag: str) -> list[str]:
             text = file.read(_MAX_FILE_BYTES + 1)
     except OSError as error:
         raise ConfigError(f"{flag}: {path}: {error.strerror}") from error
+    secret_files.judge(path, flag=flag)
     if len(text) > _MAX_FILE_BYTES:
         raise ConfigError(f"{flag}: {path} has more than 1 MiB: that is no file of keys")
     lines = [line.strip() for line in text.decode("utf-8", "replace").splitlines()]

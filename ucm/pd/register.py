@@ -56,8 +56,8 @@ class RegisterSettings(InstanceFiles):
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """Stay registered until SIGINT or SIGTERM."""
-    settings = parse_flags(arguments)
     logging.basicConfig(level=logging.INFO, format="%(levelname)s %(asctime)s %(message)s")
+    settings = parse_flags(arguments)
     try:
         asyncio.run(_run(settings))
     except ConfigError as error:

@@ -11,7 +11,7 @@ from collections.abc import Callable, Coroutine, Sequence
 from typing import Generic, TypeVar
 
 from ucm.errors import ConfigError
-from ucm.pd import followed
+from ucm.pd import followed, secret_files
 from ucm.pd.credentials import InstanceFiles
 
 _Context = TypeVar("_Context")
@@ -108,8 +108,11 @@ def _load_chain(
 ) -> None:
     """Raises ConfigError."""
     _check_readable(cert, flags[0])
-    if key is not None:
+    if key is None:
+        secret_files.judge(cert, flag=flags[0])
+    else:
         _check_readable(key, flags[1])
+        secret_files.judge(key, flag=flags[1])
     try:
         # Without a password at hand OpenSSL would ask for it, and nobody is there to answer.
         context.load_cert_chain(cert, key, password=lambda: "")

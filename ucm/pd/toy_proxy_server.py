@@ -31,13 +31,13 @@ logger = logging.getLogger("ucm.pd")
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """Serve until SIGINT or SIGTERM."""
+    logging.basicConfig(level=logging.INFO, format="%(levelname)s %(asctime)s %(message)s")
     settings = parse_flags(arguments, description=(__doc__ or "").splitlines()[0])
     if settings.instances_file is not None:
         try:
             read_instances(settings.instances_file)
         except ConfigError as error:
             _refuse(f"--instances-file: {error}")
-    logging.basicConfig(level=logging.INFO, format="%(levelname)s %(asctime)s %(message)s")
     logger.info(settings.mode)
     try:
         asyncio.run(serve(settings))
