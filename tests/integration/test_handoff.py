@@ -169,6 +169,19 @@ def test_words_that_make_no_sense_are_counted_and_the_request_is_served(words: o
     assert engine.counted("ucm_receipts", outcome="unreadable") == 1
 
 
+def test_words_that_make_no_sense_do_not_fill_the_log(caplog: pytest.LogCaptureFixture):
+    engine = Engine(Loopback())
+    for i in range(20):
+        request = engine.add(f"r{i}", 100)
+        engine.side.finished(request, [])
+        request.kv_transfer_params = {"ucm": "nonsense"}
+        engine.side.on_new_request(request)
+
+    said = [each.getMessage() for each in caplog.records if "unreadable" in each.getMessage()]
+    assert said == ["unreadable receipt: r0: 'nonsense'"]
+    assert engine.counted("ucm_receipts", outcome="unreadable") == 20
+
+
 def test_a_receipt_promises_what_there_was_room_for():
     prefill = Engine(Loopback(num_slots=4))
     request = prefill.add("a", 100, says=h.Wanted())

@@ -20,7 +20,7 @@ _BATCHES_AHEAD = 2
 _WHY_ABSENT = {
     "never_stored": "it is not in the store",
     "being_computed_here": "not all of its shards were dumped",
-    "corrupt": "its file was damaged, and is in quarantine now",
+    "corrupt": "its file is damaged, or is none",
     "io_error": "storage failed",
     "timeout": "storage did not answer in time",
 }

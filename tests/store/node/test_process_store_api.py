@@ -148,7 +148,7 @@ def test_a_damaged_file_fails_the_load_and_can_be_dumped_again(place: Place) -> 
         data[5000] ^= 1
         path.write_bytes(data)
 
-        with pytest.raises(TaskFailed, match="its file was damaged, and is in quarantine now"):
+        with pytest.raises(TaskFailed, match="its file is damaged, or is none; the log"):
             load(store, IDS[:1])
         assert store.lookup(IDS[:1]) == [False]
         dump(store, IDS[:1])

@@ -17,6 +17,7 @@ from ucm.integration.vllm.stats import UcmStats
 from ucm.store.keys import Key
 from ucm.store.namespace import differences, from_json
 from ucm.store.node import protocol as p
+from ucm.store.node.notices import Notices
 
 logger = logging.getLogger(__name__)
 
@@ -34,6 +35,8 @@ class PromiseBook:
         self._asked: dict[int, str] = {}
         self._unsaved: OrderedDict[bytes, None] = OrderedDict()
         self._refused: set[tuple[str, bytes]] = set()
+        # Anybody who may ask an engine may send words of a hand-off.
+        self._notices = Notices(time.monotonic)
 
     def heard(self, request: Any) -> h.Handoff | None:
         """What comes with a request. Its words may be anybody's: they are checked in `note`."""
@@ -41,7 +44,8 @@ class PromiseBook:
         handoff = h.parse(words)
         if handoff is None and isinstance(words, dict) and h.NAME in words:
             self._stats.count("ucm_receipts", outcome="unreadable")
-            logger.warning("%s: unreadable: %.200r", request.request_id, words[h.NAME])
+            shown = f"{words[h.NAME]!r:.200}"
+            self._notices.warn("unreadable_receipt", f"{request.request_id}: {shown}")
         return handoff
 
     def note(self, state: RequestState, handoff: h.Handoff | None) -> None:
