@@ -71,7 +71,7 @@ class LanePool:
         return self.num_overdue * 2 >= self.num_threads
 
     def submit(self, call, on_done, *, on_overdue=None, urgent=False) -> None:
-        in_lane = _InLane(call, self._tier, self._lane)
+        in_lane = _InLane(call, self._tier, self._lane, is_question=urgent)
         self._pool.submit(in_lane, on_done, on_overdue=on_overdue, urgent=urgent)
 
     def tick(self) -> None:
@@ -79,8 +79,12 @@ class LanePool:
 
 
 class _InLane:
-    def __init__(self, call: Callable[[], object], tier: LanedTier, lane: int) -> None:
-        self._call, self._tier, self.lane = call, tier, lane
+    """`is_question`: it asks what is there, and reads no page."""
+
+    def __init__(
+        self, call: Callable[[], object], tier: LanedTier, lane: int, *, is_question: bool
+    ) -> None:
+        self._call, self._tier, self.lane, self.is_question = call, tier, lane, is_question
 
     def __call__(self) -> object:
         self._tier.running = self.lane
@@ -95,8 +99,8 @@ def lanes_of(pool: DisorderlyPool | HeldPool, tier: LanedTier) -> Lanes:
 
 
 class LanedNode(Node):
-    def __init__(self) -> None:
-        super().__init__(tier=LanedTier())
+    def __init__(self, *, num_slots: int = 64) -> None:
+        super().__init__(tier=LanedTier(), num_slots=num_slots)
 
     def lanes(self, pool: HeldPool) -> Lanes:
         assert isinstance(self.tier, LanedTier)
