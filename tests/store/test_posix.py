@@ -301,6 +301,22 @@ def test_a_damaged_backend_id_is_an_error_and_in_a_read_a_result(tmp_path: Path)
     assert load(tier, SMALL, KEYS[0]) is ReadStatus.IO_ERROR
 
 
+def test_an_id_that_is_edited_in_place_is_noticed(tmp_path: Path) -> None:
+    tier, key = PosixTier([str(tmp_path)]), make_key(1)
+    assert dump(tier, SMALL, key, make_page(SMALL, "a"))
+    path = Path(paths.backend_id_path(str(tmp_path)))
+    mine = path.read_text()
+    other = mine.replace(mine[0], "1" if mine[0] != "1" else "2")
+    with path.open("r+") as file:
+        file.write(other)
+
+    with pytest.raises(TierError, match="not the storage backend"):
+        tier.stage(SMALL, make_key(2), make_page(SMALL, "b"), num_tokens=BLOCK_TOKENS)
+    assert load(tier, SMALL, key) is ReadStatus.ABSENT
+    path.write_text(mine)
+    assert load(tier, SMALL, key) == bytes(make_page(SMALL, "a")[: SMALL.page_bytes])
+
+
 def test_of_several_backends_a_damaged_id_costs_what_lies_there_and_all_writing(
     tmp_path: Path,
 ) -> None:

@@ -3,7 +3,8 @@
 A mount that goes away leaves an ordinary directory behind, on a disk that nobody else sees, and
 all that would be written there would be lost to everybody. So each backend holds an id in a file.
 It is made at two places only: by `ucm init`, and when a process opens a backend that has none.
-From then on this process remembers the id and the file that it lay in, by device and inode:
+From then on this process remembers the id and the file that it lay in, by device and inode, and by
+when it was written and its size, for it may be edited in place:
 
     the same file              it is here: one look, without reading
     another file, the same id  it was mounted again; here, unless a filesystem of this machine alone
@@ -44,9 +45,13 @@ class BackendAway(TierError):
 class Place:
     """Where an id was read: its file, and whether only this machine can see it."""
 
-    device: int
-    inode: int
+    file: tuple[int, ...]
     is_local: bool
+
+
+def _stamp(status: os.stat_result) -> tuple[int, ...]:
+    """Of one file, and what was written into it."""
+    return (status.st_dev, status.st_ino, status.st_mtime_ns, status.st_size)
 
 
 def why_away(known: tuple[int, Place], found: tuple[int, Place] | None) -> str:
@@ -88,10 +93,9 @@ class Identity:
         was known. Raises BackendAway, or TierError if storage can't tell."""
         status = self._locate()
         known = self._known
-        if known is not None and status is not None and not self._is_away:
-            place = known[1]
-            if (place.device, place.inode) == (status.st_dev, status.st_ino):
-                return known[0]
+        is_known = known is not None and status is not None and known[1].file == _stamp(status)
+        if known is not None and is_known and not self._is_away:
+            return known[0]
         with self._lock:
             found = None if status is None else (self._read(), self._place(status))
             if self._known is None:
@@ -128,8 +132,7 @@ class Identity:
             status = os.stat(paths.BACKEND_ID, dir_fd=fd, follow_symlinks=False)
         except FileNotFoundError:
             return False
-        there = (status.st_dev, status.st_ino)
-        return known is not None and there == (known[1].device, known[1].inode)
+        return known is not None and known[1].file == _stamp(status)
 
     def is_here(self) -> bool:
         """Whether what is found here counts. Raises TierError if storage can't tell."""
@@ -164,4 +167,4 @@ class Identity:
             mount = mount_of(self._path)
         except OSError:
             mount = None
-        return Place(status.st_dev, status.st_ino, mount is not None and mount.is_local)
+        return Place(_stamp(status), mount is not None and mount.is_local)
