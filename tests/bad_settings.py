@@ -91,6 +91,12 @@ BAD_STORE: list[tuple[dict[Any, Any], str]] = [
         "has 104 bytes, a socket's path at most 103: set a shorter one",
     ),
     ({"node_cache_socket": 3}, "node_cache_socket: expected text, got 3"),
+    ({"page_key_file": "key"}, f'{STORE}.page_key_file: expected an absolute path, got "key"'),
+    ({"storage_backends": "/a\ud800"}, f'{STORE}.storage_backends: "/a?" is not Unicode text'),
+    ({"storage_backends": ["/b", "/a\udc80"]}, f'{STORE}.storage_backends[1]: "/a?" is not'),
+    ({"node_cache_socket": "/a\ud800"}, f'{STORE}.node_cache_socket: "/a?" is not Unicode text'),
+    ({"page_key_file": "/a\ud800"}, f'{STORE}.page_key_file: "/a?" is not Unicode text'),
+    ({"\ud800": "/a"}, f'{STORE}: "?" is not Unicode text'),
 ]
 BAD_TOP: list[tuple[dict[str, Any], str]] = [
     ({"use_layer_wise": True}, "use_layer_wise: unknown setting, did you mean use_layerwise?"),
@@ -113,6 +119,8 @@ BAD_TOP: list[tuple[dict[str, Any], str]] = [
     ({"epoch": -1}, "epoch: expected a whole number >= 0, got -1"),
     ({"epoch": 1 << 64}, "epoch: expected a whole number <= "),
     ({"epoch_file": "run/epoch"}, 'epoch_file: expected an absolute path, got "run/epoch"'),
+    ({"epoch_file": "/run/\udc80"}, 'epoch_file: "/run/?" is not Unicode text'),
+    ({"model_id": "\ud800"}, 'model_id: "?" is not Unicode text'),
     ({"epoch_file": "/run/epoch", "epoch": 1}, "epoch: epoch_file is given as well"),
     ({"reset_epoch": "kept"}, 'expected one of new, keep, got "kept", did you mean keep?'),
     (

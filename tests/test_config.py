@@ -213,6 +213,8 @@ def test_a_file_that_can_not_be_read_is_named(tmp_path: Path) -> None:
         ({}, "is empty: give UCM_CONFIG_FILE"),
         ({"UCM_CONFIG_FILE": 3}, "UCM_CONFIG_FILE: expected a path, got 3"),
         ({"UCM_CONFIG_FILE": ""}, 'UCM_CONFIG_FILE: expected a path, got ""'),
+        ({"UCM_CONFIG_FILE": "/a\ud800"}, 'UCM_CONFIG_FILE: expected a path, got "/a?"'),
+        ({"UCM_CONFIG_FILE": "/a\0b"}, "UCM_CONFIG_FILE: expected a path, got"),
         (
             {"UCM_CONFIG_FILE": "/x.yaml", "use_layerwise": True},
             "use_layerwise: UCM_CONFIG_FILE is given as well, put it into that file",

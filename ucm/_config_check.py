@@ -52,6 +52,29 @@ def convert_tree(
         raise ConfigError(f"{source}: {shown_path}: {problem}") from error
 
 
+def check_unicode(tree: object, *, source: str) -> None:
+    """Raises ConfigError for a text, or a key, with a lone surrogate: JSON and YAML can spell one,
+    and it is in no path, no group's name and nothing else that is written down."""
+    todo: list[tuple[str, object]] = [("", tree)]
+    while todo:
+        path, value = todo.pop()
+        if isinstance(value, str) and not is_unicode(value):
+            raise ConfigError(f"{source}: {path}: {show(value)} is not Unicode text: write it anew")
+        if isinstance(value, Mapping):
+            todo += [(path or "top level", key) for key in value]
+            todo += [(f"{path}.{key}" if path else str(key), each) for key, each in value.items()]
+        elif isinstance(value, (list, tuple)):
+            todo += [(f"{path}[{i}]", each) for i, each in enumerate(value)]
+
+
+def is_unicode(text: str) -> bool:
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
+
+
 def show(value: object) -> str:
     """A value as YAML would spell it, in one short line."""
     text = json.dumps(value, default=repr, ensure_ascii=False)

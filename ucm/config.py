@@ -16,7 +16,7 @@ from typing import Annotated, Final, Literal
 import msgspec
 from msgspec import Meta
 
-from ucm._config_check import convert_tree, show
+from ucm._config_check import check_unicode, convert_tree, is_unicode, show
 from ucm._config_epoch import PRIVATE_EPOCH as PRIVATE_EPOCH
 from ucm._config_epoch import read_epoch as read_epoch
 from ucm._config_keys import CONFIG_FILE_KEY, Vocabulary, did_you_mean
@@ -163,7 +163,7 @@ def load_settings(
             f"{source}: {others[0]}: {CONFIG_FILE_KEY} is given as well, put it into that file"
         )
     path = extra_config[CONFIG_FILE_KEY]
-    if not isinstance(path, str) or not path:
+    if not isinstance(path, str) or not path or "\0" in path or not is_unicode(path):
         raise ConfigError(f"{source}: {CONFIG_FILE_KEY}: expected a path, got {show(path)}")
     return load_settings_file(path)
 
@@ -177,6 +177,7 @@ def load_settings_file(path: str | os.PathLike[str]) -> Settings:
 def _parse(tree: object, *, source: str) -> Settings:
     if not isinstance(tree, Mapping):
         raise ConfigError(f"{source}: expected a mapping with ucm_connectors, got {show(tree)}")
+    check_unicode(tree, source=source)
     unused = list(VOCABULARY.check(tree, place="top", source=source, prefix=""))
     connector = _only_connector(tree, source=source)
     unused += VOCABULARY.check(
@@ -210,6 +211,7 @@ def _parse(tree: object, *, source: str) -> Settings:
     settings_tree |= {"store": store_tree, "warnings": warnings}
     settings = convert_tree(settings_tree, Settings, source=source, names={"store": _STORE_PATH})
     check_socket_path(settings.store.socket_path, source=source, path_of_store=_STORE_PATH)
+    _check_page_key_file(settings.store.page_key_file, source=source)
     _check_epoch_file(settings, source=source)
     return settings
 
@@ -294,6 +296,13 @@ def _capacity(value: object, *, source: str) -> int:
             f" <= {_CAPACITY_MAX_GB}, got {show(value)}"
         )
     return max(1, int(value * (1 << 30)))
+
+
+def _check_page_key_file(path: str | None, *, source: str) -> None:
+    # A node cache works in `/`, wherever who starts it does.
+    if path is not None and (not os.path.isabs(path) or "\0" in path):
+        where = f"{source}: {_STORE_PATH}.page_key_file"
+        raise ConfigError(f"{where}: expected an absolute path, got {show(path)}")
 
 
 def _check_epoch_file(settings: Settings, *, source: str) -> None:

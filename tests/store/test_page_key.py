@@ -6,7 +6,7 @@ import hmac
 import mmap
 import os
 import struct
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from hashlib import sha256
 from pathlib import Path
 
@@ -146,3 +146,12 @@ def test_a_secret_that_is_none_stops_the_start(
 def test_a_secret_that_is_missing_stops_the_start(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match=r"page_key_file: .*can't be read"):
         load_page_key(str(tmp_path / "missing"))
+
+
+@pytest.mark.parametrize("make", [os.mkfifo, os.mkdir])
+def test_what_is_no_file_is_no_secret_and_takes_nobody(
+    tmp_path: Path, make: Callable[[str], None]
+) -> None:
+    make(str(tmp_path / "key"))
+    with pytest.raises(ConfigError, match=r"page_key_file: .*/key: is no file"):
+        load_page_key(str(tmp_path / "key"))

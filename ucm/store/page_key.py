@@ -11,6 +11,7 @@ from __future__ import annotations
 import hashlib
 import hmac
 import os
+import stat
 from dataclasses import dataclass, field
 
 from ucm.errors import ConfigError
@@ -43,8 +44,13 @@ class PageKey:
 def load_page_key(path: str) -> PageKey:
     """The secret is the file's content without blanks at its ends. Raises ConfigError."""
     try:
-        with open(path, "rb") as file:
-            mode = os.fstat(file.fileno()).st_mode
+        # A FIFO would keep who opens it.
+        fd = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
+        mode = os.fstat(fd).st_mode
+        if not stat.S_ISREG(mode):
+            os.close(fd)
+            raise ConfigError(f"page_key_file: {path}: is no file with a secret in it")
+        with open(fd, "rb") as file:
             secret = file.read(_MAX_SECRET_BYTES + 1).strip()
     except OSError as error:
         raise ConfigError(f"page_key_file: {path}: can't be read: {error.strerror}") from error

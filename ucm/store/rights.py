@@ -70,7 +70,7 @@ def gid_of(setting: str, group: str) -> int:
         if int(group) < _NO_GROUP:
             return int(group)
         raise ConfigError(f"{setting}: {group}: groups have numbers below {_NO_GROUP}")
-    except (KeyError, UnicodeEncodeError):
+    except (KeyError, ValueError):
         raise ConfigError(
             f"{setting}: {group}: no such group on this machine: give its number"
         ) from None
