@@ -12,6 +12,7 @@ import errno
 import logging
 import os
 import secrets
+import time
 from collections.abc import Callable
 from typing import TypeVar
 
@@ -22,7 +23,7 @@ from ucm.store.keys import Key
 from ucm.store.mounts import Mount, mount_of
 from ucm.store.page_key import PageKey
 from ucm.store.plain_files import NotPlain, check_directory, read_plain
-from ucm.store.rights import UMASK_DECIDES, FileRights, say_problems
+from ucm.store.rights import UMASK_DECIDES, FileRights, may_read, say_problems
 
 _logger = logging.getLogger(__name__)
 _T = TypeVar("_T")
@@ -42,6 +43,7 @@ _MAX_KNOWN_DIRS = 1 << 17
 _MAX_SMALL_FILE_BYTES = 1 << 20
 _NO_HARD_LINKS = frozenset({errno.EPERM, errno.EOPNOTSUPP, errno.ENOSYS, errno.EMLINK})
 _ID_BYTES = 8
+_SAY_EVERY_S = 60.0
 
 
 def tier_error(path: str, doing: str, error: OSError) -> TierError:
@@ -74,6 +76,7 @@ class Backend:
         self._key_id = page_key.id if page_key is not None else b""
         self._direct_refusals = 0
         self._has_said_rights = False
+        self._said_unreadable_s = -_SAY_EVERY_S
         # Looked at, and directories indeed.
         self._known_dirs: set[str] = set()
         self._dirs_generation = 0
@@ -223,6 +226,21 @@ class Backend:
         if content is None:
             raise TierError(f"{path}: was there a moment ago", reason="io_error")
         return parse_id(path, content)
+
+    def has_page(self, path: str) -> bool:
+        """Whether there is something by that name that may be read; reading tells what it is.
+        Raises OSError, also where there is none."""
+        if may_read(path, os.lstat(path)):
+            return True
+        now_s = time.monotonic()
+        if now_s - self._said_unreadable_s > _SAY_EVERY_S:
+            self._said_unreadable_s = now_s
+            _logger.warning(
+                "%s: uid %d may not read it, so it is absent here: mend its rights, or remove it",
+                path,
+                os.geteuid(),
+            )
+        return False
 
     def say_rights(self) -> None:
         """Once: who else may write here, and that this process may not."""

@@ -29,7 +29,7 @@ from ucm.store.page_key import PageKey
 from ucm.store.placement import Placement, for_all, unless_read_only
 from ucm.store.plain_files import NotPlain, open_plain
 from ucm.store.quarantine import Quarantine, forget_cached, move_aside
-from ucm.store.rights import UMASK_DECIDES, FileRights
+from ucm.store.rights import UMASK_DECIDES, FileRights, is_own
 from ucm.store.space import Reserve
 from ucm.store.tier import ABSENT, HIT, PageRead, ReadStatus, Staged, Tier, TierNamespace
 
@@ -107,8 +107,8 @@ class PosixTier(Tier):
                 return i
             path = backend.block_path(namespace.fingerprint, key)
             try:
-                # Whatever has the name counts: reading tells what it is.
-                os.lstat(path)
+                if not backend.has_page(path):
+                    return i
             except OSError as error:
                 if not is_gone(error):
                     raise tier_error(path, "can't be looked up", error) from error
@@ -189,13 +189,15 @@ class PosixTier(Tier):
         backend = self._placement.to_write(key)
         block = BlockId(key, namespace.fingerprint, namespace.page_bytes)
         target = backend.block_path(namespace.fingerprint, key)
+        doing = "can't be looked up"
         try:
             if self._is_whole(target, backend, block):
                 return None
+            doing = "can't be written"
             self._reserves[backend].take(block.file_bytes)
             temp = self._write(backend, namespace, block, target, page, num_tokens)
         except OSError as error:
-            raise tier_error(target, "can't be written", error) from error
+            raise tier_error(target, doing, error) from error
         return Staged(namespace, key, temp)
 
     def publish(self, staged: Staged) -> None:
@@ -299,7 +301,8 @@ class PosixTier(Tier):
         except TierError:
             return False
         except OSError as error:
-            if is_gone(error):
+            # One of this user's own that it may not read can as well be replaced.
+            if is_gone(error) or (error.errno == errno.EACCES and is_own(path)):
                 return False
             raise
         return True

@@ -76,6 +76,20 @@ def gid_of(setting: str, group: str) -> int:
         ) from None
 
 
+def may_read(path: str, status: os.stat_result) -> bool:
+    """Whether this process may read a file: by its mode, and asked of the filesystem only where
+    that leaves it open, for that may be a question to a server."""
+    wanted = stat.S_IRUSR if status.st_uid == os.geteuid() else stat.S_IROTH
+    if status.st_mode & wanted:
+        return True
+    return os.access(path, os.R_OK, effective_ids=os.access in os.supports_effective_ids)
+
+
+def is_own(path: str) -> bool:
+    """Whether it is this user's. Raises OSError."""
+    return os.lstat(path).st_uid == os.geteuid()
+
+
 def problems(mode: int, *, may_write: bool, uid: int, is_sealed: bool) -> list[str]:
     """What a person should know of a directory with these rights. Pure."""
     found = []
