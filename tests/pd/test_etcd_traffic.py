@@ -228,7 +228,13 @@ async def test_no_request_fails_while_instances_come_die_come_back_and_leave(sit
 
 # As a registrar has it by itself.
 @pytest.mark.parametrize("lease_ttl_s", [5])
-@pytest.mark.parametrize("loses_data", [False, True], ids=["as-it-was", "empty"])
+@pytest.mark.parametrize(
+    "loses_data",
+    [
+        pytest.param(False, id="as-it-was", marks=pytest.mark.long),
+        pytest.param(True, id="empty"),
+    ],
+)
 async def test_no_request_fails_while_etcd_is_away_instances_die_and_etcd_is_back(
     site: Site, loses_data: bool
 ):

@@ -95,7 +95,11 @@ async def test_clients_do_not_notice_an_instance_that_fails_while_another_is_wel
 
 
 @pytest.mark.parametrize(
-    ("role", "policy"), [("prefill", "least-loaded"), ("decode", "round-robin")]
+    ("role", "policy"),
+    [
+        pytest.param("prefill", "least-loaded", marks=pytest.mark.long),
+        ("decode", "round-robin"),
+    ],
 )
 async def test_without_any_flag_an_instance_that_hangs_costs_nobody_an_answer(
     fleet: Fleet, engines: list[EngineServer], role: str, policy: str
