@@ -4,7 +4,9 @@ What is written is UTF-8, and no longer than what was read: a character outside 
 escaped. Whatever can be read can be written, and says the same then. msgspec does the work; what it
 refuses and vLLM takes, such as NaN and lone surrogates, Python's own reader does.
 
-Reading or writing many MiB takes a while: `apart` keeps that out of the event loop's way.
+Reading or writing many MiB takes a while: `apart` keeps that out of the event loop's way, but for
+single calls of msgspec, which no other thread interrupts: about 1 ms for a MiB of text or images, 3
+for one of token ids.
 """
 
 from __future__ import annotations
