@@ -68,6 +68,7 @@ async def test_every_instance_of_both_roles_is_asked_and_heard(fleet: Fleet):
     url = fleet.proxy / "v1/load_lora_adapter" % {"x": "1"}
     async with fleet.client.post(url, json=body, headers=headers) as response:
         assert 200 == response.status
+        assert "Server-Timing" not in response.headers
         said = (await response.json())["instances"]
 
     assert ["prefill", "prefill", "decode", "decode"] == [each["role"] for each in said]

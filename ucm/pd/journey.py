@@ -88,7 +88,8 @@ class Journey:
             f"{name.replace('_', '-')};dur={spent_s * 1000:.1f}"
             for name, spent_s in self._stages.items()
         )
-        headers = {REQUEST_ID: self.request_id, PATH: self.path, "Server-Timing": timing}
+        headers = {REQUEST_ID: self.request_id, PATH: self.path}
+        headers |= {"Server-Timing": timing} if timing else {}
         return headers | ({REASON: self.reason} if self.reason else {})
 
     def end(self) -> None:
