@@ -145,11 +145,15 @@ def test_where_it_can_not_listen_it_says_so_in_one_line():
 
 @pytest.mark.process
 @pytest.mark.parametrize(
-    ("host", "answers_at"),
-    [("::", ["127.0.0.1", "[::1]"]), ("[::1]", ["[::1]"]), ("0.0.0.0", ["127.0.0.1"])],
+    ("host", "where", "answers_at"),
+    [
+        ("::", "[::]", ["127.0.0.1", "[::1]"]),
+        ("[::1]", "[::1]", ["[::1]"]),
+        ("0.0.0.0", "0.0.0.0", ["127.0.0.1"]),
+    ],
 )
 async def test_it_listens_where_the_host_says(
-    tmp_path: Path, bench: Bench, host: str, answers_at: list[str]
+    tmp_path: Path, bench: Bench, host: str, where: str, answers_at: list[str]
 ):
     if not socket.has_ipv6:
         pytest.skip("this machine has no IPv6")
@@ -167,6 +171,7 @@ async def test_it_listens_where_the_host_says(
 
         for _ in range(300):
             if proxy.is_running and all([await answers(each) for each in answers_at]):
+                assert f"listening on http://{where}:{port}" in log.read_text()
                 return
             await asyncio.sleep(0.1)
         raise AssertionError(proxy.log_tail())

@@ -52,7 +52,8 @@ async def serve(settings: ProxySettings) -> None:
         for number in (signal.SIGINT, signal.SIGTERM):
             loop.add_signal_handler(number, signals.put_nowait, number)
         scheme = "https" if own.now else "http"
-        logger.info("listening on %s://%s:%d", scheme, settings.host, settings.port)
+        host = f"[{settings.host}]" if ":" in settings.host else settings.host
+        logger.info("listening on %s://%s:%d", scheme, host, settings.port)
         logger.info("stopping: %s", signal.Signals(await signals.get()).name)
         await _drain(runner, app, signals, timeout_s=settings.shutdown_timeout_s)
     finally:
