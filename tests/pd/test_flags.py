@@ -91,6 +91,8 @@ def test_the_mode_is_said_in_the_words_of_the_documents():
     line = "--prefiller-host a --prefiller-port 1 2 --decoder-host b"
     assert "[PD Mode] Initialized 2 prefillers and 1 decoders." == settings(line).mode
     assert "[Mixed Mode] Initialized 1 PD-mixed workers." == settings("--worker-host a").mode
+    none_yet = settings("--mixed-mode --instances-file some.yaml")
+    assert "[Mixed Mode] Initialized 0 PD-mixed workers." == none_yet.mode
 
 
 @pytest.mark.parametrize("mode", ["chain", "overlap"])
@@ -113,6 +115,11 @@ PD = "--prefiller-host a --decoder-host b"
         ("--pd-disaggregation --worker-host c", "needs prefillers and decoders"),
         ("--worker-host a:1 --worker-port 2", "has the ports already"),
         ("--worker-hosts a a --worker-port 2", "is there twice"),
+        ("--worker-host a,b", "'a,b' looks like several addresses in one"),
+        ("--worker-host a:1,b:1", "'a:1,b:1'"),
+        ("--mixed-mode", "--mixed-mode is for instances that do both: name them"),
+        (f"{PD} --mixed-mode", "--mixed-mode is for instances that do both: name them"),
+        ("--mixed-mode --etcd-addr a:1 --pd-disaggregation", "needs prefillers and decoders"),
         ("--worker-host 192.0.0.3192.0.0.3", "looks like several addresses in one"),
         ("--worker-host http://a:1/v1", "is no host, host:port or http://host:port"),
         ("--worker-host ftp://a:1", "is no host, host:port or http://host:port"),

@@ -55,6 +55,18 @@ async def test_a_file_of_instances_is_followed_and_a_bad_one_changes_nothing(
     await until(is_one)
 
 
+async def test_a_file_may_bring_the_first_worker(fleet: Fleet, tmp_path: Path):
+    path = tmp_path / "instances.yaml"
+    new = await fleet.engine("new")
+    write(path, f"worker: [{new.url.origin()}]")
+    await fleet.start(0, 0, mixed_mode=True, instances_file=str(path))
+
+    async def answers() -> bool:
+        return await fleet.ask() == (200, "new", "mixed")
+
+    await until(answers)
+
+
 @pytest.mark.parametrize(
     ("text", "says"),
     [
@@ -111,6 +123,12 @@ def test_an_instance_that_was_restarted_begins_anew():
     assert ("closed", URL(url)) == (second.state, second.url)
     members.registered({})
     assert [] == found[Role.DECODE].instances
+
+
+def test_instances_of_another_mode_are_told_of_by_their_addresses(caplog):
+    Members(pools()).listed({Role.WORKER: (URL("http://a:1"), URL("http://b:1"))})
+    (said,) = caplog.messages
+    assert "worker instances are of no use in this mode: http://a:1, http://b:1" == said
 
 
 def test_a_source_takes_away_only_what_it_has_brought():

@@ -34,13 +34,15 @@ DEFAULT_WORKER_PORT = 8100
 
 @dataclass(frozen=True, kw_only=True)
 class ProxySettings(InstanceFiles):
-    """Either `prefillers` and `decoders`, or `workers` that do both, or neither yet."""
+    """Either `prefillers` and `decoders`, or `workers` that do both, or none of them yet."""
 
     host: str = "localhost"
     port: int = 8000
     prefillers: tuple[URL, ...] = ()
     decoders: tuple[URL, ...] = ()
     workers: tuple[URL, ...] = ()
+    # All instances do both, those that come later as well.
+    mixed_mode: bool = False
     policy: str = "least-loaded"
     handoff: str = "chain"
     min_prefill_tokens: int = 128
@@ -83,9 +85,13 @@ class ProxySettings(InstanceFiles):
     etcd: EtcdAccess | None = None
 
     @property
+    def is_mixed(self) -> bool:
+        return self.mixed_mode or bool(self.workers)
+
+    @property
     def mode(self) -> str:
         """What the log says at the start."""
-        if self.workers:
+        if self.is_mixed:
             return f"[Mixed Mode] Initialized {len(self.workers)} PD-mixed workers."
         return (
             f"[PD Mode] Initialized {len(self.prefillers)} prefillers and "
@@ -152,13 +158,18 @@ def _settings(args: argparse.Namespace) -> ProxySettings:
             "decoders"
         )
     elsewhere = args.instances_file or args.etcd_addr
+    if args.mixed_mode and (prefillers or decoders or not (workers or elsewhere)):
+        raise ConfigError(
+            "--mixed-mode is for instances that do both: name them by --worker-hosts, "
+            "--instances-file or --etcd-addr"
+        )
     if bool(prefillers) != bool(decoders) and not elsewhere:
         missing = "decoder" if prefillers else "prefiller"
         raise ConfigError(f"a {missing} is missing: give --{missing}-hosts and --{missing}-ports")
     if not (prefillers or decoders or workers or elsewhere):
         prefillers = (URL.build(scheme="http", host="localhost", port=DEFAULT_PREFILL_PORT),)
         decoders = (URL.build(scheme="http", host="localhost", port=DEFAULT_DECODE_PORT),)
-    if args.pd_disaggregation and workers:
+    if args.pd_disaggregation and (workers or args.mixed_mode):
         raise ConfigError("--pd-disaggregation needs prefillers and decoders, not --worker-hosts")
     check_goes_with(args, "ssl_keyfile", "ssl_certfile")
     plain = {
@@ -197,6 +208,11 @@ def _parser(description: str) -> argparse.ArgumentParser:
         "--pd-disaggregation",
         action="store_true",
         help="may be left out: prefillers and decoders say so",
+    )
+    add(
+        "--mixed-mode",
+        action="store_true",
+        help="all instances do both, as --worker-hosts says by itself",
     )
     for role, alias, what in (
         ("prefiller", "prefiller", "compute prompts"),
@@ -289,7 +305,8 @@ def _url(host: str, port: int, *, flag: str) -> URL:
     if url.scheme not in ("http", "https") or not is_host or url.path not in ("", "/"):
         raise ConfigError(f"--{flag}-hosts: {host!r} is no host, host:port or http://host:port")
     assert url.host is not None
-    if url.host.replace(".", "").isdecimal() and url.host.count(".") != 3:
+    is_run_together = url.host.replace(".", "").isdecimal() and url.host.count(".") != 3
+    if is_run_together or "," in url.host:
         raise ConfigError(f"--{flag}-hosts: {host!r} looks like several addresses in one")
     return url.origin()
 

@@ -4,7 +4,7 @@ prefill:
   - http://10.0.0.1:7800
 decode:
   - http://10.0.0.2:7801
-worker: []          # for a proxy in mixed mode, instead of the other two
+worker: []          # for a proxy with --mixed-mode, instead of the other two
 """
 
 from __future__ import annotations

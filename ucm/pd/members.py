@@ -70,7 +70,8 @@ class Members:
         pool = self._pools.get(role)
         if pool is None:
             if add:
-                logger.warning("%s instances are of no use in this mode: %s", role.value, add)
+                urls = ", ".join(map(str, add))
+                logger.warning("%s instances are of no use in this mode: %s", role.value, urls)
             return
         for url in remove:
             if pool.remove(url):

@@ -73,7 +73,7 @@ class Proxy:
 
     def __init__(self, settings: ProxySettings) -> None:
         self._settings = settings
-        roles = [Role.WORKER] if settings.workers else [Role.PREFILL, Role.DECODE]
+        roles = [Role.WORKER] if settings.is_mixed else [Role.PREFILL, Role.DECODE]
         self._pools = {role: self._make_pool(role) for role in roles}
         urls = {
             Role.PREFILL: settings.prefillers,
