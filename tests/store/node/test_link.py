@@ -299,3 +299,11 @@ def test_a_closed_link_says_nothing_and_leaves_no_descriptor(place: Place) -> No
         assert link.poll(0.01) == []
         assert not link.send(p.GetStatus(id=1))
         wait_until(lambda: num_open_files() == before, "all is closed")
+
+
+def test_a_peer_that_says_why_it_refuses_is_heard_also_when_it_has_hung_up(place: Place) -> None:
+    def refuse(sock: socket.socket) -> None:
+        sock.sendall(p.encode(p.Notice(text="there is no room")))
+
+    with peer(place, refuse) as path, pytest.raises(NodeUnavailable, match=r"there is no room$"):
+        connect(path)

@@ -23,6 +23,7 @@ from ucm.config import StoreSettings
 from ucm.errors import NodeUnavailable, TaskFailed, UcmError
 from ucm.store.node import protocol as p
 from ucm.store.node.client import NodeClient
+from ucm.store.node.start import connect_or_start
 from ucm.store.pipeline import UcmPipelineStore
 
 pytestmark = pytest.mark.process
@@ -103,8 +104,12 @@ def test_who_does_not_say_who_it_is_is_shown_out(place: Place) -> None:
 def test_there_are_no_more_clients_than_there_may_be(place: Place) -> None:
     settings = place.settings(max_clients=2)
     with Engine(settings, "a/0") as one, Engine(settings, "b/0"):
-        with pytest.raises(UcmError):
-            NodeClient.connect(settings.socket_path, session="c/0", role="tool", timeout_s=5.0)
+        why = r"refuses this client: there are 2 clients \(node_cache_max_clients\)$"
+        for _ in range(50):
+            with pytest.raises(NodeUnavailable, match=why):
+                NodeClient.connect(settings.socket_path, session="c/0", role="tool", timeout_s=5.0)
+        with pytest.raises(NodeUnavailable, match=why):
+            connect_or_start(settings, session="c/0", role="scheduler", timeout_s=0.1)
         assert one.status().invariant == ""
     with Engine(settings, "d/0") as later:
         assert later.pid == one.pid

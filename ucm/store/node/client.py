@@ -62,7 +62,7 @@ class NodeClient:
         timeout_s: float,
         trust: Trust = OWN_USER,
     ) -> NodeClient:
-        """Connects and shakes hands. Raises NodeUnavailable (nobody there, or too slow),
+        """Connects and shakes hands. Raises NodeUnavailable (nobody there, too slow, or no room),
         ConfigError (another user's) or ProtocolError (somebody else, or another version)."""
         sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM | socket.SOCK_CLOEXEC)
         try:
@@ -74,7 +74,12 @@ class NodeClient:
                     f"uid {peer.uid} serves at {socket_path}, and is not to be trusted"
                 )
             hello = p.Hello(version=p.VERSION, session=session, role=role, pid=os.getpid())
-            sock.sendall(p.encode(hello))
+            try:
+                sock.sendall(p.encode(hello))
+            except BrokenPipeError:
+                # Who refuses says why, and hangs up.
+                if not sock.recv(1, socket.MSG_PEEK):
+                    raise
             welcome, memory_fd = _receive_welcome(sock)
         except PermissionError as error:
             sock.close()
@@ -87,7 +92,7 @@ class NodeClient:
         except OSError as error:
             sock.close()
             raise NodeUnavailable(f"no node cache answers at {socket_path}: {error}") from error
-        except ProtocolError:
+        except (NodeUnavailable, ProtocolError):
             sock.close()
             raise
         return cls(sock, welcome, memory_fd)
@@ -220,6 +225,8 @@ def _receive_welcome(sock: socket.socket) -> tuple[p.Welcome, int]:
     if not isinstance(welcome, p.Welcome) or len(bodies) > 1 or len(fds) != 1:
         for fd in fds:
             os.close(fd)
+        if isinstance(welcome, p.Notice):
+            raise NodeUnavailable(f"the node cache refuses this client: {welcome.text}")
         raise ProtocolError("the peer on the node cache socket did not answer with its memory")
     if welcome.version != p.VERSION:
         os.close(fds[0])

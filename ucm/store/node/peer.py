@@ -62,10 +62,11 @@ class Door:
                 sock.close()
                 return
             if self._server.num_peers >= self._server.settings.max_clients:
-                self._server.core.notices.warn(
-                    "refused_a_connection",
-                    f"there are {self._server.num_peers} clients (node_cache_max_clients)",
-                )
+                why = f"there are {self._server.num_peers} clients (node_cache_max_clients)"
+                self._server.core.notices.warn("refused_a_connection", why)
+                with suppress(OSError):
+                    # A new socket's buffer takes all of it.
+                    sock.send(p.encode(p.Notice(text=why)))
                 sock.close()
                 return
             peer = Peer(self._server, sock)

@@ -228,7 +228,8 @@ class SavingNews(msgspec.Struct, frozen=True, kw_only=True, tag=True, array_like
 
 
 class Notice(msgspec.Struct, frozen=True, kw_only=True, tag=True, array_like=True):
-    """For the log of the engine: what people should hear of storage."""
+    """For the log of the engine: what people should hear of storage. In place of a Welcome: why
+    there is none."""
 
     text: str
 

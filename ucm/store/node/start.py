@@ -73,6 +73,8 @@ def connect_or_start(
             )
         except NodeUnavailable as error:
             if given_up.is_set() or time.monotonic() >= deadline_s:
+                if error.__cause__ is None:
+                    raise  # it has answered, and said why not
                 why = why_held_up(settings.socket_path)
                 log = log_path(settings)
                 raise NodeUnavailable(
