@@ -183,3 +183,12 @@ async def test_a_refusal_is_the_clients_answer(fleet: Fleet, status):
     with pytest.raises(aiohttp.WSServerHandshakeError) as caught:
         await fleet.client.ws_connect(fleet.proxy / REALTIME)
     assert status == caught.value.status
+
+
+async def test_whom_nobody_can_take_now_hears_when_to_ask_again(fleet: Fleet):
+    await fleet.start(1, 0)
+    with pytest.raises(aiohttp.WSServerHandshakeError) as caught:
+        await fleet.client.ws_connect(fleet.proxy / REALTIME)
+    assert 503 == caught.value.status
+    assert caught.value.headers is not None
+    assert "1" == caught.value.headers["Retry-After"]

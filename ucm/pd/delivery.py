@@ -21,7 +21,6 @@ logger = logging.getLogger(__name__)
 
 _EVENT_STREAM = "text/event-stream"
 _NO_PROTOCOL = Protocol()
-_RETRY_AFTER_S = 1
 _FAILURES = {404: "gone", 502: "unreachable", 503: "turned_away", 504: "timeout"}
 
 
@@ -236,6 +235,4 @@ async def give_up(delivery: Delivery, journey: Journey, problem: Problem) -> web
     journey.failed(_FAILURES[problem.code])
     response = error_response(problem.code, problem.text, path=delivery.request.path)
     response.headers.update(journey.headers())
-    if problem.code == 503:
-        response.headers["Retry-After"] = str(_RETRY_AFTER_S)
     return response

@@ -345,5 +345,5 @@ def _turned_away(journey: Journey, path: str) -> web.Response:
     journey.status = 503
     journey.failed("stopping")
     response = error_response(503, "the proxy is stopping", path=path)
-    response.headers.update({**journey.headers(), "Retry-After": "1"})
+    response.headers.update(journey.headers())
     return response
