@@ -5,18 +5,24 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import resource
+import socket
 from collections.abc import AsyncIterator
 from dataclasses import dataclass
+from pathlib import Path
 
 import pytest
 import pytest_asyncio
 
+from tests.pd.certificates import Files
 from tests.pd.conftest import Fleet, until
+from tests.pd.leftovers import LEFT_TO_THE_COLLECTOR
 from tests.pd.test_tls import served
-from ucm.pd import flags
+from ucm.pd import flags, listening
 from ucm.pd.connections import MOST_CONNECTIONS, SPARED_S, default_limit
 
 PATIENCE_S = 30.0
+# asyncio leaves the transport of a handshake that failed to the garbage collector.
+pytestmark = [*LEFT_TO_THE_COLLECTOR]
 BODY = b'{"prompt": "a"}'
 
 
@@ -101,6 +107,36 @@ async def test_one_that_never_asks_has_to_go_as_well(two: Clients):
     assert 200 == await (await two.one()).asks()
     for each in silent:
         await until(each.is_closed)
+
+
+@pytest.mark.parametrize("shakes_hands", [True, False])
+async def test_clients_that_do_not_even_speak_tls_have_to_go_as_well(
+    fleet: Fleet, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, shakes_hands: bool
+):
+    monkeypatch.setattr(listening, "HANDSHAKE_S", 1.0)
+    worker, files = await fleet.engine("worker"), Files(tmp_path, "ours")
+    cert, key = files.issue("proxy")
+    tls = {"ssl_certfile": cert, "ssl_keyfile": key}
+    async with served(workers=(worker.url.origin(),), max_connections=2, **tls) as where:
+        host, _, port = where.partition(":")
+        listens = Clients(int(port))
+        await until(listens.can_be)
+        listens.leave()
+
+        def silent() -> socket.socket:
+            made = socket.create_connection((host, int(port)), PATIENCE_S)
+            if not shakes_hands:
+                return made
+            return files.client().wrap_socket(made, server_hostname=host)
+
+        held = [await asyncio.to_thread(silent) for _ in range(2)]
+        # TLS itself would wait for a goodbye for 30 s, and for a handshake for 60 s.
+        connecting = asyncio.open_connection(host, int(port), ssl=files.client())
+        client = Client(*await asyncio.wait_for(connecting, 0.8 * PATIENCE_S))
+        assert 200 == await client.asks()
+        client.writer.close()
+        for each in held:
+            each.close()
 
 
 async def test_none_is_closed_while_nobody_else_wants_in(two: Clients):

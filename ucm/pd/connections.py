@@ -25,7 +25,7 @@ MOST_CONNECTIONS = 16384
 _DESCRIPTORS_EACH = 4
 # The request of one that has just been accepted, or answered, may be on its way.
 SPARED_S = 1.0
-# For the end of one that was closed: there may be something on its way that nobody takes.
+# For the goodbye of one that is closed: the rest of an answer, or TLS's own. Some take neither.
 _GOING_S = 0.5
 _SAID_EVERY_S = 10.0
 
@@ -91,8 +91,8 @@ class Connections:
             if spared_s > 0:
                 return spared_s
             del self._idle_since_s[connection]
-            connection.force_close()
-            return _GOING_S
+            _close(connection)
+            return 2 * _GOING_S
         return None
 
     def _say(self) -> None:
@@ -104,3 +104,10 @@ class Connections:
                 "and new ones wait",
                 self._limit,
             )
+
+
+def _close(connection: web.RequestHandler) -> None:
+    transport = connection.transport
+    connection.force_close()
+    if transport is not None:
+        asyncio.get_running_loop().call_later(_GOING_S, transport.abort)

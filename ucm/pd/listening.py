@@ -23,6 +23,8 @@ logger = logging.getLogger(__name__)
 _BACKLOG = 1024
 _PAUSE_S = 0.5
 _SAID_EVERY_S = 10.0
+# Of TLS. Who only connects holds a place meanwhile that nobody else can have.
+HANDSHAKE_S = 10.0
 
 
 def raise_descriptor_limit() -> None:
@@ -101,7 +103,12 @@ class Site(web.BaseSite):
     async def _begin(self, accepted: socket.socket) -> None:
         loop = asyncio.get_running_loop()
         try:
-            await loop.connect_accepted_socket(self._make_protocol, accepted, ssl=self._context)
+            await loop.connect_accepted_socket(
+                self._make_protocol,
+                accepted,
+                ssl=self._context,
+                ssl_handshake_timeout=HANDSHAKE_S if self._context else None,
+            )
         except OSError as error:
             # No handshake of TLS, or gone.
             logger.debug("a connection has ended before it began: %s", error)
