@@ -10,10 +10,19 @@ import time
 from pathlib import Path
 
 import pytest
+from msgspec.structs import replace
 
 from tests.store.node.support import ROOT, Place
 from ucm.errors import ConfigError, NodeUnavailable
-from ucm.store.node.lock import SocketLock, lock_path, take_lock, try_lock
+from ucm.store.node.lock import (
+    Holder,
+    SocketLock,
+    lock_path,
+    take_lock,
+    this_process,
+    try_lock,
+    why_held_up,
+)
 
 as_root = pytest.mark.skipif(os.getuid() != 0, reason="only root can become somebody else")
 STRANGER = 65534
@@ -165,3 +174,19 @@ def test_a_lock_that_belongs_to_somebody_else_is_not_used(path: str) -> None:
     os.chown(lock_path(path), STRANGER, STRANGER)
     with pytest.raises(ConfigError, match=f"belongs to uid {STRANGER}"):
         try_lock(path)
+
+
+def test_of_the_lock_of_another_container_only_what_is_true_is_said(path: str) -> None:
+    lock = take(path)
+    lock.note(Holder(pid=1, pid_namespace="another", pid_started="7"))
+    assert why_held_up(path).endswith("does not answer (a pid of another container)")
+    lock.release()
+    assert why_held_up(path) == ""
+
+
+def test_a_holder_that_has_gone_holds_nobody_up(path: str) -> None:
+    assert why_held_up(path) == ""
+    lock = take(path)
+    lock.note(replace(this_process(failures=0, tried_s=0.0), pid_started="0"))
+    lock.release()
+    assert why_held_up(path) == ""

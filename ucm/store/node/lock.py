@@ -221,25 +221,28 @@ def why_held_up(socket_path: str) -> str:
         return ""
     try:
         holder = _read_holder(fd)
-        # Shared, and for an instant: who wants the lock meanwhile asks again.
-        fcntl.flock(fd, fcntl.LOCK_SH | fcntl.LOCK_NB)
-    except OSError:
-        return _why_silent(holder)
+        if holder.why:
+            return f"the last one that was started has ended: {holder.why}"
+        if not holder.pid:
+            return ""
+        said = f"pid {holder.pid} holds the lock and does not answer"
+        if holder.pid_namespace != pid_namespace():
+            return f"{said} (a pid of another container)" if _is_locked(fd) else ""
     finally:
         os.close(fd)
-    return f"the last one that was started has ended: {holder.why}" if holder.why else ""
-
-
-def _why_silent(holder: Holder) -> str:
-    """For people; empty for a process that has not begun yet."""
-    if not holder.pid:
-        return ""
-    said = f"pid {holder.pid} holds the lock and does not answer"
-    if holder.pid_namespace != pid_namespace():
-        return f"{said} (a pid of another container)"
     state, started = state_and_start(holder.pid)
-    is_stopped = state == "T" and started == holder.pid_started
-    return f"{said}: it is stopped, kill -CONT {holder.pid} lets it go on" if is_stopped else said
+    if started != holder.pid_started:
+        return ""
+    return f"{said}: it is stopped, kill -CONT {holder.pid} lets it go on" if state == "T" else said
+
+
+def _is_locked(fd: int) -> bool:
+    """Of what is open as `fd`. For an instant it is locked for others by that."""
+    try:
+        fcntl.flock(fd, fcntl.LOCK_SH | fcntl.LOCK_NB)
+    except OSError:
+        return True
+    return False
 
 
 def _is_held_by_the_dead(fd: int) -> bool:
