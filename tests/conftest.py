@@ -14,9 +14,9 @@ except ImportError:  # `make test-gpu` with an interpreter of the user's
     pass
 else:
     # What is red is red for the change at hand, and red again when it is run again. New examples
-    # are looked for with --hypothesis-profile=search.
-    settings.register_profile("same", derandomize=True)
-    settings.register_profile("search", derandomize=False)
+    # are looked for with --hypothesis-profile=search. No test is about how long an example takes.
+    settings.register_profile("same", derandomize=True, deadline=None)
+    settings.register_profile("search", derandomize=False, deadline=None)
     settings.load_profile("same")
 
 # A stage is as slow as its slowest test: milliseconds, seconds, minutes.
