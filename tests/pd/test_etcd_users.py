@@ -72,6 +72,7 @@ class Guarded:
 
     def access(self, user: str, password: str = PASSWORD) -> EtcdAccess:
         file = self.folder / f"password-of-{user}"
+        file.touch(mode=0o600)
         file.write_text(f"{password}\n")
         return dataclasses.replace(self.server.access, user=user, password_file=str(file))
 
