@@ -24,11 +24,11 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import torch
 from torch import Tensor
 
-from ucm.integration.vllm.arena import Arena
-from ucm.integration.vllm.copies import CopyEngine, Direction, PagePart
-from ucm.integration.vllm.copy_engines import make_copy_engine
-from ucm.integration.vllm.views import KV, LayoutKind, layer_view
-from ucm.store.page import PageGeometry, rank_share
+from ucm.integration.copies.arena import Arena
+from ucm.integration.copies.contract import CopyEngine, Direction, PagePart
+from ucm.integration.copies.layout import KV, LayoutKind, layer_view
+from ucm.integration.copies.make import make_copy_engine
+from ucm.store.blocks.page import PageGeometry, rank_share
 
 _BLOCK_TOKENS = 128
 

@@ -31,14 +31,15 @@ from rich.table import Table
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from benchmarks import limits
-from ucm.config import StoreSettings, load_settings
-from ucm.store import namespace, paths
-from ucm.store.blockfile import HEADER_BYTES
-from ucm.store.keys import Key
+from ucm.config.settings import StoreSettings, load_settings
+from ucm.store.api.shards import BlockNames, block_shape
+from ucm.store.blocks import namespace
+from ucm.store.blocks.blockfile import HEADER_BYTES
+from ucm.store.blocks.keys import Key
+from ucm.store.client.connection import NodeClient
 from ucm.store.node import protocol as p
-from ucm.store.node.client import NodeClient
 from ucm.store.pipeline import UcmPipelineStore
-from ucm.store.shards import BlockNames, block_shape
+from ucm.store.tiers.posix import paths
 
 PAGES: Final = {"7.3 MB": 7_340_032, "256 KiB": 256 << 10}
 NUM_SETS: Final = 3

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from ucm._config_socket import SOCKET_PATH_MAX_BYTES
+from ucm.config.node_socket import SOCKET_PATH_MAX_BYTES
 
 # The seed's 1p1d configuration, as it stands.
 SEED = """\

@@ -10,8 +10,7 @@ import msgspec
 import pytest
 
 from tests.bad_settings import BAD_FILES, BAD_STORE, BAD_TOP, SEED, STORE
-from ucm._config_keys import UNUSED_KEYS, UnusedKeys
-from ucm.config import (
+from ucm.config.settings import (
     NODE_PROTOCOL,
     VOCABULARY,
     Settings,
@@ -19,6 +18,7 @@ from ucm.config import (
     load_settings,
     load_settings_file,
 )
+from ucm.config.vocabulary import UNUSED_KEYS, UnusedKeys
 from ucm.errors import ConfigError
 
 
@@ -306,7 +306,7 @@ def test_an_upgrade_that_speaks_another_protocol_looks_elsewhere(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     before = load_settings(tree()).store.socket_path
-    monkeypatch.setattr("ucm._config_socket.NODE_PROTOCOL", NODE_PROTOCOL + 1)
+    monkeypatch.setattr("ucm.config.node_socket.NODE_PROTOCOL", NODE_PROTOCOL + 1)
     after = load_settings(tree()).store.socket_path
 
     assert before != after

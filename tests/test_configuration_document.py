@@ -7,8 +7,8 @@ from pathlib import Path
 
 import msgspec
 
-from ucm._config_keys import UNUSED_KEYS
-from ucm.config import VOCABULARY, Settings, StoreSettings
+from ucm.config.settings import VOCABULARY, Settings, StoreSettings
+from ucm.config.vocabulary import UNUSED_KEYS
 
 DOCUMENT = Path(__file__).parents[1] / "docs" / "configuration.md"
 

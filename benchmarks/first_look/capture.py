@@ -14,7 +14,7 @@ from pathlib import Path
 import torch
 
 from benchmarks.first_look.place import GOOD, LOOK, SKIPPED, Finding, Place
-from ucm.integration.vllm.registration import CudaRegistrar
+from ucm.integration.copies.registration import CudaRegistrar
 
 _RELAXED = 2  # cudaStreamCaptureModeRelaxed
 _NBYTES = 16 << 20

@@ -21,10 +21,10 @@ from benchmarks.first_look.place import (
     whole,
 )
 from tests.integration.kv_layouts import LATENT_LAYOUTS, LAYOUTS, Rank, page_in, page_of_blocks
-from ucm.integration.vllm.accelerator import BatchedCopy
-from ucm.integration.vllm.arena import Arena
-from ucm.integration.vllm.copies import Direction
-from ucm.store.page import PageGeometry
+from ucm.integration.copies.accelerator import BatchedCopy
+from ucm.integration.copies.arena import Arena
+from ucm.integration.copies.contract import Direction
+from ucm.store.blocks.page import PageGeometry
 
 DUMP, LOAD = Direction.DUMP, Direction.LOAD
 SMALL = PageGeometry(

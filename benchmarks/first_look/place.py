@@ -15,12 +15,12 @@ import torch
 
 from tests.integration.kv_layouts import Rank, make_arena, make_rank
 from tests.integration.simulated_device import SimulatedDevice
-from ucm.integration.vllm.accelerator import Accelerator, BatchedCopy
-from ucm.integration.vllm.arena import Arena
-from ucm.integration.vllm.copies import CopyEngine, Direction, PagePart
-from ucm.integration.vllm.copy_engines import make_copy_engine
-from ucm.integration.vllm.device_copies import DeviceCopyEngine
-from ucm.store.page import PageGeometry
+from ucm.integration.copies.accelerator import Accelerator, BatchedCopy
+from ucm.integration.copies.arena import Arena
+from ucm.integration.copies.contract import CopyEngine, Direction, PagePart
+from ucm.integration.copies.device import DeviceCopyEngine
+from ucm.integration.copies.make import make_copy_engine
+from ucm.store.blocks.page import PageGeometry
 
 PLACES = ("accelerator", "stand-in", "cpu")
 GOOD, BAD, LOOK, SKIPPED = "good", "BAD", "look", "skipped"

@@ -15,9 +15,9 @@ from typing import Any, TypeVar
 from examples.cluster.processes import run_folder
 from tests.e2e.store import Namespace
 from ucm.errors import UcmError
-from ucm.store.keys import Key
+from ucm.store.blocks.keys import Key
+from ucm.store.client.connection import NodeClient
 from ucm.store.node import protocol as p
-from ucm.store.node.client import NodeClient
 
 IDLE_EXIT_S = 5
 _TEST_SESSION = "test-"

@@ -10,8 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from ucm.errors import TierError
-from ucm.store import paths
-from ucm.store.blockfile import (
+from ucm.store.blocks.blockfile import (
     HEADER_BYTES,
     BlockId,
     Scratch,
@@ -19,9 +18,10 @@ from ucm.store.blockfile import (
     read_block,
     write_block,
 )
-from ucm.store.keys import Key, block_keys, root_key
-from ucm.store.namespace import from_json
-from ucm.store.page import padded_bytes
+from ucm.store.blocks.keys import Key, block_keys, root_key
+from ucm.store.blocks.namespace import from_json
+from ucm.store.blocks.page import padded_bytes
+from ucm.store.tiers.posix import paths
 
 BLOCK_TOKENS = 128
 

@@ -8,14 +8,7 @@ from dataclasses import dataclass
 import pytest
 
 from examples.cluster.client import Counters
-from tests.e2e.checks import (
-    LENGTHS,
-    Prompt,
-    check_answer,
-    check_loaded,
-    counted,
-    make_prompt,
-)
+from tests.e2e.checks import LENGTHS, Prompt, check_answer, check_loaded, counted, make_prompt
 from tests.e2e.conftest import DeploymentMaker
 from tests.e2e.deployment import Deployment, Engine, Fleets, Oracle
 from tests.e2e.node import Node, count, is_alive

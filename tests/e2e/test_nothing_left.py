@@ -11,8 +11,8 @@ from tests.e2e.checks import wait_until
 from tests.e2e.conftest import DeploymentMaker
 from tests.e2e.deployment import Fleets, Oracle
 from tests.e2e.watch import holders
-from ucm.config import load_settings
-from ucm.store.node.start import spawn
+from ucm.config.settings import load_settings
+from ucm.store.client.start import spawn
 
 pytestmark = [pytest.mark.vllm, pytest.mark.timeout(600)]
 

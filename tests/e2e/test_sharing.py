@@ -8,13 +8,7 @@ from functools import partial
 
 import pytest
 
-from tests.e2e.checks import (
-    at_once,
-    check_answer,
-    check_loaded,
-    counted,
-    make_prompt,
-)
+from tests.e2e.checks import at_once, check_answer, check_loaded, counted, make_prompt
 from tests.e2e.deployment import Deployment, Oracle
 from tests.e2e.node import count
 from tests.e2e.watch import OpenFiles

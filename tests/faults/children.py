@@ -9,15 +9,8 @@ import time
 from pathlib import Path
 from types import FrameType
 
-from tests.store.tier_contract import (
-    LARGE,
-    SMALL,
-    dump,
-    make_key,
-    make_namespace,
-    make_page,
-)
-from ucm.store.posix import PosixTier
+from tests.store.tier_contract import LARGE, SMALL, dump, make_key, make_namespace, make_page
+from ucm.store.tiers.posix.tier import PosixTier
 
 NUM_KEYS = 12
 HUGE = make_namespace("huge", page_bytes=32 << 20)

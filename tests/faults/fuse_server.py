@@ -23,12 +23,7 @@ from collections import Counter
 from typing import NoReturn
 
 from tests.faults.fuse_client import Client
-from tests.faults.fuse_folder import (
-    MAX_WRITE,
-    Passthrough,
-    libc,
-    opens_past_the_page_cache,
-)
+from tests.faults.fuse_folder import MAX_WRITE, Passthrough, libc, opens_past_the_page_cache
 
 # By the kernel's numbers. Others are answered with ENOSYS, and the kernel does without them.
 OPERATIONS = {

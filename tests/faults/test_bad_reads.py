@@ -8,10 +8,10 @@ import pytest
 
 from tests.faults.fuse import mount_fuse, needs_fuse
 from tests.store.tier_contract import LARGE, content_of, dump, load, make_key, make_page
-from ucm.store.paths import QUARANTINE
-from ucm.store.posix import PosixTier
-from ucm.store.quarantine import Quarantine
-from ucm.store.tier import ReadStatus
+from ucm.store.tiers.posix.paths import QUARANTINE
+from ucm.store.tiers.posix.quarantine import Quarantine
+from ucm.store.tiers.posix.tier import PosixTier
+from ucm.store.tiers.tier import ReadStatus
 
 pytestmark = [pytest.mark.process, needs_fuse]
 

@@ -13,9 +13,9 @@ import pytest
 
 from tests.faults.fuse import FuseMount, mount_fuse, needs_fuse
 from tests.store.tier_contract import SMALL, content_of, dump, load, make_key, make_page
-from ucm.store import paths
-from ucm.store.posix import PosixTier
-from ucm.store.tier import ReadStatus
+from ucm.store.tiers.posix import paths
+from ucm.store.tiers.posix.tier import PosixTier
+from ucm.store.tiers.tier import ReadStatus
 
 PAGE = make_page(SMALL, "a")
 HERE = make_key(0)

@@ -22,9 +22,9 @@ from tests.store.tier_contract import (
     make_page,
     run_together,
 )
-from ucm.store import paths
-from ucm.store.posix import PosixTier
-from ucm.store.tier import PageRead, ReadStatus, TierNamespace
+from ucm.store.tiers.posix import paths
+from ucm.store.tiers.posix.tier import PosixTier
+from ucm.store.tiers.tier import PageRead, ReadStatus, TierNamespace
 
 KEY = make_key(1)
 CONTENT = content_of(LARGE, make_page(LARGE, "a"))

@@ -20,10 +20,10 @@ from tests.store.tier_contract import (
     make_page,
 )
 from ucm.errors import TierError
-from ucm.store import paths
-from ucm.store.keys import Key
-from ucm.store.posix import PosixTier
-from ucm.store.tier import ReadStatus, Tier
+from ucm.store.blocks.keys import Key
+from ucm.store.tiers.posix import paths
+from ucm.store.tiers.posix.tier import PosixTier
+from ucm.store.tiers.tier import ReadStatus, Tier
 
 MIB = 1 << 20
 

@@ -12,17 +12,10 @@ from pathlib import Path
 import pytest
 
 from tests.faults.children import HUGE
-from tests.store.tier_contract import (
-    SMALL,
-    content_of,
-    dump,
-    load,
-    make_key,
-    make_page,
-)
-from ucm.store import paths
-from ucm.store.posix import PosixTier
-from ucm.store.tier import ReadStatus, TierNamespace
+from tests.store.tier_contract import SMALL, content_of, dump, load, make_key, make_page
+from ucm.store.tiers.posix import paths
+from ucm.store.tiers.posix.tier import PosixTier
+from ucm.store.tiers.tier import ReadStatus, TierNamespace
 
 TIMEOUT_S = 60.0
 ROOT = Path(__file__).parents[2]

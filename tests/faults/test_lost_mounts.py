@@ -25,10 +25,10 @@ from tests.store.tier_contract import (
     make_page,
 )
 from ucm.errors import TierError
-from ucm.store import paths
-from ucm.store.keys import Key
-from ucm.store.posix import PosixTier
-from ucm.store.tier import ReadStatus
+from ucm.store.blocks.keys import Key
+from ucm.store.tiers.posix import paths
+from ucm.store.tiers.posix.tier import PosixTier
+from ucm.store.tiers.tier import ReadStatus
 
 KEYS = [make_key(i) for i in range(4)]
 PAGE = make_page(SMALL, "a")

@@ -16,9 +16,9 @@ import pytest
 
 from tests.store.tier_contract import SMALL, content_of, dump, load, make_key, make_page
 from ucm.errors import TierError
-from ucm.store import paths
-from ucm.store.posix import PosixTier
-from ucm.store.tier import ReadStatus
+from ucm.store.tiers.posix import paths
+from ucm.store.tiers.posix.tier import PosixTier
+from ucm.store.tiers.tier import ReadStatus
 
 KEY = make_key(1)
 PAGE = make_page(SMALL, "a")

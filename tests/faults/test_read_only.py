@@ -9,12 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.faults.mounts import (
-    mount_ramfs,
-    mount_read_only,
-    own_mounts,
-    without_privileges,
-)
+from tests.faults.mounts import mount_ramfs, mount_read_only, own_mounts, without_privileges
 from tests.store.tier_contract import (
     BLOCK_TOKENS,
     SMALL,
@@ -27,9 +22,9 @@ from tests.store.tier_contract import (
     make_page,
 )
 from ucm.errors import TierError
-from ucm.store import paths
-from ucm.store.posix import PosixTier
-from ucm.store.tier import ReadStatus, Tier
+from ucm.store.tiers.posix import paths
+from ucm.store.tiers.posix.tier import PosixTier
+from ucm.store.tiers.tier import ReadStatus, Tier
 
 OTHER = make_namespace("other", page_bytes=4096)
 

@@ -9,8 +9,8 @@ from pathlib import Path
 from tests.faults.children import NUM_KEYS
 from tests.faults.test_killed_writer import TIMEOUT_S, child
 from tests.store.tier_contract import LARGE, content_of, load, make_key, make_page
-from ucm.store.posix import PosixTier
-from ucm.store.tier import ReadStatus
+from ucm.store.tiers.posix.tier import PosixTier
+from ucm.store.tiers.tier import ReadStatus
 
 
 def test_every_block_is_wholly_the_one_or_the_other_writers(tmp_path: Path) -> None:

@@ -21,8 +21,8 @@ from tests.store.tier_contract import (
     make_page,
 )
 from ucm.errors import TierError
-from ucm.store import paths
-from ucm.store.posix import PosixTier
+from ucm.store.tiers.posix import paths
+from ucm.store.tiers.posix.tier import PosixTier
 
 as_root = pytest.mark.skipif(os.geteuid() != 0, reason="only root can become somebody else")
 KEYS = [make_key(i) for i in range(4)]

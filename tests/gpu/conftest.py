@@ -8,14 +8,11 @@ import pytest
 import torch
 
 from tests.gpu.caches import PAGES, MakeEngine
-from tests.integration.kv_layouts import (
-    Rank,
-    make_arena,
-)
-from ucm.integration.vllm.arena import Arena
-from ucm.integration.vllm.copies import CopyEngine
-from ucm.integration.vllm.device_copies import DeviceCopyEngine
-from ucm.store.page import PageGeometry
+from tests.integration.kv_layouts import Rank, make_arena
+from ucm.integration.copies.arena import Arena
+from ucm.integration.copies.contract import CopyEngine
+from ucm.integration.copies.device import DeviceCopyEngine
+from ucm.store.blocks.page import PageGeometry
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

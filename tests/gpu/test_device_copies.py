@@ -14,10 +14,10 @@ from tests.integration.kv_layouts import (
     wait_for,
     whole_pages,
 )
-from ucm.integration.vllm.copies import PagePart
-from ucm.integration.vllm.copy_engines import make_copy_engine
-from ucm.integration.vllm.views import LayoutKind, layer_view
-from ucm.store.page import PageGeometry, rank_share
+from ucm.integration.copies.contract import PagePart
+from ucm.integration.copies.layout import LayoutKind, layer_view
+from ucm.integration.copies.make import make_copy_engine
+from ucm.store.blocks.page import PageGeometry, rank_share
 
 
 def blocks_of(block_tokens: int) -> list[tuple[int, ...]]:

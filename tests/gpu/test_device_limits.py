@@ -12,9 +12,9 @@ import torch
 from tests.gpu.caches import DUMP, HEADS, LOAD, PAGES, MakeEngine, rank_of
 from tests.gpu.test_device_order import Busy
 from tests.integration.kv_layouts import make_arena, page_in, page_of_blocks, wait_for, whole_pages
-from ucm.integration.vllm.accelerator import Accelerator
-from ucm.integration.vllm.copies import PagePart
-from ucm.integration.vllm.preparing import Preparer
+from ucm.integration.copies.accelerator import Accelerator
+from ucm.integration.copies.contract import PagePart
+from ucm.integration.copies.pinning import Preparer
 
 
 def test_an_upload_of_block_ids_returns_while_the_stream_is_behind(device: torch.device) -> None:

@@ -8,13 +8,8 @@ import pytest
 import torch
 
 from tests.gpu.caches import DUMP, HEADS, LOAD, PAGES, MakeEngine, rank_of
-from tests.integration.kv_layouts import (
-    page_in,
-    page_of_blocks,
-    wait_for,
-    whole_pages,
-)
-from ucm.integration.vllm.copies import Direction, PagePart
+from tests.integration.kv_layouts import page_in, page_of_blocks, wait_for, whole_pages
+from ucm.integration.copies.contract import Direction, PagePart
 
 
 @pytest.mark.parametrize("layout", ["LBHNC", "LBNHC", "latent"])

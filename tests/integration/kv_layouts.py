@@ -15,10 +15,10 @@ from dataclasses import dataclass, field, replace
 import torch
 from torch import Tensor
 
-from ucm.integration.vllm.arena import Arena
-from ucm.integration.vllm.copies import CopyEngine, PagePart
-from ucm.integration.vllm.views import KV, LayerView, LayoutKind, layer_view
-from ucm.store.page import PageGeometry, RankShare, rank_share
+from ucm.integration.copies.arena import Arena
+from ucm.integration.copies.contract import CopyEngine, PagePart
+from ucm.integration.copies.layout import KV, LayerView, LayoutKind, layer_view
+from ucm.store.blocks.page import PageGeometry, RankShare, rank_share
 
 # vLLM's names: the order of [layer, block, head, token, content] in memory.
 _STRIDE_ORDERS = {

@@ -5,11 +5,11 @@ from __future__ import annotations
 
 import os
 
-from ucm.config import StoreSettings
+from ucm.config.settings import StoreSettings
+from ucm.integration.copies.layout import LayoutKind
 from ucm.integration.vllm.engine_facts import EngineFacts
-from ucm.integration.vllm.views import LayoutKind
+from ucm.store.blocks.page import PageGeometry
 from ucm.store.node import protocol as p
-from ucm.store.page import PageGeometry
 
 GEOMETRY = PageGeometry(
     num_layers=3, num_kv_heads=4, block_tokens=32, k_size=16, v_size=16, item_bytes=2

@@ -10,22 +10,22 @@ from vllm.v1.request import RequestStatus
 
 from tests.store.node.held import Timers
 from ucm import handoff as h
-from ucm.config import Settings, StoreSettings
+from ucm.config.settings import Settings, StoreSettings
 from ucm.errors import TierError
+from ucm.integration.copies.layout import LayoutKind
 from ucm.integration.vllm.engine_facts import EngineFacts
 from ucm.integration.vllm.metadata import RankReport, StepMetadata
 from ucm.integration.vllm.scheduler import SchedulerSide
 from ucm.integration.vllm.stats import UcmStats
-from ucm.integration.vllm.views import LayoutKind
 from ucm.metrics import series_key
-from ucm.store.namespace import Manifest
+from ucm.store.blocks.namespace import Manifest
+from ucm.store.blocks.page import PageGeometry
+from ucm.store.client.answers import Answers
 from ucm.store.node import protocol as p
-from ucm.store.node.answers import Answers
 from ucm.store.node.core import NodeCore
 from ucm.store.node.lanes import Lanes
-from ucm.store.page import PageGeometry
-from ucm.store.slots import SlotTable
-from ucm.store.tier import MemoryTier
+from ucm.store.node.slots import SlotTable
+from ucm.store.tiers.tier import MemoryTier
 
 BLOCK = 16
 GEOMETRY = PageGeometry(

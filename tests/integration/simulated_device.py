@@ -26,9 +26,9 @@ import torch
 from torch import Tensor
 
 from tests.integration.kv_layouts import Rank
-from ucm.integration.vllm.accelerator import Accelerator
-from ucm.integration.vllm.arena import Arena
-from ucm.store.page import PageGeometry
+from ucm.integration.copies.accelerator import Accelerator
+from ucm.integration.copies.arena import Arena
+from ucm.store.blocks.page import PageGeometry
 
 CAPACITY_BYTES = 256 << 20
 _ALIGN = 4096

@@ -23,13 +23,13 @@ from tests.integration.storm_device import UNIT, Rank, kv_of, kv_of_prompt
 from tests.integration.storm_engine import VOCABULARY, Weather, make_scheduler
 from tests.integration.storm_node import Clock, StormNode
 from ucm import handoff as h
-from ucm.config import Settings, StoreSettings
+from ucm.config.settings import Settings, StoreSettings
+from ucm.integration.copies.layout import LayoutKind
 from ucm.integration.vllm.engine_facts import EngineFacts
 from ucm.integration.vllm.scheduler import SchedulerSide
 from ucm.integration.vllm.stats import UcmStats
 from ucm.integration.vllm.ucm_connector import UCMConnector
-from ucm.integration.vllm.views import LayoutKind
-from ucm.store.page import PageGeometry
+from ucm.store.blocks.page import PageGeometry
 
 
 class StormConnector(UCMConnector):

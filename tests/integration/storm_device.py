@@ -14,7 +14,7 @@ from dataclasses import dataclass
 
 from vllm.v1.outputs import KVConnectorOutput
 
-from ucm.integration.vllm.copies import PagePart
+from ucm.integration.copies.contract import PagePart
 from ucm.integration.vllm.metadata import CopyJob, RankReport, StepMetadata
 
 UNIT = 16

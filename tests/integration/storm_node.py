@@ -8,15 +8,15 @@ from collections import deque
 
 from tests.integration.storm_device import page_differs
 from tests.store.node.held import DisorderlyPool, Timers
-from ucm.store.keys import Key
+from ucm.store.blocks.keys import Key
+from ucm.store.blocks.page import PageGeometry
+from ucm.store.client.answers import Answers
 from ucm.store.node import protocol as p
-from ucm.store.node.answers import Answers
 from ucm.store.node.core import NodeCore
 from ucm.store.node.lanes import Lanes
-from ucm.store.node.state import Connection
-from ucm.store.page import PageGeometry
-from ucm.store.slots import SlotTable
-from ucm.store.tier import MemoryTier
+from ucm.store.node.sessions import Connection
+from ucm.store.node.slots import SlotTable
+from ucm.store.tiers.tier import MemoryTier
 
 
 class Clock:

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 from tests.integration.copy_engines import HEADS
 from tests.integration.kv_layouts import make_arena
-from ucm.integration.vllm.arena import Piece
+from ucm.integration.copies.arena import Piece
 
 
 def test_closing_waits_for_holders_and_the_last_of_them_lets_go() -> None:

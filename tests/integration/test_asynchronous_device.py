@@ -21,9 +21,9 @@ from tests.integration.kv_layouts import (
     whole_pages,
 )
 from tests.integration.simulated_device import SimulatedDevice
-from ucm.integration.vllm.arena import Arena
-from ucm.integration.vllm.copies import CopyEngine, PagePart
-from ucm.integration.vllm.device_copies import DeviceCopyEngine
+from ucm.integration.copies.arena import Arena
+from ucm.integration.copies.contract import CopyEngine, PagePart
+from ucm.integration.copies.device import DeviceCopyEngine
 
 WAYS = {
     "direct": {"staging_bytes": 1 << 20, "direct_run_bytes": 1},

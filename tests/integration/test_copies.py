@@ -26,9 +26,9 @@ from tests.integration.kv_layouts import (
     page_of_blocks,
     whole_pages,
 )
-from ucm.integration.vllm.copies import Direction, PagePart
-from ucm.integration.vllm.copy_engines import make_copy_engine
-from ucm.integration.vllm.host_copies import HostCopyEngine
+from ucm.integration.copies.contract import Direction, PagePart
+from ucm.integration.copies.host import HostCopyEngine
+from ucm.integration.copies.make import make_copy_engine
 
 
 @pytest.mark.parametrize("layout", [*LAYOUTS, *LATENT_LAYOUTS])

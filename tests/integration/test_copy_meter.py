@@ -17,9 +17,9 @@ from tests.integration.rank_parts import (
     FakeLink,
     facts_of,
 )
-from ucm.config import Settings, StoreSettings
+from ucm.config.settings import Settings, StoreSettings
+from ucm.integration.copies.contract import BusyClock, Direction, JobLedger, PagePart
 from ucm.integration.vllm import worker as worker_module
-from ucm.integration.vllm.copies import BusyClock, Direction, JobLedger, PagePart
 from ucm.integration.vllm.metadata import CopyJob, StepMetadata
 from ucm.integration.vllm.stats import UcmStats
 from ucm.integration.vllm.worker import WorkerSide

@@ -27,8 +27,8 @@ from tests.integration.kv_layouts import (
     wait_for,
     whole_pages,
 )
-from ucm.integration.vllm.copies import CopyEngine, Direction, PagePart
-from ucm.integration.vllm.host_copies import HostCopyEngine
+from ucm.integration.copies.contract import CopyEngine, Direction, PagePart
+from ucm.integration.copies.host import HostCopyEngine
 
 
 @pytest.mark.parametrize("layout", ["LBHNC", "BLHNC", "cpu_vec", "split_tensor"])

@@ -17,13 +17,13 @@ from vllm.v1.kv_cache_interface import FullAttentionSpec, KVCacheConfig, KVCache
 
 from examples.cluster.models import make_model
 from tests.integration.scheduler_parts import Engine, Loopback
-from ucm.config import Settings, StoreSettings
+from ucm.config.settings import Settings, StoreSettings
 from ucm.errors import UnsupportedEngine
 from ucm.integration.vllm import ucm_connector
 from ucm.integration.vllm.engine_facts import EngineFacts, _adapter_rules, engine_facts, why_no_hits
 from ucm.integration.vllm.identity import manifest
-from ucm.store.namespace import Manifest
-from ucm.store.page import PageGeometry
+from ucm.store.blocks.namespace import Manifest
+from ucm.store.blocks.page import PageGeometry
 
 GEOMETRY = PageGeometry(
     num_layers=1, num_kv_heads=1, block_tokens=128, k_size=8, v_size=8, item_bytes=2

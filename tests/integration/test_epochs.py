@@ -12,9 +12,9 @@ pytest.importorskip("vllm")
 from vllm.v1.request import RequestStatus
 
 from tests.integration.scheduler_parts import MANIFEST, Engine, Loopback
-from ucm.config import PRIVATE_EPOCH, load_settings, read_epoch, start_epoch
+from ucm.config.settings import PRIVATE_EPOCH, load_settings, read_epoch, start_epoch
 from ucm.errors import ConfigError
-from ucm.store.tier import MemoryTier
+from ucm.store.tiers.tier import MemoryTier
 
 
 def reset(engine: Engine) -> None:
@@ -120,8 +120,8 @@ def test_a_file_on_a_disk_that_hangs_does_not_hold_up_a_reset(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     returns = threading.Event()
-    monkeypatch.setattr("ucm.integration.vllm.epochs.read_epoch", lambda path: returns.wait(60))
-    monkeypatch.setattr("ucm.integration.vllm.epochs._READ_S", 0.05)
+    monkeypatch.setattr("ucm.integration.engine.epoch.read_epoch", lambda path: returns.wait(60))
+    monkeypatch.setattr("ucm.integration.engine.epoch._READ_S", 0.05)
     engine = Engine(Loopback(), epoch_file=str(tmp_path / "epoch"))
     try:
         reset(engine)

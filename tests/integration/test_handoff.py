@@ -13,8 +13,8 @@ pytest.importorskip("vllm")
 
 from tests.integration.scheduler_parts import BLOCK, MANIFEST, Engine, Loopback
 from ucm import handoff as h
-from ucm.store.keys import TailKey
-from ucm.store.tier import MemoryTier
+from ucm.store.blocks.keys import TailKey
+from ucm.store.tiers.tier import MemoryTier
 
 
 def receipt_of(params: object) -> h.Receipt:

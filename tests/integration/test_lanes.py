@@ -7,7 +7,7 @@ import threading
 
 import pytest
 
-from ucm.integration.vllm.lanes import Lane
+from ucm.integration.engine.side_thread import Lane
 
 
 def test_answers_come_in_order_and_the_asker_does_not_wait() -> None:

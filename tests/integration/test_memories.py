@@ -13,7 +13,7 @@ pytest.importorskip("vllm")
 
 import torch
 
-from ucm.integration.vllm.memories import Memories
+from ucm.integration.copies.generations import Memories
 from ucm.integration.vllm.metadata import CopyJob
 from ucm.store.node import protocol as p
 

@@ -7,7 +7,7 @@ import pytest
 pytest.importorskip("vllm")
 
 from tests.integration.scheduler_parts import Loopback
-from ucm.integration.vllm.node_gauges import PERIOD_S, NodeGauges
+from ucm.integration.engine.gauges import PERIOD_S, NodeGauges
 from ucm.integration.vllm.stats import UcmStats
 from ucm.metrics import METRICS
 from ucm.store.node import protocol as p

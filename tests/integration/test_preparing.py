@@ -17,10 +17,10 @@ import torch
 from tests.integration.copy_engines import HEADS
 from tests.integration.kv_layouts import make_arena
 from tests.integration.simulated_device import SimulatedDevice
-from ucm.integration.vllm import memories as memories_module
-from ucm.integration.vllm import preparing
-from ucm.integration.vllm.arena import Arena
-from ucm.integration.vllm.memories import Memories
+from ucm.integration.copies import generations as memories_module
+from ucm.integration.copies import pinning
+from ucm.integration.copies.arena import Arena
+from ucm.integration.copies.generations import Memories
 from ucm.store.node import protocol as p
 
 CAPACITY_BYTES = 10 << 20
@@ -38,7 +38,7 @@ def device() -> Iterator[SimulatedDevice]:
 def memories(device: SimulatedDevice, monkeypatch: pytest.MonkeyPatch) -> Iterator[Memories]:
     """Of a rank on an accelerator."""
     monkeypatch.setattr(memories_module, "Arena", functools.partial(Arena, registrar=device))
-    monkeypatch.setattr(preparing, "_MIN_PAUSE_S", 0.0)
+    monkeypatch.setattr(pinning, "_MIN_PAUSE_S", 0.0)
     made = Memories(torch.device("cuda", 0), pin_piece_bytes=PIECE_BYTES)
     made._preparer._first_retry_s = made._preparer._retry_s = 0.02
     fd = os.memfd_create("slots")
@@ -170,7 +170,7 @@ def test_memory_of_a_node_cache_that_is_gone_is_not_pinned_any_more(
 
 
 def test_pinning_can_be_turned_off(device: SimulatedDevice) -> None:
-    preparer = preparing.Preparer(pins=True, piece_bytes=0)
+    preparer = pinning.Preparer(pins=True, piece_bytes=0)
     preparer.start()
     preparer.allow()
     arena = device.arena(1, HEADS)
@@ -187,7 +187,7 @@ def test_on_the_cpu_memory_is_prepared_before_the_first_step(
     monkeypatch.setattr(
         Arena, "prepare", lambda self, start, nbytes: prepared.append((start, nbytes)) or ""
     )
-    preparer = preparing.Preparer(pins=False)
+    preparer = pinning.Preparer(pins=False)
     preparer.start()
     arena = make_arena(2, HEADS)
     preparer.add(arena, 0, arena.bytes.numel())

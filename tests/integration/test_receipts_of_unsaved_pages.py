@@ -9,8 +9,8 @@ import pytest
 from tests.integration.scheduler_parts import BLOCK, Engine, Loopback
 from ucm import handoff as h
 from ucm.errors import TierError, TierErrorReason
-from ucm.store.keys import Key
-from ucm.store.tier import MemoryTier, Staged, TierNamespace
+from ucm.store.blocks.keys import Key
+from ucm.store.tiers.tier import MemoryTier, Staged, TierNamespace
 
 TOKENS = 6 * BLOCK
 

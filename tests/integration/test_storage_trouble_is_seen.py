@@ -37,7 +37,7 @@ def test_what_storage_refuses_is_in_the_log_of_the_engine_and_in_its_metrics(
 
     assert gauge(engine, "ucm_node_unwritten_pages", reason=reason) == 1
     assert gauge(engine, "ucm_node_unwritten_pages", reason="after_failed") == 3
-    said = [each for each in caplog.records if each.name.endswith("vllm.session")]
+    said = [each for each in caplog.records if each.name.endswith("client.session")]
     (line,) = [each.getMessage() for each in said]
     assert "the disk takes nothing" in line
     assert "/nowhere.log" in line
@@ -51,7 +51,7 @@ def test_trouble_that_lasts_is_not_said_with_each_page(caplog: pytest.LogCapture
         engine.link.now_s += 2
     engine.step({})
 
-    said = [each for each in caplog.records if each.name.endswith("vllm.session")]
+    said = [each for each in caplog.records if each.name.endswith("client.session")]
     assert len(said) == 1
 
 

@@ -7,15 +7,10 @@ import platform
 import pytest
 import torch
 
-from tests.integration.kv_layouts import (
-    LATENT_LAYOUTS,
-    LAYOUTS,
-    Rank,
-    make_rank,
-)
+from tests.integration.kv_layouts import LATENT_LAYOUTS, LAYOUTS, Rank, make_rank
 from ucm.errors import UnsupportedEngine
-from ucm.integration.vllm.views import LayerView, LayoutKind, layer_view, placed_parts
-from ucm.store.page import PageGeometry, rank_share
+from ucm.integration.copies.layout import LayerView, LayoutKind, layer_view, placed_parts
+from ucm.store.blocks.page import PageGeometry, rank_share
 
 HEADS = PageGeometry(
     num_layers=3, num_kv_heads=4, block_tokens=32, k_size=16, v_size=16, item_bytes=2

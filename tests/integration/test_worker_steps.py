@@ -24,14 +24,14 @@ from tests.integration.rank_parts import (
     facts_of,
 )
 from tests.integration.simulated_device import SimulatedDevice
-from ucm.config import Settings, StoreSettings
+from ucm.config.settings import Settings, StoreSettings
 from ucm.errors import UnsupportedEngine
-from ucm.integration.vllm import memories as memories_module
+from ucm.integration.copies import generations as memories_module
+from ucm.integration.copies.arena import Arena
+from ucm.integration.copies.contract import PagePart
+from ucm.integration.copies.device import DeviceCopyEngine
+from ucm.integration.copies.make import make_copy_engine
 from ucm.integration.vllm import worker as worker_module
-from ucm.integration.vllm.arena import Arena
-from ucm.integration.vllm.copies import PagePart
-from ucm.integration.vllm.copy_engines import make_copy_engine
-from ucm.integration.vllm.device_copies import DeviceCopyEngine
 from ucm.integration.vllm.device_facts import (
     head_major_pays,
     refuse_layerwise_with_micro_batches,

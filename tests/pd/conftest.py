@@ -16,9 +16,9 @@ from multidict import CIMultiDictProxy
 from yarl import URL
 
 from ucm.handoff import Handoff, parse
+from ucm.pd.app import make_app
 from ucm.pd.flags import ProxySettings
-from ucm.pd.proxy import make_app
-from ucm.pd.serve import Runner
+from ucm.pd.server.serve import Runner
 
 Answer = Callable[[web.Request], Awaitable[web.StreamResponse]]
 

@@ -18,9 +18,9 @@ import pytest
 
 from examples.cluster.processes import free_port
 from tests.pd.conftest import Engine, Fleet, until
-from ucm.pd.etcd import PREFIX, Etcd, Registration
-from ucm.pd.etcd_access import EtcdAccess, etcd_endpoints
-from ucm.pd.etcd_gateway import EtcdError
+from ucm.pd.fleet.etcd import PREFIX, Etcd, Registration
+from ucm.pd.fleet.etcd_access import EtcdAccess, etcd_endpoints
+from ucm.pd.fleet.etcd_gateway import EtcdError
 
 # The shortest that etcd grants.
 TTL_S = 2

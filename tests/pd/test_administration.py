@@ -11,7 +11,7 @@ from yarl import URL
 
 from tests.pd.conftest import Fleet, answering
 from ucm.pd.administration import PATHS, is_for_all
-from ucm.pd.proxy import STOPPING
+from ucm.pd.app import STOPPING
 
 PATIENCE_S = 20.0
 ADMIN = {"Authorization": "Bearer secret"}

@@ -17,8 +17,9 @@ from tests.pd.certificates import Files
 from tests.pd.conftest import Fleet, until
 from tests.pd.leftovers import LEFT_TO_THE_COLLECTOR
 from tests.pd.test_tls import served
-from ucm.pd import flags, listening
-from ucm.pd.connections import MOST_CONNECTIONS, SPARED_S, default_limit
+from ucm.pd import flags
+from ucm.pd.server import listening
+from ucm.pd.server.connections import MOST_CONNECTIONS, SPARED_S, default_limit
 
 PATIENCE_S = 30.0
 # asyncio leaves the transport of a handshake that failed to the garbage collector.

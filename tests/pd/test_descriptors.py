@@ -17,7 +17,7 @@ from aiohttp import web
 
 from examples.cluster.processes import HttpServer, free_port
 from tests.pd.conftest import Engine, Fleet, until
-from ucm.pd.listening import raise_descriptor_limit
+from ucm.pd.server.listening import raise_descriptor_limit
 
 PATIENCE_S = 30.0
 MAX_DESCRIPTORS = 64

@@ -30,10 +30,10 @@ from tests.pd.etcd_parts import (
 )
 from ucm.errors import ConfigError
 from ucm.pd import register
-from ucm.pd.discovery import changes, follow
-from ucm.pd.etcd import PREFIX, Etcd, Registration
-from ucm.pd.etcd_access import EtcdAccess, etcd_endpoints
-from ucm.pd.etcd_gateway import EtcdError, Event
+from ucm.pd.fleet.etcd import PREFIX, Etcd, Registration
+from ucm.pd.fleet.etcd_access import EtcdAccess, etcd_endpoints
+from ucm.pd.fleet.etcd_gateway import EtcdError, Event
+from ucm.pd.fleet.follow import changes, follow
 
 
 @pytest.fixture
@@ -143,7 +143,7 @@ async def test_while_etcd_is_gone_what_was_known_stays(
     told = len(world.seen)
 
     def logged() -> int:
-        return len([each for each in caplog.records if each.name == "ucm.pd.discovery"])
+        return len([each for each in caplog.records if each.name == "ucm.pd.fleet.follow"])
 
     with caplog.at_level(logging.WARNING):
         world.server.kill()

@@ -16,11 +16,11 @@ from yarl import URL
 from tests.pd.certificates import Files
 from tests.pd.conftest import Answer, Engine, Fleet, answering, until
 from ucm.pd import flags, register
-from ucm.pd.discovery import follow
-from ucm.pd.etcd import CALL_TIMEOUT_S, PREFIX, Etcd, Registration
-from ucm.pd.etcd_access import EtcdAccess, etcd_endpoints
-from ucm.pd.etcd_gateway import MAX_ANSWER_BYTES, EtcdError
-from ucm.pd.instance import Role
+from ucm.pd.fleet.etcd import CALL_TIMEOUT_S, PREFIX, Etcd, Registration
+from ucm.pd.fleet.etcd_access import EtcdAccess, etcd_endpoints
+from ucm.pd.fleet.etcd_gateway import MAX_ANSWER_BYTES, EtcdError
+from ucm.pd.fleet.follow import follow
+from ucm.pd.fleet.instance import Role
 
 Parse = Callable[..., "EtcdAccess | None"]
 PATIENCE_S = 30.0

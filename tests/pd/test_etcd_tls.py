@@ -19,9 +19,9 @@ from tests.pd.certificates import Files
 from tests.pd.conftest import Fleet, until
 from tests.pd.etcd_parts import PATIENCE_S, EtcdServer, key_of, registrar_command, running_etcd
 from tests.pd.leftovers import LEFT_TO_THE_COLLECTOR
-from ucm.pd.etcd import PREFIX, Etcd
-from ucm.pd.etcd_access import EtcdAccess
-from ucm.pd.etcd_gateway import EtcdError
+from ucm.pd.fleet.etcd import PREFIX, Etcd
+from ucm.pd.fleet.etcd_access import EtcdAccess
+from ucm.pd.fleet.etcd_gateway import EtcdError
 
 # asyncio leaves the transport of a handshake that failed to the garbage collector.
 pytestmark = [

@@ -24,10 +24,10 @@ from tests.pd.etcd_parts import (
     registrar_command,
     running_etcd,
 )
-from ucm.pd.discovery import follow
-from ucm.pd.etcd import PREFIX, Etcd, Registration
-from ucm.pd.etcd_access import EtcdAccess
-from ucm.pd.etcd_gateway import EtcdError, Event
+from ucm.pd.fleet.etcd import PREFIX, Etcd, Registration
+from ucm.pd.fleet.etcd_access import EtcdAccess
+from ucm.pd.fleet.etcd_gateway import EtcdError, Event
+from ucm.pd.fleet.follow import follow
 
 pytestmark = pytest.mark.process
 

@@ -7,9 +7,9 @@ import asyncio
 import pytest
 from yarl import URL
 
-from ucm.pd.breaker import Breaker
-from ucm.pd.instance import Role
-from ucm.pd.instances import NoInstance, Pool, QueueFull
+from ucm.pd.fleet.breaker import Breaker
+from ucm.pd.fleet.instance import Role
+from ucm.pd.fleet.pool import NoInstance, Pool, QueueFull
 
 A, B = URL("http://a:1"), URL("http://b:1")
 

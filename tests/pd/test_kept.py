@@ -15,7 +15,7 @@ from yarl import URL
 from tests.pd.conftest import Fleet, answering
 from tests.pd.handoff_parts import hang_up
 from tests.pd.kept_parts import Kept, made, started
-from ucm.pd.keepers import MAX_ID_CHARS, Keepers, Name, named_by
+from ucm.pd.legs.keepers import MAX_ID_CHARS, Keepers, Name, named_by
 
 WAYS: dict[str, dict[str, Any]] = {
     "whole": {},

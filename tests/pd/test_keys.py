@@ -12,10 +12,11 @@ from yarl import URL
 from tests.pd.conftest import Fleet, answering, until
 from tests.pd.test_websocket import REALTIME, echo
 from ucm.pd import toy_proxy_server
-from ucm.pd.etcd_access import EtcdAccess, etcd_endpoints
+from ucm.pd.app import make_app
 from ucm.pd.flags import ProxySettings
-from ucm.pd.instance import Role
-from ucm.pd.proxy import GENERATING, make_app
+from ucm.pd.fleet.etcd_access import EtcdAccess, etcd_endpoints
+from ucm.pd.fleet.instance import Role
+from ucm.pd.protocol import GENERATING
 from ucm.pd.register import RegisterSettings, Registrar
 
 MINE = {"Authorization": "Bearer mine"}

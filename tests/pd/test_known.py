@@ -10,8 +10,8 @@ import pytest
 from tests.pd.conftest import Fleet, answering
 from tests.pd.handoff_parts import a_receipt, giving
 from ucm import handoff
-from ucm.pd.known import Known, Link, chain_of
-from ucm.pd.prefill import PrefillOutcome
+from ucm.pd.legs.known import Known, Link, chain_of
+from ucm.pd.legs.prefill import PrefillOutcome
 
 CHAT = "v1/chat/completions"
 LONG = "why? " * 400

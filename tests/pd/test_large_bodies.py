@@ -14,8 +14,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from tests.pd.conftest import Fleet
-from ucm.pd import bodies
-from ucm.pd.resume import Tracker
+from ucm.pd.legs import bodies
+from ucm.pd.legs.resume import Tracker
 
 CHINESE = "请把下面的文章翻译成英文。"
 # More than what is handled on the loop.

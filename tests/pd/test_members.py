@@ -11,13 +11,13 @@ from yarl import URL
 from tests.pd.conftest import Fleet, until
 from ucm.errors import ConfigError
 from ucm.pd import toy_proxy_server
-from ucm.pd.breaker import Breaker
-from ucm.pd.etcd import Registration
 from ucm.pd.flags import ProxySettings
-from ucm.pd.instance import Role
-from ucm.pd.instances import Pool
-from ucm.pd.instances_file import read_instances
-from ucm.pd.members import Members
+from ucm.pd.fleet.breaker import Breaker
+from ucm.pd.fleet.etcd import Registration
+from ucm.pd.fleet.file import read_instances
+from ucm.pd.fleet.instance import Role
+from ucm.pd.fleet.members import Members
+from ucm.pd.fleet.pool import Pool
 
 
 def write(path: Path, text: str) -> None:

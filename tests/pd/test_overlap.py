@@ -28,11 +28,11 @@ from tests.pd.handoff_parts import (
     until_no_prefill_runs,
 )
 from ucm.handoff import Expected, Handoff, Wanted, Withdrawn, params
-from ucm.pd.delivery import Answer
-from ucm.pd.journey import Journey
+from ucm.pd.legs.delivery import Answer
+from ucm.pd.legs.handoff import Promise
+from ucm.pd.legs.prefill import PrefillOutcome, Share
 from ucm.pd.metrics import ProxyMetrics
-from ucm.pd.prefill import PrefillOutcome, Share
-from ucm.pd.promise import Promise
+from ucm.pd.trace import Journey
 
 
 @pytest_asyncio.fixture

@@ -12,25 +12,17 @@ from pathlib import Path
 from typing import Any
 
 from ucm import handoff
-from ucm.pd import (
-    access,
-    administration,
-    delivery,
-    prefill,
-    promise,
-    proxy,
-    register,
-    rewrite,
-    upstream,
-)
+from ucm.pd import access, administration, app, protocol, register
 from ucm.pd.flags import HANDOFFS, ProxySettings, _parser
+from ucm.pd.legs import delivery, prefill, rewrite, upstream
+from ucm.pd.legs import handoff as legs_handoff
 from ucm.pd.metrics import ProxyMetrics
 
 TEXT = (Path(__file__).parents[2] / "docs" / "pd.md").read_text()
 # All of the proxy's code.
 CODE = [
     node
-    for file in sorted(Path(proxy.__file__).parent.glob("*.py"))
+    for file in sorted(Path(app.__file__).parent.rglob("*.py"))
     for node in ast.walk(ast.parse(file.read_text()))
 ]
 # In code, the part of a text that is put in when it runs.
@@ -160,13 +152,13 @@ def test_it_says_when_decode_is_asked_and_what_it_is_told() -> None:
         assert f"\n| `{mode}` | " in TEXT
     for mark in (handoff.Wanted(), handoff.Expected(), handoff.Withdrawn()):
         assert json.dumps(handoff.params(mark)) in named()
-    assert promise.WITHDRAWN_SUFFIX in named()
+    assert legs_handoff.WITHDRAWN_SUFFIX in named()
 
 
 def test_it_names_every_endpoint() -> None:
-    assert set() == {path for path in proxy.GENERATING if path not in TEXT}
-    routes = proxy.make_app(ProxySettings()).router.resources()
-    for route in {route.canonical for route in routes} - set(proxy.GENERATING):
+    assert set() == {path for path in protocol.GENERATING if path not in TEXT}
+    routes = app.make_app(ProxySettings()).router.resources()
+    for route in {route.canonical for route in routes} - set(protocol.GENERATING):
         for path in re.findall(r"^/[a-z]+$", route):
             assert f"`GET {path}`" in TEXT
     for change in ("add", "drain", "remove"):

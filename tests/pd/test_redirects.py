@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from yarl import URL
 
 from tests.pd.conftest import Fleet
-from ucm.pd.upstream import at_the_proxy
+from ucm.pd.legs.upstream import at_the_proxy
 
 BODY = b'{"prompt": "hi"}'
 

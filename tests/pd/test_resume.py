@@ -13,7 +13,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from tests.pd.conftest import Answer, Fleet
-from ucm.pd.resume import Events, Tracker
+from ucm.pd.legs.resume import Events, Tracker
 
 CHAT, COMPLETIONS = "v1/chat/completions", "v1/completions"
 

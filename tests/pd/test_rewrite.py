@@ -8,7 +8,7 @@ import pytest
 from hypothesis import assume, given
 from hypothesis import strategies as st
 
-from ucm.pd.rewrite import (
+from ucm.pd.legs.rewrite import (
     guess_tokens,
     most_tokens,
     params_of,

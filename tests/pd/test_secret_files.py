@@ -11,10 +11,10 @@ import pytest
 from yarl import URL
 
 from tests.pd.certificates import Files
-from ucm.pd import tls
-from ucm.pd.credentials import InstanceFiles
-from ucm.pd.etcd_access import EtcdAccess
-from ucm.pd.keys import Keys
+from ucm.pd.fleet.etcd_access import EtcdAccess
+from ucm.pd.security import tls
+from ucm.pd.security.credentials import InstanceFiles
+from ucm.pd.security.keys import Keys
 
 Reads = Callable[[str], object]
 ETCD = EtcdAccess(endpoints=(URL("https://a:1"),))

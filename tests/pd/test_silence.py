@@ -9,9 +9,9 @@ from typing import Any
 import pytest
 from yarl import URL
 
-from ucm.pd.breaker import Breaker
-from ucm.pd.instance import Instance, Role
-from ucm.pd.silence import InstanceLost, InstanceSilent, Patience, Scout, unless_lost
+from ucm.pd.fleet.breaker import Breaker
+from ucm.pd.fleet.instance import Instance, Role
+from ucm.pd.fleet.silence import InstanceLost, InstanceSilent, Patience, Scout, unless_lost
 
 SILENT_AFTER_S = 0.05
 

@@ -20,11 +20,11 @@ from tests.pd.conftest import Engine, Fleet, until
 from tests.pd.leftovers import LEFT_TO_THE_COLLECTOR
 from tests.pd.test_websocket import REALTIME, echo
 from ucm.pd import toy_proxy_server
-from ucm.pd.etcd_access import EtcdAccess, etcd_endpoints
 from ucm.pd.flags import ProxySettings
-from ucm.pd.instance import Role
+from ucm.pd.fleet.etcd_access import EtcdAccess, etcd_endpoints
+from ucm.pd.fleet.instance import Role
 from ucm.pd.register import RegisterSettings, Registrar
-from ucm.pd.serve import serve
+from ucm.pd.server.serve import serve
 
 NEVER_S = 1000.0
 

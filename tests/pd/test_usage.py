@@ -18,7 +18,7 @@ from tests.pd.protocol_answers import completion, sse
 from tests.pd.test_kept import get
 from tests.pd.usage_parts import PATHS, PROMPT_TOKENS, decoding, events, whole
 from ucm.handoff import Expected
-from ucm.pd.usage import Found, corrected, found_in
+from ucm.pd.legs.usage import Found, corrected, found_in
 
 QUESTION: Any = [{"role": "user", "content": "hi"}]
 HANDOFFS = ["chain", "overlap"]

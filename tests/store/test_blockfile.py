@@ -11,10 +11,10 @@ from hypothesis import strategies as st
 from xxhash import xxh3_64_intdigest
 
 from ucm.errors import TierError
-from ucm.store import blockfile
-from ucm.store.blockfile import HEADER_BYTES, BlockId, Scratch, decode_header, encode_header
-from ucm.store.keys import Key
-from ucm.store.page import padded_bytes
+from ucm.store.blocks import blockfile
+from ucm.store.blocks.blockfile import HEADER_BYTES, BlockId, Scratch, decode_header, encode_header
+from ucm.store.blocks.keys import Key
+from ucm.store.blocks.page import padded_bytes
 
 MIB = 1 << 20
 KEY = Key(bytes(range(32)))

@@ -7,7 +7,7 @@ import mmap
 import numpy as np
 import pytest
 
-from ucm.store.buffers import host_row
+from ucm.store.api.buffers import host_row
 
 SIZES = (5, 3)
 

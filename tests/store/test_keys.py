@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from ucm.store.keys import (
+from ucm.store.blocks.keys import (
     KEY_BYTES,
     Extra,
     Item,

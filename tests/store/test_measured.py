@@ -19,8 +19,8 @@ from tests.store.tier_contract import (
     run_together,
 )
 from ucm.errors import TierError
-from ucm.store.measured import MeasuredTier
-from ucm.store.tier import MemoryTier, Tier
+from ucm.store.tiers.metered import MeasuredTier
+from ucm.store.tiers.tier import MemoryTier, Tier
 
 
 class TestMeasuredTier(TierContract):

@@ -3,7 +3,7 @@ from __future__ import annotations
 import pytest
 
 from tests.store.tier_contract import TierContract
-from ucm.store.tier import MemoryTier, Tier
+from ucm.store.tiers.tier import MemoryTier, Tier
 
 
 class TestMemoryTier(TierContract):

@@ -7,10 +7,10 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from ucm.store import paths
-from ucm.store.keys import Key, TailKey
+from ucm.store.blocks.keys import Key, TailKey
 from ucm.store.processes import UNKNOWN, Process
-from ucm.store.writers import WriterName
+from ucm.store.tiers.posix import paths
+from ucm.store.tiers.posix.writers import WriterName
 
 BACKEND = "/mnt/kv"
 FINGERPRINT = bytes(range(32))

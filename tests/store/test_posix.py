@@ -20,11 +20,11 @@ from tests.store.tier_contract import (
     run_together,
 )
 from ucm.errors import TierError
-from ucm.store import paths
-from ucm.store.blockfile import decode_header
-from ucm.store.keys import Key
-from ucm.store.posix import PosixTier
-from ucm.store.tier import ReadStatus, Tier, TierNamespace
+from ucm.store.blocks.blockfile import decode_header
+from ucm.store.blocks.keys import Key
+from ucm.store.tiers.posix import paths
+from ucm.store.tiers.posix.tier import PosixTier
+from ucm.store.tiers.tier import ReadStatus, Tier, TierNamespace
 
 KEYS = [make_key(i) for i in range(200)]
 

@@ -13,10 +13,10 @@ import pytest
 
 from tests.store.tier_contract import SMALL, content_of, dump, load, make_key, make_page
 from ucm.errors import ConfigError
-from ucm.store.page_key import PageKey
-from ucm.store.posix import PosixTier
-from ucm.store.rights import file_rights, problems
-from ucm.store.tier import ReadStatus
+from ucm.store.blocks.page_key import PageKey
+from ucm.store.tiers.posix.rights import file_rights, problems
+from ucm.store.tiers.posix.tier import PosixTier
+from ucm.store.tiers.tier import ReadStatus
 
 KEY, PAGE = make_key(1), make_page(SMALL, "a")
 SECRET = PageKey.of(b"a secret of some length")

@@ -3,8 +3,8 @@ from __future__ import annotations
 import pytest
 
 from ucm.errors import ConfigError
-from ucm.store import namespace
-from ucm.store.shards import BlockNames, BlockShape, block_shape
+from ucm.store.api.shards import BlockNames, BlockShape, block_shape
+from ucm.store.blocks import namespace
 
 
 @pytest.mark.parametrize(

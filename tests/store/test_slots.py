@@ -9,8 +9,8 @@ from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import Bundle, RuleBasedStateMachine, consumes, invariant, rule
 
-from ucm.store.keys import Key
-from ucm.store.slots import Slot, SlotState, SlotTable, span_extents
+from ucm.store.blocks.keys import Key
+from ucm.store.node.slots import Slot, SlotState, SlotTable, span_extents
 
 EXTENT = 64
 CAPACITY = 8 * EXTENT

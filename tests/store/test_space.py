@@ -12,9 +12,9 @@ from hypothesis import strategies as st
 from tests.faults.mounts import mount_tmpfs, own_mounts
 from tests.store.tier_contract import LARGE, dump, load, make_key, make_page
 from ucm.errors import TierError
-from ucm.store.posix import PosixTier
-from ucm.store.space import Reserve, Space, look, reserve_bytes
-from ucm.store.tier import ReadStatus
+from ucm.store.tiers.posix.space import Reserve, Space, look, reserve_bytes
+from ucm.store.tiers.posix.tier import PosixTier
+from ucm.store.tiers.tier import ReadStatus
 
 MIB, GIB = 1 << 20, 1 << 30
 

@@ -14,10 +14,10 @@ from threading import Event
 import pytest
 
 from tests.store.tier_contract import dump, make_key, make_namespace, make_page
-from ucm.store import paths, sweep, writers
-from ucm.store.posix import PosixTier
 from ucm.store.processes import UNKNOWN, Process, is_running, this_process
-from ucm.store.sweep import Sweep, Swept
+from ucm.store.tiers.posix import paths, sweep, writers
+from ucm.store.tiers.posix.sweep import Sweep, Swept
+from ucm.store.tiers.posix.tier import PosixTier
 
 HOUR_S = 3600.0
 SMALL = make_namespace("model", page_bytes=4096)

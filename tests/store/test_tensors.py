@@ -8,8 +8,8 @@ import pytest
 
 torch = pytest.importorskip("torch")
 
-from ucm.store.buffers import HostRow  # noqa: E402 (torch may be missing)
-from ucm.store.tensors import TensorRow, tensor_rows  # noqa: E402
+from ucm.store.api.buffers import HostRow  # noqa: E402 (torch may be missing)
+from ucm.store.api.tensors import TensorRow, tensor_rows  # noqa: E402
 
 ODD = torch.arange(3, dtype=torch.uint8)
 PLAIN = torch.arange(6, dtype=torch.float32).view(2, 3)

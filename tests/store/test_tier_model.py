@@ -24,9 +24,9 @@ from tests.store.tier_contract import (
     make_key,
     make_page,
 )
-from ucm.store.keys import Key
-from ucm.store.posix import PosixTier
-from ucm.store.tier import MemoryTier, ReadStatus, Staged, Tier, TierNamespace
+from ucm.store.blocks.keys import Key
+from ucm.store.tiers.posix.tier import PosixTier
+from ucm.store.tiers.tier import MemoryTier, ReadStatus, Staged, Tier, TierNamespace
 
 
 class TierAgainstDict(RuleBasedStateMachine):

@@ -5,9 +5,9 @@ from pathlib import Path
 import pytest
 
 from tests.store.tier_contract import SMALL, dump, make_key, make_page
-from ucm.config import PIPELINES, STAGES, StoreSettings
-from ucm.store import paths
-from ucm.store.tiers import NODE_CACHE_STAGE, TIER_STAGES, build_tier, keeps_pages
+from ucm.config.settings import PIPELINES, STAGES, StoreSettings
+from ucm.store.tiers.build import NODE_CACHE_STAGE, TIER_STAGES, build_tier, keeps_pages
+from ucm.store.tiers.posix import paths
 
 
 def settings_for(pipeline: str, directory: Path) -> StoreSettings:

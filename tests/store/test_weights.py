@@ -12,7 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from ucm.errors import UnsupportedEngine
-from ucm.store.weights import lora_digest, weights_identity
+from ucm.store.blocks.weights import lora_digest, weights_identity
 
 SMALL = 512
 BIG = 40_000

@@ -11,9 +11,10 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from ucm.store import processes, writers
+from ucm.store import processes
 from ucm.store.processes import UNKNOWN, Process
-from ucm.store.writers import Fate
+from ucm.store.tiers.posix import writers
+from ucm.store.tiers.posix.writers import Fate
 
 HOUR_S = 3600.0
 HERE = Process("node1.example.com", "0123456789abcdef", 100, 5_000)

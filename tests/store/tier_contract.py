@@ -14,9 +14,9 @@ from dataclasses import replace
 import pytest
 
 from ucm.errors import TierError
-from ucm.store.keys import Key
-from ucm.store.page import padded_bytes
-from ucm.store.tier import ReadStatus, Tier, TierNamespace
+from ucm.store.blocks.keys import Key
+from ucm.store.blocks.page import padded_bytes
+from ucm.store.tiers.tier import ReadStatus, Tier, TierNamespace
 
 BLOCK_TOKENS = 128
 

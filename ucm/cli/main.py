@@ -30,8 +30,8 @@ def node_cache(
     ],
 ) -> None:
     """Run this node's cache in the foreground, instead of letting the first engine start it."""
-    from ucm.config import load_settings_file
-    from ucm.store.node.start import run_by_hand
+    from ucm.config.settings import load_settings_file
+    from ucm.store.client.start import run_by_hand
 
     try:
         settings = load_settings_file(config)
@@ -54,7 +54,7 @@ def init(
 ) -> None:
     """Make a directory a storage backend: give it its id, so that it is told from an empty mount
     point."""
-    from ucm.store.backend import Backend, parse_id
+    from ucm.store.tiers.posix.backend import Backend, parse_id
 
     path = str(directory.absolute())
     try:

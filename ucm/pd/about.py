@@ -9,10 +9,10 @@ from aiohttp import web
 from ucm.pd import administration
 from ucm.pd.access import Access
 from ucm.pd.errors import error_response
-from ucm.pd.instance import Role
-from ucm.pd.instances import Pool, all_instances
+from ucm.pd.fleet.instance import Role
+from ucm.pd.fleet.pool import Pool, all_instances
+from ucm.pd.legs.rewrite import parse_body
 from ucm.pd.metrics import ProxyMetrics
-from ucm.pd.rewrite import parse_body
 from ucm.pd.stopping import Stopping
 
 NEEDS_KEY = "needs the --admin-key of this proxy as a bearer token"

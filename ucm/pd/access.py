@@ -17,8 +17,8 @@ from itertools import chain
 from multidict import CIMultiDict, CIMultiDictProxy
 
 from ucm.pd.flags import ProxySettings
-from ucm.pd.instance import Role
-from ucm.pd.keys import Keys
+from ucm.pd.fleet.instance import Role
+from ucm.pd.security.keys import Keys
 
 # Who needs Authorization for the engines' own key sends the proxy's here.
 ADMIN_HEADER = "X-Ucm-Admin-Key"

@@ -23,13 +23,13 @@ from aiohttp import web
 from yarl import URL
 
 from ucm.errors import ConfigError
-from ucm.pd import upstream
 from ucm.pd.errors import error_response
 from ucm.pd.flags import instance_url
-from ucm.pd.instance import Instance, Role
-from ucm.pd.instances import Pool
-from ucm.pd.journey import Journey
-from ucm.pd.silence import unless_lost
+from ucm.pd.fleet.instance import Instance, Role
+from ucm.pd.fleet.pool import Pool
+from ucm.pd.fleet.silence import unless_lost
+from ucm.pd.legs import upstream
+from ucm.pd.trace import Journey
 
 logger = logging.getLogger(__name__)
 

@@ -15,7 +15,8 @@ from typing import Any, NoReturn
 from yarl import URL
 
 from ucm.errors import ConfigError
-from ucm.pd.credentials import (
+from ucm.pd.fleet.etcd_access import EtcdAccess, add_etcd_flags, etcd_access
+from ucm.pd.security.credentials import (
     InstanceFiles,
     add_instance_files,
     add_keys,
@@ -23,7 +24,6 @@ from ucm.pd.credentials import (
     check_goes_with,
     instance_files,
 )
-from ucm.pd.etcd_access import EtcdAccess, add_etcd_flags, etcd_access
 
 POLICIES = ("least-loaded", "round-robin")
 HANDOFFS = ("chain", "overlap")

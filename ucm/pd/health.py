@@ -6,8 +6,8 @@ import logging
 
 import aiohttp
 
-from ucm.pd import upstream
-from ucm.pd.instance import Instance
+from ucm.pd.fleet.instance import Instance
+from ucm.pd.legs import upstream
 
 logger = logging.getLogger(__name__)
 

@@ -41,6 +41,10 @@ CHAT_BATCH = "/v1/chat/completions/batch"
 INVOCATIONS = "/invocations"
 # Token ids in, token ids out: vLLM's own.
 GENERATE = "/inference/v1/generate"
+# A stream of these can go on at another instance.
+RESUMABLE = (COMPLETIONS, CHAT)
+# These have both legs.
+GENERATING = (COMPLETIONS, CHAT, CHAT_BATCH, RESPONSES, MESSAGES, GENERATE, INVOCATIONS)
 _WITH_DONE = (COMPLETIONS, CHAT, GENERATE, "/v1/audio/transcriptions", "/v1/audio/translations")
 
 

@@ -21,16 +21,16 @@ try:
     from yarl import URL
 
     from ucm.errors import ConfigError
-    from ucm.pd import tls
     from ucm.pd.access import bearer
-    from ucm.pd.credentials import InstanceFiles, add_instance_files, instance_files
-    from ucm.pd.etcd import CALL_TIMEOUT_S, Etcd, Registration
-    from ucm.pd.etcd_access import EtcdAccess, add_etcd_flags, etcd_access
-    from ucm.pd.etcd_gateway import EtcdError
     from ucm.pd.flags import OneLineParser, instance_url, seconds_flag
-    from ucm.pd.instance import Role
-    from ucm.pd.keys import Keys
-    from ucm.pd.upstream import IDLE_CONNECTION_S
+    from ucm.pd.fleet.etcd import CALL_TIMEOUT_S, Etcd, Registration
+    from ucm.pd.fleet.etcd_access import EtcdAccess, add_etcd_flags, etcd_access
+    from ucm.pd.fleet.etcd_gateway import EtcdError
+    from ucm.pd.fleet.instance import Role
+    from ucm.pd.legs.upstream import IDLE_CONNECTION_S
+    from ucm.pd.security import tls
+    from ucm.pd.security.credentials import InstanceFiles, add_instance_files, instance_files
+    from ucm.pd.security.keys import Keys
 except ModuleNotFoundError as error:
     raise SystemExit(f"registering needs {error.name}: pip install 'ucm[proxy]'") from None
 

@@ -11,7 +11,7 @@ import asyncio
 from collections.abc import Iterator
 from contextlib import contextmanager
 
-from ucm.pd.journey import Journey
+from ucm.pd.trace import Journey
 
 
 class Stopping:

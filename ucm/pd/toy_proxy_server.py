@@ -21,8 +21,8 @@ if not __package__:
 try:
     from ucm.errors import ConfigError
     from ucm.pd.flags import parse_flags
-    from ucm.pd.instances_file import read_instances
-    from ucm.pd.serve import serve
+    from ucm.pd.fleet.file import read_instances
+    from ucm.pd.server.serve import serve
 except ModuleNotFoundError as error:
     raise SystemExit(f"the proxy needs {error.name}: pip install 'ucm[proxy]'") from None
 

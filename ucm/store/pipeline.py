@@ -28,25 +28,25 @@ from collections.abc import Iterator, Mapping, Sequence
 from types import TracebackType
 from typing import TYPE_CHECKING, Final
 
-from ucm.config import CONNECTOR_NAME, StoreSettings, load_settings
+from ucm.config.settings import CONNECTOR_NAME, StoreSettings, load_settings
 from ucm.errors import ConfigError, TaskFailed, TierError
-from ucm.store import namespace
-from ucm.store.buffers import Row, host_row
-from ucm.store.dumps import DumpTask, not_written
-from ucm.store.keys import Key
-from ucm.store.loads import LoadTask, PrefetchTask
+from ucm.store.api.buffers import Row, host_row
+from ucm.store.api.driver import Transfers
+from ucm.store.api.dumps import DumpTask, not_written
+from ucm.store.api.loads import LoadTask, PrefetchTask
+from ucm.store.api.shards import SHARD_KEYS, BlockNames, block_shape
+from ucm.store.api.tasks import FindTask, Part, Task, batch_blocks
+from ucm.store.blocks import namespace
+from ucm.store.blocks.keys import Key
+from ucm.store.client.start import log_path
 from ucm.store.node import protocol as p
-from ucm.store.node.start import log_path
-from ucm.store.shards import SHARD_KEYS, BlockNames, block_shape
-from ucm.store.tasks import FindTask, Part, Task, batch_blocks
-from ucm.store.tiers import keeps_pages
-from ucm.store.transfers import Transfers
+from ucm.store.tiers.build import keeps_pages
 
 if TYPE_CHECKING:
     import numpy as np
     from typing_extensions import Self
 
-    from ucm.store.tensors import Tensors
+    from ucm.store.api.tensors import Tensors
 
 logger = logging.getLogger(__name__)
 
@@ -250,7 +250,7 @@ class UcmPipelineStore:
             yield from task.places
 
     def _tensor_rows(self, tensors: Tensors) -> list[Row]:
-        from ucm.store.tensors import tensor_rows
+        from ucm.store.api.tensors import tensor_rows
 
         return tensor_rows(tensors, self._shape.tensor_sizes)
 

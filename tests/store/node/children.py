@@ -16,11 +16,11 @@ import msgspec
 import pytest
 
 from tests.store.node.support import PAGE_BYTES, Engine, engine, make_keys
-from ucm.config import StoreSettings
+from ucm.config.settings import StoreSettings
 from ucm.errors import ConfigError, NodeUnavailable
+from ucm.store.client.link import MemoryTaker, NodeLink, RankLink
 from ucm.store.node import protocol as p
 from ucm.store.node import server
-from ucm.store.node.link import MemoryTaker, NodeLink, RankLink
 from ucm.store.node.lock import take_lock
 from ucm.store.node.trust import trust_of
 

@@ -19,16 +19,16 @@ from typing import Any, TypeVar
 import msgspec
 from typing_extensions import Self
 
-from ucm.config import StoreSettings
-from ucm.store import paths
-from ucm.store.blockfile import HEADER_BYTES
-from ucm.store.keys import Key
+from ucm.config.settings import StoreSettings
+from ucm.store.blocks.blockfile import HEADER_BYTES
+from ucm.store.blocks.keys import Key
+from ucm.store.blocks.page import padded_bytes
+from ucm.store.client.connection import NodeClient
+from ucm.store.client.start import connect_or_start, log_path
 from ucm.store.node import protocol as p
-from ucm.store.node.client import NodeClient
-from ucm.store.node.start import connect_or_start, log_path
-from ucm.store.page import padded_bytes
-from ucm.store.posix import PosixTier
-from ucm.store.tier import TierNamespace
+from ucm.store.tiers.posix import paths
+from ucm.store.tiers.posix.tier import PosixTier
+from ucm.store.tiers.tier import TierNamespace
 
 ROOT = Path(__file__).parents[3]
 # A bound for what takes well under a second on an idle machine.

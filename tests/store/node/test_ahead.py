@@ -8,10 +8,10 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from ucm.store.keys import Key
+from ucm.store.blocks.keys import Key
 from ucm.store.node import protocol as p
-from ucm.store.node.ahead import MemoryAhead
-from ucm.store.slots import SlotTable
+from ucm.store.node.prefault import MemoryAhead
+from ucm.store.node.slots import SlotTable
 
 EXTENT_BYTES = 32 << 20
 NUM_EXTENTS = 16

@@ -12,9 +12,9 @@ from tests.store.node.api import whole_blocks
 from tests.store.node.support import FINGERPRINT, SOON_S, Place, make_keys, wait_until
 from tests.store.node.test_link import WELCOME, peer, welcome
 from ucm.errors import ProtocolError, TaskFailed
+from ucm.store.client.answers import Answers
+from ucm.store.client.link import MemoryTaker, NodeLink, RankLink
 from ucm.store.node import protocol as p
-from ucm.store.node.answers import Answers
-from ucm.store.node.link import MemoryTaker, NodeLink, RankLink
 
 KEYS = make_keys("asked", 3)
 PAGE = 1024

@@ -22,13 +22,13 @@ from hypothesis.stateful import (
 
 from tests.store.node.held import DisorderlyPool, Timers
 from tests.store.node.laned import LanedTier, lanes_of
-from ucm.store.keys import Key, block_keys, root_key
+from ucm.store.blocks.keys import Key, block_keys, root_key
 from ucm.store.node import protocol as p
 from ucm.store.node.core import NodeCore
 from ucm.store.node.lanes import Lanes
-from ucm.store.node.state import Connection
-from ucm.store.slots import Slot, SlotTable
-from ucm.store.tier import MemoryTier, TierNamespace
+from ucm.store.node.sessions import Connection
+from ucm.store.node.slots import Slot, SlotTable
+from ucm.store.tiers.tier import MemoryTier, TierNamespace
 
 PAGE = 4096
 NUM_SLOTS = 8

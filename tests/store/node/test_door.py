@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from tests.store.node.held import FINGERPRINT, NAMESPACE_MESSAGE, PAGE, Node, key
 from ucm.errors import ProtocolError
 from ucm.store.node import protocol as p
-from ucm.store.slots import SlotState
+from ucm.store.node.slots import SlotState
 
 KEYS = st.integers(0, 5).map(key)
 SMALL = st.integers(0, 3)

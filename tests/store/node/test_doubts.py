@@ -5,9 +5,9 @@ from __future__ import annotations
 from itertools import pairwise
 
 from tests.store.node.held import Node, key
-from ucm.store.keys import Key
-from ucm.store.node.promises import FIRST_DOUBT_S, LAST_DOUBT_S
-from ucm.store.tier import MemoryTier, TierNamespace
+from ucm.store.blocks.keys import Key
+from ucm.store.node.waiters import FIRST_DOUBT_S, LAST_DOUBT_S
+from ucm.store.tiers.tier import MemoryTier, TierNamespace
 
 KEYS = [key(i) for i in range(20)]
 

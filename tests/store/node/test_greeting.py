@@ -5,10 +5,10 @@ from __future__ import annotations
 import msgspec
 import pytest
 
-from ucm.config import StoreSettings
+from ucm.config.settings import StoreSettings
 from ucm.errors import ConfigError
+from ucm.store.client.greeting import check_pages, ignored_settings
 from ucm.store.node import protocol as p
-from ucm.store.node.greeting import check_pages, ignored_settings
 
 MINE = StoreSettings(storage_backends=("/mnt/a", "/mnt/b"), socket_path="/run/x.sock")
 

@@ -16,9 +16,9 @@ from msgspec.structs import replace
 
 from tests.store.node.support import SOON_S, Place, wait_until
 from ucm.errors import NodeUnavailable, ProtocolError
+from ucm.store.client.connection import NodeClient
+from ucm.store.client.link import NodeLink, session_name
 from ucm.store.node import protocol as p
-from ucm.store.node.client import NodeClient
-from ucm.store.node.link import NodeLink, session_name
 
 WELCOME = p.Welcome(version=p.VERSION, arena="x", capacity_bytes=4096, pid=os.getpid())
 

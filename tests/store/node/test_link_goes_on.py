@@ -9,10 +9,10 @@ import pytest
 
 from tests.store.node.support import SOON_S, Place, wait_until
 from tests.store.node.test_link import num_open_files, peer, wait_for_end, welcome
-from ucm.store.node import link as link_module
+from ucm.store.client import link as link_module
+from ucm.store.client.connection import NodeClient
+from ucm.store.client.link import MemoryTaker, NodeLink, RankLink
 from ucm.store.node import protocol as p
-from ucm.store.node.client import NodeClient
-from ucm.store.node.link import MemoryTaker, NodeLink, RankLink
 
 
 def test_whatever_connecting_raises_the_link_tries_again(

@@ -24,13 +24,13 @@ from tests.store.node.support import (
     make_keys,
     wait_until,
 )
-from ucm.config import StoreSettings
-from ucm.store import paths
-from ucm.store.keys import Key
+from ucm.config.settings import StoreSettings
+from ucm.store.blocks.keys import Key
+from ucm.store.blocks.page import padded_bytes
 from ucm.store.node import protocol as p
-from ucm.store.page import padded_bytes
-from ucm.store.posix import PosixTier
-from ucm.store.tier import TierNamespace
+from ucm.store.tiers.posix import paths
+from ucm.store.tiers.posix.tier import PosixTier
+from ucm.store.tiers.tier import TierNamespace
 
 pytestmark = [pytest.mark.process, needs_fuse]
 

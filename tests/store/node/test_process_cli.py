@@ -14,7 +14,7 @@ import pytest
 import yaml
 
 from tests.store.node.support import ROOT, SOON_S, Place, engine, make_keys
-from ucm.config import StoreSettings, load_settings_file
+from ucm.config.settings import StoreSettings, load_settings_file
 
 pytestmark = pytest.mark.process
 

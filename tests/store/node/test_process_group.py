@@ -23,12 +23,12 @@ from tests.store.node.support import (
     make_keys,
     wait_until,
 )
-from ucm.config import StoreSettings
+from ucm.config.settings import StoreSettings
 from ucm.errors import ConfigError, ProtocolError
-from ucm.store.node.link import NodeLink
+from ucm.store.client.link import NodeLink
+from ucm.store.client.start import log_path
 from ucm.store.node.lock import lock_path, try_lock
-from ucm.store.node.place import ensure_private_directory, open_own_file
-from ucm.store.node.start import log_path
+from ucm.store.node.rendezvous import ensure_private_directory, open_own_file
 from ucm.store.node.trust import Trust, trust_of
 
 pytestmark = [

@@ -20,9 +20,9 @@ from tests.store.node.support import (
     make_keys,
     wait_until,
 )
-from ucm.config import StoreSettings
+from ucm.config.settings import StoreSettings
+from ucm.store.client.link import MemoryTaker, NodeLink, RankLink
 from ucm.store.node import protocol as p
-from ucm.store.node.link import MemoryTaker, NodeLink, RankLink
 
 pytestmark = pytest.mark.process
 KEYS = make_keys("a", 6)

@@ -15,8 +15,8 @@ from tests.faults.mounts import mount_again, mount_tmpfs, own_mounts, take_away
 from tests.store.node.api import dump, load, rows, whole_blocks
 from tests.store.node.support import Place, log_of, wait_until
 from ucm.errors import TaskFailed, TierError
-from ucm.store.paths import BACKEND_ID
 from ucm.store.pipeline import UcmPipelineStore
+from ucm.store.tiers.posix.paths import BACKEND_ID
 
 pytestmark = pytest.mark.process
 

@@ -27,9 +27,9 @@ from tests.store.node.support import (
     wait_until,
 )
 from ucm.errors import ConfigError
-from ucm.store.node.link import NodeLink
+from ucm.store.client.link import NodeLink
+from ucm.store.client.start import connect_or_start, log_path
 from ucm.store.node.lock import lock_path
-from ucm.store.node.start import connect_or_start, log_path
 
 pytestmark = pytest.mark.process
 KEYS = make_keys("a", 4)

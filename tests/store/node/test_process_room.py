@@ -14,7 +14,7 @@ import msgspec
 import pytest
 
 from tests.store.node.support import ROOT, Place, log_of
-from ucm.store.node import room
+from ucm.store.node import limits
 
 pytestmark = pytest.mark.process
 
@@ -24,7 +24,7 @@ LIMIT_BYTES = 512 << 20
 @pytest.fixture
 def small() -> Iterator[Path]:
     """A memory group below this process's own, with a limit."""
-    groups = [each for each in room.memory_groups(Path("/proc")) if each[0].is_dir()]
+    groups = [each for each in limits.memory_groups(Path("/proc")) if each[0].is_dir()]
     if not groups:
         pytest.skip("no memory groups (cgroup v1 or v2) are mounted here")
     parent, version = groups[0]

@@ -12,8 +12,8 @@ from tests.faults.mounts import mount_tmpfs, own_mounts
 from tests.store.node.api import IDS, dump, load, rows, whole_blocks
 from tests.store.node.support import Place, engine, make_keys, wait_until
 from ucm.errors import TaskFailed, TierError
-from ucm.store.paths import BACKEND_ID
 from ucm.store.pipeline import UcmPipelineStore
+from ucm.store.tiers.posix.paths import BACKEND_ID
 
 pytestmark = pytest.mark.process
 

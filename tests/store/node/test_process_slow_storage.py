@@ -7,7 +7,7 @@ import pytest
 from tests.faults.fuse import mount_fuse, needs_fuse
 from tests.store.node.api import IDS, dump, load, rows, whole_blocks
 from tests.store.node.support import Place, engine, make_keys, wait_until
-from ucm.store.keys import Key
+from ucm.store.blocks.keys import Key
 
 pytestmark = [pytest.mark.process, needs_fuse]
 

@@ -29,7 +29,7 @@ from tests.store.node.support import (
     wait_until,
 )
 from ucm.errors import ConfigError
-from ucm.store.node.start import connect_or_start
+from ucm.store.client.start import connect_or_start
 
 pytestmark = pytest.mark.process
 as_root = pytest.mark.skipif(os.getuid() != 0, reason="only root can become somebody else")

@@ -12,7 +12,7 @@ import pytest
 from tests.faults.fuse import FuseMount, mount_fuse, needs_fuse
 from tests.faults.mounts import mount_read_only, mount_tmpfs, own_mounts
 from tests.store.node.support import Engine, Place, engine, make_keys, wait_until
-from ucm.store.keys import Key
+from ucm.store.blocks.keys import Key
 from ucm.store.node import protocol as p
 
 pytestmark = pytest.mark.process

@@ -22,7 +22,7 @@ from tests.store.node.api import (
     whole_blocks,
 )
 from tests.store.node.support import Engine, Place, wait_until
-from ucm.config import PIPELINES
+from ucm.config.settings import PIPELINES
 from ucm.errors import TaskFailed
 
 pytestmark = pytest.mark.process

@@ -26,8 +26,8 @@ from tests.store.node.api import (
 )
 from tests.store.node.support import Place, kill, wait_until
 from ucm.errors import ConfigError, TaskFailed, TierError, UcmError
+from ucm.store.api.tasks import Task
 from ucm.store.pipeline import UcmPipelineStore
-from ucm.store.tasks import Task
 
 pytestmark = pytest.mark.process
 

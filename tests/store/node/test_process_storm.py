@@ -13,8 +13,8 @@ import pytest
 from tests.store.node.children import CROWD
 from tests.store.node.support import Place, child, kill, log_of, wait_until
 from ucm.errors import NodeUnavailable
+from ucm.store.client.start import connect_or_start, may_start
 from ucm.store.node.lock import Holder
-from ucm.store.node.start import connect_or_start, may_start
 
 pytestmark = pytest.mark.process
 # On two cores.

@@ -18,7 +18,7 @@ from tests.store.node.support import (
     make_keys,
     wait_until,
 )
-from ucm.config import StoreSettings
+from ucm.config.settings import StoreSettings
 from ucm.store.node import protocol as p
 
 pytestmark = pytest.mark.process

@@ -12,9 +12,9 @@ import pytest
 
 from tests.e2e.store import Store
 from tests.store.node.support import Place, alive, child, engine, kill, log_of, wait_until
-from ucm.config import StoreSettings
+from ucm.config.settings import StoreSettings
 from ucm.errors import NodeUnavailable
-from ucm.store import paths
+from ucm.store.tiers.posix import paths
 
 pytestmark = [pytest.mark.process, pytest.mark.long, pytest.mark.timeout(1500)]
 

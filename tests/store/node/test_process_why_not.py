@@ -14,10 +14,10 @@ import pytest
 from tests.store.node.api import IDS, dump, load, open_store, whole_blocks
 from tests.store.node.support import Engine, Place, child, log_of
 from ucm.errors import ConfigError, NodeUnavailable, TaskFailed
-from ucm.store.node import start
+from ucm.store.client import start
+from ucm.store.client.start import connect_or_start
+from ucm.store.node.limits import Left
 from ucm.store.node.lock import why_held_up
-from ucm.store.node.room import Left
-from ucm.store.node.start import connect_or_start
 
 pytestmark = pytest.mark.process
 

@@ -19,11 +19,11 @@ from tests.store.node.support import (
     make_keys,
     wait_until,
 )
-from ucm.config import StoreSettings
+from ucm.config.settings import StoreSettings
 from ucm.errors import NodeUnavailable, TaskFailed, UcmError
+from ucm.store.client.connection import NodeClient
+from ucm.store.client.start import connect_or_start
 from ucm.store.node import protocol as p
-from ucm.store.node.client import NodeClient
-from ucm.store.node.start import connect_or_start
 from ucm.store.pipeline import UcmPipelineStore
 
 pytestmark = pytest.mark.process

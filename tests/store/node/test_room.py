@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from ucm.errors import ConfigError
-from ucm.store.node.room import GIB, Left, be_taken_first, memory_left, rest_bytes, room_for
+from ucm.store.node.limits import GIB, Left, be_taken_first, memory_left, rest_bytes, room_for
 
 MIB = 1 << 20
 UNLIMITED_V1 = 9223372036854771712

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 from tests.store.node.held import NAMESPACE, Node, key
 from ucm.errors import TierError
-from ucm.store.keys import Key
+from ucm.store.blocks.keys import Key
 from ucm.store.node import protocol as p
 from ucm.store.node.saved import SavedBook, SavingRules
 

@@ -10,13 +10,13 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from ucm.errors import TierError
-from ucm.store.keys import Key
+from ucm.store.blocks.keys import Key
 from ucm.store.node.lanes import Lanes
 from ucm.store.node.saved import Saving, SavingRules
-from ucm.store.node.state import OpenedNamespace
+from ucm.store.node.sessions import OpenedNamespace
+from ucm.store.node.slots import Slot, SlotTable
 from ucm.store.node.writeback import WriteBack
-from ucm.store.slots import Slot, SlotTable
-from ucm.store.tier import MemoryTier, TierNamespace
+from ucm.store.tiers.tier import MemoryTier, TierNamespace
 
 PAGE = 4096
 NUM_SLOTS = 32

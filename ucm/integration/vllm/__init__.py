@@ -1,1 +1,1 @@
-"""UCM as a vLLM connector."""
+"""What names vLLM: the connector, and what is read of its objects."""

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import torch
 
-from ucm.integration.vllm.accelerator import BatchedCopy
+from ucm.integration.copies.accelerator import BatchedCopy
 
 
 def batched_copy() -> BatchedCopy | None:

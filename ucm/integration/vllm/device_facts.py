@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from typing import Any
 
-from ucm.config import Settings
+from ucm.config.settings import Settings
 from ucm.errors import UnsupportedEngine
-from ucm.integration.vllm.device_copies import DIRECT_RUN_BYTES
+from ucm.integration.copies.device import DIRECT_RUN_BYTES
 
 _HEAD_MAJOR = "LBHNC"
 

@@ -10,12 +10,12 @@ import re
 from dataclasses import dataclass
 from typing import Any
 
-from ucm.config import Settings
+from ucm.config.settings import Settings
 from ucm.errors import UnsupportedEngine
+from ucm.integration.copies.layout import LayoutKind
 from ucm.integration.vllm.device_facts import can_sleep, refuse_layerwise_with_micro_batches
-from ucm.integration.vllm.views import LayoutKind
-from ucm.store.canonical import canonical_json
-from ucm.store.page import PageGeometry
+from ucm.store.blocks.canonical import canonical_json
+from ucm.store.blocks.page import PageGeometry
 
 _LAYER_INDEX = re.compile(r"(?:^|\.)(\d+)(?:\.|$)")
 # The instruction sets of vLLM's CPU attention whose order inside a block is a strided view.

@@ -9,10 +9,10 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any, Final
 
-from ucm.config import Settings
+from ucm.config.settings import Settings
 from ucm.errors import UnsupportedEngine
 from ucm.integration.vllm.engine_facts import EngineFacts
-from ucm.store.namespace import Manifest, model_shape, weights_identity
+from ucm.store.blocks.namespace import Manifest, model_shape, weights_identity
 
 # Ways of speculation that keep no KV of their own: they guess from the text, or from the target's
 # last layer.

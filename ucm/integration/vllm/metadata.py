@@ -13,7 +13,7 @@ from vllm.distributed.kv_transfer.kv_connector.v1.base import (
     KVConnectorWorkerMetadata,
 )
 
-from ucm.integration.vllm.copies import PagePart
+from ucm.integration.copies.contract import PagePart
 
 # How long the connector may wait for news in a step. One that computes nothing has nobody to hold
 # up, and vLLM steps as fast as it can while all its requests wait: on a machine with few cores that

@@ -12,14 +12,21 @@ from typing import Any
 
 from vllm.v1.request import RequestStatus
 
-from ucm.config import Settings
-from ucm.integration.vllm.block_ledger import BlockLedger
+from ucm.config.settings import Settings
+from ucm.integration.engine.dumps import Dumps
+from ucm.integration.engine.epoch import Epochs
+from ucm.integration.engine.gauges import NodeGauges
+from ucm.integration.engine.handoff import PromiseBook
+from ucm.integration.engine.items import NamedItems
+from ucm.integration.engine.ledger import BlockLedger
+from ucm.integration.engine.loads import Hits
+from ucm.integration.engine.naming import Namer
+from ucm.integration.engine.promise import wants_tail
+from ucm.integration.engine.prompt import RequestState, request_keys
+from ucm.integration.engine.proofs import Proofs
+from ucm.integration.engine.turns import Turns
 from ucm.integration.vllm.device_facts import writes_before_hooks
-from ucm.integration.vllm.dumps import Dumps
 from ucm.integration.vllm.engine_facts import EngineFacts
-from ucm.integration.vllm.epochs import Epochs
-from ucm.integration.vllm.hits import Hits
-from ucm.integration.vllm.items import NamedItems
 from ucm.integration.vllm.metadata import (
     IDLE_WAIT_MAX_S,
     IDLE_WAIT_S,
@@ -27,18 +34,11 @@ from ucm.integration.vllm.metadata import (
     RankReport,
     StepMetadata,
 )
-from ucm.integration.vllm.naming import Namer
-from ucm.integration.vllm.node_gauges import NodeGauges
-from ucm.integration.vllm.promise_book import PromiseBook
-from ucm.integration.vllm.promises import wants_tail
-from ucm.integration.vllm.proofs import Proofs
-from ucm.integration.vllm.requests import RequestState, request_keys
-from ucm.integration.vllm.session import NodeSession
 from ucm.integration.vllm.stats import UcmStats
-from ucm.integration.vllm.turns import Turns
-from ucm.store.namespace import Manifest
-from ucm.store.node.link import NodeLink
-from ucm.store.node.start import log_path
+from ucm.store.blocks.namespace import Manifest
+from ucm.store.client.link import NodeLink
+from ucm.store.client.session import NodeSession
+from ucm.store.client.start import log_path
 
 logger = logging.getLogger(__name__)
 

@@ -19,7 +19,7 @@ from vllm.distributed.kv_transfer.kv_connector.v1.base import (
     KVConnectorWorkerMetadata,
 )
 
-from ucm.config import load_settings, start_epoch
+from ucm.config.settings import load_settings, start_epoch
 from ucm.integration.vllm.device_facts import wanted_layout
 from ucm.integration.vllm.engine_facts import engine_facts
 from ucm.integration.vllm.identity import manifest
@@ -27,7 +27,7 @@ from ucm.integration.vllm.metadata import RankReport, StepMetadata
 from ucm.integration.vllm.scheduler import SchedulerSide
 from ucm.integration.vllm.stats import UcmPromMetrics, UcmStats
 from ucm.integration.vllm.worker import WorkerSide
-from ucm.store.node.link import NodeLink
+from ucm.store.client.link import NodeLink
 
 if TYPE_CHECKING:
     import torch

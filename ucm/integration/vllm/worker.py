@@ -18,20 +18,20 @@ from typing import Any
 
 import torch
 
-from ucm.config import Settings
+from ucm.config.settings import Settings
 from ucm.errors import UnsupportedEngine
-from ucm.integration.vllm.arena import Arena
+from ucm.integration.copies.arena import Arena
+from ucm.integration.copies.contract import CopyEngine, Direction, PagePart
+from ucm.integration.copies.generations import Memories
+from ucm.integration.copies.layout import layer_view
+from ucm.integration.copies.make import make_copy_engine
+from ucm.integration.engine.meter import CopyMeter
 from ucm.integration.vllm.batched_copy import batched_copy
-from ucm.integration.vllm.copies import CopyEngine, Direction, PagePart
-from ucm.integration.vllm.copy_engines import make_copy_engine
-from ucm.integration.vllm.copy_meter import CopyMeter
 from ucm.integration.vllm.engine_facts import EngineFacts, layer_index
-from ucm.integration.vllm.memories import Memories
 from ucm.integration.vllm.metadata import IDLE_WAIT_S, CopyJob, RankReport, StepMetadata
 from ucm.integration.vllm.stats import UcmStats
-from ucm.integration.vllm.views import layer_view
-from ucm.store.node.link import RankLink
-from ucm.store.page import RankShare, rank_share
+from ucm.store.blocks.page import RankShare, rank_share
+from ucm.store.client.link import RankLink
 
 logger = logging.getLogger(__name__)
 

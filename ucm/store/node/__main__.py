@@ -15,7 +15,7 @@ if __name__ == "__main__":
     os.setpgid(0, 0)
     signal.signal(signal.SIGHUP, signal.SIG_IGN)
 
-    from ucm.store.node.start import run_detached
+    from ucm.store.client.start import run_detached
 
     # Stay in nobody's directory: it may be a mount that someone wants to take away.
     os.chdir("/")

@@ -12,20 +12,20 @@ from collections.abc import Callable
 
 from ucm.errors import ProtocolError
 from ucm.store.node import protocol as p
-from ucm.store.node.ahead import MemoryAhead, Populate
 from ucm.store.node.door import check_hello, check_message, check_namespace, check_open
-from ucm.store.node.fillings import Fillings
-from ucm.store.node.finds import Finds
+from ucm.store.node.dumps import Fillings
+from ucm.store.node.find import Finds
 from ucm.store.node.lanes import Lanes
 from ucm.store.node.lookups import Lookups
 from ucm.store.node.notices import Notices
 from ucm.store.node.openings import Openings
-from ucm.store.node.promises import CallLater
+from ucm.store.node.prefault import MemoryAhead, Populate
 from ucm.store.node.saved import SavingRules
-from ucm.store.node.state import Connection, OpenedNamespace, Session
+from ucm.store.node.sessions import Connection, OpenedNamespace, Session
+from ucm.store.node.slots import Slot, SlotTable
 from ucm.store.node.storing import Storing
-from ucm.store.slots import Slot, SlotTable
-from ucm.store.tier import Tier
+from ucm.store.node.waiters import CallLater
+from ucm.store.tiers.tier import Tier
 
 _AFTER_HELD_UP_S = 0.25
 # Who can commit what ranks have filled.

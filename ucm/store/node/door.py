@@ -10,10 +10,10 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 
 from ucm.errors import ProtocolError
-from ucm.store.keys import Key
+from ucm.store.blocks.keys import Key
 from ucm.store.node import protocol as p
-from ucm.store.node.state import Asked, OpenedNamespace, weight
-from ucm.store.slots import SlotTable
+from ucm.store.node.sessions import Asked, OpenedNamespace, weight
+from ucm.store.node.slots import SlotTable
 
 MAX_NAMESPACES = 4096
 _KEY_BYTES = 32

@@ -5,12 +5,12 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable
 from functools import partial
 
-from ucm.store.keys import Key
+from ucm.store.blocks.keys import Key
 from ucm.store.node.lanes import Lanes
-from ucm.store.node.lookup_job import LookupJob
+from ucm.store.node.lookup import LookupJob
+from ucm.store.node.slots import SlotTable
 from ucm.store.node.writeback import WriteBack
-from ucm.store.slots import SlotTable
-from ucm.store.tier import Tier
+from ucm.store.tiers.tier import Tier
 
 
 class Heads:

@@ -15,9 +15,9 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from typing import TypeVar
 
-from ucm.store.keys import Key
-from ucm.store.node.io import Pool
-from ucm.store.tier import Tier
+from ucm.store.blocks.keys import Key
+from ucm.store.node.pool import Pool
+from ucm.store.tiers.tier import Tier
 
 _T = TypeVar("_T")
 

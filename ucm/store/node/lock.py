@@ -23,7 +23,7 @@ from typing import Final
 import msgspec
 
 from ucm.errors import NodeUnavailable
-from ucm.store.node.place import (
+from ucm.store.node.rendezvous import (
     check_socket_name,
     ensure_private_directory,
     is_file_at,

@@ -18,20 +18,20 @@ from collections.abc import Callable, Sequence
 from functools import partial
 
 from ucm.errors import ProtocolError
-from ucm.store.keys import Key
+from ucm.store.blocks.keys import Key
 from ucm.store.node import protocol as p
 from ucm.store.node.heads import Heads
-from ucm.store.node.holds import Holds
-from ucm.store.node.io import error_reason
 from ucm.store.node.lanes import Lanes
-from ucm.store.node.lookup_job import LookupJob
+from ucm.store.node.lookup import LookupJob
 from ucm.store.node.notices import Notices
-from ucm.store.node.page_reads import PageReads
-from ucm.store.node.promises import FIRST_PAUSE_S, CallLater, Looked, Promises
-from ucm.store.node.state import Connection, OpenedNamespace
+from ucm.store.node.pins import Holds
+from ucm.store.node.pool import error_reason
+from ucm.store.node.sessions import Connection, OpenedNamespace
+from ucm.store.node.slots import Slot, SlotState, SlotTable
+from ucm.store.node.storage import PageReads
 from ucm.store.node.storing import Storing
-from ucm.store.slots import Slot, SlotState, SlotTable
-from ucm.store.tier import Tier
+from ucm.store.node.waiters import FIRST_PAUSE_S, CallLater, Looked, Promises
+from ucm.store.tiers.tier import Tier
 
 
 class Lookups:

@@ -13,14 +13,14 @@ from collections.abc import Callable, Sequence
 from functools import partial
 
 from ucm.errors import TierError
+from ucm.store.blocks.page import padded_bytes
 from ucm.store.node import protocol as p
 from ucm.store.node.lanes import Lanes
 from ucm.store.node.notices import Notices
-from ucm.store.node.promises import CallLater
-from ucm.store.node.state import Connection, OpenedNamespace
-from ucm.store.page import padded_bytes
-from ucm.store.slots import SlotTable
-from ucm.store.tier import Tier, TierNamespace
+from ucm.store.node.sessions import Connection, OpenedNamespace
+from ucm.store.node.slots import SlotTable
+from ucm.store.node.waiters import CallLater
+from ucm.store.tiers.tier import Tier, TierNamespace
 
 _logger = logging.getLogger(__name__)
 _LOOK_EVERY_S = 1.0

@@ -20,7 +20,7 @@ import msgspec
 from ucm.errors import ProtocolError
 from ucm.store.node import protocol as p
 from ucm.store.node.lock import SocketLock
-from ucm.store.node.state import Connection
+from ucm.store.node.sessions import Connection
 from ucm.store.node.trust import peer_of
 
 if TYPE_CHECKING:

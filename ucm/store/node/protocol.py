@@ -20,9 +20,9 @@ from typing import Annotated, Any, Final, TypeVar
 import msgspec
 from msgspec import Meta
 
-from ucm.config import NODE_PROTOCOL
+from ucm.config.settings import NODE_PROTOCOL
 from ucm.errors import ProtocolError
-from ucm.store.keys import Key, TailKey
+from ucm.store.blocks.keys import Key, TailKey
 from ucm.store.node.frames import LENGTH, MAX_FRAME_BYTES
 from ucm.store.node.frames import FrameBuffer as FrameBuffer
 

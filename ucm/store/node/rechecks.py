@@ -11,15 +11,15 @@ from collections import defaultdict
 from collections.abc import Callable, Sequence
 from functools import partial
 
-from ucm.store.keys import Key
-from ucm.store.node.io import Pool, error_reason
+from ucm.store.blocks.keys import Key
 from ucm.store.node.lanes import Lanes
 from ucm.store.node.notices import Notices
+from ucm.store.node.pool import Pool, error_reason
 from ucm.store.node.saved import Met
-from ucm.store.node.state import OpenedNamespace
+from ucm.store.node.sessions import OpenedNamespace
+from ucm.store.node.slots import SlotState, SlotTable
 from ucm.store.node.writeback import WriteBack
-from ucm.store.slots import SlotState, SlotTable
-from ucm.store.tier import Tier, held_of
+from ucm.store.tiers.tier import Tier, held_of
 
 _MAX_GROUP = 64
 

@@ -23,8 +23,8 @@ from dataclasses import dataclass
 from enum import Enum
 from typing import Protocol, TypeVar
 
-from ucm.store.keys import Key
-from ucm.store.slots import Slot
+from ucm.store.blocks.keys import Key
+from ucm.store.node.slots import Slot
 
 _REMEMBERED_KEYS = 1 << 16
 _V = TypeVar("_V")

@@ -21,23 +21,23 @@ from functools import partial
 
 import msgspec
 
-from ucm.config import StoreSettings
+from ucm.config.settings import StoreSettings
 from ucm.errors import ConfigError
-from ucm.store.measured import MeasuredTier
 from ucm.store.node import protocol as p
 from ucm.store.node.core import NodeCore
-from ucm.store.node.io import IoPool
 from ucm.store.node.lanes import Lanes
+from ucm.store.node.limits import GIB, be_taken_first, memory_left, room_for
 from ucm.store.node.lock import SocketLock, this_process
 from ucm.store.node.memory import SharedMemory, give_way
 from ucm.store.node.peer import Door, Peer
-from ucm.store.node.place import is_shortage
-from ucm.store.node.room import GIB, be_taken_first, memory_left, room_for
+from ucm.store.node.pool import IoPool
+from ucm.store.node.rendezvous import is_shortage
 from ucm.store.node.saved import SavingRules
+from ucm.store.node.slots import SlotTable
 from ucm.store.node.sweeper import Sweeper
 from ucm.store.node.trust import trust_of
-from ucm.store.slots import SlotTable
-from ucm.store.tiers import build_tier, keeps_pages
+from ucm.store.tiers.build import build_tier, keeps_pages
+from ucm.store.tiers.metered import MeasuredTier
 
 logger = logging.getLogger(__name__)
 

@@ -6,16 +6,16 @@ from __future__ import annotations
 from collections import defaultdict
 from collections.abc import Callable, Mapping, Sequence
 
-from ucm.store.keys import Key
+from ucm.store.blocks.keys import Key
 from ucm.store.node import protocol as p
 from ucm.store.node.lanes import Lanes
 from ucm.store.node.notices import Notices
 from ucm.store.node.rechecks import Rechecks, ready_pages
 from ucm.store.node.saved import SavingRules
-from ucm.store.node.state import Connection, OpenedNamespace, Session
+from ucm.store.node.sessions import Connection, OpenedNamespace, Session
+from ucm.store.node.slots import Slot, SlotTable
 from ucm.store.node.writeback import WriteBack
-from ucm.store.slots import Slot, SlotTable
-from ucm.store.tier import Tier
+from ucm.store.tiers.tier import Tier
 
 _TOLD_ROLES = ("scheduler", "store")
 

@@ -10,9 +10,9 @@ from __future__ import annotations
 import logging
 from threading import Event, Thread
 
-from ucm.config import StoreSettings
+from ucm.config.settings import StoreSettings
 from ucm.store.node.memory import give_way
-from ucm.store.sweep import Sweep, Swept
+from ucm.store.tiers.posix.sweep import Sweep, Swept
 
 logger = logging.getLogger(__name__)
 

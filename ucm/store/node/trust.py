@@ -18,9 +18,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Final
 
-from ucm.config import StoreSettings
+from ucm.config.settings import StoreSettings
 from ucm.errors import ConfigError
-from ucm.store.rights import gid_of
+from ucm.store.tiers.posix.rights import gid_of
 
 # Python has no name for it. Of as many groups as Python asks for; who has more has to have the
 # group as the first one.

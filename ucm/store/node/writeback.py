@@ -23,15 +23,15 @@ from dataclasses import dataclass, field
 from functools import partial
 
 from ucm.errors import TierError
-from ucm.store.keys import Key, num_tokens_of
-from ucm.store.node.io import Pool
+from ucm.store.blocks.keys import Key, num_tokens_of
 from ucm.store.node.lanes import Lanes
 from ucm.store.node.notices import Notices
-from ucm.store.node.places import Places
+from ucm.store.node.pool import Pool
 from ucm.store.node.saved import Met, SavedBook, Saving, SavingRules, Tell
-from ucm.store.node.state import OpenedNamespace
-from ucm.store.slots import Slot, SlotState, SlotTable
-from ucm.store.tier import Staged, Tier
+from ucm.store.node.sessions import OpenedNamespace
+from ucm.store.node.slots import Slot, SlotState, SlotTable
+from ucm.store.node.write_places import Places
+from ucm.store.tiers.tier import Staged, Tier
 
 AFTER_FAILED = "after_failed"
 QUEUE_FULL = "queue_full"

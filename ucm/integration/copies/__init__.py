@@ -1,0 +1,1 @@
+"""Copies between a device's KV blocks and the slots. Knows torch and no engine."""

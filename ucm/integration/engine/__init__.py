@@ -1,0 +1,1 @@
+"""What the scheduler half of any engine does. Knows no engine and no torch."""

@@ -1,0 +1,1 @@
+"""The instances behind the proxy: who is there, who is well, who is next."""

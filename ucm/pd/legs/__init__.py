@@ -1,0 +1,1 @@
+"""A request's two legs, and what a client gets of them."""

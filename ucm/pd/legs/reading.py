@@ -1,0 +1,82 @@
+"""A client's request as far as the proxy has to understand it. Pure.
+
+All that takes longer with a longer body is done here, so that it can be done apart from the event
+loop: reading it, taking out what is not a client's to say, guessing, and writing the prefill leg.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from ucm.pd.legs.known import Link, chain_of
+from ucm.pd.legs.rewrite import (
+    guess_tokens,
+    kind_of,
+    long_prompts,
+    may_have_words,
+    parse_body,
+    prefill_body,
+    prefill_fields,
+    why_not_prefill,
+    without_words,
+)
+from ucm.pd.protocol import CHAT_BATCH, RESPONSES
+
+
+@dataclass(frozen=True)
+class Wanted:
+    """`body` is for decode. `first` is for prefill; without it `why_not` says why there is none.
+    It `is_all` if it has all of the prompts, and its receipt is about them. `chain` is that of its
+    prompt, where anybody wants to know."""
+
+    body: bytes
+    fields: dict[str, Any]
+    tokens: int
+    kind: str
+    why_not: str | None
+    first: bytes
+    is_all: bool
+    chain: tuple[Link, ...] = ()
+
+
+def read_request(
+    body: bytes, path: str, *, min_tokens: int, has_prefill: bool, chains: bool = False
+) -> Wanted | None:
+    """None if it is no JSON object."""
+    fields = parse_body(body)
+    if fields is None:
+        return None
+    body, fields = without_words(body, fields)
+    why_not, first, is_all = None, b"", True
+    chain: tuple[Link, ...] = ()
+    if has_prefill:
+        why_not = why_not_prefill(fields, min_tokens=min_tokens)
+        if why_not is None:
+            long, is_all = long_prompts(fields, min_tokens=min_tokens)
+            first = prefill_body(long, path=path)
+            # vLLM answers with one receipt for one prompt.
+            is_all = is_all and path != CHAT_BATCH
+            if chains and is_all:
+                chain = chain_of(prefill_fields(long, path=path), path=path)
+    kind = kind_of(path, fields)
+    return Wanted(body, fields, guess_tokens(fields), kind, why_not, first, is_all, chain)
+
+
+def answers_at_once(path: str, fields: Mapping[str, Any]) -> bool:
+    """Whether decode's first byte says nothing of its having found or computed the prompt: it says
+    of a response that there will be one before it has done anything for it."""
+    return path == RESPONSES and bool(fields.get("stream") or fields.get("background"))
+
+
+def is_invocation(wanted: Wanted | None) -> bool:
+    """What vLLM takes for a chat or a completion where anything may be asked."""
+    return wanted is not None and ("messages" in wanted.fields or "prompt" in wanted.fields)
+
+
+def passed_on(body: bytes) -> bytes:
+    """Of a request to any other route: as it is, but for words of a hand-off."""
+    if may_have_words(body) and (fields := parse_body(body)) is not None:
+        body, _ = without_words(body, fields)
+    return body

@@ -1,0 +1,1 @@
+"""The proxy as a server: its sockets and its connections."""

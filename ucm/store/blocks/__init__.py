@@ -1,0 +1,1 @@
+"""What a block is called, and how its bytes lie. Pure, and held by golden vectors."""

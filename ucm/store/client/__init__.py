@@ -1,0 +1,1 @@
+"""Talking to the node cache of this machine, whoever does."""

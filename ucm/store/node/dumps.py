@@ -1,0 +1,164 @@
+"""Dumps: slots that engines fill, and what happens when they are full or given up."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import TypeVar
+
+from ucm.errors import ProtocolError
+from ucm.store.blocks.keys import Key, TailKey
+from ucm.store.blocks.page import blank_behind
+from ucm.store.node import protocol as p
+from ucm.store.node.lookups import Lookups
+from ucm.store.node.sessions import Connection, Filling, OpenedNamespace, Session
+from ucm.store.node.slots import Slot, SlotState, SlotTable
+from ucm.store.node.storing import Storing
+
+_AnyKey = TypeVar("_AnyKey", bound=bytes)
+
+
+class Fillings:
+    """Owned by the event loop's thread. The sessions know what is theirs."""
+
+    def __init__(
+        self,
+        *,
+        slots: SlotTable,
+        lookups: Lookups,
+        storing: Storing,
+        page_of: Callable[[Slot], memoryview],
+        count: Callable[[str], None],
+    ) -> None:
+        self._slots = slots
+        self._lookups = lookups
+        self._writeback = storing.writeback
+        self._page_of = page_of
+        self._count = count
+        self._on_met = storing.met
+        self._tell = storing.tell
+        # Keys of FILLING slots that somebody else counts on, having been told HAVE.
+        self._counted_on: set[Key] = set()
+
+    def reserve(
+        self,
+        connection: Connection,
+        namespace: OpenedNamespace,
+        message: p.Reserve,
+        *,
+        leaving: bool,
+    ) -> None:
+        """Answers with slots as far as there is room; with `leaving` there is none."""
+        offsets: list[int] = []
+        keys = p.keys_of(message)
+        for key, parent in _with_parents(keys, message.parents):
+            offset = self._reserve_one(connection, namespace, key, parent, leaving=leaving)
+            offsets.append(offset)
+            if offset == p.NO_ROOM:
+                for lost in keys[len(offsets) - 1 :]:
+                    self._lookups.will_not_come(lost, "no_room")
+                # Nothing leads to a block whose predecessor is missing.
+                offsets += [p.NO_ROOM] * (len(message.keys) - len(offsets))
+                if not message.will_ask_again:
+                    why = "leaving" if leaving else self._why_no_room(key)
+                    self._count(f"dump_dropped_{why}")
+                break
+        connection.send(p.ReserveReply(id=message.id, offsets=offsets))
+
+    def _why_no_room(self, key: Key) -> str:
+        is_full = self._writeback is not None and self._writeback.is_full(key)
+        return "queue_full" if is_full else "no_room"
+
+    def _reserve_one(
+        self,
+        connection: Connection,
+        namespace: OpenedNamespace,
+        key: Key,
+        parent: Key | None,
+        *,
+        leaving: bool,
+    ) -> int:
+        writeback = self._writeback
+        slot = self._slots.find(key)
+        if slot is not None:
+            self._slots.touch(slot)
+            if slot.state is SlotState.READY:
+                self._on_met(connection, namespace, [key], [parent])
+            elif key not in connection.session.filling:
+                self._counted_on.add(key)
+            return p.HAVE
+        if leaving or (writeback is not None and writeback.is_full(key)):
+            return p.NO_ROOM
+        slot = self._slots.reserve(key, namespace.slot_bytes)
+        if slot is None:
+            return p.NO_ROOM
+        if writeback is not None:
+            writeback.take_place(key)
+        connection.session.filling[key] = Filling(slot, namespace)
+        self._lookups.being_filled(slot)
+        return slot.offset
+
+    def commit(self, session: Session, namespace: OpenedNamespace, message: p.Commit) -> None:
+        for committed, parent in _with_parents(message.keys, message.parents):
+            filling = session.filling.get(Key(committed))
+            if filling is None:
+                continue
+            if filling.namespace.tier.fingerprint != namespace.tier.fingerprint:
+                raise ProtocolError(f"key {committed.hex()} was reserved in another namespace")
+            namespace, slot = filling.namespace, filling.slot
+            key = slot.key
+            assert key is not None, "a slot that is being filled has a key"
+            del session.filling[key]
+            self._counted_on.discard(key)
+            if isinstance(key, TailKey):
+                # Behind it are whatever tokens the engine's block and the slot had before.
+                blank_behind(
+                    self._page_of(slot)[: namespace.tier.page_bytes],
+                    key.num_tokens,
+                    num_rows=namespace.num_rows,
+                    block_tokens=namespace.block_tokens,
+                )
+            self._slots.ready(slot)
+            self._count("dump_committed")
+            if self._writeback is not None:
+                self._writeback.enqueue(namespace, key, parent, slot)
+            self._lookups.resolve(slot, "")
+
+    def abort(self, session: Session, message: p.Abort) -> None:
+        for key in map(Key, message.keys):
+            if key in session.filling:
+                self._slots.abandon(self._give_up_filling(session, key))
+
+    def set_aside_all(self, session: Session) -> None:
+        """Nobody is left who could commit, and somebody who may still write: what was being filled
+        is absent from now on, and its memory out of use until `end`."""
+        for key in list(session.filling):
+            slot = session.filling[key].slot
+            self._slots.set_aside(slot)
+            session.aside.append(self._give_up_filling(session, key))
+
+    def end(self, session: Session) -> None:
+        """Nobody writes any more."""
+        for key in list(session.filling):
+            self._slots.abandon(self._give_up_filling(session, key))
+        for slot in session.aside:
+            self._slots.abandon(slot)
+        session.aside = []
+
+    def _give_up_filling(self, session: Session, key: Key) -> Slot:
+        slot = session.filling.pop(key).slot
+        self._count("dump_aborted")
+        if key in self._counted_on:
+            self._counted_on.discard(key)
+            self._tell([key], (), "aborted")
+        if self._writeback is not None:
+            self._writeback.filling_ended(key)
+        self._lookups.resolve(slot, "never_stored")
+        return slot
+
+
+def _with_parents(
+    keys: Sequence[_AnyKey], parents: Sequence[bytes]
+) -> list[tuple[_AnyKey, Key | None]]:
+    if len(keys) != len(parents):
+        raise ProtocolError(f"{len(keys)} keys with {len(parents)} parents")
+    return [(k, Key(p) if p else None) for k, p in zip(keys, parents, strict=True)]

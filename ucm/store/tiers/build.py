@@ -1,0 +1,47 @@
+"""From the pipeline in the settings to the tier behind the node cache.
+
+`Cache` is the node cache itself, which is always there: it is how pages reach storage without file
+I/O in an engine. The stage behind it is a tier. ucm/config.py reads `store_pipeline` and refuses
+what it doesn't know; a new kind of tier is named there and built here.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+from ucm.config.settings import StoreSettings
+from ucm.store.blocks.page_key import load_page_key
+from ucm.store.tiers.posix.rights import file_rights
+from ucm.store.tiers.posix.tier import PosixTier
+from ucm.store.tiers.tier import Tier
+
+NODE_CACHE_STAGE = "Cache"
+
+
+def _posix(settings: StoreSettings) -> Tier:
+    min_free_gb = settings.min_free_gb
+    return PosixTier(
+        settings.storage_backends,
+        direct_io=settings.direct_io,
+        min_free_bytes=None if min_free_gb is None else int(min_free_gb * (1 << 30)),
+        queue_pages=settings.write_queue_pages,
+        quarantine_per_minute=settings.quarantine_per_minute,
+        page_key=load_page_key(settings.page_key_file) if settings.page_key_file else None,
+        rights=file_rights(settings.file_mode, settings.file_group),
+    )
+
+
+TIER_STAGES: dict[str, Callable[[StoreSettings], Tier]] = {"Posix": _posix}
+
+
+def build_tier(settings: StoreSettings) -> Tier | None:
+    """The tier behind the node cache; None if its memory is all there is. Reads the page
+    key, and nothing else. Raises ConfigError."""
+    stages = [stage for stage in settings.pipeline if stage != NODE_CACHE_STAGE]
+    assert len(stages) <= 1, "two tiers behind one node cache: config should have refused them"
+    return TIER_STAGES[stages[0]](settings) if stages else None
+
+
+def keeps_pages(settings: StoreSettings) -> bool:
+    """Whether pages stay in memory after use. Without the `Cache` stage they only pass through."""
+    return NODE_CACHE_STAGE in settings.pipeline

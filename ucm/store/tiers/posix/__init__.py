@@ -1,0 +1,1 @@
+"""The tier on directories that every node mounts."""

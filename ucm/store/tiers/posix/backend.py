@@ -1,0 +1,342 @@
+"""One storage backend: a directory on a filesystem that all nodes mount.
+
+What the Posix tier needs of the filesystem beside reading and writing blocks: directories on
+demand, its id and other small files that are written once, O_DIRECT where it works, errno turned
+into TierError.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import logging
+import os
+import secrets
+import time
+from collections.abc import Callable
+from typing import TypeVar
+
+from ucm.errors import TierError, TierErrorReason
+from ucm.store.blocks.keys import Key
+from ucm.store.blocks.page_key import PageKey
+from ucm.store.tiers.posix import paths
+from ucm.store.tiers.posix.identity import Identity
+from ucm.store.tiers.posix.mounts import Mount, mount_of
+from ucm.store.tiers.posix.plain_files import NotPlain, check_directory, read_plain
+from ucm.store.tiers.posix.rights import UMASK_DECIDES, FileRights, may_read, say_problems
+
+_logger = logging.getLogger(__name__)
+_T = TypeVar("_T")
+
+READ_ONLY_ERRNOS = frozenset({errno.EROFS, errno.EACCES, errno.EPERM})
+_REASONS: dict[int | None, TierErrorReason] = {
+    errno.ENOSPC: "full",
+    errno.EDQUOT: "full",
+    errno.ETIMEDOUT: "timeout",
+}
+# Another node removed the file while this one was at it: NFS says ESTALE, others sometimes EBADF.
+_GONE = frozenset({errno.ENOENT, errno.ESTALE, errno.EBADF})
+# In a row: one file may be refused for a reason of its own.
+_MAX_DIRECT_REFUSALS = 8
+_MAX_KNOWN_DIRS = 1 << 17
+# A manifest is a few KiB of JSON; an id is 17 bytes.
+_MAX_SMALL_FILE_BYTES = 1 << 20
+_NO_HARD_LINKS = frozenset({errno.EPERM, errno.EOPNOTSUPP, errno.ENOSYS, errno.EMLINK})
+_ID_BYTES = 8
+_SAY_EVERY_S = 60.0
+
+
+def tier_error(path: str, doing: str, error: OSError) -> TierError:
+    reason = _REASONS.get(error.errno, "io_error")
+    return TierError(f"{path}: {doing}: {error.strerror or error}", reason=reason)
+
+
+def is_gone(error: OSError) -> bool:
+    """Whether a name, or what was open, is not there (any more): absent, and no fault."""
+    return error.errno in _GONE
+
+
+class Backend:
+    """`path` is the directory. `open` makes it if its parent is there, and nothing else does;
+    parents are never made, because a missing one is most likely a mount that is not there yet."""
+
+    def __init__(
+        self,
+        path: str,
+        *,
+        direct_io: bool,
+        page_key: PageKey | None = None,
+        rights: FileRights = UMASK_DECIDES,
+    ) -> None:
+        self.path = os.path.normpath(path)
+        self.identity = Identity(self.path, locate=self._locate_id, read=self._read_id)
+        self.direct_io = direct_io
+        self.page_key = page_key
+        self.rights = rights
+        self._key_id = page_key.id if page_key is not None else b""
+        self._direct_refusals = 0
+        self._has_said_rights = False
+        self._said_unreadable_s = -_SAY_EVERY_S
+        # Looked at, and directories indeed.
+        self._known_dirs: set[str] = set()
+        self._dirs_generation = 0
+        # By device: the mount may be another one later.
+        self._remembers: tuple[int, bool] | None = None
+
+    def remembers_absences(self) -> bool:
+        """Whether this machine may take a name for missing that another one has made since."""
+        try:
+            device = os.stat(self.path).st_dev
+        except OSError:
+            return False
+        if self._remembers is None or self._remembers[0] != device:
+            mount = mount_of(self.path)
+            self._remembers = device, mount is None or not mount.is_local
+        return self._remembers[1]
+
+    def try_direct(self, act: Callable[[int], _T]) -> _T:
+        """`act(flags)` opens its file with `flags` added. O_DIRECT is tried as long as it works:
+        filesystems refuse it at open, or at the first transfer, or take it from some offsets only,
+        so the first uses are the probe. What is refused without it as well was not refused
+        because of it."""
+        if not self.direct_io:
+            return act(0)
+        try:
+            done = act(os.O_DIRECT)
+        except OSError as error:
+            if error.errno != errno.EINVAL:
+                raise
+        else:
+            self._direct_refusals = 0
+            return done
+        done = act(0)
+        self._direct_refusals += 1
+        if self._direct_refusals == _MAX_DIRECT_REFUSALS:
+            self.direct_io = False
+            _logger.info("%s: no O_DIRECT here, reading and writing buffered", self.path)
+        return done
+
+    def make_dirs(self, directory: str) -> None:
+        """Makes `directory`, which lies below the backend, and what is missing above it, but never
+        the backend itself, nor on what has taken its place. Each is looked at once. Raises NotPlain
+        if one of them is a link or no directory at all, BackendAway, TierError and OSError."""
+        for each in self._unknown(directory):
+            try:
+                check_directory(each)
+            except FileNotFoundError:
+                below = os.path.relpath(each, self.path)
+                with self.identity.pinned() as root, contextlib.suppress(FileExistsError):
+                    os.mkdir(below, dir_fd=root)
+                    self.rights.give_directory(each)
+                check_directory(each)
+            self._known_dirs.add(each)
+
+    def check_dirs(self, directory: str) -> None:
+        """`make_dirs` for directories that are there."""
+        for each in self._unknown(directory):
+            check_directory(each)
+            self._known_dirs.add(each)
+
+    def forget_dirs(self) -> None:
+        """Something is missing that was there: looks at every directory again."""
+        self._known_dirs.clear()
+
+    def _unknown(self, directory: str) -> list[str]:
+        """What has to be looked at, from the backend downwards, which itself may be a link."""
+        generation = self.identity.generation
+        if generation != self._dirs_generation or len(self._known_dirs) > _MAX_KNOWN_DIRS:
+            self._known_dirs.clear()
+            self._dirs_generation = generation
+        unknown: list[str] = []
+        while len(directory) > len(self.path) and directory not in self._known_dirs:
+            unknown.append(directory)
+            directory = os.path.dirname(directory)
+        return unknown[::-1]
+
+    def open(self, *, wanted_id: int | None = None) -> bool:
+        """Finds the id that tells this backend from others, and makes it, and the directory, if
+        there is none and this process knew of none: `wanted_id`, or a new one. Returns whether it
+        made one.
+
+        It lies in the backend and not in the configuration, so that nodes may mount the same
+        backends under different paths and list them in any order.
+
+        Raises BackendAway if another one is there than this process knew, and TierError.
+        """
+        if self.identity.look() is not None:
+            return False
+        try:
+            os.mkdir(self.path)
+            self.rights.give_directory(self.path)
+        except FileExistsError:
+            if not os.path.isdir(self.path):
+                raise NotPlain(
+                    f"{self.path}: is no directory, or a link to nothing; mount or make what it "
+                    f"should be"
+                ) from None
+        except FileNotFoundError as error:
+            parent = os.path.dirname(self.path)
+            raise TierError(
+                f"{self.path}: can't be made, because {parent} is not there; mount or make it",
+                reason="io_error",
+            ) from error
+        except OSError as error:
+            raise tier_error(self.path, "can't be made", error) from error
+        path = paths.backend_id_path(self.path)
+        new_id = secrets.token_hex(_ID_BYTES) if wanted_id is None else f"{wanted_id:016x}"
+        mine = new_id.encode() + b"\n"
+        found = self._write_once(path, mine)
+        self.identity.check()
+        if found == mine:
+            self._say_made()
+        return found == mine
+
+    def _say_made(self) -> None:
+        """A store that begins on a disk of this machine's own may be a mount that was forgotten."""
+        mount = self._mount()
+        where = "an unknown filesystem" if mount is None else f"{mount.kind} at {mount.point}"
+        made = f"{self.path}: made a new storage backend, {self.identity.id:016x}, on {where}"
+        if mount is not None and mount.is_local:
+            _logger.warning(
+                "%s: only this machine sees it. If nodes are to share it, mount it, and delete "
+                "what is there now",
+                made,
+            )
+        else:
+            _logger.info("%s", made)
+
+    def _mount(self) -> Mount | None:
+        try:
+            return mount_of(self.path)
+        except OSError:
+            return None
+
+    def _locate_id(self) -> os.stat_result | None:
+        path = paths.backend_id_path(self.path)
+        try:
+            return os.lstat(path)
+        except OSError as error:
+            if is_gone(error) or error.errno == errno.ENOTDIR:
+                return None
+            raise tier_error(path, "can't be looked up", error) from error
+
+    def _read_id(self) -> int:
+        path = paths.backend_id_path(self.path)
+        content = _read_once(path)
+        if content is None:
+            raise TierError(f"{path}: was there a moment ago", reason="io_error")
+        return parse_id(path, content)
+
+    def has_page(self, path: str) -> bool:
+        """Whether there is something by that name that may be read; reading tells what it is.
+        Raises OSError, also where there is none."""
+        if may_read(path, os.lstat(path)):
+            return True
+        now_s = time.monotonic()
+        if now_s - self._said_unreadable_s > _SAY_EVERY_S:
+            self._said_unreadable_s = now_s
+            _logger.warning(
+                "%s: uid %d may not read it, so it is absent here: mend its rights, or remove it",
+                path,
+                os.geteuid(),
+            )
+        return False
+
+    def say_rights(self) -> None:
+        """Once: who else may write here, and that this process may not."""
+        if not self._has_said_rights:
+            with contextlib.suppress(OSError):
+                say_problems(self.path, is_sealed=self.page_key is not None)
+                self._has_said_rights = True
+
+    def block_path(self, fingerprint: bytes, key: Key) -> str:
+        return paths.block_path(self.path, fingerprint, key, self._key_id)
+
+    def ensure_manifest(self, fingerprint: bytes, manifest_json: bytes) -> None:
+        """Raises TierError if another one is there, or if there is none and it can't be written."""
+        path = paths.manifest_path(self.path, fingerprint, self._key_id)
+        content = _read_once(path)
+        if content is None:
+            content = self._write_once(path, manifest_json)
+        if content != manifest_json:
+            raise TierError(
+                f"{path}: differs from the manifest of this namespace; move its directory away",
+                reason="corrupt",
+            )
+
+    def read_manifest(self, fingerprint: bytes) -> bytes | None:
+        return _read_once(paths.manifest_path(self.path, fingerprint, self._key_id))
+
+    def _write_once(self, path: str, content: bytes) -> bytes:
+        """Writes `path` unless somebody else was faster. Returns what is there then."""
+        temp = paths.temp_path(path)
+        try:
+            self.make_dirs(os.path.dirname(path))
+            try:
+                try:
+                    _write_durably(temp, content, self.rights)
+                except FileNotFoundError:
+                    # A directory that was there, and was removed.
+                    self.forget_dirs()
+                    self.make_dirs(os.path.dirname(path))
+                    _write_durably(temp, content, self.rights)
+                _link_or_rename(temp, path)
+            finally:
+                unlink_if_there(temp)
+        except FileExistsError:
+            pass
+        except OSError as error:
+            raise tier_error(path, "can't be written", error) from error
+        found = _read_once(path)
+        if found is None:
+            raise TierError(f"{path}: vanished after it was written", reason="io_error")
+        return found
+
+
+def unlink_if_there(path: str) -> None:
+    """Best effort: what stays behind is a stray temporary file, and those are swept."""
+    try:
+        os.unlink(path)
+    except OSError as error:
+        if error.errno != errno.ENOENT:
+            _logger.debug("%s: not removed: %s", path, error)
+
+
+def _read_once(path: str) -> bytes | None:
+    try:
+        return read_plain(path, max_bytes=_MAX_SMALL_FILE_BYTES)
+    except NotPlain as error:
+        raise TierError(f"{path}: {error}; remove it", reason="corrupt") from error
+    except OSError as error:
+        raise tier_error(path, "can't be read", error) from error
+
+
+def _write_durably(path: str, content: bytes, rights: FileRights) -> None:
+    """With fsync, unlike blocks: a torn manifest would have to be repaired by hand."""
+    with open(path, "xb") as file:
+        rights.give_file(file.fileno())
+        file.write(content)
+        file.flush()
+        os.fsync(file.fileno())
+
+
+def _link_or_rename(temp: str, path: str) -> None:
+    """Raises FileExistsError if `path` is there. A filesystem without hard links can't tell: two
+    nodes that start a new store in the same instant may then hold different ids until they
+    restart, and miss each other's blocks."""
+    try:
+        os.link(temp, path)
+    except OSError as error:
+        if error.errno not in _NO_HARD_LINKS:
+            raise
+        os.rename(temp, path)
+
+
+def parse_id(path: str, content: bytes) -> int:
+    text = content.strip()
+    try:
+        if len(text) == 2 * _ID_BYTES:
+            return int(text, 16)
+    except ValueError:
+        pass
+    raise TierError(f"{path}: not the id of a storage backend", reason="corrupt")

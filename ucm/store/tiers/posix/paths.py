@@ -1,0 +1,158 @@
+"""Every file and directory name of the Posix tier is built and parsed here.
+
+    <backend>/
+      ucm-backend-id                          only where there are several backends
+      <namespace fingerprint>/                or <namespace fingerprint>-<id of the page key>/
+        manifest.json
+        <hh>/<hh>/<key>.kv                    hh: first and second byte of the key
+        <hh>/<hh>/<key>.<tokens>.kv           a tail of so many tokens
+        <hh>/<hh>/.<key>.kv.<writer>.tmp      a block that is being written
+      quarantine/
+        <namespace fingerprint>/<key>.kv.<writer>
+
+Fingerprints, keys and their bytes are in lower-case hex. `<writer>` says who made a file, and is
+unique: see writers.py. Manifests and ids have temporary names too, made in the same way.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import secrets
+import time
+from dataclasses import dataclass
+
+from ucm.store.blocks.keys import Key, TailKey
+from ucm.store.processes import this_process
+from ucm.store.tiers.posix import writers
+from ucm.store.tiers.posix.writers import WriterName
+
+BLOCK_SUFFIX = ".kv"
+TEMP_SUFFIX = ".tmp"
+QUARANTINE = "quarantine"
+MANIFEST = "manifest.json"
+BACKEND_ID = "ucm-backend-id"
+
+_RANDOM_BYTES = 8
+LEVELS = 3
+
+_WRITER = writers.PATTERN
+_BLOCK = r"(?P<key>[0-9a-f]{64})(\.(?P<tokens>[1-9]\d{0,4}))?\.kv"
+_FINGERPRINT = r"(?P<fingerprint>[0-9a-f]{64})"
+_FAN_OUT = r"(?P<fan_out>[0-9a-f]{2}/[0-9a-f]{2})"
+_BLOCK_PATH = re.compile(rf"{_FINGERPRINT}(-[0-9a-f]{{16}})?/{_FAN_OUT}/{_BLOCK}", re.ASCII)
+# Nothing else gets one, so that a dot in a host's name is never taken for the target's end.
+_TARGET = rf"(?P<target>{_BLOCK}|{re.escape(MANIFEST)}|{re.escape(BACKEND_ID)})"
+_TEMP_NAME = re.compile(rf"\.{_TARGET}\.{_WRITER}{re.escape(TEMP_SUFFIX)}", re.ASCII)
+# Where files of ours may lie: in a backend, its namespaces, and two levels of fan-out below.
+_DIRECTORY = re.compile(r"[0-9a-f]{64}(-[0-9a-f]{16})?", re.ASCII), re.compile("[0-9a-f]{2}")
+_QUARANTINE_PATH = re.compile(rf"{QUARANTINE}/{_FINGERPRINT}/{_BLOCK}\.{_WRITER}", re.ASCII)
+
+
+@dataclass(frozen=True)
+class BlockName:
+    fingerprint: bytes
+    key: Key
+
+
+@dataclass(frozen=True)
+class TempName:
+    """`target` is the name, in the same directory, that the file was to get."""
+
+    target: str
+    writer: WriterName
+
+
+@dataclass(frozen=True)
+class QuarantineName:
+    block: BlockName
+    mover: WriterName
+
+
+def backend_id_path(backend: str) -> str:
+    return f"{backend}/{BACKEND_ID}"
+
+
+def namespace_dir(backend: str, fingerprint: bytes, key_id: bytes = b"") -> str:
+    """`key_id` is that of the page key, if pages are sealed."""
+    sealed = f"-{key_id.hex()}" if key_id else ""
+    return f"{backend}/{fingerprint.hex()}{sealed}"
+
+
+def manifest_path(backend: str, fingerprint: bytes, key_id: bytes = b"") -> str:
+    return f"{namespace_dir(backend, fingerprint, key_id)}/{MANIFEST}"
+
+
+def block_path(backend: str, fingerprint: bytes, key: Key, key_id: bytes = b"") -> str:
+    name = _block_file_name(key)
+    return f"{namespace_dir(backend, fingerprint, key_id)}/{name[:2]}/{name[2:4]}/{name}"
+
+
+def temp_path(target: str) -> str:
+    """A new name beside `target`, never given out before.
+
+    Beside it and not in a directory of temporary files: a rename within one directory needs no
+    lock on the whole filesystem, is the same quota and the same metadata server, and XFS and ext4
+    place a file near its first directory, so one directory for all would pile them up in one spot.
+    The price is that the sweep has to walk the whole tree (sweep.py).
+    """
+    directory, name = os.path.split(target)
+    return f"{directory}/.{name}.{_new_writer()}{TEMP_SUFFIX}"
+
+
+def temp_target(temp: str) -> str:
+    """The path that `temp_path` was asked for."""
+    directory, name = os.path.split(temp)
+    parsed = parse_temp_name(name)
+    assert parsed is not None, temp
+    return f"{directory}/{parsed.target}"
+
+
+def quarantine_path(backend: str, fingerprint: bytes, key: Key) -> str:
+    """A new name, because the same block may be damaged twice."""
+    directory = f"{backend}/{QUARANTINE}/{fingerprint.hex()}"
+    return f"{directory}/{_block_file_name(key)}.{_new_writer()}"
+
+
+def parse_block_path(relative_path: str) -> BlockName | None:
+    """`relative_path` starts below the backend. None if it is not the path of a block."""
+    match = _BLOCK_PATH.fullmatch(relative_path)
+    if match is None or match["fan_out"] != f"{match['key'][:2]}/{match['key'][2:4]}":
+        return None
+    return _block_name(match)
+
+
+def is_own_directory(name: str, *, level: int) -> bool:
+    """Whether a directory of this name, `level` levels below a backend, may hold files of ours or
+    other such directories. Level 1: namespaces; 2 and 3: the fan-out of keys."""
+    return 1 <= level <= LEVELS and bool(_DIRECTORY[level > 1].fullmatch(name))
+
+
+def parse_temp_name(name: str) -> TempName | None:
+    """`name` is a file name without its directory."""
+    match = _TEMP_NAME.fullmatch(name)
+    return None if match is None else TempName(match["target"], writers.parsed(match))
+
+
+def parse_quarantine_path(relative_path: str) -> QuarantineName | None:
+    """`relative_path` starts below the backend."""
+    match = _QUARANTINE_PATH.fullmatch(relative_path)
+    return None if match is None else QuarantineName(_block_name(match), writers.parsed(match))
+
+
+def _block_file_name(key: Key) -> str:
+    tokens = f".{key.num_tokens}" if isinstance(key, TailKey) else ""
+    return f"{key.hex()}{tokens}{BLOCK_SUFFIX}"
+
+
+def _new_writer() -> str:
+    return writers.writer_name(
+        this_process(), now_s=time.time(), random=secrets.token_hex(_RANDOM_BYTES)
+    )
+
+
+def _block_name(match: re.Match[str]) -> BlockName:
+    key = bytes.fromhex(match["key"])
+    if match["tokens"] is not None:
+        key = TailKey(key, int(match["tokens"]))
+    return BlockName(bytes.fromhex(match["fingerprint"]), Key(key))

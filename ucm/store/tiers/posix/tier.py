@@ -1,0 +1,349 @@
+"""The shared-filesystem tier: one file per page, on directories that every node mounts.
+
+Invariants:
+* A file under a block's name is complete or damaged, never in the making: it is written whole
+  under a name of its own and then renamed. Whoever opened an older one keeps reading that.
+* A block is served only if every byte of its file was verified in this very read.
+* A damaged file leaves its place before its absence is reported, so the next dump can fill it.
+* Nothing is fsynced: a block that a crash tears is found by its checksums, one that it loses is
+  computed again.
+* Nothing is written to, and nothing found in, what isn't the backend that was opened (identity.py).
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import os
+import threading
+from collections.abc import Sequence
+from functools import partial
+
+from ucm.errors import TierError
+from ucm.store.blocks.blockfile import BlockId, Scratch, check_header, read_block, write_block
+from ucm.store.blocks.keys import Key
+from ucm.store.blocks.page_key import PageKey
+from ucm.store.tiers.posix import paths
+from ucm.store.tiers.posix.backend import Backend, is_gone, tier_error, unlink_if_there
+from ucm.store.tiers.posix.placement import Placement, for_all, unless_read_only
+from ucm.store.tiers.posix.plain_files import NotPlain, open_plain
+from ucm.store.tiers.posix.quarantine import Quarantine, forget_cached, move_aside
+from ucm.store.tiers.posix.revalidate import doubt, is_there_now
+from ucm.store.tiers.posix.rights import UMASK_DECIDES, FileRights, is_own
+from ucm.store.tiers.posix.space import Reserve
+from ucm.store.tiers.tier import ABSENT, HIT, PageRead, ReadStatus, Staged, Tier, TierNamespace
+
+# Buffered reads stop often to verify what is still in the CPU's cache. Direct ones don't pass
+# through it, and want to be few and large.
+_BUFFERED_CHUNK_BYTES = 1 << 20
+_DIRECT_CHUNK_BYTES = 8 << 20
+# A directory may be removed, empty as it is, between being made and being used.
+_MAX_DIRECTORY_TRIES = 3
+
+
+class PosixTier(Tier):
+    """Does no I/O before the first call, starts no threads, keeps no file open between calls."""
+
+    def __init__(
+        self,
+        storage_backends: Sequence[str],
+        *,
+        direct_io: bool = False,
+        min_free_bytes: int | None = 0,
+        queue_pages: int = 0,
+        quarantine_per_minute: int = 6,
+        page_key: PageKey | None = None,
+        rights: FileRights = UMASK_DECIDES,
+    ) -> None:
+        """`min_free_bytes` and `queue_pages`: what stays free, see `space.py`."""
+        assert storage_backends
+        self._page_key = page_key
+        self._backends = [
+            Backend(path, direct_io=direct_io, page_key=page_key, rights=rights)
+            for path in storage_backends
+        ]
+        self._reserves = {
+            backend: Reserve(backend.path, min_free_bytes=min_free_bytes, queue_pages=queue_pages)
+            for backend in self._backends
+        }
+        self._placement = Placement(self._backends)
+        # With the generation of the backend: see Identity.
+        self._has_manifest: set[tuple[Backend, int, bytes]] = set()
+        self._thread = threading.local()
+        self._quarantine = Quarantine(quarantine_per_minute)
+
+    def open_namespace(self, namespace: TierNamespace) -> None:
+        error = for_all(range(len(self._backends)), partial(self.open_lane, namespace))
+        if error is not None:
+            raise error
+
+    @property
+    def lanes(self) -> Sequence[str]:
+        return [backend.path for backend in self._backends]
+
+    def lane_of(self, key: Key) -> int:
+        return self._placement.lane_of(key)
+
+    def unknown_lanes(self) -> Sequence[int]:
+        return self._placement.unknown()
+
+    def look_for_lane(self, lane: int) -> None:
+        self._placement.look_for(lane)
+
+    def open_lane(self, namespace: TierNamespace, lane: int) -> None:
+        self._placement.open(lane)
+        ensure = self._backends[lane].ensure_manifest
+        unless_read_only(partial(ensure, namespace.fingerprint, namespace.manifest_json))
+
+    def contains(self, namespace: TierNamespace, keys: Sequence[Key]) -> int:
+        here: dict[Backend, bool] = {}
+        for i, key in enumerate(keys):
+            backend = self._placement.of(key)
+            if backend is None:
+                return i
+            if backend not in here:
+                here[backend] = backend.identity.is_here()
+            if not here[backend]:
+                return i
+            path = backend.block_path(namespace.fingerprint, key)
+            try:
+                if not backend.has_page(path):
+                    return i
+            except OSError as error:
+                if not is_gone(error):
+                    raise tier_error(path, "can't be looked up", error) from error
+                if not (backend.remembers_absences() and self.contains_now(namespace, key)):
+                    return i
+        return len(keys)
+
+    def contains_now(self, namespace: TierNamespace, key: Key) -> bool:
+        backend = self._placement.of(key)
+        if backend is None or not backend.identity.is_here():
+            return False
+        path = backend.block_path(namespace.fingerprint, key)
+        try:
+            return is_there_now(path, below=backend.path)
+        except OSError as error:
+            if is_gone(error):
+                return False
+            raise tier_error(path, "can't be looked up", error) from error
+
+    def doubt(self, namespace: TierNamespace, key: Key) -> None:
+        try:
+            backend = self._placement.of(key)
+            is_here = backend is not None and backend.identity.is_here()
+        except TierError:
+            return
+        if backend is not None and is_here:
+            path = backend.block_path(namespace.fingerprint, key)
+            doubt(path, below=backend.path)
+
+    def holds(self, namespace: TierNamespace, key: Key) -> bool:
+        backend = self._placement.of(key)
+        if backend is None:
+            return False
+        backend.identity.check()
+        if not self.contains_now(namespace, key):
+            return False
+        path = backend.block_path(namespace.fingerprint, key)
+        block = BlockId(key, namespace.fingerprint, namespace.page_bytes)
+        try:
+            return self._is_whole(path, backend, block)
+        except OSError as error:
+            raise tier_error(path, "can't be looked up", error) from error
+
+    def read_manifest(self, fingerprint: bytes) -> bytes | None:
+        found = (self.read_manifest_in(lane, fingerprint) for lane in range(len(self._backends)))
+        return next((manifest for manifest in found if manifest is not None), None)
+
+    def read_manifest_in(self, lane: int, fingerprint: bytes) -> bytes | None:
+        backend = self._backends[lane]
+        return backend.read_manifest(fingerprint) if backend.identity.is_here() else None
+
+    def read(self, namespace: TierNamespace, key: Key, page: memoryview) -> PageRead:
+        try:
+            backend = self._placement.of(key)
+            if backend is None or not backend.identity.is_here():
+                return ABSENT
+        except TierError as error:
+            return PageRead(ReadStatus.IO_ERROR, str(error))
+        block = BlockId(key, namespace.fingerprint, namespace.page_bytes)
+        path = backend.block_path(namespace.fingerprint, key)
+        read = partial(self._read, backend, path, block, page)
+        try:
+            try:
+                return backend.try_direct(read)
+            except OSError as error:
+                if error.errno == errno.ENOENT or not is_gone(error):
+                    raise
+                # Another node has replaced the file: what has the name now may be read.
+                return backend.try_direct(read)
+        except OSError as error:
+            if is_gone(error):
+                return ABSENT
+            return PageRead(ReadStatus.IO_ERROR, str(tier_error(path, "can't be read", error)))
+
+    def stage(
+        self, namespace: TierNamespace, key: Key, page: memoryview, *, num_tokens: int
+    ) -> Staged | None:
+        backend = self._placement.to_write(key)
+        block = BlockId(key, namespace.fingerprint, namespace.page_bytes)
+        target = backend.block_path(namespace.fingerprint, key)
+        doing = "can't be looked up"
+        try:
+            if self._is_whole(target, backend, block):
+                return None
+            doing = "can't be written"
+            self._reserves[backend].take(block.file_bytes)
+            temp = self._write(backend, namespace, block, target, page, num_tokens)
+        except OSError as error:
+            raise tier_error(target, doing, error) from error
+        return Staged(namespace, key, temp)
+
+    def publish(self, staged: Staged) -> None:
+        target = paths.temp_target(staged.ticket)
+        try:
+            self._placement.to_write(staged.key)
+        except TierError:
+            unlink_if_there(staged.ticket)
+            raise
+        try:
+            # Where the mount has gone just now, what was staged has gone with it.
+            os.rename(staged.ticket, target)
+        except OSError as error:
+            # An NFS client repeats a rename whose answer was lost, and then finds nothing to
+            # rename: what counts is that a file is there.
+            if error.errno == errno.ENOENT and os.path.exists(target):
+                return
+            unlink_if_there(staged.ticket)
+            raise tier_error(target, "can't be published", error) from error
+
+    def discard(self, staged: Staged) -> None:
+        unlink_if_there(staged.ticket)
+
+    def close(self) -> None:
+        """Nothing is held; scratch buffers go with their threads."""
+
+    def _ensure_manifest(self, backend: Backend, namespace: TierNamespace) -> None:
+        """Before every block, so that none lies in a directory that nobody can explain."""
+        known = backend, backend.identity.generation, namespace.fingerprint
+        if known not in self._has_manifest:
+            backend.ensure_manifest(namespace.fingerprint, namespace.manifest_json)
+            self._has_manifest.add(known)
+
+    # -- files -----------------------------------------------------------------------------
+
+    def _scratch(self) -> Scratch:
+        try:
+            return self._thread.scratch  # type: ignore[no-any-return]
+        except AttributeError:
+            scratch = self._thread.scratch = Scratch()
+            return scratch
+
+    def _read(
+        self, backend: Backend, path: str, block: BlockId, page: memoryview, flags: int
+    ) -> PageRead:
+        chunk_bytes = _DIRECT_CHUNK_BYTES if flags else _BUFFERED_CHUNK_BYTES
+        try:
+            fd = open_plain(path, flags)
+        except NotPlain as bad:
+            moved = move_aside(os.lstat(path), path, backend, block)
+            return PageRead(ReadStatus.CORRUPT, f"{path}: {bad}; {moved}")
+        try:
+            self._verify(fd, block, page, chunk_bytes)
+        except TierError as bad:
+            forget_cached(fd)
+            return self._read_again(bad, backend, path, block, page)
+        finally:
+            # Every byte has been verified by then, or none counts.
+            with contextlib.suppress(OSError):
+                os.close(fd)
+        return HIT
+
+    def _verify(self, fd: int, block: BlockId, page: memoryview, chunk_bytes: int) -> None:
+        scratch, page_key = self._scratch(), self._page_key
+        read_block(fd, block, page, scratch=scratch, chunk_bytes=chunk_bytes, page_key=page_key)
+
+    def _read_again(
+        self, bad: TierError, backend: Backend, path: str, block: BlockId, page: memoryview
+    ) -> PageRead:
+        """Past the page cache as far as the filesystem lets us: is it the file that is damaged, or
+        what this machine has read of it?"""
+        try:
+            fd = open_plain(path, os.O_DIRECT)
+        except OSError as error:
+            if error.errno != errno.EINVAL:
+                raise
+            fd = open_plain(path)
+        try:
+            self._verify(fd, block, page, _DIRECT_CHUNK_BYTES)
+        except TierError as again:
+            done = self._quarantine.move(os.fstat(fd), path, backend, block)
+            return PageRead(ReadStatus.CORRUPT, f"{path}: {again}; {done}")
+        finally:
+            with contextlib.suppress(OSError):
+                os.close(fd)
+        return PageRead(ReadStatus.HIT, f"{path}: {bad}; right when it was read once more")
+
+    def _is_whole(self, path: str, backend: Backend, block: BlockId) -> bool:
+        """By its size and header. What isn't counts as not there, and is replaced."""
+        try:
+            fd = open_plain(path)
+            try:
+                check_header(fd, block, scratch=self._scratch(), page_key=self._page_key)
+            finally:
+                with contextlib.suppress(OSError):
+                    os.close(fd)
+        except NotPlain:
+            # A directory can't be replaced by a file.
+            move_aside(os.lstat(path), path, backend, block)
+            return False
+        except TierError:
+            return False
+        except OSError as error:
+            # One of this user's own that it may not read can as well be replaced.
+            if is_gone(error) or (error.errno == errno.EACCES and is_own(path)):
+                return False
+            raise
+        return True
+
+    def _write(
+        self,
+        backend: Backend,
+        namespace: TierNamespace,
+        block: BlockId,
+        target: str,
+        page: memoryview,
+        num_tokens: int,
+    ) -> str:
+        """Writes a temporary file for `target`, making its directories. Returns its path."""
+        scratch, page_key = self._scratch(), self._page_key
+
+        def write(flags: int) -> str:
+            temp = paths.temp_path(target)
+            try:
+                fd = os.open(temp, os.O_WRONLY | os.O_CREAT | os.O_EXCL | flags, 0o666)
+                try:
+                    backend.rights.give_file(fd)
+                    write_block(
+                        fd, block, page, num_tokens=num_tokens, scratch=scratch, page_key=page_key
+                    )
+                finally:
+                    os.close(fd)  # NFS says only here that the disk is full
+            except OSError:
+                # Also when open failed: the file is made before O_DIRECT is refused.
+                unlink_if_there(temp)
+                raise
+            return temp
+
+        for _ in range(_MAX_DIRECTORY_TRIES):
+            self._ensure_manifest(backend, namespace)
+            try:
+                backend.make_dirs(os.path.dirname(target))
+                return backend.try_direct(write)
+            except FileNotFoundError:
+                # The store was emptied under us, and its manifest with it.
+                known = backend, backend.identity.generation, namespace.fingerprint
+                self._has_manifest.discard(known)
+                backend.forget_dirs()
+        return backend.try_direct(write)

@@ -1,0 +1,264 @@
+"""The contract of a tier, the place behind the node cache, and its in-memory reference.
+
+A tier keeps one immutable page per key and namespace. It promises *right or absent*: `read`
+gives the bytes that `stage` was given, or it doesn't say HIT.
+
+Threads: every method may be called from any number of threads at once, and each may block for
+as long as storage does; the node cache calls them on I/O threads only. Nothing here takes a
+deadline, because a system call in a hung mount can't be given one.
+
+Ownership: the caller owns the pages it passes. A tier touches one only until the call returns.
+
+    stage ──► Staged ──publish──► visible to every reader of the storage
+                 └────discard───► gone, as if it had never been
+
+Errors: storage failures are `TierError`s; `read` puts them into its result instead, because a
+page that can't be read is nothing but a shorter prefix.
+"""
+
+from __future__ import annotations
+
+import itertools
+import threading
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
+from dataclasses import dataclass
+from enum import Enum
+
+from ucm.errors import TierError
+from ucm.store.blocks.keys import Key
+from ucm.store.blocks.page import PAGE_ALIGNMENT_BYTES, padded_bytes
+
+_ZEROS = bytes(PAGE_ALIGNMENT_BYTES)
+
+
+@dataclass(frozen=True)
+class TierNamespace:
+    """What a tier must know about a namespace: its name, the size of its pages, and the manifest
+    that people read. `manifest_json` is always the same for one fingerprint."""
+
+    fingerprint: bytes
+    page_bytes: int
+    manifest_json: bytes
+
+
+class ReadStatus(Enum):
+    HIT = "hit"
+    ABSENT = "absent"
+    CORRUPT = "corrupt"
+    IO_ERROR = "io_error"
+
+
+@dataclass(frozen=True)
+class PageRead:
+    """`detail` says for people what was wrong; empty for HIT and ABSENT."""
+
+    status: ReadStatus
+    detail: str = ""
+
+
+HIT = PageRead(ReadStatus.HIT)
+ABSENT = PageRead(ReadStatus.ABSENT)
+
+
+@dataclass(frozen=True)
+class Staged:
+    """A complete page that nobody can see yet. `ticket` is the tier's own name for it."""
+
+    namespace: TierNamespace
+    key: Key
+    ticket: str
+
+
+class Tier(ABC):
+    """See the module's text for threads, ownership and errors.
+
+    Pages are buffers of exactly `padded_bytes(page_bytes)` bytes that start on a 4096-byte
+    boundary in memory, so that O_DIRECT can be used on them. The padding is written as zeros.
+
+    Storage may have parts that hang or fail each by itself: its lanes. A call about keys of one
+    lane waits for that lane only; `open_namespace` and `read_manifest` wait for all of them.
+    """
+
+    @property
+    def lanes(self) -> Sequence[str]:
+        """Their names for people. Always as many, and at least one."""
+        return ("storage",)
+
+    def lane_of(self, key: Key) -> int:
+        """Where `key` lies, as far as is known now. Asks no storage, and never raises."""
+        return 0
+
+    def open_lane(self, namespace: TierNamespace, lane: int) -> None:
+        """`open_namespace` in one lane."""
+        self.open_namespace(namespace)
+
+    def read_manifest_in(self, lane: int, fingerprint: bytes) -> bytes | None:
+        """`read_manifest` in one lane."""
+        return self.read_manifest(fingerprint)
+
+    def unknown_lanes(self) -> Sequence[int]:
+        """Those that were never reached so that it isn't known what belongs there: what is read is
+        right without them, and nothing can be written. Asks no storage, and never raises."""
+        return ()
+
+    def look_for_lane(self, lane: int) -> None:  # noqa: B027 few need it
+        """Tries to reach a lane that is unknown. Raises TierError when storage can't tell."""
+
+    @abstractmethod
+    def open_namespace(self, namespace: TierNamespace) -> None:
+        """Makes the namespace known to people and tools: its manifest is written unless it is
+        there. May be repeated. No error on storage that is mounted read-only.
+
+        Raises TierError if the manifest that is there differs, or if storage fails.
+        """
+
+    @abstractmethod
+    def contains(self, namespace: TierNamespace, keys: Sequence[Key]) -> int:
+        """Number of leading keys that are present.
+
+        A page that is there but damaged may be counted: `read` decides. Where this node may
+        remember absences that have ended, the first missing key is asked for as `contains_now`
+        does. Raises TierError when storage can't tell.
+        """
+
+    def contains_now(self, namespace: TierNamespace, key: Key) -> bool:
+        """`contains` of one key that another node may have stored just now: past whatever this
+        node remembers of a name that was not there. Costs more."""
+        return self.contains(namespace, [key]) == 1
+
+    def doubt(self, namespace: TierNamespace, key: Key) -> None:  # noqa: B027 few need it
+        """A key that was promised long ago is still not there: makes this node and others give up
+        what they may remember of its absence. Changes nothing that is stored, and never raises."""
+
+    def holds(self, namespace: TierNamespace, key: Key) -> bool:
+        """Whether the page is there now, as far as its size and its header tell: what `flush`
+        promises. Past whatever this node remembers. Raises TierError when storage can't tell."""
+        return self.contains_now(namespace, key)
+
+    @abstractmethod
+    def read_manifest(self, fingerprint: bytes) -> bytes | None:
+        """The manifest of a namespace that somebody has opened here; None if nobody has. Raises
+        TierError when storage can't tell."""
+
+    @abstractmethod
+    def read(self, namespace: TierNamespace, key: Key, page: memoryview) -> PageRead:
+        """Fills the writable `page`. HIT only if every byte has been verified; after any other
+        result the contents of `page` are undefined.
+
+        A damaged page is moved out of the way, so that the next writer can replace it. Never
+        raises for anything that storage does.
+        """
+
+    def read_all(
+        self, namespace: TierNamespace, keys: Sequence[Key], pages: Sequence[memoryview]
+    ) -> list[PageRead]:
+        """`read` for each, one after the other: one hand-over to an I/O thread for small pages."""
+        return [self.read(namespace, key, page) for key, page in zip(keys, pages, strict=True)]
+
+    @abstractmethod
+    def stage(
+        self, namespace: TierNamespace, key: Key, page: memoryview, *, num_tokens: int
+    ) -> Staged | None:
+        """Stores a copy of `page` that is complete but not visible. None: the key is already
+        there, nothing to do. Two writers may stage one key; the last to publish wins.
+
+        Raises TierError; nothing is left behind then. The caller owes every Staged a `publish`
+        or a `discard`.
+        """
+
+    @abstractmethod
+    def publish(self, staged: Staged) -> None:
+        """Makes the page visible at once and as a whole. Spends `staged`, also when it raises
+        TierError: nothing is left behind then."""
+
+    @abstractmethod
+    def discard(self, staged: Staged) -> None:
+        """Removes what was staged. Never raises; may be repeated, also after `publish`."""
+
+    @abstractmethod
+    def close(self) -> None:
+        """Gives back what the tier holds in this process. May be repeated; no other call after."""
+
+
+def held_of(tier: Tier, namespace: TierNamespace, keys: Sequence[Key]) -> list[bool]:
+    """Which of `keys` storage holds, each by itself."""
+    return [tier.holds(namespace, key) for key in keys]
+
+
+class MemoryTier(Tier):
+    """A tier in a dict: the reference for tests, and storage for those who want none.
+
+    Unbounded. One lock guards both dicts; pages are copied outside of it.
+    """
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._manifests: dict[bytes, bytes] = {}
+        self._pages: dict[tuple[bytes, Key], bytes] = {}
+        self._staged: dict[str, bytes] = {}
+        self._tickets = itertools.count()
+
+    def open_namespace(self, namespace: TierNamespace) -> None:
+        with self._lock:
+            manifest = self._manifests.setdefault(namespace.fingerprint, namespace.manifest_json)
+        if manifest != namespace.manifest_json:
+            raise TierError(
+                f"namespace {namespace.fingerprint.hex()}: another manifest is already there",
+                reason="corrupt",
+            )
+
+    def contains(self, namespace: TierNamespace, keys: Sequence[Key]) -> int:
+        with self._lock:
+            present = [(namespace.fingerprint, key) in self._pages for key in keys]
+        return present.index(False) if False in present else len(present)
+
+    def read_manifest(self, fingerprint: bytes) -> bytes | None:
+        with self._lock:
+            return self._manifests.get(fingerprint)
+
+    def read(self, namespace: TierNamespace, key: Key, page: memoryview) -> PageRead:
+        assert len(page) == padded_bytes(namespace.page_bytes)
+        with self._lock:
+            stored = self._pages.get((namespace.fingerprint, key))
+        if stored is None:
+            return ABSENT
+        if len(stored) != namespace.page_bytes:
+            with self._lock:
+                self._pages.pop((namespace.fingerprint, key), None)
+            return PageRead(
+                ReadStatus.CORRUPT, f"{len(stored)} bytes, expected {namespace.page_bytes}"
+            )
+        page[: namespace.page_bytes] = stored
+        page[namespace.page_bytes :] = _ZEROS[: len(page) - namespace.page_bytes]
+        return HIT
+
+    def stage(
+        self, namespace: TierNamespace, key: Key, page: memoryview, *, num_tokens: int
+    ) -> Staged | None:
+        assert len(page) == padded_bytes(namespace.page_bytes)
+        assert num_tokens > 0
+        if self.contains(namespace, [key]):
+            return None
+        copy = bytes(page[: namespace.page_bytes])
+        with self._lock:
+            ticket = str(next(self._tickets))
+            self._staged[ticket] = copy
+        return Staged(namespace, key, ticket)
+
+    def publish(self, staged: Staged) -> None:
+        with self._lock:
+            page = self._staged.pop(staged.ticket, None)
+            if page is not None:
+                self._pages[staged.namespace.fingerprint, staged.key] = page
+        if page is None:
+            raise TierError(f"key {staged.key.hex()}: not staged any more", reason="io_error")
+
+    def discard(self, staged: Staged) -> None:
+        with self._lock:
+            self._staged.pop(staged.ticket, None)
+
+    def close(self) -> None:
+        with self._lock:
+            self._pages.clear()
+            self._staged.clear()
