@@ -25,8 +25,10 @@ import torch
 from torch import Tensor
 
 from ucm.integration.copies.arena import Arena
-from ucm.integration.copies.contract import CopyEngine, Direction, PagePart
-from ucm.integration.copies.layout import KV, LayoutKind, layer_view
+from ucm.integration.copies.contract import CopyEngine
+from ucm.integration.copies.jobs import Direction, PagePart
+from ucm.integration.copies.layout import KV, layer_view
+from ucm.integration.copies.layout_kind import LayoutKind
 from ucm.integration.copies.make import make_copy_engine
 from ucm.store.blocks.page import PageGeometry, rank_share
 

@@ -20,30 +20,42 @@ FOLDERS = ("ucm", "tests", "examples", "benchmarks")
 MAX_FILE_LINES = 350
 MAX_FUNCTION_LINES = 70
 
-# Which rooms of `ucm` a room may know. Arrows only go down.
-ROOMS: dict[str, set[str]] = {
-    "ucm": set(),
-    "ucm.errors": set(),
-    "ucm.config": {"ucm.errors"},
-    "ucm.metrics": {"ucm.errors"},
-    "ucm.handoff": set(),
-    "ucm.store": {"ucm.errors", "ucm.config", "ucm.metrics"},
-    "ucm.pd": {"ucm.errors", "ucm.config", "ucm.metrics", "ucm.handoff"},
-    "ucm.integration": {"ucm.errors", "ucm.config", "ucm.metrics", "ucm.handoff", "ucm.store"},
-    "ucm.cli": {"ucm.errors", "ucm.config", "ucm.metrics", "ucm.store", "ucm.pd"},
-}
+# The floors of `ucm`, from the ground up: a module knows those of its own floor and of the ones
+# below. It is on the floor whose name is the longest beginning of its own.
+FLOORS = (
+    *("ucm.errors", "ucm.handoff", "ucm.metrics", "ucm.config"),
+    # The store: what a block is, where its page is kept, the node cache, and its clients.
+    *("ucm.store.processes", "ucm.store.blocks"),
+    *("ucm.store.tiers.tier", "ucm.store.tiers.metered", "ucm.store.tiers.posix"),
+    *("ucm.store.tiers", "ucm.store.node", "ucm.store.client", "ucm.store.api"),
+    "ucm.store.pipeline",
+    # Engines: the copies of any, the scheduler half of any, and vLLM.
+    *("ucm.integration.copies", "ucm.integration.engine", "ucm.integration.vllm"),
+    # The proxy, which knows nothing of the store.
+    *("ucm.pd.protocol", "ucm.pd.errors", "ucm.pd.security", "ucm.pd.fleet", "ucm.pd.flags"),
+    *("ucm.pd.access", "ucm.pd.metrics", "ucm.pd.legs.upstream", "ucm.pd.trace"),
+    *("ucm.pd.stopping", "ucm.pd.intake", "ucm.pd.legs", "ucm.pd.health", "ucm.pd.administration"),
+    *("ucm.pd.about", "ucm.pd.app", "ucm.pd.server", "ucm.pd"),
+    "ucm.cli",
+)
+# Houses that stand side by side: neither knows the other, whatever their floors.
+APART = (("ucm.pd", "ucm.store"), ("ucm.pd", "ucm.integration"), ("ucm.cli", "ucm.integration"))
 # Who may import a heavy or foreign package, by the module's name or its package's.
 FOREIGN: dict[str, tuple[str, ...]] = {
     "vllm": ("ucm.integration.vllm",),
-    "torch": ("ucm.store.api.tensors", "ucm.integration"),
+    "torch": ("ucm.store.api.tensors", "ucm.integration.copies", "ucm.integration.vllm"),
     "yaml": ("ucm.config",),
     "aiohttp": ("ucm.pd",),
     "typer": ("ucm.cli", "ucm.pd.toy_proxy_server"),
 }
-# tests/gpu needs these on machines that have torch and no vLLM.
-TORCH_ONLY = {"ucm.integration.copies.layout", "ucm.integration.copies.make"}
-# What lies below the node cache's process, and is used by it.
-BELOW_NODE = ("ucm.store.blocks", "ucm.store.tiers")
+# These run, with all that they need, where a package is not installed.
+WITHOUT: dict[str, tuple[str, ...]] = {
+    "vllm": ("ucm.store", "ucm.integration.copies", "ucm.integration.engine", "ucm.pd", "ucm.cli"),
+    "torch": (
+        *("ucm.store.blocks", "ucm.store.tiers", "ucm.store.node", "ucm.store.client"),
+        *("ucm.integration.engine", "ucm.pd", "ucm.cli"),
+    ),
+}
 
 ENTRY_POINTS = {
     "ucm.cli.main",
@@ -119,24 +131,43 @@ def within(name: str, package: str) -> bool:
     return name == package or name.startswith(f"{package}.")
 
 
-def room_of(name: str) -> str:
-    """The room that a module is in."""
-    return ".".join(name.split(".")[:2])
+def floor_of(name: str) -> int:
+    below = [floor for floor in FLOORS if within(name, floor)]
+    assert below, f"{name} is on no floor"
+    return FLOORS.index(max(below, key=len))
+
+
+def our_imports(module: Module) -> list[str]:
+    """The modules of `ucm` that it names, also those that it imports for types only."""
+    names = {each.name for each in ours() if each.path.name != "__init__.py"}
+    return sorted(module.imports & names - {module.name})
 
 
 def is_module(name: str) -> bool:
     return any(module.name == name for module in modules())
 
 
-def test_imports_between_rooms_only_go_down() -> None:
-    """`store` knows no engine, `pd` knows no store, and nobody knows the command line."""
+def test_every_module_is_on_one_floor_and_knows_none_above_it() -> None:
     for module in ours():
-        room = room_of(module.name)
-        assert room in ROOMS, f"{module} is in no room"
-        for name in module.imports:
-            if within(name, "ucm") and is_module(name):
-                other = room_of(name)
-                assert other in ROOMS[room] | {room, "ucm"}, f"{module} imports {name}"
+        if module.path.name == "__init__.py":
+            continue
+        for name in our_imports(module):
+            assert floor_of(name) <= floor_of(module.name), f"{module} imports {name}"
+
+
+def test_no_package_imports_what_is_in_it() -> None:
+    """What a room has is imported from its file: one name has one place."""
+    for module in ours():
+        if module.path.name == "__init__.py":
+            assert not module.imports, f"{module} imports {set(module.imports)}"
+
+
+def test_houses_that_stand_side_by_side_know_nothing_of_each_other() -> None:
+    for module in ours():
+        for one, other in APART:
+            if within(module.name, one):
+                known = [name for name in our_imports(module) if within(name, other)]
+                assert not known, f"{module} imports {known}"
 
 
 def test_no_two_files_need_each_other() -> None:
@@ -155,30 +186,24 @@ def test_foreign_packages_stay_in_their_rooms(package: str) -> None:
             )
 
 
-def test_the_copy_code_does_not_know_vllm() -> None:
-    """It is tested on GPU machines that have torch only. What it needs needs no vLLM either."""
+@pytest.mark.parametrize("package", WITHOUT)
+def test_rooms_run_without_what_they_have_no_business_with(package: str) -> None:
     by_name = {module.name: module for module in ours()}
+    rooms = WITHOUT[package]
+    unread = {name for name in by_name if any(within(name, room) for room in rooms)}
+    unread.discard("ucm.store.api.tensors")
     known: set[str] = set()
-    unread = set(TORCH_ONLY)
     while unread:
         module = by_name[unread.pop()]
         known.add(module.name)
-        assert not any(within(name, "vllm") for name in module.imports), f"{module}"
-        unread |= module.needs & by_name.keys() - known
-
-
-def test_what_the_node_cache_is_made_of_does_not_know_it() -> None:
-    """Keys, pages, files and slots can be read, tested and used without the process."""
-    for module in ours():
-        if any(within(module.name, room) for room in BELOW_NODE):
-            above = [name for name in module.imports if within(name, "ucm.store.node")]
-            assert not above, f"{module} imports {above}"
+        assert not any(within(name, package) for name in module.needs), f"{module}"
+        unread |= module.needs & by_name.keys() - known - {"ucm.store.api.tensors"}
 
 
 def test_only_the_settings_read_the_environment() -> None:
     """A variable that is read elsewhere is a setting that nobody documents or checks."""
     for module in ours():
-        if room_of(module.name) == "ucm.config":
+        if within(module.name, "ucm.config"):
             continue
         for node in ast.walk(module.tree):
             name = node.attr if isinstance(node, ast.Attribute) else getattr(node, "id", "")

@@ -14,7 +14,7 @@ import torch
 from benchmarks.first_look.copies import LARGE, SMALL
 from benchmarks.first_look.place import GOOD, LOOK, SKIPPED, Finding, Place, whole
 from ucm.integration.copies.arena import Arena
-from ucm.integration.copies.contract import Direction
+from ucm.integration.copies.jobs import Direction
 
 
 def uploads(place: Place) -> Finding:

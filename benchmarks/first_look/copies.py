@@ -23,7 +23,7 @@ from benchmarks.first_look.place import (
 from tests.integration.kv_layouts import LATENT_LAYOUTS, LAYOUTS, Rank, page_in, page_of_blocks
 from ucm.integration.copies.accelerator import BatchedCopy
 from ucm.integration.copies.arena import Arena
-from ucm.integration.copies.contract import Direction
+from ucm.integration.copies.jobs import Direction
 from ucm.store.blocks.page import PageGeometry
 
 DUMP, LOAD = Direction.DUMP, Direction.LOAD

@@ -7,7 +7,8 @@ from collections.abc import Callable
 import torch
 
 from tests.integration.kv_layouts import LATENT_LAYOUTS, Rank, make_rank
-from ucm.integration.copies.contract import CopyEngine, Direction
+from ucm.integration.copies.contract import CopyEngine
+from ucm.integration.copies.jobs import Direction
 from ucm.store.blocks.page import PageGeometry
 
 # Runs of a layer are 512 KiB, so the layouts that agree with the page are copied directly.

@@ -14,8 +14,9 @@ from tests.integration.kv_layouts import (
     wait_for,
     whole_pages,
 )
-from ucm.integration.copies.contract import PagePart
-from ucm.integration.copies.layout import LayoutKind, layer_view
+from ucm.integration.copies.jobs import PagePart
+from ucm.integration.copies.layout import layer_view
+from ucm.integration.copies.layout_kind import LayoutKind
 from ucm.integration.copies.make import make_copy_engine
 from ucm.store.blocks.page import PageGeometry, rank_share
 

@@ -9,7 +9,7 @@ import torch
 
 from tests.gpu.caches import DUMP, HEADS, LOAD, PAGES, MakeEngine, rank_of
 from tests.integration.kv_layouts import page_in, page_of_blocks, wait_for, whole_pages
-from ucm.integration.copies.contract import Direction, PagePart
+from ucm.integration.copies.jobs import Direction, PagePart
 
 
 @pytest.mark.parametrize("layout", ["LBHNC", "LBNHC", "latent"])

@@ -15,8 +15,9 @@ import torch
 from tests.integration.kv_layouts import LATENT_LAYOUTS, Rank, make_rank, wait_for
 from ucm.integration.copies.accelerator import Accelerator
 from ucm.integration.copies.arena import Arena, Piece
-from ucm.integration.copies.contract import CopyEngine, Direction, PagePart
+from ucm.integration.copies.contract import CopyEngine
 from ucm.integration.copies.device import DeviceCopyEngine
+from ucm.integration.copies.jobs import Direction, PagePart
 from ucm.integration.copies.make import make_copy_engine
 from ucm.store.blocks.page import PageGeometry
 

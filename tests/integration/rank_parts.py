@@ -6,8 +6,8 @@ from __future__ import annotations
 import os
 
 from ucm.config.settings import StoreSettings
-from ucm.integration.copies.layout import LayoutKind
-from ucm.integration.vllm.engine_facts import EngineFacts
+from ucm.integration.copies.layout_kind import LayoutKind
+from ucm.integration.engine.facts import EngineFacts
 from ucm.store.blocks.page import PageGeometry
 from ucm.store.node import protocol as p
 

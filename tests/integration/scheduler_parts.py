@@ -12,8 +12,8 @@ from tests.store.node.held import Timers
 from ucm import handoff as h
 from ucm.config.settings import Settings, StoreSettings
 from ucm.errors import TierError
-from ucm.integration.copies.layout import LayoutKind
-from ucm.integration.vllm.engine_facts import EngineFacts
+from ucm.integration.copies.layout_kind import LayoutKind
+from ucm.integration.engine.facts import EngineFacts
 from ucm.integration.vllm.metadata import RankReport, StepMetadata
 from ucm.integration.vllm.scheduler import SchedulerSide
 from ucm.integration.vllm.stats import UcmStats

@@ -24,8 +24,8 @@ from tests.integration.storm_engine import VOCABULARY, Weather, make_scheduler
 from tests.integration.storm_node import Clock, StormNode
 from ucm import handoff as h
 from ucm.config.settings import Settings, StoreSettings
-from ucm.integration.copies.layout import LayoutKind
-from ucm.integration.vllm.engine_facts import EngineFacts
+from ucm.integration.copies.layout_kind import LayoutKind
+from ucm.integration.engine.facts import EngineFacts
 from ucm.integration.vllm.scheduler import SchedulerSide
 from ucm.integration.vllm.stats import UcmStats
 from ucm.integration.vllm.ucm_connector import UCMConnector

@@ -14,8 +14,8 @@ from dataclasses import dataclass
 
 from vllm.v1.outputs import KVConnectorOutput
 
-from ucm.integration.copies.contract import PagePart
-from ucm.integration.vllm.metadata import CopyJob, RankReport, StepMetadata
+from ucm.integration.copies.jobs import CopyJob, PagePart
+from ucm.integration.vllm.metadata import RankReport, StepMetadata
 
 UNIT = 16
 # As a page has it: one row, a token's content after the other's.

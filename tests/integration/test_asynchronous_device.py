@@ -22,8 +22,9 @@ from tests.integration.kv_layouts import (
 )
 from tests.integration.simulated_device import SimulatedDevice
 from ucm.integration.copies.arena import Arena
-from ucm.integration.copies.contract import CopyEngine, PagePart
+from ucm.integration.copies.contract import CopyEngine
 from ucm.integration.copies.device import DeviceCopyEngine
+from ucm.integration.copies.jobs import PagePart
 
 WAYS = {
     "direct": {"staging_bytes": 1 << 20, "direct_run_bytes": 1},

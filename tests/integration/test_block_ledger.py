@@ -6,7 +6,7 @@ import pytest
 
 pytest.importorskip("vllm")
 
-from ucm.integration.engine.ledger import BlockLedger, Ending
+from ucm.integration.engine.device_blocks import BlockLedger, Ending
 
 
 def test_a_ledger_says_once_that_a_request_may_go():

@@ -26,8 +26,8 @@ from tests.integration.kv_layouts import (
     page_of_blocks,
     whole_pages,
 )
-from ucm.integration.copies.contract import Direction, PagePart
 from ucm.integration.copies.host import HostCopyEngine
+from ucm.integration.copies.jobs import Direction, PagePart
 from ucm.integration.copies.make import make_copy_engine
 
 

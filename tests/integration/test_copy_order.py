@@ -27,8 +27,9 @@ from tests.integration.kv_layouts import (
     wait_for,
     whole_pages,
 )
-from ucm.integration.copies.contract import CopyEngine, Direction, PagePart
+from ucm.integration.copies.contract import CopyEngine
 from ucm.integration.copies.host import HostCopyEngine
+from ucm.integration.copies.jobs import Direction, PagePart
 
 
 @pytest.mark.parametrize("layout", ["LBHNC", "BLHNC", "cpu_vec", "split_tensor"])

@@ -19,8 +19,9 @@ from examples.cluster.models import make_model
 from tests.integration.scheduler_parts import Engine, Loopback
 from ucm.config.settings import Settings, StoreSettings
 from ucm.errors import UnsupportedEngine
+from ucm.integration.engine.facts import EngineFacts
 from ucm.integration.vllm import ucm_connector
-from ucm.integration.vllm.engine_facts import EngineFacts, _adapter_rules, engine_facts, why_no_hits
+from ucm.integration.vllm.engine_facts import _adapter_rules, engine_facts, why_no_hits
 from ucm.integration.vllm.identity import manifest
 from ucm.store.blocks.namespace import Manifest
 from ucm.store.blocks.page import PageGeometry

@@ -14,7 +14,7 @@ pytest.importorskip("vllm")
 import torch
 
 from ucm.integration.copies.generations import Memories
-from ucm.integration.vllm.metadata import CopyJob
+from ucm.integration.copies.jobs import CopyJob
 from ucm.store.node import protocol as p
 
 CAPACITY_BYTES = 1 << 20

@@ -10,7 +10,8 @@ pytest.importorskip("vllm")
 
 import msgspec
 
-from ucm.integration.vllm.stats import MAX_VALUES, UcmStats
+from ucm.integration.engine.counts import MAX_VALUES
+from ucm.integration.vllm.stats import UcmStats
 
 
 def test_counters_add_up_by_their_labels() -> None:

@@ -9,7 +9,8 @@ import torch
 
 from tests.integration.kv_layouts import LATENT_LAYOUTS, LAYOUTS, Rank, make_rank
 from ucm.errors import UnsupportedEngine
-from ucm.integration.copies.layout import LayerView, LayoutKind, layer_view, placed_parts
+from ucm.integration.copies.layout import LayerView, layer_view, placed_parts
+from ucm.integration.copies.layout_kind import LayoutKind
 from ucm.store.blocks.page import PageGeometry, rank_share
 
 HEADS = PageGeometry(

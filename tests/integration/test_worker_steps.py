@@ -28,8 +28,8 @@ from ucm.config.settings import Settings, StoreSettings
 from ucm.errors import UnsupportedEngine
 from ucm.integration.copies import generations as memories_module
 from ucm.integration.copies.arena import Arena
-from ucm.integration.copies.contract import PagePart
 from ucm.integration.copies.device import DeviceCopyEngine
+from ucm.integration.copies.jobs import CopyJob, PagePart
 from ucm.integration.copies.make import make_copy_engine
 from ucm.integration.vllm import worker as worker_module
 from ucm.integration.vllm.device_facts import (
@@ -38,7 +38,7 @@ from ucm.integration.vllm.device_facts import (
     wanted_layout,
     writes_before_hooks,
 )
-from ucm.integration.vllm.metadata import CopyJob, StepMetadata
+from ucm.integration.vllm.metadata import StepMetadata
 from ucm.integration.vllm.stats import UcmStats
 from ucm.integration.vllm.ucm_connector import UCMConnector
 from ucm.integration.vllm.worker import WorkerSide

@@ -31,7 +31,7 @@ def node_cache(
 ) -> None:
     """Run this node's cache in the foreground, instead of letting the first engine start it."""
     from ucm.config.settings import load_settings_file
-    from ucm.store.client.start import run_by_hand
+    from ucm.store.node.run import run_by_hand
 
     try:
         settings = load_settings_file(config)

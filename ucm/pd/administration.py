@@ -24,10 +24,10 @@ from yarl import URL
 
 from ucm.errors import ConfigError
 from ucm.pd.errors import error_response
-from ucm.pd.flags import instance_url
 from ucm.pd.fleet.instance import Instance, Role
 from ucm.pd.fleet.pool import Pool
 from ucm.pd.fleet.silence import unless_lost
+from ucm.pd.fleet.urls import instance_url
 from ucm.pd.legs import upstream
 from ucm.pd.trace import Journey
 

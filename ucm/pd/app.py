@@ -130,7 +130,9 @@ class Proxy:
                     max_answer_bytes=settings.max_answer_mb << 20,
                     on_retry=self._metrics.retries.labels(Role.PREFILL.value).inc,
                 )
-            followed = Members(self._pools).sources(settings, session)
+            followed = Members(self._pools).sources(
+                session, instances_file=settings.instances_file, etcd=settings.etcd
+            )
             followed += [*self._access.following(), *self._tls.following()]
             background = start([self._check_health(client), *followed])
             yield

@@ -22,11 +22,12 @@ try:
 
     from ucm.errors import ConfigError
     from ucm.pd.access import bearer
-    from ucm.pd.flags import OneLineParser, instance_url, seconds_flag
+    from ucm.pd.flags import OneLineParser, seconds_flag
     from ucm.pd.fleet.etcd import CALL_TIMEOUT_S, Etcd, Registration
     from ucm.pd.fleet.etcd_access import EtcdAccess, add_etcd_flags, etcd_access
     from ucm.pd.fleet.etcd_gateway import EtcdError
     from ucm.pd.fleet.instance import Role
+    from ucm.pd.fleet.urls import instance_url
     from ucm.pd.legs.upstream import IDLE_CONNECTION_S
     from ucm.pd.security import tls
     from ucm.pd.security.credentials import InstanceFiles, add_instance_files, instance_files

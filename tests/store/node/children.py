@@ -18,7 +18,8 @@ import pytest
 from tests.store.node.support import PAGE_BYTES, Engine, engine, make_keys
 from ucm.config.settings import StoreSettings
 from ucm.errors import ConfigError, NodeUnavailable
-from ucm.store.client.link import MemoryTaker, NodeLink, RankLink
+from ucm.store.client.link import NodeLink
+from ucm.store.client.rank_link import MemoryTaker, RankLink
 from ucm.store.node import protocol as p
 from ucm.store.node import server
 from ucm.store.node.lock import take_lock

@@ -13,7 +13,8 @@ from tests.store.node.support import FINGERPRINT, SOON_S, Place, make_keys, wait
 from tests.store.node.test_link import WELCOME, peer, welcome
 from ucm.errors import ProtocolError, TaskFailed
 from ucm.store.client.answers import Answers
-from ucm.store.client.link import MemoryTaker, NodeLink, RankLink
+from ucm.store.client.link import NodeLink
+from ucm.store.client.rank_link import MemoryTaker, RankLink
 from ucm.store.node import protocol as p
 
 KEYS = make_keys("asked", 3)

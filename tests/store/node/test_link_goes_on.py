@@ -11,7 +11,8 @@ from tests.store.node.support import SOON_S, Place, wait_until
 from tests.store.node.test_link import num_open_files, peer, wait_for_end, welcome
 from ucm.store.client import link as link_module
 from ucm.store.client.connection import NodeClient
-from ucm.store.client.link import MemoryTaker, NodeLink, RankLink
+from ucm.store.client.link import NodeLink
+from ucm.store.client.rank_link import MemoryTaker, RankLink
 from ucm.store.node import protocol as p
 
 

@@ -21,7 +21,8 @@ from tests.store.node.support import (
     wait_until,
 )
 from ucm.config.settings import StoreSettings
-from ucm.store.client.link import MemoryTaker, NodeLink, RankLink
+from ucm.store.client.link import NodeLink
+from ucm.store.client.rank_link import MemoryTaker, RankLink
 from ucm.store.node import protocol as p
 
 pytestmark = pytest.mark.process

@@ -24,13 +24,8 @@ from collections.abc import Iterable, Sequence
 
 from ucm.integration.copies.accelerator import Accelerator, BatchedCopy, Event
 from ucm.integration.copies.arena import Arena
-from ucm.integration.copies.contract import (
-    CLOSE_TIMEOUT_S,
-    COPY_TIMEOUT_S,
-    CopyEngine,
-    Direction,
-    PagePart,
-)
+from ucm.integration.copies.contract import CLOSE_TIMEOUT_S, COPY_TIMEOUT_S, CopyEngine
+from ucm.integration.copies.jobs import Direction, PagePart
 from ucm.integration.copies.lane import HOLD_S, Lane, Submission
 from ucm.integration.copies.layout import LayerView
 from ucm.integration.copies.routes import plan_routes

@@ -12,9 +12,9 @@ from collections.abc import Iterable
 from typing import Any
 
 from ucm.integration.copies.arena import Arena
+from ucm.integration.copies.jobs import CopyJob
 from ucm.integration.copies.pinning import PIECE_BYTES, Preparer
-from ucm.integration.vllm.metadata import CopyJob
-from ucm.store.client.link import MemoryTaker
+from ucm.store.client.rank_link import MemoryTaker
 from ucm.store.node.memory import keep_out_of_core_dumps
 from ucm.store.node.protocol import Welcome
 

@@ -41,11 +41,10 @@ from ucm.integration.copies.contract import (
     CLOSE_TIMEOUT_S,
     COPY_TIMEOUT_S,
     CopyEngine,
-    Direction,
-    PagePart,
     check_blocks,
     first_units,
 )
+from ucm.integration.copies.jobs import Direction, PagePart
 from ucm.integration.copies.layout import LayerView, PlacedPart, placed_parts
 from ucm.store.blocks.page import PageGeometry, RankShare
 

@@ -25,26 +25,18 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from enum import Enum
 from typing import TypeAlias
 
 import torch
 from torch import Tensor
 
 from ucm.errors import UnsupportedEngine
+from ucm.integration.copies.layout_kind import LayoutKind
 from ucm.store.blocks.page import PageGeometry, RankShare
 
 KV: TypeAlias = Tensor | Sequence[Tensor]
 
 _INTEGER_OF_BYTES = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
-
-
-class LayoutKind(Enum):
-    PACKED = "packed"
-    CPU_VEC = "cpu_vec"
-    SPLIT = "split"
-    MLA = "mla"
-    OPAQUE = "opaque"
 
 
 @dataclass(frozen=True)

@@ -16,7 +16,7 @@ from torch import Tensor
 from ucm.errors import UcmError
 from ucm.integration.copies.accelerator import Accelerator, Event
 from ucm.integration.copies.arena import Arena
-from ucm.integration.copies.contract import Direction
+from ucm.integration.copies.jobs import Direction
 
 logger = logging.getLogger(__name__)
 

@@ -16,10 +16,10 @@ from collections import deque
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 
-from ucm.integration.engine.ledger import BlockLedger, Ending
+from ucm.integration.copies.jobs import CopyJob
+from ucm.integration.engine.device_blocks import BlockLedger, Ending
+from ucm.integration.engine.facts import EngineFacts
 from ucm.integration.engine.prompt import RequestState, parents, part_of_block
-from ucm.integration.vllm.engine_facts import EngineFacts
-from ucm.integration.vllm.metadata import CopyJob
 from ucm.store.blocks.keys import Key
 from ucm.store.client.session import NodeSession
 from ucm.store.node import protocol as p

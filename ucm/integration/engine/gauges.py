@@ -10,7 +10,7 @@ import time
 from collections.abc import Callable
 from typing import Protocol
 
-from ucm.integration.vllm.stats import UcmStats
+from ucm.integration.engine.counts import Counts
 from ucm.metrics import METRICS
 from ucm.store.node import protocol as p
 
@@ -31,7 +31,7 @@ class NodeGauges:
     """Asks for a status every few seconds while the engine steps; the answer comes later."""
 
     def __init__(
-        self, session: Asked, stats: UcmStats, *, clock: Callable[[], float] = time.monotonic
+        self, session: Asked, stats: Counts, *, clock: Callable[[], float] = time.monotonic
     ) -> None:
         self._session = session
         self._stats = stats

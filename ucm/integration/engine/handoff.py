@@ -9,10 +9,10 @@ from typing import Any
 
 from ucm import handoff as h
 from ucm.errors import UcmError
+from ucm.integration.engine.counts import Counts
 from ucm.integration.engine.epoch import Epochs
 from ucm.integration.engine.promise import promise_of, receipt_for
 from ucm.integration.engine.prompt import RequestState
-from ucm.integration.vllm.stats import UcmStats
 from ucm.store.blocks.keys import Key
 from ucm.store.blocks.namespace import differences, from_json
 from ucm.store.client.session import NodeSession
@@ -28,7 +28,7 @@ _MAX_UNSAVED = 1 << 16
 class PromiseBook:
     """Owned by the engine's thread."""
 
-    def __init__(self, session: NodeSession, epochs: Epochs, stats: UcmStats) -> None:
+    def __init__(self, session: NodeSession, epochs: Epochs, stats: Counts) -> None:
         self._session = session
         self._epochs = epochs
         self._stats = stats

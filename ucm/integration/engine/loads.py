@@ -15,13 +15,13 @@ from dataclasses import dataclass
 
 import msgspec
 
-from ucm.integration.copies.contract import PagePart
-from ucm.integration.engine.ledger import BlockLedger
+from ucm.integration.copies.jobs import NO_GENERATION, CopyJob, PagePart
+from ucm.integration.engine.counts import Counts
+from ucm.integration.engine.device_blocks import BlockLedger
+from ucm.integration.engine.facts import EngineFacts
 from ucm.integration.engine.prompt import RequestState, parts_of_tokens
 from ucm.integration.engine.turns import Turns
-from ucm.integration.vllm.engine_facts import EngineFacts
-from ucm.integration.vllm.metadata import NO_GENERATION, STEP_WAIT_S, CopyJob
-from ucm.integration.vllm.stats import UcmStats
+from ucm.integration.engine.waiting import STEP_WAIT_S
 from ucm.metrics import METRICS
 from ucm.store.client.session import NodeSession
 from ucm.store.node import protocol as p
@@ -74,7 +74,7 @@ class Hits:
         block_tokens: int,
         timeout_s: float,
         turns: Turns,
-        stats: UcmStats,
+        stats: Counts,
     ) -> None:
         self._session = session
         self._facts = facts

@@ -4,9 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
-from ucm.integration.copies.contract import Direction
-from ucm.integration.vllm.metadata import CopyJob
-from ucm.integration.vllm.stats import UcmStats
+from ucm.integration.copies.jobs import CopyJob, Direction
+from ucm.integration.engine.counts import Counts
 from ucm.store.blocks.page import PageGeometry, RankShare
 
 _BYTES = {Direction.LOAD: "ucm_loaded_bytes", Direction.DUMP: "ucm_dumped_bytes"}
@@ -17,7 +16,7 @@ class CopyMeter:
     """Used by the rank's thread alone. `block_tokens` are the tokens of one of vLLM's blocks."""
 
     def __init__(
-        self, stats: UcmStats, share: RankShare, *, geometry: PageGeometry, block_tokens: int
+        self, stats: Counts, share: RankShare, *, geometry: PageGeometry, block_tokens: int
     ) -> None:
         self._stats = stats
         num_units = block_tokens // geometry.unit_tokens

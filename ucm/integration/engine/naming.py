@@ -12,19 +12,31 @@ from __future__ import annotations
 
 import logging
 import time
+from abc import ABC, abstractmethod
 from collections.abc import Callable
 from typing import Any
 
 from ucm.integration.engine.adapters import AdapterNames
-from ucm.integration.engine.items import ItemNames, NamedItems, embedded_items
-from ucm.integration.engine.prompt import RequestState
+from ucm.integration.engine.counts import Counts
+from ucm.integration.engine.prompt import NamedItems, RequestState
 from ucm.integration.engine.side_thread import Answer, Lane
-from ucm.integration.vllm.stats import UcmStats
 
 logger = logging.getLogger(__name__)
 
 # As old as a look at an adapter's files may be when a lookup is asked.
 _FRESH_S = 1.0
+
+
+class ItemNames(ABC):
+    """Names what a model is given beside tokens. For one thread."""
+
+    @abstractmethod
+    def of_request(self, request: Any) -> NamedItems:
+        """A request as the engine has it."""
+
+    @abstractmethod
+    def forget(self) -> None:
+        """The engine has emptied its caches."""
 
 
 class RequestNaming:
@@ -46,17 +58,16 @@ class Namer:
     def __init__(
         self,
         on_named: Callable[[RequestState, NamedItems], None],
-        stats: UcmStats,
+        stats: Counts,
+        item_names: ItemNames,
         *,
-        block_tokens: int,
         timeout_s: float,
         adapter_rules: str = "",
     ) -> None:
         self._on_named = on_named
         self._stats = stats
-        self._block_tokens = block_tokens
         self._timeout_s = timeout_s
-        self._item_names = ItemNames()
+        self._item_names = item_names
         self._adapter_names = AdapterNames(adapter_rules)
         self._item_lane = Lane("ucm-items")
         self._adapter_lane = Lane("ucm-adapters")
@@ -67,7 +78,7 @@ class Namer:
         if request.prompt_embeds is None and not request.mm_features:
             items: Answer[NamedItems] = Answer(is_ready=True, value=NamedItems())
         else:
-            items = self._item_lane.ask(lambda: self._items_of(request))
+            items = self._item_lane.ask(lambda: self._item_names.of_request(request))
         state.naming = RequestNaming(request, items)
         if request.lora_request is None and items.is_ready:
             self._finish(state, state.naming)
@@ -111,11 +122,7 @@ class Namer:
 
     def reset(self) -> None:
         """vLLM has emptied its caches, that of its encoder among them."""
-
-        def forget() -> None:
-            self._item_names.forget()
-
-        self._item_lane.ask(forget)
+        self._item_lane.ask(self._item_names.forget)
 
     def close(self) -> None:
         self._item_lane.close()
@@ -157,14 +164,3 @@ class Namer:
             naming.is_named = True
             self._on_named(state, NamedItems(end=0))
         state.keys, state.no_loads = [], True
-
-    def _items_of(self, request: Any) -> NamedItems:
-        if request.prompt_embeds is not None:
-            return embedded_items(
-                request.prompt_embeds,
-                getattr(request, "prompt_is_token_ids", None),
-                self._block_tokens,
-            )
-        lora = request.lora_request
-        adapter = "" if lora is None else f"{lora.lora_int_id}:{lora.lora_path}"
-        return self._item_names.of(request.mm_features, adapter=adapter)

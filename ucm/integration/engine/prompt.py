@@ -11,13 +11,21 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from ucm.handoff import Handoff
-from ucm.integration.copies.contract import PagePart
-from ucm.integration.engine.items import NamedItems
+from ucm.integration.copies.jobs import PagePart
 from ucm.integration.engine.promise import Promise
-from ucm.store.blocks.keys import Key, TailKey, block_keys, root_key, tail_key
+from ucm.store.blocks.keys import Item, Key, TailKey, block_keys, root_key, tail_key
 
 if TYPE_CHECKING:
     from ucm.integration.engine.naming import RequestNaming
+
+
+@dataclass(frozen=True)
+class NamedItems:
+    """Of what a prompt has beside tokens, the items before `end`, where the first stands that has
+    no name (None: all have one)."""
+
+    items: tuple[Item, ...] = ()
+    end: int | None = None
 
 
 @dataclass(eq=False)

@@ -7,12 +7,12 @@ correctly is refused here, with one sentence; what passes is described by `Engin
 from __future__ import annotations
 
 import re
-from dataclasses import dataclass
 from typing import Any
 
 from ucm.config.settings import Settings
 from ucm.errors import UnsupportedEngine
-from ucm.integration.copies.layout import LayoutKind
+from ucm.integration.copies.layout_kind import LayoutKind
+from ucm.integration.engine.facts import EngineFacts
 from ucm.integration.vllm.device_facts import can_sleep, refuse_layerwise_with_micro_batches
 from ucm.store.blocks.canonical import canonical_json
 from ucm.store.blocks.page import PageGeometry
@@ -20,31 +20,6 @@ from ucm.store.blocks.page import PageGeometry
 _LAYER_INDEX = re.compile(r"(?:^|\.)(\d+)(?:\.|$)")
 # The instruction sets of vLLM's CPU attention whose order inside a block is a strided view.
 _CPU_STRIDED_ISAS = ("vec", "vec16")
-
-
-@dataclass(frozen=True)
-class EngineFacts:
-    """One engine. `layer_names` are the attention layers of this process in order: all of them, or
-    with pipeline parallelism a stage's. `loads` and `dumps` follow from kv_role; an engine that
-    could not use a hit (`why_no_hits` says why) loads nothing. `adapter_rules` is what of its
-    settings decides how a LoRA adapter is applied, empty for vLLM's defaults."""
-
-    engine_id: str
-    loads: bool
-    dumps: bool
-    world_size: int
-    tp_size: int
-    pp_size: int
-    block_tokens: int
-    num_blocks: int
-    max_step_tokens: int
-    layer_names: tuple[str, ...]
-    layout: LayoutKind
-    layout_name: str
-    geometry: PageGeometry
-    why_no_hits: str = ""
-    adapter_rules: str = ""
-    can_sleep: bool = False
 
 
 def engine_facts(vllm_config: Any, kv_cache_config: Any, settings: Settings) -> EngineFacts:

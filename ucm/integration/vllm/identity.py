@@ -11,7 +11,7 @@ from typing import Any, Final
 
 from ucm.config.settings import Settings
 from ucm.errors import UnsupportedEngine
-from ucm.integration.vllm.engine_facts import EngineFacts
+from ucm.integration.engine.facts import EngineFacts
 from ucm.store.blocks.namespace import Manifest, model_shape, weights_identity
 
 # Ways of speculation that keep no KV of their own: they guess from the text, or from the target's

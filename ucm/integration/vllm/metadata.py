@@ -13,31 +13,7 @@ from vllm.distributed.kv_transfer.kv_connector.v1.base import (
     KVConnectorWorkerMetadata,
 )
 
-from ucm.integration.copies.contract import PagePart
-
-# How long the connector may wait for news in a step. One that computes nothing has nobody to hold
-# up, and vLLM steps as fast as it can while all its requests wait: on a machine with few cores that
-# takes one from whoever brings what they wait for.
-# Idle steps that hear nothing wait longer and longer; an answer ends the wait, a new request has to
-# wait for its end.
-STEP_WAIT_S = 0.001
-IDLE_WAIT_S = 0.005
-IDLE_WAIT_MAX_S = 0.02
-
-# Of no node cache: a job in its memory fails at every rank.
-NO_GENERATION = -1
-
-
-@dataclass(frozen=True)
-class CopyJob:
-    """Copies of one request, in the memory of node cache `generation`. Every rank copies its part
-    of every page and acknowledges the job once. `request_id` names the request that vLLM holds
-    back until a load has arrived."""
-
-    job_id: int
-    request_id: str
-    generation: int
-    parts: tuple[PagePart, ...]
+from ucm.integration.copies.jobs import CopyJob
 
 
 @dataclass(frozen=True)

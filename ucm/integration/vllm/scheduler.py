@@ -13,27 +13,22 @@ from typing import Any
 from vllm.v1.request import RequestStatus
 
 from ucm.config.settings import Settings
+from ucm.integration.engine.device_blocks import BlockLedger
 from ucm.integration.engine.dumps import Dumps
 from ucm.integration.engine.epoch import Epochs
+from ucm.integration.engine.facts import EngineFacts
 from ucm.integration.engine.gauges import NodeGauges
 from ucm.integration.engine.handoff import PromiseBook
-from ucm.integration.engine.items import NamedItems
-from ucm.integration.engine.ledger import BlockLedger
 from ucm.integration.engine.loads import Hits
 from ucm.integration.engine.naming import Namer
 from ucm.integration.engine.promise import wants_tail
-from ucm.integration.engine.prompt import RequestState, request_keys
+from ucm.integration.engine.prompt import NamedItems, RequestState, request_keys
 from ucm.integration.engine.proofs import Proofs
 from ucm.integration.engine.turns import Turns
+from ucm.integration.engine.waiting import IDLE_WAIT_MAX_S, IDLE_WAIT_S, STEP_WAIT_S
 from ucm.integration.vllm.device_facts import writes_before_hooks
-from ucm.integration.vllm.engine_facts import EngineFacts
-from ucm.integration.vllm.metadata import (
-    IDLE_WAIT_MAX_S,
-    IDLE_WAIT_S,
-    STEP_WAIT_S,
-    RankReport,
-    StepMetadata,
-)
+from ucm.integration.vllm.items import VllmItems
+from ucm.integration.vllm.metadata import RankReport, StepMetadata
 from ucm.integration.vllm.stats import UcmStats
 from ucm.store.blocks.namespace import Manifest
 from ucm.store.client.link import NodeLink
@@ -61,7 +56,7 @@ class SchedulerSide:
         self._namer = Namer(
             self._named,
             stats,
-            block_tokens=settings.block_tokens,
+            VllmItems(settings.block_tokens),
             timeout_s=settings.lookup_timeout_ms / 1000,
             adapter_rules=facts.adapter_rules,
         )

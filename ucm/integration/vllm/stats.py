@@ -4,8 +4,7 @@
     rank ─┴─► aggregate ─► scheduler's process ─────┤   (API server's process)
     scheduler side ─► take() ─┘    a plain dict     └─► UcmPromMetrics ─► /metrics
 
-ucm/metrics.py says what there is to count. Nothing here is thread-safe: in each process one thread
-counts and takes.
+`Counts` says what a plain dict of them is.
 """
 
 from __future__ import annotations
@@ -19,113 +18,31 @@ from vllm.distributed.kv_transfer.kv_connector.v1.metrics import (
     KVConnectorStats,
 )
 
-from ucm.metrics import METRICS, Metric, series_key
+from ucm.integration.engine.counts import Counts, nothing
+from ucm.metrics import METRICS, Metric
 
 if TYPE_CHECKING:
     from vllm.config import VllmConfig
 
-# Values of one histogram that travel one by one: Prometheus takes them no other way. The step that
-# has more is not known yet.
-MAX_VALUES = 1000
-_MB = 1_000_000
 
-
-def _nothing() -> dict[str, Any]:
-    return {"counters": {}, "gauges": {}, "histograms": {}}
-
-
-class UcmStats(KVConnectorStats):
-    """What was counted since the last `take`. `data` has plain types only, as it is sent:
-
-    counters    key of the series -> what came on top
-    gauges      key of the series -> the last value
-    histograms  name -> `values`, at most MAX_VALUES of them, and how many `more` there were, which
-                then count as the last of the values
-    """
-
-    data: dict[str, Any]
+class UcmStats(Counts, KVConnectorStats):
+    """Counts as vLLM carries them."""
 
     def __init__(self, data: dict[str, Any] | None = None) -> None:
-        super().__init__(data=_nothing())
+        super().__init__()
         if data is not None:
-            self._add(data)  # a copy: vLLM gives one dict to several readers, and this one adds up
-
-    # -- counting ----------------------------------------------------------------------------
-
-    def count(self, name: str, by: float = 1, **labels: str) -> None:
-        """Raises ValueError for what the table does not have: a mistake in the code."""
-        if by < 0:
-            raise ValueError(f"{name} can't be counted by {by}")
-        key = series_key(name, "counter", labels)
-        if by:
-            counters = self.data["counters"]
-            counters[key] = counters.get(key, 0) + by
-
-    def gauge(self, name: str, value: float, **labels: str) -> None:
-        self.data["gauges"][series_key(name, "gauge", labels)] = value
-
-    def observe(self, name: str, value: float) -> None:
-        self._observe(series_key(name, "histogram", {}), [value], 0)
-
-    def take(self) -> UcmStats | None:
-        """What was counted since the last time; None if that is nothing."""
-        if self.is_empty():
-            return None
-        taken = UcmStats()
-        taken.data, self.data = self.data, taken.data
-        return taken
-
-    # -- what vLLM asks ----------------------------------------------------------------------
+            self.add(data)  # a copy: vLLM gives one dict to several readers, and this one adds up
 
     def is_empty(self) -> bool:
         return not any(self.data.values())
 
     def reset(self) -> None:
-        self.data = _nothing()
+        self.data = nothing()
 
     def aggregate(self, other: KVConnectorStats) -> UcmStats:
         """Adds what another rank, the scheduler side or a later step has counted."""
-        self._add(other.data)
+        self.add(other.data)
         return self
-
-    def reduce(self) -> dict[str, int | float]:
-        """A few numbers for people: sums over all labels, and of the node what may grow."""
-        reduced: dict[str, int | float] = {}
-        for name, metric in METRICS.items():
-            short = name.removeprefix("ucm_")
-            if metric.kind == "counter" and (total := self._sum(metric)):
-                if short.endswith("_bytes"):
-                    short, total = short.replace("_bytes", "_mb"), total / _MB
-                reduced[short] = round(total, 3)
-        for name, told in self.data["histograms"].items():
-            count = len(told["values"]) + told["more"]
-            total = sum(told["values"]) + told["values"][-1] * told["more"]
-            reduced[f"{name.removeprefix('ucm_')}_mean"] = round(total / count, 3)
-        for queue in ("reads", "write_pages"):
-            key = series_key("ucm_node_queue", "gauge", {"queue": queue})
-            if key in self.data["gauges"]:
-                reduced[f"node_{queue}"] = self.data["gauges"][key]
-        return reduced
-
-    # -- parts of it -------------------------------------------------------------------------
-
-    def _add(self, data: dict[str, Any]) -> None:
-        counters = self.data["counters"]
-        for key, value in data["counters"].items():
-            counters[key] = counters.get(key, 0) + value
-        self.data["gauges"].update(data["gauges"])
-        for name, told in data["histograms"].items():
-            self._observe(name, told["values"], told["more"])
-
-    def _observe(self, name: str, values: list[float], more: int) -> None:
-        told = self.data["histograms"].setdefault(name, {"values": [], "more": 0})
-        room = MAX_VALUES - len(told["values"])
-        told["values"] += values[:room]
-        told["more"] += len(values[room:]) + more
-
-    def _sum(self, metric: Metric) -> float:
-        counters: dict[str, float] = self.data["counters"]
-        return sum(counters.get(metric.key(values), 0) for values in metric.series())
 
 
 # Of the last UcmPromMetrics in this process.

@@ -15,8 +15,8 @@ from yarl import URL
 
 from ucm.config.settings import read_yaml
 from ucm.errors import ConfigError
-from ucm.pd.flags import instance_url
 from ucm.pd.fleet.instance import Role
+from ucm.pd.fleet.urls import instance_url
 
 Listed = Mapping[Role, tuple[URL, ...]]
 

@@ -9,8 +9,8 @@ from functools import partial
 import aiohttp
 from yarl import URL
 
-from ucm.pd.flags import ProxySettings
 from ucm.pd.fleet.etcd import Etcd, Registration
+from ucm.pd.fleet.etcd_access import EtcdAccess
 from ucm.pd.fleet.file import Listed, read_instances
 from ucm.pd.fleet.follow import changes, follow
 from ucm.pd.fleet.instance import Role
@@ -31,17 +31,15 @@ class Members:
         self._registered: Mapping[str, Registration] = {}
 
     def sources(
-        self, settings: ProxySettings, session: aiohttp.ClientSession
+        self, session: aiohttp.ClientSession, *, instances_file: str | None, etcd: EtcdAccess | None
     ) -> list[Coroutine[None, None, None]]:
         """What follows each source, to be run until it is cancelled."""
         following: list[Coroutine[None, None, None]] = []
-        if settings.instances_file is not None:
-            path = settings.instances_file
-            read = partial(read_instances, path)
-            following.append(follow_file([path], read, self.listed, what="instances"))
-        if settings.etcd is not None:
-            etcd = Etcd(session, settings.etcd)
-            following.append(follow(etcd, self.registered, retry_s=_ETCD_RETRY_S))
+        if instances_file is not None:
+            read = partial(read_instances, instances_file)
+            following.append(follow_file([instances_file], read, self.listed, what="instances"))
+        if etcd is not None:
+            following.append(follow(Etcd(session, etcd), self.registered, retry_s=_ETCD_RETRY_S))
         return following
 
     def listed(self, now: Listed) -> None:

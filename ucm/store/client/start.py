@@ -23,9 +23,8 @@ from ucm.config.settings import StoreSettings
 from ucm.errors import NodeUnavailable
 from ucm.store.client.connection import NodeClient
 from ucm.store.client.greeting import check_pages, ignored_settings
-from ucm.store.node import server
 from ucm.store.node.limits import memory_left, room_for
-from ucm.store.node.lock import Holder, SocketLock, take_lock, try_lock, why_held_up
+from ucm.store.node.lock import Holder, SocketLock, try_lock, why_held_up
 from ucm.store.node.rendezvous import ensure_private_directory, open_own_file
 from ucm.store.node.trust import trust_of
 from ucm.store.tiers.build import build_tier
@@ -38,7 +37,6 @@ _FIRST_HANDSHAKE_S: Final = 5.0
 _LAST_HANDSHAKE_S: Final = 30.0
 _LAST_RESTART_S: Final = 60.0
 _LAST_DOUBLING: Final = 6
-_LOG_FORMAT: Final = "%(asctime)s %(levelname)s %(name)s: %(message)s"
 # Per socket, of which node cache this process has said which settings it ignores.
 _said: dict[str, tuple[str, str]] = {}
 # The others wait for theirs: of 72 clients of a node, 64 are ranks.
@@ -176,28 +174,3 @@ def _spawn(settings: StoreSettings, lock: SocketLock) -> None:
 def log_path(settings: StoreSettings) -> str:
     """Where an automatically started node cache logs."""
     return f"{settings.socket_path}.log"
-
-
-def run_by_hand(settings: StoreSettings) -> None:
-    """`ucm node-cache`: serves in the foreground, logging to stderr. Raises as `server.run`."""
-    logging.basicConfig(level=logging.INFO, format=_LOG_FORMAT)
-    lock = take_lock(settings.socket_path, trust_of(settings))
-    server.run(settings, lock)
-
-
-def run_detached(settings_json: str, lock_fd: int) -> None:
-    """What `spawn` runs, in the process that is to become the node cache."""
-    logging.basicConfig(level=logging.INFO, format=_LOG_FORMAT)
-    # Engines bind their processes to cores; the node cache works for all of them.
-    os.sched_setaffinity(0, range(os.cpu_count() or 1))
-    try:
-        settings = msgspec.json.decode(settings_json, type=StoreSettings)
-        lock = SocketLock.adopt(settings.socket_path, lock_fd, trust_of(settings))
-        server.run(settings, lock)
-    except Exception:
-        logger.exception("the node cache failed")
-        raise
-    finally:
-        # Threads in a hung read or write can't be joined.
-        logging.shutdown()
-        os._exit(0)

@@ -1,4 +1,4 @@
-"""`python -m ucm.store.node SETTINGS_JSON LOCK_FD`: a detached node cache (see start.spawn)."""
+"""`python -m ucm.store.node SETTINGS_JSON LOCK_FD`: a detached node cache (see client/start.py)."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ if __name__ == "__main__":
     os.setpgid(0, 0)
     signal.signal(signal.SIGHUP, signal.SIG_IGN)
 
-    from ucm.store.client.start import run_detached
+    from ucm.store.node.run import run_detached
 
     # Stay in nobody's directory: it may be a mount that someone wants to take away.
     os.chdir("/")

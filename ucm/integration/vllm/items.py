@@ -20,12 +20,13 @@ import struct
 import weakref
 from collections import OrderedDict
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from typing import Any, Final
 
 import numpy as np
 import torch
 
+from ucm.integration.engine.naming import ItemNames
+from ucm.integration.engine.prompt import NamedItems
 from ucm.store.blocks.keys import Item
 
 _FORMAT: Final = b"ucm-item-1"
@@ -39,20 +40,21 @@ class Unnameable(Exception):  # caught in this file
     """A value whose bytes can't be had here."""
 
 
-@dataclass(frozen=True)
-class NamedItems:
-    """The items before `end`, where the first stands that has no name (None: all have one)."""
+class VllmItems(ItemNames):
+    """Remembers digests as long as vLLM keeps the tensors."""
 
-    items: tuple[Item, ...] = ()
-    end: int | None = None
-
-
-class ItemNames:
-    """For one thread. Remembers digests as long as vLLM keeps the tensors."""
-
-    def __init__(self) -> None:
+    def __init__(self, block_tokens: int) -> None:
+        self._block_tokens = block_tokens
         self._digests: dict[int, tuple[weakref.ref[Any], bytes]] = {}
         self._contents: OrderedDict[str, bytes | None] = OrderedDict()
+
+    def of_request(self, request: Any) -> NamedItems:
+        if request.prompt_embeds is not None:
+            is_token = getattr(request, "prompt_is_token_ids", None)
+            return embedded_items(request.prompt_embeds, is_token, self._block_tokens)
+        lora = request.lora_request
+        adapter = "" if lora is None else f"{lora.lora_int_id}:{lora.lora_path}"
+        return self.of(request.mm_features, adapter=adapter)
 
     def of(self, features: Sequence[Any], *, adapter: str = "") -> NamedItems:
         """`features` are the request's, `adapter` names the one that its encoder may use."""

@@ -1,0 +1,36 @@
+"""What is copied: pages, or parts of them, between device blocks and slots. Knows no torch."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from enum import Enum
+
+# Of no node cache: a job in its memory fails at every rank.
+NO_GENERATION = -1
+
+
+class Direction(Enum):
+    LOAD = "load"
+    DUMP = "dump"
+
+
+@dataclass(frozen=True)
+class PagePart:
+    """The engine's blocks `block_ids` hold the tokens [first_token, first_token + n) of the page
+    whose slot starts at `slot_offset`; n is the number of blocks times the engine's block size."""
+
+    slot_offset: int
+    first_token: int
+    block_ids: tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class CopyJob:
+    """Copies of one request, in the memory of node cache `generation`. Every rank copies its part
+    of every page and acknowledges the job once. `request_id` names the request that vLLM holds
+    back until a load has arrived."""
+
+    job_id: int
+    request_id: str
+    generation: int
+    parts: tuple[PagePart, ...]
