@@ -2,17 +2,12 @@
 
 from __future__ import annotations
 
-import ast
 import re
 from collections import Counter
-from pathlib import Path
-from typing import get_args
 
 import pytest
 
-from ucm.errors import TierErrorReason
 from ucm.metrics import METRICS, Metric, series_key
-from ucm.store import node
 
 EVERY = pytest.mark.parametrize("metric", METRICS.values(), ids=list(METRICS))
 
@@ -66,30 +61,3 @@ def test_a_key_is_the_same_in_whatever_order_the_labels_are_given() -> None:
 def test_what_the_table_does_not_have_has_no_key(name, kind, labels) -> None:
     with pytest.raises(ValueError, match=name):
         series_key(name, kind, labels)
-
-
-def reasons_of_lookups() -> set[str]:
-    """What stands in the node cache's code where a lookup's prefix is cut, and what a read of
-    storage fails with: never for a lack of room there."""
-    found = set(get_args(TierErrorReason)) - {"full"}
-    cutting = {"shorten", "resolve", "will_not_come"}
-    for file in sorted(Path(node.__file__).parent.glob("*.py")):
-        for each in ast.walk(ast.parse(file.read_text())):
-            if isinstance(each, ast.Call) and getattr(each.func, "attr", "") in cutting:
-                said = [part for arg in each.args[1:2] for part in branches(arg)]
-                found.update(part.value for part in said if isinstance(part, ast.Constant))
-    return found - {""}
-
-
-def branches(value: ast.expr) -> list[ast.expr]:
-    if isinstance(value, ast.IfExp):
-        return [*branches(value.body), *branches(value.orelse)]
-    return [value]
-
-
-def test_every_reason_that_a_lookup_ends_for_can_be_counted() -> None:
-    """It comes over a socket into the engine's thread, where a series that isn't is an error."""
-    reasons = reasons_of_lookups()
-    assert {"never_stored", "timeout", "no_room", "corrupt"} <= reasons
-
-    assert reasons <= set(METRICS["ucm_lookup_missed_blocks"].labels["reason"])

@@ -16,9 +16,7 @@ translated once, where they come in, and chained with `from`.
 
 from __future__ import annotations
 
-from typing import Literal, TypeAlias
-
-TierErrorReason: TypeAlias = Literal["io_error", "full", "timeout", "corrupt"]
+from ucm.outcome import Outcome
 
 
 class UcmError(Exception):
@@ -48,6 +46,6 @@ class TaskFailed(UcmError):
 class TierError(UcmError):
     """Storage failed. The message names the file and the error; `reason` is for counters."""
 
-    def __init__(self, message: str, *, reason: TierErrorReason) -> None:
+    def __init__(self, message: str, *, reason: Outcome) -> None:
         super().__init__(message)
-        self.reason: TierErrorReason = reason
+        self.reason: Outcome = reason

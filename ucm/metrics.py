@@ -8,9 +8,11 @@ between them by its key, a plain text.
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Literal
+
+from ucm.outcome import MISSED, RECOMPUTED, UNWRITTEN, Outcome
 
 Kind = Literal["counter", "gauge", "histogram"]
 
@@ -47,22 +49,16 @@ class Metric:
         return f"{self.name}{{{pairs}}}"
 
 
-_RECOMPUTED = (
-    *("late", "evicted", "corrupt", "io_error", "timeout", "no_room"),
-    *("namespace", "withdrawn", "unsupported", "crowded"),
-)
-_MISSED = (
-    *("never_stored", "namespace", "corrupt", "io_error", "timeout", "no_room"),
-    *("being_computed_here", "late", "evicted"),
-)
 _QUEUES = (
     *("reads", "reads_overdue", "writes", "writes_overdue", "write_pages"),
     *("lookups", "finds"),
 )
-_UNWRITTEN = (
-    *("full", "io_error", "timeout", "corrupt"),
-    *("queue_full", "no_room", "after_failed", "aborted", "leaving"),
-)
+
+
+def _words(table: Sequence[Outcome]) -> tuple[str, ...]:
+    return tuple(outcome.value for outcome in table)
+
+
 _TIER = {"tier": ("posix",), "op": ("read", "write")}
 _OF_THE_NODE = "The node cache's own number, the same at all engines of the node"
 _UNDER_WAY = "under way, waiting for the device included, summed over ranks"
@@ -82,7 +78,7 @@ _TABLE = (
         "ucm_handoff_recomputed_tokens",
         "counter",
         "Promised prompt tokens that decode computed all the same, by reason",
-        {"reason": _RECOMPUTED},
+        {"reason": _words(RECOMPUTED)},
     ),
     Metric(
         "ucm_handoff_wait_seconds",
@@ -106,7 +102,7 @@ _TABLE = (
         "ucm_lookup_missed_blocks",
         "counter",
         "Full prompt blocks that a lookup did not get, by reason",
-        {"reason": _MISSED},
+        {"reason": _words(MISSED)},
     ),
     Metric(
         "ucm_epochs", "counter", "Resets of the cache: what was stored before is not used again"
@@ -139,7 +135,7 @@ _TABLE = (
         "ucm_node_unwritten_pages",
         "gauge",
         f"Pages that did not get to storage when they were dumped, ever, by reason. {_OF_THE_NODE}",
-        {"reason": _UNWRITTEN},
+        {"reason": _words(UNWRITTEN)},
     ),
     Metric(
         "ucm_node_stalled",

@@ -8,7 +8,7 @@ import pytest
 
 from tests.integration.scheduler_parts import BLOCK, Engine, Loopback
 from ucm import handoff as h
-from ucm.errors import TierError, TierErrorReason
+from ucm.errors import Outcome, TierError
 from ucm.store.blocks.keys import Key
 from ucm.store.tiers.tier import MemoryTier, Staged, TierNamespace
 
@@ -20,7 +20,7 @@ class Disk(MemoryTier):
 
     def __init__(self) -> None:
         super().__init__()
-        self.refuses: TierErrorReason | None = None
+        self.refuses: Outcome | None = None
 
     def stage(
         self, namespace: TierNamespace, key: Key, page: memoryview, *, num_tokens: int
@@ -57,7 +57,7 @@ def engine() -> Engine:
 
 @pytest.mark.parametrize("reason", ["full", "io_error", "timeout"])
 def test_what_storage_has_refused_is_not_promised_and_is_written_when_it_can_be(
-    engine: Engine, reason: TierErrorReason
+    engine: Engine, reason: Outcome
 ) -> None:
     disk_of(engine).refuses = reason
     prefill(engine, "a")

@@ -10,8 +10,8 @@ pytest.importorskip("vllm")
 
 from tests.integration.scheduler_parts import BLOCK, Engine, Loopback
 from tests.integration.test_receipts_of_unsaved_pages import Disk, disk_of
-from ucm.errors import TierErrorReason
 from ucm.metrics import series_key
+from ucm.outcome import Outcome
 from ucm.store.node import protocol as p
 
 
@@ -26,7 +26,7 @@ def ask_for_gauges(engine: Engine) -> None:
 
 @pytest.mark.parametrize("reason", ["full", "io_error", "timeout"])
 def test_what_storage_refuses_is_in_the_log_of_the_engine_and_in_its_metrics(
-    reason: TierErrorReason, caplog: pytest.LogCaptureFixture
+    reason: Outcome, caplog: pytest.LogCaptureFixture
 ) -> None:
     engine = Engine(Loopback(tier=Disk()))
     disk_of(engine).refuses = reason

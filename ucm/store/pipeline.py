@@ -30,6 +30,7 @@ from typing import TYPE_CHECKING, Final
 
 from ucm.config.settings import CONNECTOR_NAME, StoreSettings, load_settings
 from ucm.errors import ConfigError, TaskFailed, TierError
+from ucm.outcome import Outcome
 from ucm.store.api.buffers import Row, host_row
 from ucm.store.api.driver import Transfers
 from ucm.store.api.dumps import DumpTask, not_written
@@ -209,14 +210,16 @@ class UcmPipelineStore:
             lost += [key for key in waiting if not places[key] & (p.IN_STORAGE | p.QUEUED)]
             waiting = [key for key in waiting if places[key] & p.QUEUED]
             if waiting and time.monotonic() > deadline_s:
-                raise TierError(f"{len(waiting)} blocks still wait to be written", reason="timeout")
+                raise TierError(
+                    f"{len(waiting)} blocks still wait to be written", reason=Outcome.TIMEOUT
+                )
             if waiting:
                 time.sleep(_FLUSH_POLL_S)
         if lost:
             raise TierError(
                 f"{not_written([dumped[key] for key in lost])}; the log of the node cache says "
                 f"why: {log_path(self._settings)}",
-                reason="io_error",
+                reason=Outcome.IO_ERROR,
             )
 
     def close(self) -> None:

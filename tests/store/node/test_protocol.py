@@ -11,6 +11,7 @@ from hypothesis import example, given
 from hypothesis import strategies as st
 
 from ucm.errors import ProtocolError
+from ucm.outcome import Outcome
 from ucm.store.node import protocol as p
 
 CLIENT_MESSAGES = get_args(p.ClientMessage)
@@ -19,6 +20,7 @@ NODE_MESSAGES = get_args(p.NodeMessage)
 NUMBERS = st.integers(1, 1 << 40)
 COUNTS = st.dictionaries(st.text(max_size=20), NUMBERS, max_size=4)
 VALUES: dict[Any, st.SearchStrategy[Any]] = {
+    Outcome: st.sampled_from(Outcome),
     int: NUMBERS,
     str: st.text(max_size=50),
     bytes: st.binary(max_size=200),

@@ -12,6 +12,7 @@ from typing import Protocol
 
 from ucm.integration.engine.counts import Counts
 from ucm.metrics import METRICS
+from ucm.outcome import UNWRITTEN, Outcome
 from ucm.store.node import protocol as p
 
 PERIOD_S = 5.0
@@ -53,7 +54,7 @@ class NodeGauges:
         gauge("ucm_node_pins", status.slots["pins"])
         gauge("ucm_node_evictions", status.slots["evictions"])
         gauge("ucm_node_dropped_clients", status.counters.get("clients_dropped", 0))
-        for reason in METRICS["ucm_node_unwritten_pages"].labels["reason"]:
+        for reason in UNWRITTEN:
             gauge("ucm_node_unwritten_pages", _unwritten(status, reason), reason=reason)
         for op in METRICS["ucm_node_stalled"].labels["op"]:
             gauge("ucm_node_stalled", status.slots[f"{op}s_stalled"], op=op)
@@ -65,7 +66,7 @@ class NodeGauges:
                 gauge("ucm_tier_seconds", seconds, tier="posix", op=op)
 
 
-def _unwritten(status: p.Status, reason: str) -> int:
+def _unwritten(status: p.Status, reason: Outcome) -> int:
     """Failed writes count by what storage said, pages that were never tried by why not."""
     names = (f"write_failed_{reason}", f"dump_dropped_{reason}", f"dump_{reason}")
     return sum(status.counters.get(name, 0) for name in names)

@@ -13,6 +13,7 @@ from ucm.integration.engine.counts import Counts
 from ucm.integration.engine.epoch import Epochs
 from ucm.integration.engine.promise import promise_of, receipt_for
 from ucm.integration.engine.prompt import RequestState
+from ucm.outcome import Outcome, recomputed_as
 from ucm.store.blocks.keys import Key
 from ucm.store.blocks.namespace import differences, from_json
 from ucm.store.client.session import NodeSession
@@ -60,7 +61,7 @@ class PromiseBook:
         state.wants_receipt = isinstance(handoff, h.Wanted)
         if state.promise is None or not isinstance(handoff, h.Receipt):
             return
-        if state.promise.void == "namespace":
+        if state.promise.void == Outcome.NAMESPACE:
             self._stats.count("ucm_receipts", outcome="refused_namespace")
             self._say_why_refused(handoff.namespace)
         else:
@@ -78,7 +79,7 @@ class PromiseBook:
         self._stats.count("ucm_handoff_promised_tokens", owed)
         self._stats.count("ucm_handoff_loaded_tokens", kept)
         if kept < owed:
-            reason = promise.void or _as_reason(state.end_reason)
+            reason = promise.void or recomputed_as(state.end_reason)
             self._stats.count("ucm_handoff_recomputed_tokens", owed - kept, reason=reason)
             logger.info(
                 "%s: computes %d promised tokens: %s", state.request_id, owed - kept, reason
@@ -157,11 +158,3 @@ class PromiseBook:
             return str(error)
         here = self._epochs.manifest
         return "; ".join(differences(there, here, there_label="prefill", here_label="here"))
-
-
-def _as_reason(end_reason: str) -> str:
-    """A lookup's reason in the words of the hand-off."""
-    if end_reason in ("late", "evicted", "corrupt", "timeout", "no_room", "namespace"):
-        return end_reason
-    # What was promised was stored once; nothing at all was said where vLLM has asked for no lookup.
-    return "evicted" if end_reason == "never_stored" else "io_error"

@@ -22,7 +22,7 @@ from ucm.integration.engine.facts import EngineFacts
 from ucm.integration.engine.prompt import RequestState, parts_of_tokens
 from ucm.integration.engine.turns import Turns
 from ucm.integration.engine.waiting import STEP_WAIT_S
-from ucm.metrics import METRICS
+from ucm.outcome import Outcome, missed_as
 from ucm.store.client.session import NodeSession
 from ucm.store.node import protocol as p
 
@@ -31,7 +31,6 @@ logger = logging.getLogger(__name__)
 # The node cache settles a lookup by its deadline; an answer later than this will never come, unless
 # the machine itself stood still: it gets as long again from when that is noticed.
 _GRACE_S = 0.5
-_MISSED_BY = METRICS["ucm_lookup_missed_blocks"].labels["reason"]
 
 
 @dataclass(eq=False)
@@ -118,7 +117,7 @@ class Hits:
             self.drop(state)
             self._session.found_silent()
             state.no_loads = True
-            state.end_reason = "timeout"
+            state.end_reason = Outcome.TIMEOUT
             return 0, False
         # There is something to do: the answers of others can be waited for in the next step.
         self._session.wait_at_most(STEP_WAIT_S)
@@ -130,7 +129,7 @@ class Hits:
             return 0
         if not state.no_loads:
             return None
-        self._stats.count("ucm_lookup_missed_blocks", len(state.keys), reason="timeout")
+        self._stats.count("ucm_lookup_missed_blocks", len(state.keys), reason=Outcome.TIMEOUT)
         return 0
 
     def _is_given_up(self, hit: Hit) -> bool:
@@ -207,7 +206,7 @@ class Hits:
             self._stats.observe("ucm_handoff_wait_seconds", time.monotonic() - hit.asked_s)
         elif reply.reason and self._facts.loads:
             missed = len(hit.state.keys) - hit.read_from - reply.num_stored
-            reason = reply.reason if reply.reason in _MISSED_BY else "io_error"
+            reason = missed_as(reply.reason)
             self._stats.count("ucm_lookup_missed_blocks", missed, reason=reason)
 
     @property
@@ -287,7 +286,7 @@ class Hits:
         load = self._loading.get(job_id)
         if load is None:
             return set()
-        load.state.no_loads, load.state.end_reason = True, "io_error"
+        load.state.no_loads, load.state.end_reason = True, Outcome.IO_ERROR
         return set(load.device_blocks) if self._layerwise else set()
 
     def ended(self, job_id: int) -> None:

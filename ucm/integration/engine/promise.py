@@ -10,6 +10,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from ucm.handoff import Expected, Handoff, Receipt, Wanted, Withdrawn
+from ucm.outcome import Outcome
 from ucm.store.blocks.keys import Key
 
 
@@ -24,7 +25,7 @@ class Promise:
     wait_s: float = 0.0
     until_s: float = 0.0
     is_renewed: bool = False
-    void: str = ""
+    void: Outcome = Outcome.FINE
 
     def left_s(self, now_s: float) -> float:
         """How long to wait from now on."""
@@ -61,24 +62,24 @@ def promise_of(
     if isinstance(handoff, Expected):
         tokens = min(len(keys) * rules.block_tokens, num_prompt)
         if not keys:
-            return Promise(0, num_prompt, void="unsupported")
+            return Promise(0, num_prompt, void=Outcome.UNSUPPORTED)
         return Promise(
             len(keys), tokens, wait_s=rules.expect_timeout_s, until_s=now_s, is_renewed=True
         )
     if isinstance(handoff, Withdrawn):
-        return Promise(0, num_prompt, void="withdrawn")
+        return Promise(0, num_prompt, void=Outcome.WITHDRAWN)
     if not isinstance(handoff, Receipt):
         return None
     tokens = min(handoff.tokens, num_prompt)
     if handoff.namespace != rules.fingerprint.hex():
-        return Promise(0, tokens, void="namespace")
+        return Promise(0, tokens, void=Outcome.NAMESPACE)
     num_blocks = -(-tokens // rules.block_tokens)
     if tokens % rules.block_tokens and not rules.keeps_tails:
         num_blocks -= 1  # what the receipt's key names is not looked for here
     elif num_blocks > len(keys) or keys[num_blocks - 1].hex() != handoff.key:
         num_blocks = 0  # of another prompt
     if not 0 < num_blocks <= len(keys):
-        return Promise(0, tokens, void="unsupported")
+        return Promise(0, tokens, void=Outcome.UNSUPPORTED)
     until_s = now_s + rules.handoff_timeout_s
     return Promise(num_blocks, tokens, wait_s=rules.handoff_timeout_s, until_s=until_s)
 

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 from ucm.handoff import Handoff
 from ucm.integration.copies.jobs import PagePart
 from ucm.integration.engine.promise import Promise
+from ucm.outcome import Outcome
 from ucm.store.blocks.keys import Item, Key, TailKey, block_keys, root_key, tail_key
 
 if TYPE_CHECKING:
@@ -48,7 +49,7 @@ class RequestState:
     # Until when it waits for its turn to ask the store.
     turn_by_s: float | None = None
     # Why its last lookup brought no more; empty if it brought all.
-    end_reason: str = ""
+    end_reason: Outcome = Outcome.FINE
     is_accounted: bool = False
     # Leading blocks that are in the store at its end, or on their way there.
     kept_blocks: int = 0

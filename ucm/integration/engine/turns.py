@@ -11,6 +11,7 @@ from __future__ import annotations
 from dataclasses import replace
 
 from ucm.integration.engine.prompt import RequestState
+from ucm.outcome import Outcome
 
 
 class Turns:
@@ -33,7 +34,7 @@ class Turns:
         if state.turn_by_s is None:
             state.turn_by_s = now_s + self._timeout_s
         if now_s > state.turn_by_s:
-            state.no_loads, state.end_reason = True, "timeout"
+            state.no_loads, state.end_reason = True, Outcome.TIMEOUT
         return True
 
     def asks(self, lookup_id: int, state: RequestState, now_s: float) -> RequestState | None:
@@ -45,7 +46,7 @@ class Turns:
         if len(self._waiting) >= self._max_handoffs:
             oldest = self._waiting.pop(next(iter(self._waiting)))
             if oldest.promise is not None:
-                oldest.promise = replace(oldest.promise, void="crowded")
+                oldest.promise = replace(oldest.promise, void=Outcome.CROWDED)
         self._waiting[lookup_id] = state
         return oldest
 

@@ -8,6 +8,7 @@ from functools import partial
 from typing import TYPE_CHECKING
 
 from ucm.errors import TaskFailed
+from ucm.outcome import Outcome
 from ucm.store.api.tasks import RETRY_S, Part, Task, batches
 from ucm.store.blocks.keys import Key
 from ucm.store.node import protocol as p
@@ -18,11 +19,11 @@ if TYPE_CHECKING:
 _BATCHES_AHEAD = 2
 
 _WHY_ABSENT = {
-    "never_stored": "it is not in the store",
-    "being_computed_here": "not all of its shards were dumped",
-    "corrupt": "its file is damaged, or is none",
-    "io_error": "storage failed",
-    "timeout": "storage did not answer in time",
+    Outcome.NEVER_STORED: "it is not in the store",
+    Outcome.BEING_COMPUTED_HERE: "not all of its shards were dumped",
+    Outcome.CORRUPT: "its file is damaged, or is none",
+    Outcome.IO_ERROR: "storage failed",
+    Outcome.TIMEOUT: "storage did not answer in time",
 }
 
 
@@ -86,14 +87,14 @@ class LoadTask(Task):
         rest = batch[len(reply.offsets) :]
         if not rest:
             self._continue(node)
-        elif reply.reason == "no_room":
+        elif reply.reason == Outcome.NO_ROOM:
             self.waits_for = "room in the node cache: raise cache_buffer_capacity_gb"
             self._todo.appendleft(rest)
             self._is_paused = True
             node.later(RETRY_S, partial(self._continue, node))
         else:
             why = _WHY_ABSENT.get(reply.reason, reply.reason)
-            if reply.reason in ("corrupt", "io_error", "timeout"):
+            if reply.reason in (Outcome.CORRUPT, Outcome.IO_ERROR, Outcome.TIMEOUT):
                 why += f"; the log of the node cache says more: {node.log_path}"
             self.fail(TaskFailed(f"{self._name(rest[0])} can't be loaded: {why}"))
 

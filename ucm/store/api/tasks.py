@@ -15,6 +15,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from ucm.errors import UcmError
+from ucm.outcome import Outcome
 from ucm.store.api.buffers import Row
 from ucm.store.blocks.keys import Key
 from ucm.store.node import protocol as p
@@ -115,7 +116,7 @@ class FindTask(Task):
     def __init__(self, keys: Sequence[Key], *, storage: bool) -> None:
         super().__init__()
         self.places = b""
-        self.reason = ""
+        self.reason = Outcome.FINE
         self._keys = list(keys)
         self._storage = storage
 

@@ -40,6 +40,7 @@ from dataclasses import dataclass
 from xxhash import xxh3_64_intdigest
 
 from ucm.errors import TierError
+from ucm.outcome import Outcome
 from ucm.store.blocks.keys import Key
 from ucm.store.blocks.page import PAGE_ALIGNMENT_BYTES, padded_bytes
 from ucm.store.blocks.page_key import NO_KEY_ID, SEAL_BYTES, PageKey
@@ -97,7 +98,7 @@ class Scratch:
 def bad_block(check: str) -> TierError:
     """The file is not the block that was asked for; `check` is what failed. Without the file's
     name, which only the caller knows."""
-    return TierError(check, reason="corrupt")
+    return TierError(check, reason=Outcome.CORRUPT)
 
 
 def segment_bytes_for(page_bytes: int, *, is_sealed: bool = False) -> int:

@@ -11,6 +11,7 @@ import logging
 import time
 from collections.abc import Callable
 
+from ucm.outcome import Outcome
 from ucm.store.client.link import NodeLink
 from ucm.store.node import protocol as p
 from ucm.store.node.notices import Notices
@@ -81,11 +82,11 @@ class NodeSession:
         )
 
     @property
-    def why_not_ready(self) -> str:
+    def why_not_ready(self) -> Outcome:
         """As a reason for what is computed instead."""
         if self._refused:
-            return "namespace"
-        return "io_error" if self._silent_since_s is None else "timeout"
+            return Outcome.NAMESPACE
+        return Outcome.IO_ERROR if self._silent_since_s is None else Outcome.TIMEOUT
 
     def reopen(self, opening: p.OpenNamespace) -> None:
         """Everything that follows is about another namespace."""

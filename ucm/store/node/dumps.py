@@ -6,6 +6,7 @@ from collections.abc import Callable, Sequence
 from typing import TypeVar
 
 from ucm.errors import ProtocolError
+from ucm.outcome import Outcome
 from ucm.store.blocks.keys import Key, TailKey
 from ucm.store.blocks.page import blank_behind
 from ucm.store.node import protocol as p
@@ -55,18 +56,18 @@ class Fillings:
             offsets.append(offset)
             if offset == p.NO_ROOM:
                 for lost in keys[len(offsets) - 1 :]:
-                    self._lookups.will_not_come(lost, "no_room")
+                    self._lookups.will_not_come(lost, Outcome.NO_ROOM)
                 # Nothing leads to a block whose predecessor is missing.
                 offsets += [p.NO_ROOM] * (len(message.keys) - len(offsets))
                 if not message.will_ask_again:
-                    why = "leaving" if leaving else self._why_no_room(key)
+                    why = Outcome.LEAVING if leaving else self._why_no_room(key)
                     self._count(f"dump_dropped_{why}")
                 break
         connection.send(p.ReserveReply(id=message.id, offsets=offsets))
 
     def _why_no_room(self, key: Key) -> str:
         is_full = self._writeback is not None and self._writeback.is_full(key)
-        return "queue_full" if is_full else "no_room"
+        return Outcome.QUEUE_FULL if is_full else Outcome.NO_ROOM
 
     def _reserve_one(
         self,
@@ -121,7 +122,7 @@ class Fillings:
             self._count("dump_committed")
             if self._writeback is not None:
                 self._writeback.enqueue(namespace, key, parent, slot)
-            self._lookups.resolve(slot, "")
+            self._lookups.resolve(slot, Outcome.FINE)
 
     def abort(self, session: Session, message: p.Abort) -> None:
         for key in map(Key, message.keys):
@@ -149,10 +150,10 @@ class Fillings:
         self._count("dump_aborted")
         if key in self._counted_on:
             self._counted_on.discard(key)
-            self._tell([key], (), "aborted")
+            self._tell([key], (), Outcome.ABORTED)
         if self._writeback is not None:
             self._writeback.filling_ended(key)
-        self._lookups.resolve(slot, "never_stored")
+        self._lookups.resolve(slot, Outcome.NEVER_STORED)
         return slot
 
 

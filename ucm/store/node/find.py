@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from functools import partial
 
 from ucm.errors import ProtocolError
+from ucm.outcome import Outcome
 from ucm.store.blocks.keys import Key
 from ucm.store.node import protocol as p
 from ucm.store.node.lanes import Lanes
@@ -38,7 +39,7 @@ class FindJob:
     storage: bool
     deadline_s: float
     groups_running: int = 0
-    reason: str = ""
+    reason: Outcome = Outcome.FINE
 
 
 class Finds:
@@ -97,7 +98,7 @@ class Finds:
         now_s = self._clock()
         for job in list(self._open.values()):
             if now_s >= job.deadline_s:
-                job.reason = "timeout"
+                job.reason = Outcome.TIMEOUT
                 job.groups_running = 0
                 self._answer_if_settled(job)
 
@@ -118,7 +119,7 @@ class Finds:
         groups: list[tuple[Pool, list[int]]] = []
         for pool, blocks in self._reads.split(unknown, lambda i: job.keys[i]):
             if pool.stalled:
-                job.reason = "timeout"
+                job.reason = Outcome.TIMEOUT
                 continue
             size = min(_MAX_GROUP, -(-len(blocks) // pool.num_threads))
             groups += [(pool, blocks[i : i + size]) for i in range(0, len(blocks), size)]

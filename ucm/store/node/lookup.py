@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from heapq import heappop, heappush
 
+from ucm.outcome import Outcome
 from ucm.store.blocks.keys import Key
 from ucm.store.node.pool import Pool
 from ucm.store.node.sessions import Connection, OpenedNamespace
@@ -60,13 +61,13 @@ class LookupJob:
     # An engine of this node brings pages.
     is_fed: bool = False
     from_files: int = 0
-    reason: str = ""
+    reason: Outcome = Outcome.FINE
     closed: bool = False
 
     def __post_init__(self) -> None:
         self.had = self.read_from
 
-    def shorten(self, end: int, reason: str) -> None:
+    def shorten(self, end: int, reason: Outcome) -> None:
         """Block `end` can't be had. Keeps the reason of the earliest such block."""
         if end < self.end:
             self.end = end

@@ -18,6 +18,7 @@ from collections.abc import Callable, Sequence
 from functools import partial
 
 from ucm.errors import ProtocolError
+from ucm.outcome import Outcome
 from ucm.store.blocks.keys import Key
 from ucm.store.node import protocol as p
 from ucm.store.node.heads import Heads
@@ -124,7 +125,7 @@ class Lookups:
         else:
             lost = [i for i in job.unprobed if self._reads.is_stalled(job.keys[i])]
         if lost:
-            job.shorten(lost[0], "never_stored" if self._tier is None else "timeout")
+            job.shorten(lost[0], Outcome.NEVER_STORED if self._tier is None else Outcome.TIMEOUT)
         self._go_on(job)
 
     def withdraw(self, connection: Connection, lookup_id: int) -> None:
@@ -147,7 +148,7 @@ class Lookups:
             first_open = job.first_open()
             if first_open is not None:
                 is_late = first_open < job.promised and not self._is_storage_slow(job, first_open)
-                job.shorten(first_open, "late" if is_late else "timeout")
+                job.shorten(first_open, Outcome.LATE if is_late else Outcome.TIMEOUT)
             job.head_probes = 0
             self._answer_if_settled(job)
 
@@ -182,7 +183,7 @@ class Lookups:
             self._holds.pin(job, i, slot)
         elif job.keys[i] in job.connection.session.filling and i >= job.promised:
             # This very engine is computing the block: its own prefix cache will have it first.
-            job.shorten(i, "being_computed_here")
+            job.shorten(i, Outcome.BEING_COMPUTED_HERE)
         else:
             job.is_fed = job.is_fed or not self._is_being_read(slot)
             self._holds.wait(job, i, slot)
@@ -214,7 +215,7 @@ class Lookups:
         elif leading < len(group) and group[leading] < job.promised:
             self._look_for(job, group[leading:])
         elif leading < len(group):
-            job.shorten(group[leading], "never_stored")
+            job.shorten(group[leading], Outcome.NEVER_STORED)
         self._have_stored(job, group[:leading])
         self._go_on(job)
 
@@ -262,7 +263,7 @@ class Lookups:
                 self._promises.take_heart(job)
             missing = [i for i in blocks[result.leading :] if i in job.wanted]
             if missing and result.last_there:
-                job.shorten(missing[0], "evicted")
+                job.shorten(missing[0], Outcome.EVICTED)
             elif missing:
                 self._promises.look_later(job)
         self._go_on(job)
@@ -274,7 +275,7 @@ class Lookups:
             job.is_fed = True
             self._holds.wait(job, i, slot)
 
-    def will_not_come(self, key: Key, reason: str) -> None:
+    def will_not_come(self, key: Key, reason: Outcome) -> None:
         """An engine of this node has computed this page and can't keep it."""
         for job, i in self._promises.take_wanted(key):
             job.shorten(i, reason)
@@ -282,7 +283,7 @@ class Lookups:
 
     # -- slots that others fill ------------------------------------------------------------
 
-    def resolve(self, slot: Slot, reason: str, *, from_files: bool = False) -> None:
+    def resolve(self, slot: Slot, reason: Outcome, *, from_files: bool = False) -> None:
         """The slot became READY (`reason` empty) or never will: tells the lookups that wait."""
         waiters = self._holds.take_waiters(slot)
         if not reason and slot.key is not None:
@@ -290,7 +291,7 @@ class Lookups:
         for job, i in waiters:
             if job.closed:
                 continue
-            if reason == "never_stored" and i < min(job.promised, job.end):
+            if reason == Outcome.NEVER_STORED and i < min(job.promised, job.end):
                 job.is_fed = False
                 self._look_for(job, [i])
                 self._promises.look_later(job)

@@ -13,6 +13,7 @@ from collections.abc import Callable, Sequence
 from functools import partial
 
 from ucm.errors import TierError
+from ucm.outcome import Outcome
 from ucm.store.blocks.page import padded_bytes
 from ucm.store.node import protocol as p
 from ucm.store.node.lanes import Lanes
@@ -151,7 +152,7 @@ class Openings:
 
     def _late(self, name: str, without: str, *, of: int) -> TierError:
         late = f"storage has not answered for {self._timeout_s:g} s ({without}): is it mounted?"
-        return TierError(f"{name}: {late}" if of > 1 else late, reason="timeout")
+        return TierError(f"{name}: {late}" if of > 1 else late, reason=Outcome.TIMEOUT)
 
 
 def _errors(results: Sequence[object]) -> str:

@@ -17,6 +17,7 @@ from queue import SimpleQueue
 from typing import Protocol
 
 from ucm.errors import TierError, UcmError
+from ucm.outcome import Outcome
 
 
 class Loop(Protocol):
@@ -148,7 +149,7 @@ class IoPool:
 
     def give_back_queue(self, *, urgent: bool) -> None:
         """What no thread has begun ends now, as timed out; what is urgent if that is asked for."""
-        late = TierError("storage hangs: not started in time", reason="timeout")
+        late = TierError("storage hangs: not started in time", reason=Outcome.TIMEOUT)
         for job in list(self._unclaimed):
             if job.urgent <= urgent and self._unclaimed.pop(job, None) is not None:
                 self._finish(job, late)
@@ -170,7 +171,7 @@ class IoPool:
             except UcmError as error:
                 result = error
             except Exception as error:  # noqa: BLE001 - one odd file must not end a thread
-                result = TierError(f"{type(error).__name__}: {error}", reason="io_error")
+                result = TierError(f"{type(error).__name__}: {error}", reason=Outcome.IO_ERROR)
             self._done.append((job, result))
             # One wake-up for whatever has ended until the loop gets to it: a wake-up per page is a
             # system call and a fight for the GIL, and cost a third of the speed of 256 KiB pages.
@@ -200,6 +201,6 @@ class IoPool:
         job.on_done(result)
 
 
-def error_reason(error: object) -> str:
+def error_reason(error: object) -> Outcome:
     """Why a call into the tier failed, as lookups and counters call it."""
-    return error.reason if isinstance(error, TierError) else "io_error"
+    return error.reason if isinstance(error, TierError) else Outcome.IO_ERROR

@@ -22,6 +22,7 @@ from msgspec import Meta
 
 from ucm.config.settings import NODE_PROTOCOL
 from ucm.errors import ProtocolError
+from ucm.outcome import Outcome
 from ucm.store.blocks.keys import Key, TailKey
 from ucm.store.node.frames import LENGTH, MAX_FRAME_BYTES
 from ucm.store.node.frames import FrameBuffer as FrameBuffer
@@ -193,23 +194,23 @@ class LookupReply(msgspec.Struct, frozen=True, kw_only=True, tag=True, array_lik
     """`offsets[i]` holds the page of `keys[read_from + i]`, pinned until `Release`. `from_files` of
     them were read for this lookup. Of `keys[:read_from]` the first `head_stored` are in the store.
     Without `load` nothing is pinned and `num_stored` counts what follows `read_from`. `reason` says
-    what ended the prefix (empty: nothing did)."""
+    what ended the prefix (FINE: nothing did)."""
 
     id: int
     offsets: list[int]
     num_stored: int
     from_files: int
     head_stored: int
-    reason: str
+    reason: Outcome
 
 
 class Found(msgspec.Struct, frozen=True, kw_only=True, tag=True, array_like=True):
     """`places[i]` says where `keys[i]` is, as a sum of IN_MEMORY, QUEUED and IN_STORAGE; 0 is
-    nowhere. `reason` says why storage could not tell about some of them (empty: it could)."""
+    nowhere. `reason` says why storage could not tell about some of them (FINE: it could)."""
 
     id: int
     places: bytes
-    reason: str
+    reason: Outcome
 
 
 class ReserveReply(msgspec.Struct, frozen=True, kw_only=True, tag=True, array_like=True):
@@ -224,7 +225,7 @@ class SavingNews(msgspec.Struct, frozen=True, kw_only=True, tag=True, array_like
 
     refused: list[_Bytes32]
     saved: list[_Bytes32]
-    reason: str
+    reason: Outcome
 
 
 class Notice(msgspec.Struct, frozen=True, kw_only=True, tag=True, array_like=True):

@@ -11,6 +11,7 @@ from collections import defaultdict
 from collections.abc import Callable, Sequence
 from functools import partial
 
+from ucm.outcome import Outcome
 from ucm.store.blocks.keys import Key
 from ucm.store.node.lanes import Lanes
 from ucm.store.node.notices import Notices
@@ -100,4 +101,4 @@ class Rechecks:
         if slot is page.slot and slot.state is SlotState.READY:
             self._writeback.enqueue(namespace, page.key, page.parent, slot)
         else:
-            self._writeback.refuse([page.key], "gone")
+            self._writeback.refuse([page.key], Outcome.GONE)

@@ -23,6 +23,7 @@ from dataclasses import dataclass
 from enum import Enum
 from typing import Protocol, TypeVar
 
+from ucm.outcome import Outcome
 from ucm.store.blocks.keys import Key
 from ucm.store.node.slots import Slot
 
@@ -40,7 +41,7 @@ class Saving(Enum):
 class Tell(Protocol):
     """Tells the node cache's clients. `reason` is that of the refusals."""
 
-    def __call__(self, refused: Sequence[Key], saved: Sequence[Key], reason: str) -> None: ...
+    def __call__(self, refused: Sequence[Key], saved: Sequence[Key], reason: Outcome) -> None: ...
 
 
 @dataclass(frozen=True)
@@ -64,7 +65,7 @@ class SavingRules:
 @dataclass(frozen=True)
 class Refusal:
     at_s: float
-    reason: str
+    reason: Outcome
 
 
 class SavedBook:
@@ -81,7 +82,7 @@ class SavedBook:
         _remember(self._saved_s, key, self._clock())
         return self._refused.pop(key, None) is not None
 
-    def note_refused(self, key: Key, reason: str) -> None:
+    def note_refused(self, key: Key, reason: Outcome) -> None:
         self._saved_s.pop(key, None)
         _remember(self._refused, key, Refusal(self._clock(), reason))
 

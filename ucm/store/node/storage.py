@@ -6,6 +6,7 @@ from collections.abc import Callable
 from functools import partial
 from typing import Protocol
 
+from ucm.outcome import Outcome
 from ucm.store.blocks.keys import Key
 from ucm.store.node.lanes import Lanes
 from ucm.store.node.lookup import LookupJob
@@ -25,7 +26,7 @@ _READS_PER_THREAD = 2
 class OnPage(Protocol):
     """Told when a slot is READY, or by which `reason` it never will be."""
 
-    def __call__(self, slot: Slot, reason: str, *, from_files: bool = False) -> None: ...
+    def __call__(self, slot: Slot, reason: Outcome, *, from_files: bool = False) -> None: ...
 
 
 class PageReads:
@@ -90,7 +91,7 @@ class PageReads:
             if slot is None:
                 slot = self._reserve(job, i)
                 if slot is None:
-                    job.shorten(i, "no_room")
+                    job.shorten(i, Outcome.NO_ROOM)
                     break
                 slots.append(slot)
             self._holds.wait(job, i, slot)
@@ -101,7 +102,7 @@ class PageReads:
         is longer than the memory, the head is worth more."""
         slot = self._slots.reserve(job.keys[i], job.namespace.slot_bytes)
         while slot is None and job.pinned and (last := max(job.pinned)) > i:
-            job.shorten(last, "no_room")
+            job.shorten(last, Outcome.NO_ROOM)
             self._holds.unpin(job, range(last, last + 1))
             slot = self._slots.reserve(job.keys[i], job.namespace.slot_bytes)
         return slot
@@ -147,10 +148,10 @@ class PageReads:
         if self._writeback is not None:
             self._writeback.filled_from_tier(key, is_hit=is_hit)
         if is_hit:
-            self._on_page(slot, "", from_files=True)
+            self._on_page(slot, Outcome.FINE, from_files=True)
         else:
             absent = outcome == ReadStatus.ABSENT.value
-            self._on_page(slot, "never_stored" if absent else outcome)
+            self._on_page(slot, Outcome.NEVER_STORED if absent else Outcome(outcome))
 
     def _on_read_overdue(self, pool: Pool, slots: list[Slot]) -> None:
         name = self._lanes.name_of(pool)
@@ -163,7 +164,7 @@ class PageReads:
             self._slots.set_aside(slot)
             if self._writeback is not None and key is not None:
                 self._writeback.filled_from_tier(key, is_hit=False)
-            self._on_page(slot, "timeout")
+            self._on_page(slot, Outcome.TIMEOUT)
 
 
 def _key_of(slot: Slot) -> Key:

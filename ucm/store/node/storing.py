@@ -6,6 +6,7 @@ from __future__ import annotations
 from collections import defaultdict
 from collections.abc import Callable, Mapping, Sequence
 
+from ucm.outcome import Outcome
 from ucm.store.blocks.keys import Key
 from ucm.store.node import protocol as p
 from ucm.store.node.lanes import Lanes
@@ -78,13 +79,13 @@ class Storing:
         be more of them."""
         if self._rechecks is None or self.writeback is None:
             return
-        unsaved: defaultdict[str, list[bytes]] = defaultdict(list)
+        unsaved: defaultdict[Outcome, list[bytes]] = defaultdict(list)
         for key in self._rechecks.meet(namespace, ready_pages(self._slots, keys, parents)):
             unsaved[self.writeback.why_refused(key)].append(key)
         for reason, refused in unsaved.items():
             connection.send(p.SavingNews(refused=refused, saved=[], reason=reason))
 
-    def tell(self, refused: Sequence[Key], saved: Sequence[Key], reason: str) -> None:
+    def tell(self, refused: Sequence[Key], saved: Sequence[Key], reason: Outcome) -> None:
         message = p.SavingNews(refused=list(refused), saved=list(saved), reason=reason)
         for session in self._sessions.values():
             for connection in session.connections:

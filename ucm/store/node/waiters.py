@@ -18,6 +18,7 @@ from dataclasses import dataclass
 from functools import partial
 
 from ucm.errors import TierError
+from ucm.outcome import Outcome
 from ucm.store.blocks.keys import Key
 from ucm.store.node.lanes import Lanes
 from ucm.store.node.lookup import FIRST_PROBE, LookupJob
@@ -220,7 +221,7 @@ class Promises:
 
 def _late() -> TierError:
     return TierError(
-        "storage hangs: it can't say whether a promised page is there", reason="timeout"
+        "storage hangs: it can't say whether a promised page is there", reason=Outcome.TIMEOUT
     )
 
 

@@ -23,6 +23,7 @@ from dataclasses import dataclass, field
 from functools import partial
 
 from ucm.errors import TierError
+from ucm.outcome import Outcome
 from ucm.store.blocks.keys import Key, num_tokens_of
 from ucm.store.node.lanes import Lanes
 from ucm.store.node.notices import Notices
@@ -32,9 +33,6 @@ from ucm.store.node.sessions import OpenedNamespace
 from ucm.store.node.slots import Slot, SlotState, SlotTable
 from ucm.store.node.write_places import Places
 from ucm.store.tiers.tier import Staged, Tier
-
-AFTER_FAILED = "after_failed"
-QUEUE_FULL = "queue_full"
 
 
 @dataclass(eq=False, slots=True)
@@ -98,9 +96,9 @@ class WriteBack:
             return Saving.SAVED
         return Saving.REFUSED if self._book.refusal(key) else Saving.MEMORY_ONLY
 
-    def why_refused(self, key: Key) -> str:
+    def why_refused(self, key: Key) -> Outcome:
         refusal = self._book.refusal(key)
-        return refusal.reason if refusal is not None else AFTER_FAILED
+        return refusal.reason if refusal is not None else Outcome.AFTER_FAILED
 
     def was_stored(self, key: Key) -> bool:
         """Whether this node cache saw `key` in the tier a moment ago."""
@@ -108,7 +106,7 @@ class WriteBack:
 
     def note_stored(self, key: Key) -> None:
         if self._book.note_saved(key):
-            self._tell((), [key], "")
+            self._tell((), [key], Outcome.FINE)
 
     def note_gone(self, key: Key) -> None:
         """Storage was asked, and does not have it."""
@@ -130,7 +128,7 @@ class WriteBack:
                 unsaved.append(key)
             elif not self._begin(namespace, page):
                 refused.append(key)
-        self._drop(refused, QUEUE_FULL)
+        self._drop(refused, Outcome.QUEUE_FULL)
         return unsaved, old
 
     def _is_lost(self, key: Key | None) -> bool:
@@ -146,7 +144,8 @@ class WriteBack:
         if self._is_lost(page.parent) or self._is_held_up(page.key, page.parent):
             return False
         refusal = self._book.refusal(page.key)
-        return refusal is None or refusal.reason == AFTER_FAILED or self._book.may_retry(page.key)
+        has_failed = refusal is not None and refusal.reason is not Outcome.AFTER_FAILED
+        return not has_failed or self._book.may_retry(page.key)
 
     # -- the queue -------------------------------------------------------------------------
 
@@ -161,10 +160,10 @@ class WriteBack:
         if key in self._writes:
             return
         is_vain = self._is_lost(parent) or self._is_held_up(key, parent)
-        reason = AFTER_FAILED if is_vain else ""
+        reason = Outcome.AFTER_FAILED if is_vain else Outcome.FINE
         if reason or not self._begin(namespace, Met(key, parent, slot)):
             self._places.give_back(key)
-            self._drop([key], reason or QUEUE_FULL)
+            self._drop([key], reason or Outcome.QUEUE_FULL)
             self._drop_waiting(key)
 
     def _begin(self, namespace: OpenedNamespace, page: Met) -> bool:
@@ -217,7 +216,7 @@ class WriteBack:
 
     def _drop_waiting(self, key: Key) -> None:
         for write in self._waiting.pop(key, []):
-            self._drop(self._doom(write), AFTER_FAILED)
+            self._drop(self._doom(write), Outcome.AFTER_FAILED)
 
     def _on_staged(self, write: _Write, result: object) -> None:
         if isinstance(result, TierError):
@@ -245,7 +244,7 @@ class WriteBack:
             filling = self._slots.find(parent)
             is_filling = filling is not None and filling.state is SlotState.FILLING
             if before is not None or self._is_lost(parent) or (is_filling and self._leaving):
-                self._drop(self._doom(write), AFTER_FAILED)
+                self._drop(self._doom(write), Outcome.AFTER_FAILED)
                 return
             if is_filling:
                 self._waiting.setdefault(parent, []).append(write)
@@ -296,7 +295,7 @@ class WriteBack:
             held_up = [after for after in write.after if after.pool is not write.pool]
             write.after = [after for after in write.after if after.pool is write.pool]
             for after in held_up:
-                self._drop(self._doom(after), AFTER_FAILED)
+                self._drop(self._doom(after), Outcome.AFTER_FAILED)
 
     def _fail_write(self, write: _Write, error: TierError) -> None:
         """Storage has refused it. Nothing will lead to what waits behind it."""
@@ -305,15 +304,15 @@ class WriteBack:
         self._notices.warn(counter, error)
         lost = self._doom(write)
         self.refuse(lost[:1], error.reason)
-        self._drop(lost[1:], AFTER_FAILED)
+        self._drop(lost[1:], Outcome.AFTER_FAILED)
 
-    def _drop(self, keys: Sequence[Key], reason: str) -> None:
+    def _drop(self, keys: Sequence[Key], reason: Outcome) -> None:
         """Never written at all."""
         for _ in keys:
             self._count(f"dump_dropped_{reason}")
         self.refuse(keys, reason)
 
-    def refuse(self, keys: Sequence[Key], reason: str) -> None:
+    def refuse(self, keys: Sequence[Key], reason: Outcome) -> None:
         """Nobody is to promise these."""
         for key in keys:
             self._book.note_refused(key, reason)

@@ -26,6 +26,7 @@ from dataclasses import dataclass
 from enum import Enum
 
 from ucm.errors import TierError
+from ucm.outcome import Outcome
 from ucm.store.blocks.keys import Key
 from ucm.store.blocks.page import PAGE_ALIGNMENT_BYTES, padded_bytes
 
@@ -205,7 +206,7 @@ class MemoryTier(Tier):
         if manifest != namespace.manifest_json:
             raise TierError(
                 f"namespace {namespace.fingerprint.hex()}: another manifest is already there",
-                reason="corrupt",
+                reason=Outcome.CORRUPT,
             )
 
     def contains(self, namespace: TierNamespace, keys: Sequence[Key]) -> int:
@@ -252,7 +253,7 @@ class MemoryTier(Tier):
             if page is not None:
                 self._pages[staged.namespace.fingerprint, staged.key] = page
         if page is None:
-            raise TierError(f"key {staged.key.hex()}: not staged any more", reason="io_error")
+            raise TierError(f"key {staged.key.hex()}: not staged any more", reason=Outcome.IO_ERROR)
 
     def discard(self, staged: Staged) -> None:
         with self._lock:

@@ -16,7 +16,8 @@ import time
 from collections.abc import Callable
 from typing import TypeVar
 
-from ucm.errors import TierError, TierErrorReason
+from ucm.errors import TierError
+from ucm.outcome import Outcome
 from ucm.store.blocks.keys import Key
 from ucm.store.blocks.page_key import PageKey
 from ucm.store.tiers.posix import paths
@@ -29,10 +30,10 @@ _logger = logging.getLogger(__name__)
 _T = TypeVar("_T")
 
 READ_ONLY_ERRNOS = frozenset({errno.EROFS, errno.EACCES, errno.EPERM})
-_REASONS: dict[int | None, TierErrorReason] = {
-    errno.ENOSPC: "full",
-    errno.EDQUOT: "full",
-    errno.ETIMEDOUT: "timeout",
+_REASONS: dict[int | None, Outcome] = {
+    errno.ENOSPC: Outcome.FULL,
+    errno.EDQUOT: Outcome.FULL,
+    errno.ETIMEDOUT: Outcome.TIMEOUT,
 }
 # Another node removed the file while this one was at it: NFS says ESTALE, others sometimes EBADF.
 _GONE = frozenset({errno.ENOENT, errno.ESTALE, errno.EBADF})
@@ -47,7 +48,7 @@ _SAY_EVERY_S = 60.0
 
 
 def tier_error(path: str, doing: str, error: OSError) -> TierError:
-    reason = _REASONS.get(error.errno, "io_error")
+    reason = _REASONS.get(error.errno, Outcome.IO_ERROR)
     return TierError(f"{path}: {doing}: {error.strerror or error}", reason=reason)
 
 
@@ -178,7 +179,7 @@ class Backend:
             parent = os.path.dirname(self.path)
             raise TierError(
                 f"{self.path}: can't be made, because {parent} is not there; mount or make it",
-                reason="io_error",
+                reason=Outcome.IO_ERROR,
             ) from error
         except OSError as error:
             raise tier_error(self.path, "can't be made", error) from error
@@ -224,7 +225,7 @@ class Backend:
         path = paths.backend_id_path(self.path)
         content = _read_once(path)
         if content is None:
-            raise TierError(f"{path}: was there a moment ago", reason="io_error")
+            raise TierError(f"{path}: was there a moment ago", reason=Outcome.IO_ERROR)
         return parse_id(path, content)
 
     def has_page(self, path: str) -> bool:
@@ -261,7 +262,7 @@ class Backend:
         if content != manifest_json:
             raise TierError(
                 f"{path}: differs from the manifest of this namespace; move its directory away",
-                reason="corrupt",
+                reason=Outcome.CORRUPT,
             )
 
     def read_manifest(self, fingerprint: bytes) -> bytes | None:
@@ -289,7 +290,7 @@ class Backend:
             raise tier_error(path, "can't be written", error) from error
         found = _read_once(path)
         if found is None:
-            raise TierError(f"{path}: vanished after it was written", reason="io_error")
+            raise TierError(f"{path}: vanished after it was written", reason=Outcome.IO_ERROR)
         return found
 
 
@@ -306,7 +307,7 @@ def _read_once(path: str) -> bytes | None:
     try:
         return read_plain(path, max_bytes=_MAX_SMALL_FILE_BYTES)
     except NotPlain as error:
-        raise TierError(f"{path}: {error}; remove it", reason="corrupt") from error
+        raise TierError(f"{path}: {error}; remove it", reason=Outcome.CORRUPT) from error
     except OSError as error:
         raise tier_error(path, "can't be read", error) from error
 
@@ -339,4 +340,4 @@ def parse_id(path: str, content: bytes) -> int:
             return int(text, 16)
     except ValueError:
         pass
-    raise TierError(f"{path}: not the id of a storage backend", reason="corrupt")
+    raise TierError(f"{path}: not the id of a storage backend", reason=Outcome.CORRUPT)

@@ -28,6 +28,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 
 from ucm.errors import TierError
+from ucm.outcome import Outcome
 from ucm.store.tiers.posix import paths
 from ucm.store.tiers.posix.mounts import mount_of
 
@@ -38,7 +39,7 @@ class BackendAway(TierError):
     """Something else lies where the backend was."""
 
     def __init__(self, message: str) -> None:
-        super().__init__(message, reason="io_error")
+        super().__init__(message, reason=Outcome.IO_ERROR)
 
 
 @dataclass(frozen=True)

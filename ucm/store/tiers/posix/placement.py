@@ -18,6 +18,7 @@ from functools import partial
 from xxhash import xxh3_64_intdigest
 
 from ucm.errors import TierError
+from ucm.outcome import Outcome
 from ucm.store.blocks.keys import Key
 from ucm.store.tiers.posix.backend import READ_ONLY_ERRNOS, Backend
 
@@ -62,7 +63,7 @@ class Placement:
                 f"{', '.join(unknown)}: not seen since this node cache started, so nobody knows "
                 f"which pages belong there, and nothing is written to any storage backend: mount "
                 f"it, or make it with `ucm init`, or take it off storage_backends",
-                reason="io_error",
+                reason=Outcome.IO_ERROR,
             )
         backend.identity.check()
         return backend
@@ -111,7 +112,7 @@ class Placement:
                 raise TierError(
                     f"{backend.path} and {by_id[each].path} are the same storage backend, or "
                     f"one is a copy of the other; list it once",
-                    reason="corrupt",
+                    reason=Outcome.CORRUPT,
                 )
             by_id[each] = backend
         if len(known) == len(self._backends):

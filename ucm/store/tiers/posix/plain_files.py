@@ -13,6 +13,7 @@ import os
 import stat
 
 from ucm.errors import TierError
+from ucm.outcome import Outcome
 
 _KINDS = {
     stat.S_IFIFO: "a FIFO",
@@ -30,7 +31,7 @@ class NotPlain(TierError):
     """Something else lies where a file or a directory of the store belongs."""
 
     def __init__(self, message: str) -> None:
-        super().__init__(message, reason="corrupt")
+        super().__init__(message, reason=Outcome.CORRUPT)
 
 
 def open_plain(path: str, flags: int = 0) -> int:

@@ -19,6 +19,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 from ucm.errors import TierError
+from ucm.outcome import Outcome
 
 _DEFAULT_SHARE = 0.05
 _MOST_SHARE = 0.2
@@ -91,7 +92,7 @@ class Reserve:
         raise TierError(
             f"{self._path}: {free_bytes / _GIB:.2f} GiB are free, and {keep_bytes / _GIB:.2f} GiB "
             f"have to stay so (min_free_gb): nothing is written until there is more",
-            reason="full",
+            reason=Outcome.FULL,
         )
 
     def _fits(self, file_bytes: int) -> bool:
