@@ -9,7 +9,7 @@ from yarl import URL
 
 from ucm.pd.fleet.breaker import Breaker
 from ucm.pd.fleet.instance import Role
-from ucm.pd.fleet.pool import NoInstance, Pool, QueueFull
+from ucm.pd.fleet.pool import NoInstance, Pool, PoolRules, QueueFull
 
 A, B = URL("http://a:1"), URL("http://b:1")
 
@@ -17,12 +17,14 @@ A, B = URL("http://a:1"), URL("http://b:1")
 def pool(*urls: URL, max_running: int = 1, max_queued: int = 100, timeout_s: float = 10.0) -> Pool:
     made = Pool(
         Role.DECODE,
-        policy="least-loaded",
-        max_running=max_running,
-        max_queued=max_queued,
-        queue_timeout_s=timeout_s,
-        silent_after_s=10.0,
-        make_breaker=lambda: Breaker(max_failures=3, open_s=5.0),
+        PoolRules(
+            max_running=max_running,
+            max_queued=max_queued,
+            queue_timeout_s=timeout_s,
+            silent_after_s=10.0,
+            breaker_failures=3,
+            breaker_open_s=5.0,
+        ),
     )
     for url in urls:
         made.add(url)

@@ -11,13 +11,11 @@ from yarl import URL
 from tests.pd.conftest import Fleet, until
 from ucm.errors import ConfigError
 from ucm.pd import toy_proxy_server
-from ucm.pd.flags import ProxySettings
-from ucm.pd.fleet.breaker import Breaker
 from ucm.pd.fleet.etcd import Registration
 from ucm.pd.fleet.file import read_instances
 from ucm.pd.fleet.instance import Role
 from ucm.pd.fleet.members import Members
-from ucm.pd.fleet.pool import Pool
+from ucm.pd.fleet.pool import Pool, PoolRules
 
 
 def write(path: Path, text: str) -> None:
@@ -92,16 +90,17 @@ def test_a_bad_file_is_one_line_at_the_start(tmp_path: Path, text: str, says: st
 
 
 def pools() -> dict[Role, Pool]:
-    settings = ProxySettings()
     return {
         role: Pool(
             role,
-            policy=settings.policy,
-            max_running=1,
-            max_queued=1,
-            queue_timeout_s=1.0,
-            silent_after_s=10.0,
-            make_breaker=lambda: Breaker(max_failures=1, open_s=1000.0),
+            PoolRules(
+                max_running=1,
+                max_queued=1,
+                queue_timeout_s=1.0,
+                silent_after_s=10.0,
+                breaker_failures=1,
+                breaker_open_s=1000.0,
+            ),
         )
         for role in (Role.PREFILL, Role.DECODE)
     }

@@ -16,10 +16,9 @@ from ucm.pd.about import NEEDS_KEY, About
 from ucm.pd.access import Access
 from ucm.pd.errors import error_response
 from ucm.pd.flags import ProxySettings
-from ucm.pd.fleet.breaker import Breaker
 from ucm.pd.fleet.instance import Instance, Role
 from ucm.pd.fleet.members import Members
-from ucm.pd.fleet.pool import Pool, all_instances
+from ucm.pd.fleet.pool import Pool, PoolRules, all_instances
 from ucm.pd.health import check_health
 from ucm.pd.legs import bodies, upstream
 from ucm.pd.legs.asking import Asker
@@ -89,17 +88,16 @@ class Proxy:
 
     def _make_pool(self, role: Role) -> Pool:
         settings = self._settings
-        return Pool(
-            role,
+        rules = PoolRules(
             policy=settings.policy,
             max_running=settings.max_running,
             max_queued=settings.max_queued,
             queue_timeout_s=settings.queue_timeout_s,
             silent_after_s=settings.silent_after_s,
-            make_breaker=partial(
-                Breaker, max_failures=settings.breaker_failures, open_s=settings.breaker_open_s
-            ),
+            breaker_failures=settings.breaker_failures,
+            breaker_open_s=settings.breaker_open_s,
         )
+        return Pool(role, rules)
 
     async def running(self, app: web.Application) -> AsyncIterator[None]:
         """For the application's life: connections, and looks at the instances' health."""

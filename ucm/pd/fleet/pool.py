@@ -10,7 +10,7 @@ from __future__ import annotations
 import asyncio
 import itertools
 from collections import deque
-from collections.abc import Callable, Collection, Iterable
+from collections.abc import Collection, Iterable
 from dataclasses import dataclass
 
 from yarl import URL
@@ -38,28 +38,31 @@ class _Waiter:
     only: Instance | None = None
 
 
+@dataclass(frozen=True, kw_only=True)
+class PoolRules:
+    """As the proxy's flags of the same names."""
+
+    policy: str = "least-loaded"
+    max_running: int
+    max_queued: int
+    queue_timeout_s: float
+    silent_after_s: float
+    breaker_failures: int
+    breaker_open_s: float
+
+
 class Pool:
     """All instances of one role. Owned by the event loop's thread."""
 
     def __init__(
         self,
         role: Role,
-        *,
-        policy: str,
-        max_running: int,
-        max_queued: int,
-        queue_timeout_s: float,
-        silent_after_s: float,
-        make_breaker: Callable[[], Breaker],
+        rules: PoolRules,
     ) -> None:
         self.role = role
         self.instances: list[Instance] = []
-        self.patience = Patience(silent_after_s)
-        self._policy = policy
-        self._max_running = max_running
-        self._max_queued = max_queued
-        self._queue_timeout_s = queue_timeout_s
-        self._make_breaker = make_breaker
+        self.patience = Patience(rules.silent_after_s)
+        self._rules = rules
         self._turns = itertools.count()
         self._waiting: deque[_Waiter] = deque()
         # Those who wait for a certain instance.
@@ -76,7 +79,9 @@ class Pool:
             known.draining = False
             self.dispatch()
             return False
-        breakers = self._make_breaker(), self._make_breaker()
+        breakers = [
+            Breaker(self._rules.breaker_failures, self._rules.breaker_open_s) for _ in range(2)
+        ]
         self.instances.append(Instance(url, self.role, *breakers))
         self.dispatch()
         return True
@@ -112,7 +117,7 @@ class Pool:
             each not in but
             and not each.draining
             and each.is_well
-            and each.running < self._max_running
+            and each.running < self._rules.max_running
             for each in self.instances
         )
 
@@ -140,19 +145,19 @@ class Pool:
         self.dispatch()
         if future.done():
             return future.result()
-        if self.num_queued > self._max_queued:
+        if self.num_queued > self._rules.max_queued:
             queue.remove(waiter)
-            raise QueueFull(f"{self._max_queued} requests wait for {self.role.value} already")
+            raise QueueFull(f"{self._rules.max_queued} requests wait for {self.role.value} already")
         try:
             # Not wait_for: before Python 3.12 it may swallow that its caller was cancelled.
-            done, _ = await asyncio.wait([future], timeout=self._queue_timeout_s)
+            done, _ = await asyncio.wait([future], timeout=self._rules.queue_timeout_s)
         except asyncio.CancelledError:
             self._withdraw(waiter)
             raise
         if not done:
             self._withdraw(waiter)
             raise QueueFull(
-                f"no {self.role.value} instance was free within {self._queue_timeout_s:g} s"
+                f"no {self.role.value} instance was free within {self._rules.queue_timeout_s:g} s"
             )
         return future.result()
 
@@ -184,13 +189,13 @@ class Pool:
 
     def _dispatch_bound(self) -> None:
         for waiter in list(self._bound):
-            if waiter.only is not None and waiter.only.running < self._max_running:
+            if waiter.only is not None and waiter.only.running < self._rules.max_running:
                 self._bound.remove(waiter)
                 _give(waiter.only, waiter)
 
     def _may_suit_somebody(self) -> bool:
         there = [each for each in self.instances if not each.draining]
-        return not there or any(each.running < self._max_running for each in there)
+        return not there or any(each.running < self._rules.max_running for each in there)
 
     def leave(self, instance: Instance, *, tokens: int) -> None:
         instance.running -= 1
@@ -205,13 +210,13 @@ class Pool:
             raise NoInstance(f"there is no {self.role.value} instance to ask")
         # Where all are said to be unwell, that may be wrong: asking beats refusing.
         well = [each for each in there if each.is_well] or there
-        free = [each for each in well if each.running < self._max_running]
+        free = [each for each in well if each.running < self._rules.max_running]
         fit = [each for each in free if not each.is_unfit(kind)] or free
         return self._best(fit) if fit else None
 
     def _best(self, free: list[Instance]) -> Instance:
         turn = next(self._turns)
-        if self._policy == "round-robin":
+        if self._rules.policy == "round-robin":
             return free[turn % len(free)]
         free = [each for each in free if not each.is_shunned] or free
         load = min(map(self._load, free))
