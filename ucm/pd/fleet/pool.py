@@ -79,10 +79,12 @@ class Pool:
             known.draining = False
             self.dispatch()
             return False
-        breakers = [
-            Breaker(self._rules.breaker_failures, self._rules.breaker_open_s) for _ in range(2)
-        ]
-        self.instances.append(Instance(url, self.role, *breakers))
+        rules = self._rules
+        breaker, health = (
+            Breaker(rules.breaker_failures, rules.breaker_open_s),
+            Breaker(rules.breaker_failures, rules.breaker_open_s),
+        )
+        self.instances.append(Instance(url, self.role, breaker, health))
         self.dispatch()
         return True
 
