@@ -15,6 +15,7 @@ import time
 from collections import deque
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 
 from ucm.integration.copies.jobs import CopyJob
 from ucm.integration.engine.device_blocks import BlockLedger, Ending
@@ -80,7 +81,6 @@ class Dumps:
         self._timeout_s = timeout_s
         self._dumps: dict[str, Dump] = {}
         self._jobs: dict[int, tuple[Dump, DumpJob]] = {}
-        self._asked: dict[int, tuple[Dump, list[int]]] = {}
         self._planned: list[CopyJob] = []
         self._fence: list[int] = []
         self._draining: dict[str, tuple[RequestState, float]] = {}
@@ -183,20 +183,18 @@ class Dumps:
         if not blocks:
             return
         dump.asked_to = blocks[-1] + 1
-        request = p.Reserve(
-            id=self._session.next_id(),
-            ns=dump.namespace,
-            keys=[dump.keys[block] for block in blocks],
-            parents=parents(dump.keys, blocks),
-            tail_tokens=dump.state.tail_at(blocks[-1] + 1),
+        self._session.ask(
+            p.Reserve(
+                id=self._session.next_id(),
+                ns=dump.namespace,
+                keys=[dump.keys[block] for block in blocks],
+                parents=parents(dump.keys, blocks),
+                tail_tokens=dump.state.tail_at(blocks[-1] + 1),
+            ),
+            partial(self._on_reply, dump, blocks),
         )
-        self._asked[request.id] = (dump, blocks)
-        self._session.send(request)
 
-    def on_reply(self, reply: p.ReserveReply) -> None:
-        dump, blocks = self._asked.pop(reply.id, (None, []))
-        if dump is None:
-            return  # asked of a node cache that is gone
+    def _on_reply(self, dump: Dump, blocks: list[int], reply: p.ReserveReply) -> None:
         for block, offset in zip(blocks, reply.offsets, strict=True):
             dump.slots[block] = offset
             if offset >= 0:
@@ -313,7 +311,6 @@ class Dumps:
 
     def node_lost(self) -> None:
         """Slots are gone with the node cache; running copies go into memory nobody reads."""
-        self._asked.clear()
         for dump in self._dumps.values():
             # Of what it had, nobody knows what has reached storage.
             dump.lost_from = 0

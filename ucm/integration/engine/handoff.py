@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import time
 from collections import OrderedDict
+from functools import partial
 from typing import Any
 
 from ucm import handoff as h
@@ -33,7 +34,6 @@ class PromiseBook:
         self._session = session
         self._epochs = epochs
         self._stats = stats
-        self._asked: dict[int, str] = {}
         self._unsaved: OrderedDict[bytes, None] = OrderedDict()
         self._refused: set[tuple[str, bytes]] = set()
         # Anybody who may ask an engine may send words of a hand-off.
@@ -132,14 +132,12 @@ class PromiseBook:
         if pair in self._refused or not self._session.is_ready or len(self._refused) > _MAX_REFUSED:
             return
         self._refused.add(pair)
-        number = self._session.next_id()
-        self._asked[number] = namespace
-        self._session.send(p.GetManifest(id=number, fingerprint=bytes.fromhex(namespace)))
+        self._session.ask(
+            p.GetManifest(id=self._session.next_id(), fingerprint=bytes.fromhex(namespace)),
+            partial(self._on_manifest, namespace),
+        )
 
-    def on_manifest(self, found: p.ManifestFound) -> None:
-        namespace = self._asked.pop(found.id, None)
-        if namespace is None:
-            return
+    def _on_manifest(self, namespace: str, found: p.ManifestFound) -> None:
         logger.warning(
             "receipts of namespace %s are refused, this engine is in %s: %s",
             namespace[:16],

@@ -12,6 +12,7 @@ from __future__ import annotations
 import logging
 import time
 from dataclasses import dataclass
+from functools import partial
 
 import msgspec
 
@@ -84,7 +85,6 @@ class Hits:
         self._turns = turns
         self._stats = stats
         self._hits: dict[str, Hit] = {}
-        self._by_lookup: dict[int, Hit] = {}
         self._planned: list[CopyJob] = []
         self._loading: dict[int, Load] = {}
 
@@ -162,8 +162,7 @@ class Hits:
             overdue_s=now_s + timeout_s * (len(state.keys) if renewed else 1) + _GRACE_S,
         )
         self._hits[state.request_id] = hit
-        self._by_lookup[hit.lookup_id] = hit
-        self._session.send(
+        self._session.ask(
             p.Lookup(
                 id=hit.lookup_id,
                 ns=self._session.namespace,
@@ -174,7 +173,8 @@ class Hits:
                 promised=promise.num_blocks if promise is not None and wait_s > 0 else 0,
                 renewed=renewed,
                 tail_tokens=state.tail_tokens,
-            )
+            ),
+            partial(self._on_reply, hit),
         )
         return hit
 
@@ -190,12 +190,8 @@ class Hits:
             return 0, False
         return extra, not self._layerwise
 
-    def on_reply(self, reply: p.LookupReply) -> None:
-        hit = self._take_open(reply.id)
-        if hit is None:
-            if reply.offsets:  # dropped meanwhile
-                self._session.send(p.Release(lookups=[reply.id]))
-            return
+    def _on_reply(self, hit: Hit, reply: p.LookupReply) -> None:
+        self._turns.ended(hit.lookup_id)
         hit.reply = reply
         hit.state.end_reason = reply.reason
         self._count_reply(hit, reply)
@@ -295,7 +291,7 @@ class Hits:
         self._ledger.ended(job_id)
         hit = load.hit if load is not None else None
         if hit is not None and hit.generation == self._session.generation:
-            self._session.send(p.Release(lookups=[hit.lookup_id]))
+            self._session.release(hit.lookup_id)
 
     def known(self, state: RequestState) -> Hit | None:
         """The request's lookup, answered or not."""
@@ -308,16 +304,11 @@ class Hits:
             self._release(hit)
 
     def _release(self, hit: Hit) -> None:
-        self._take_open(hit.lookup_id)
+        self._turns.ended(hit.lookup_id)
         if hit.generation == self._session.generation and not _pins_nothing(hit):
-            self._session.send(p.Release(lookups=[hit.lookup_id]))
+            self._session.release(hit.lookup_id)
         if hit.reply is not None:
             hit.reply = msgspec.structs.replace(hit.reply, offsets=[])
-
-    def _take_open(self, lookup_id: int) -> Hit | None:
-        """It is open no more, if it was."""
-        self._turns.ended(lookup_id)
-        return self._by_lookup.pop(lookup_id, None)
 
     def forget_all(self) -> None:
         """Nothing that was looked up counts any more. Loads under way go on."""
@@ -328,8 +319,7 @@ class Hits:
         """What was promised is gone. Loads under way go on: the ranks still have that memory."""
         lost = [name for name, hit in self._hits.items() if hit.reply is None or hit.reply.offsets]
         for name in lost:
-            hit = self._hits.pop(name)
-            self._take_open(hit.lookup_id)
+            self._turns.ended(self._hits.pop(name).lookup_id)
 
 
 def _pins_nothing(hit: Hit) -> bool:

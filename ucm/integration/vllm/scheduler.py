@@ -98,10 +98,7 @@ class SchedulerSide:
             timeout_s=dump_timeout_s,
         )
         self._proofs = Proofs(self._namer, self._dumps, timeout_s=dump_timeout_s)
-        self._session.on_lookup = self._hits.on_reply
-        self._session.on_reserve = self._dumps.on_reply
         self._session.on_status = self._gauges.on_status
-        self._session.on_manifest = self._promises.on_manifest
         self._dumps.on_slot = self._promises.on_slot
         self._session.on_saving = self._promises.on_saving
         self._session.on_lost = self._node_lost

@@ -1,7 +1,9 @@
-"""The scheduler side's view of the node cache: one namespace, ids, and who hears of what.
+"""One client's view of the node cache: its namespace, its questions, and who hears of what.
 
-Wraps the lasting connection (`NodeLink`) so that lookups and dumps needn't know when it was made
-anew: they see `generation` change and are told through `on_lost`.
+Wraps the lasting connection (`NodeLink`), so that its user needn't know when that was made anew:
+`on_lost` says that whatever was asked or promised is gone, `on_met` that there is another node
+cache, which is opening the namespace. Each door of the store is such a user: the scheduler side of
+an engine, and the store API.
 """
 
 from __future__ import annotations
@@ -10,8 +12,10 @@ import itertools
 import logging
 import time
 from collections.abc import Callable
+from typing import Any, overload
 
 from ucm.outcome import Outcome
+from ucm.store.client.connection import NodeClient
 from ucm.store.client.link import NodeLink
 from ucm.store.node import protocol as p
 from ucm.store.node.notices import Notices
@@ -19,25 +23,31 @@ from ucm.store.node.notices import Notices
 logger = logging.getLogger(__name__)
 
 
+def _say_trouble(opened: p.NamespaceOpened) -> None:
+    if opened.error:
+        logger.warning("the store can't be used as it should: %s", opened.error)
+
+
 class NodeSession:
-    """Owned by the engine's thread. The handlers are set by the scheduler side. `namespace` is the
-    number of the one that is open now. Storing goes on for `dump_timeout_s` of silence."""
+    """Owned by one thread, which polls it and on which the handlers are called; its user sets them.
+    `namespace` is the number of the one that is open now."""
 
     def __init__(
         self,
         link: NodeLink,
         opening: p.OpenNamespace,
         *,
-        world_size: int,
-        dump_timeout_s: float,
+        world_size: int = 0,
+        dump_timeout_s: float = 0.0,
         log_path: str = "",
     ) -> None:
-        self.on_lookup: Callable[[p.LookupReply], None] = lambda reply: None
-        self.on_reserve: Callable[[p.ReserveReply], None] = lambda reply: None
-        self.on_status: Callable[[p.Status], None] = lambda status: None
-        self.on_manifest: Callable[[p.ManifestFound], None] = lambda found: None
-        self.on_saving: Callable[[p.SavingNews], None] = lambda news: None
+        """Nothing is ready before `world_size` ranks have mapped the memory. Storing goes on for
+        `dump_timeout_s` of silence. `log_path` is the node cache's, for people."""
+        self.on_met: Callable[[], None] = lambda: None
         self.on_lost: Callable[[], None] = lambda: None
+        self.on_opened: Callable[[p.NamespaceOpened], None] = _say_trouble
+        self.on_saving: Callable[[p.SavingNews], None] = lambda news: None
+        self.on_status: Callable[[p.Status], None] = lambda status: None
         self._link = link
         self._log_path = log_path
         self._opening = opening
@@ -45,17 +55,37 @@ class NodeSession:
         self._world_size = world_size
         self._dump_timeout_s = dump_timeout_s
         self._ids = itertools.count(1)
+        # Who waits for the answer to which question.
+        self._unanswered: dict[int, Callable[[Any], None]] = {}
         self._seen_generation = link.generation
         self._opened_generation = -1
         self._refused = False
+        self._heard_s = 0.0
         self._silent_since_s: float | None = None
         self._allowance_s = 0.0
         self._has_news = False
         self._notices = Notices(time.monotonic)
 
+    # -- the node cache of now -------------------------------------------------------------
+
     @property
     def generation(self) -> int:
         return self._link.generation
+
+    @property
+    def connection(self) -> NodeClient | None:
+        """For who waits for several things at once. Valid until the next `poll`."""
+        return self._link.client
+
+    @property
+    def problem(self) -> Exception | None:
+        """Why there is no connection; None while nothing has gone wrong. From any thread."""
+        return self._link.problem
+
+    @property
+    def is_met(self) -> bool:
+        """There is a node cache, and `on_met` was called for it."""
+        return self._link.client is not None and self._opened_generation == self._link.generation
 
     @property
     def is_ready(self) -> bool:
@@ -74,12 +104,7 @@ class NodeSession:
 
     @property
     def _is_open(self) -> bool:
-        return (
-            self._link.client is not None
-            and self._opened_generation == self._link.generation
-            and not self._refused
-            and self._link.ranks_ready >= self._world_size
-        )
+        return self.is_met and not self._refused and self._link.ranks_ready >= self._world_size
 
     @property
     def why_not_ready(self) -> Outcome:
@@ -88,13 +113,9 @@ class NodeSession:
             return Outcome.NAMESPACE
         return Outcome.IO_ERROR if self._silent_since_s is None else Outcome.TIMEOUT
 
-    def reopen(self, opening: p.OpenNamespace) -> None:
-        """Everything that follows is about another namespace."""
-        self._opening = opening
-        self.namespace = opening.ns
-        self._refused = False
-        if self._opened_generation == self._link.generation:
-            self._link.send(opening)
+    def was_heard_since(self, since_s: float) -> bool:
+        """Whether the node cache has said anything after `since_s` (time.monotonic())."""
+        return self._heard_s > since_s
 
     def found_silent(self) -> None:
         """An answer is overdue: ask nothing more of this node cache until it says something."""
@@ -107,49 +128,99 @@ class NodeSession:
             )
         self._link.send(p.GetStatus(id=0))
 
+    # -- what is said ----------------------------------------------------------------------
+
     def next_id(self) -> int:
+        """For a question of this session: no other has it."""
         return next(self._ids)
 
+    @overload
+    def ask(self, question: p.Lookup, on_answer: Callable[[p.LookupReply], None]) -> None: ...
+    @overload
+    def ask(self, question: p.Reserve, on_answer: Callable[[p.ReserveReply], None]) -> None: ...
+    @overload
+    def ask(self, question: p.Find, on_answer: Callable[[p.Found], None]) -> None: ...
+    @overload
+    def ask(
+        self, question: p.GetManifest, on_answer: Callable[[p.ManifestFound], None]
+    ) -> None: ...
+    def ask(
+        self,
+        question: p.Lookup | p.Reserve | p.Find | p.GetManifest,
+        on_answer: Callable[[Any], None],
+    ) -> None:
+        """Sends a question that has an id of `next_id`. Its answer comes in a later `poll`, or
+        never: when the node cache is lost, which `on_lost` says."""
+        self._unanswered[question.id] = on_answer
+        self._link.send(question)
+
+    def release(self, lookup_id: int) -> None:
+        """Gives back the pins of an answered lookup, or withdraws an unanswered one."""
+        self._unanswered.pop(lookup_id, None)
+        self._link.send(p.Release(lookups=[lookup_id]))
+
     def send(self, message: p.ClientMessage) -> None:
-        """A message to a lost node cache is dropped: `on_lost` cleans up at the next poll."""
+        """What has no answer. A message to a lost node cache is dropped: `on_lost` cleans up at the
+        next poll."""
         self._link.send(message)
+
+    def reopen(self, opening: p.OpenNamespace) -> None:
+        """Everything that follows is about another namespace."""
+        self._opening = opening
+        self.namespace = opening.ns
+        self._refused = False
+        if self._opened_generation == self._link.generation:
+            self._link.send(opening)
+
+    def close(self) -> None:
+        self._link.close()
+
+    # -- what is heard ---------------------------------------------------------------------
 
     def poll(self, timeout_s: float = 0.0) -> None:
         """Hands out what has arrived; waits at most `timeout_s` for it."""
         messages = self._link.poll(timeout_s)
         if self._link.generation != self._seen_generation:
             self._seen_generation = self._link.generation
+            self._unanswered.clear()
             self.on_lost()
-        if self._link.client is not None and self._opened_generation != self._link.generation:
-            self._opened_generation = self._link.generation
+        generation = self._link.generation
+        if self._link.client is not None and self._opened_generation != generation:
+            self._opened_generation = generation
             self._refused, self._silent_since_s = False, None
+            self._unanswered.clear()
             self._link.send(self._opening)
+            if self._link.generation == generation:  # it has not gone again
+                self.on_met()
         if messages:
+            self._heard_s = time.monotonic()
             self._silent_since_s = None
             self._has_news = True
         for message in messages:
             self._hand_out(message)
 
     def _hand_out(self, message: p.NodeMessage) -> None:
-        if isinstance(message, p.LookupReply):
-            self.on_lookup(message)
-        elif isinstance(message, p.ReserveReply):
-            self.on_reserve(message)
+        if isinstance(message, (p.LookupReply, p.ReserveReply, p.Found, p.ManifestFound)):
+            on_answer = self._unanswered.pop(message.id, None)
+            if on_answer is not None:
+                on_answer(message)
         elif isinstance(message, p.SavingNews):
             self.on_saving(message)
         elif isinstance(message, p.NamespaceOpened):
-            self._on_opened(message)
+            if message.ns == self.namespace:
+                self._refused = message.refused and bool(message.error)
+                self.on_opened(message)
         elif isinstance(message, p.Notice):
             logger.warning("the node cache (its log: %s): %s", self._log_path, message.text)
         elif isinstance(message, p.Status):
             self.on_status(message)
-        elif isinstance(message, p.ManifestFound):
-            self.on_manifest(message)
 
     def take_news(self) -> bool:
         """Whether anything has arrived since this was last asked."""
         had, self._has_news = self._has_news, False
         return had
+
+    # -- waiting for it, within the allowance of an engine's step -----------------------------
 
     def may_wait(self, allowance_s: float) -> None:
         """How long to wait from now on, in all."""
@@ -175,12 +246,3 @@ class NodeSession:
         self.poll()
         while not answered() and self.wait_for_news():
             pass
-
-    def close(self) -> None:
-        self._link.close()
-
-    def _on_opened(self, message: p.NamespaceOpened) -> None:
-        if not message.error or message.ns != self.namespace:
-            return
-        logger.warning("the store can't be used as it should: %s", message.error)
-        self._refused = message.refused
