@@ -13,28 +13,44 @@ import os
 import select
 import socket
 from contextlib import suppress
-from typing import TYPE_CHECKING, cast
+from typing import Protocol, cast
 
 import msgspec
 
+from ucm.config.settings import StoreSettings
 from ucm.errors import ProtocolError
 from ucm.store.node import protocol as p
+from ucm.store.node.core import NodeCore
 from ucm.store.node.lock import SocketLock
+from ucm.store.node.memory import SharedMemory
 from ucm.store.node.sessions import Connection
-from ucm.store.node.trust import peer_of
-
-if TYPE_CHECKING:
-    from ucm.store.node.server import NodeServer
+from ucm.store.node.trust import Trust, peer_of
 
 logger = logging.getLogger(__name__)
 
 _PAUSE_S = 0.05
 
 
+class Server(Protocol):
+    """Of a `NodeServer`, what those who come in have to do with."""
+
+    settings: StoreSettings
+    trust: Trust
+    core: NodeCore
+    memory: SharedMemory
+    arena: str
+    num_connections: int
+    num_peers: int
+    dropped: set[Peer]
+    leaving: asyncio.Event
+
+    def status(self, request_id: int, *, check: bool) -> p.Status: ...
+
+
 class Door:
     """The listening socket, and who comes in by it."""
 
-    def __init__(self, server: NodeServer, lock: SocketLock) -> None:
+    def __init__(self, server: Server, lock: SocketLock) -> None:
         self._server = server
         self._loop = asyncio.get_running_loop()
         self._listener = lock.listen()
@@ -82,7 +98,7 @@ class Peer(asyncio.Protocol):
     """One client's socket. A client that is dropped is told by the end of what it hears; its
     connection counts until its own end has closed (`has_hung_up`), for it may still copy."""
 
-    def __init__(self, server: NodeServer, sock: socket.socket) -> None:
+    def __init__(self, server: Server, sock: socket.socket) -> None:
         self._server = server
         self._sock = sock
         self._frames = p.FrameBuffer()
