@@ -9,8 +9,9 @@ import torch
 
 from tests.integration.kv_layouts import LATENT_LAYOUTS, LAYOUTS, Rank, make_rank
 from ucm.errors import UnsupportedEngine
-from ucm.integration.copies.layout import LayerView, layer_view, placed_parts
+from ucm.integration.copies.layout import LayerView, layer_view
 from ucm.integration.copies.layout_kind import LayoutKind
+from ucm.integration.copies.placement import placed_parts
 from ucm.store.blocks.page import PageGeometry, rank_share
 
 HEADS = PageGeometry(

@@ -14,14 +14,8 @@ from hypothesis import strategies as st
 
 from ucm.errors import UcmError, UnsupportedEngine
 from ucm.store.blocks.canonical import canonical_json
-from ucm.store.blocks.namespace import (
-    Manifest,
-    differences,
-    fingerprint,
-    from_json,
-    model_shape,
-    to_json,
-)
+from ucm.store.blocks.model_shape import model_shape
+from ucm.store.blocks.namespace import Manifest, differences, fingerprint, from_json, to_json
 
 MANIFEST = Manifest(
     page_format_version=1,
@@ -140,7 +134,7 @@ def test_fingerprints_do_not_depend_on_the_hash_seed() -> None:
     """PYTHONHASHSEED differs between machines, and changes the order of sets."""
     code = (
         "from ucm.store.blocks.canonical import canonical_json;"
-        "from ucm.store.blocks.namespace import model_shape;"
+        "from ucm.store.blocks.model_shape import model_shape;"
         "print(canonical_json(model_shape({'head_dim': 64, 'rope_theta': 1e4, 'hidden_act': 'x'})))"
     )
     outputs = {

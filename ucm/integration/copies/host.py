@@ -45,7 +45,8 @@ from ucm.integration.copies.contract import (
     first_units,
 )
 from ucm.integration.copies.jobs import Direction, PagePart
-from ucm.integration.copies.layout import LayerView, PlacedPart, placed_parts
+from ucm.integration.copies.layout import LayerView
+from ucm.integration.copies.placement import PlacedPart, placed_parts
 from ucm.store.blocks.page import PageGeometry, RankShare
 
 logger = logging.getLogger(__name__)

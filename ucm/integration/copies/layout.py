@@ -13,9 +13,8 @@ backends, platforms and model families lives in that one function:
              or a tuple of those that share C
     OPAQUE   anything whose blocks are runs of bytes     one: head and unit are 1, size is bytes
 
-The parts of a layer, put side by side along `size`, are the content of a page. `placed_parts` adds
-where they lie in a page, and joins layers that lie at one distance in one storage, so that a block
-of all layers is a single strided tensor.
+The parts of a layer, put side by side along `size`, are the content of a page; `placement` says
+where they lie in one.
 
 Bits are moved, never values: parts are integers of the width of the items (wider where strides
 allow), so that a NaN stays the NaN it was and no dtype lacks a kernel.
@@ -32,11 +31,11 @@ from torch import Tensor
 
 from ucm.errors import UnsupportedEngine
 from ucm.integration.copies.layout_kind import LayoutKind
-from ucm.store.blocks.page import PageGeometry, RankShare
+from ucm.store.blocks.page import PageGeometry
 
 KV: TypeAlias = Tensor | Sequence[Tensor]
 
-_INTEGER_OF_BYTES = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
+INTEGER_OF_BYTES = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 
 
 @dataclass(frozen=True)
@@ -77,7 +76,7 @@ def layer_view(
         )
     block_shape = (num_heads, block_tokens // geometry.unit_tokens)
     _check(parts, kind=kind, geometry=geometry, block_shape=block_shape)
-    return LayerView(tuple(p.view(_INTEGER_OF_BYTES[p.element_size()]) for p in parts))
+    return LayerView(tuple(p.view(INTEGER_OF_BYTES[p.element_size()]) for p in parts))
 
 
 def _only(tensors: tuple[Tensor, ...], kind: LayoutKind) -> Tensor:
@@ -171,112 +170,3 @@ def _check(
             f"of {num_heads} heads, {num_units} units and {geometry.k_size} + {geometry.v_size} "
             f"elements of {geometry.item_bytes} bytes"
         )
-
-
-@dataclass(frozen=True)
-class PlacedPart:
-    """One part of neighbouring layers, and where it lies in a page.
-
-    `tensor` is [layer, block, head, unit, size]; `layers` are positions in the rank's share.
-    In a page the element [layer, head, unit, i] lies `page_offset_bytes` after the slot's start,
-    plus `page_strides` (of layer, head, unit, i; in elements of `tensor`).
-    """
-
-    layers: range
-    tensor: Tensor
-    page_offset_bytes: int
-    page_strides: tuple[int, int, int, int]
-
-    @property
-    def num_units(self) -> int:
-        return self.tensor.shape[3]
-
-    def in_slot(self, memory: Tensor, *, slot_offset: int, first_unit: int) -> Tensor:
-        """[layer, head, unit, size] of one block, in the page whose slot starts at `slot_offset`.
-
-        `memory` is all of the slots' memory as one flat tensor of this part's dtype.
-        """
-        _, _, heads, units, size = self.tensor.shape
-        start = (slot_offset + self.page_offset_bytes) // self.tensor.element_size()
-        start += first_unit * self.page_strides[2]
-        return memory.as_strided((len(self.layers), heads, units, size), self.page_strides, start)
-
-    def within(self, layers: range) -> PlacedPart:
-        """The same part of some of its layers."""
-        index = self.layers.index(layers.start)
-        step_bytes = self.page_strides[0] * self.tensor.element_size()
-        return PlacedPart(
-            layers=layers,
-            tensor=self.tensor[index : index + len(layers)],
-            page_offset_bytes=self.page_offset_bytes + index * step_bytes,
-            page_strides=self.page_strides,
-        )
-
-
-def placed_parts(
-    views: Sequence[LayerView], *, geometry: PageGeometry, share: RankShare
-) -> tuple[PlacedPart, ...]:
-    """All parts of all layers of a rank, joined over layers where their strides allow it."""
-    if len(views) != len(share.layers):
-        raise ValueError(f"{len(views)} layer views for {len(share.layers)} layers")
-    placed: list[PlacedPart] = []
-    start = 0
-    while start < len(views):
-        end = start + 1
-        while end < len(views) and _joins(views, start, end):
-            end += 1
-        layers = range(start, end)
-        content_bytes = 0
-        for index, part in enumerate(views[start].parts):
-            tensor = _widest(_join([view.parts[index] for view in views[start:end]]), geometry)
-            first = geometry.offset(share.layers[start], share.heads.start)
-            item_bytes = tensor.element_size()
-            strides = (geometry.layer_bytes, geometry.head_bytes, geometry.unit_bytes, item_bytes)
-            layer_stride, head_stride, unit_stride, _ = (s // item_bytes for s in strides)
-            placed.append(
-                PlacedPart(
-                    layers=layers,
-                    tensor=tensor,
-                    page_offset_bytes=first + content_bytes,
-                    page_strides=(layer_stride, head_stride, unit_stride, 1),
-                )
-            )
-            content_bytes += part.shape[3] * part.element_size()
-        start = end
-    return tuple(placed)
-
-
-def _joins(views: Sequence[LayerView], start: int, layer: int) -> bool:
-    """Whether `layer` continues the layers from `start`: one storage, one form, one distance."""
-    first, second, before, this = (views[i].parts for i in (start, start + 1, layer - 1, layer))
-    step = second[0].storage_offset() - first[0].storage_offset()
-    if step <= 0 or len(this) != len(first):
-        return False
-    return all(
-        c.untyped_storage().data_ptr() == a.untyped_storage().data_ptr()
-        and (c.dtype, c.shape, c.stride()) == (a.dtype, a.shape, a.stride())
-        and c.storage_offset() - b.storage_offset() == step
-        for a, b, c in zip(first, before, this, strict=True)
-    )
-
-
-def _join(layers: Sequence[Tensor]) -> Tensor:
-    """[layer, block, head, unit, size] of layers that `_joins` has found to lie at one distance."""
-    first = layers[0]
-    step = layers[1].storage_offset() - first.storage_offset() if len(layers) > 1 else 0
-    shape, stride = (len(layers), *first.shape), (step, *first.stride())
-    return first.as_strided(shape, stride, first.storage_offset())
-
-
-def _widest(tensor: Tensor, geometry: PageGeometry) -> Tensor:
-    """The same bytes as the widest integers that all strides, here and in the page, allow."""
-    item_bytes = tensor.element_size()
-    numbers = (tensor.shape[-1], tensor.storage_offset(), *tensor.stride()[:-1])
-    in_bytes = [n * item_bytes for n in numbers]
-    in_bytes += [tensor.data_ptr(), geometry.k_size * geometry.item_bytes, geometry.unit_bytes]
-    for width in (8, 4, 2):
-        if width <= item_bytes or tensor.stride(-1) != 1:
-            break
-        if all(n % width == 0 for n in in_bytes):
-            return tensor.view(_INTEGER_OF_BYTES[width])
-    return tensor

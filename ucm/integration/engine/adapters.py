@@ -21,8 +21,7 @@ from typing import Any
 
 from ucm.errors import UnsupportedEngine
 from ucm.store.blocks.canonical import canonical_json
-from ucm.store.blocks.namespace import lora_digest
-from ucm.store.blocks.weights import adapter_files
+from ucm.store.blocks.weights import adapter_files, lora_digest
 
 logger = logging.getLogger(__name__)
 

@@ -12,7 +12,9 @@ from typing import Any, Final
 from ucm.config.settings import Settings
 from ucm.errors import UnsupportedEngine
 from ucm.integration.engine.facts import EngineFacts
-from ucm.store.blocks.namespace import Manifest, model_shape, weights_identity
+from ucm.store.blocks.model_shape import model_shape
+from ucm.store.blocks.namespace import Manifest
+from ucm.store.blocks.weights import weights_identity
 
 # Ways of speculation that keep no KV of their own: they guess from the text, or from the target's
 # last layer.
