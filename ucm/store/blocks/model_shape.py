@@ -1,4 +1,4 @@
-"""What of a model's configuration shapes its KV, in one spelling for all versions of transformers."""
+"""What of a model's configuration shapes its KV, spelled alike for all versions of transformers."""
 
 from __future__ import annotations
 
