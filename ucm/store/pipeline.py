@@ -25,6 +25,7 @@ import time
 import uuid
 import weakref
 from collections.abc import Iterator, Mapping, Sequence
+from functools import partial
 from types import TracebackType
 from typing import TYPE_CHECKING, Final
 
@@ -32,11 +33,14 @@ from ucm.config.settings import CONNECTOR_NAME, StoreSettings, load_settings
 from ucm.errors import ConfigError, TaskFailed, TierError
 from ucm.outcome import Outcome
 from ucm.store.api.buffers import Row, host_row
-from ucm.store.api.driver import Transfers
-from ucm.store.api.dumps import DumpTask, not_written
-from ucm.store.api.loads import LoadTask, PrefetchTask
+from ucm.store.api.driver import Driver
+from ucm.store.api.dumps import dump
+from ucm.store.api.loads import find, load, prefetch
+from ucm.store.api.pages import Part
+from ucm.store.api.questions import batch_blocks
 from ucm.store.api.shards import SHARD_KEYS, BlockNames, block_shape
-from ucm.store.api.tasks import FindTask, Part, Task, batch_blocks
+from ucm.store.api.tasks import Task
+from ucm.store.api.unsaved import not_written
 from ucm.store.blocks import namespace
 from ucm.store.blocks.keys import Key
 from ucm.store.client.start import log_path
@@ -76,20 +80,21 @@ class UcmPipelineStore:
         self._addresses_are_on_device = isinstance(device_id, int) and device_id >= 0
         fingerprint = namespace.fingerprint(self._shape.manifest())
         self._names = BlockNames(fingerprint)
-        self._transfers = Transfers(
+        self._driver = Driver(
             self._settings,
             self._shape,
             name=f"store-{os.getpid()}-{uuid.uuid4().hex}",
             timeout_s=self._timeout_s,
         )
         # Also when the object is forgotten, and before the interpreter takes the tensors away.
-        self._close = weakref.finalize(self, self._transfers.close)
+        self._close = weakref.finalize(self, self._driver.close)
         try:
-            self._transfers.wait_opened()
+            self._driver.wait_opened()
         except BaseException:
             self._close()
             raise
-        self._batch = batch_blocks(self._shape.page_bytes, self._transfers.capacity_bytes)
+        self._capacity_bytes = self._driver.shared.pages.capacity_bytes
+        self._batch = batch_blocks(self._shape.page_bytes, self._capacity_bytes)
         logger.info(
             "namespace %s: unique_id %s, %d shards of tensors of %s bytes",
             fingerprint.hex(),
@@ -126,9 +131,9 @@ class UcmPipelineStore:
         pipeline without `Cache`, where nothing stays in memory, it does nothing."""
         if keeps_pages(self._settings) and block_ids:
             # More than half of the memory would push out its own beginning.
-            most = self._transfers.capacity_bytes // 2 // self._shape.page_bytes
+            most = self._capacity_bytes // 2 // self._shape.page_bytes
             keys = self._keys(block_ids)
-            self._transfers.start(PrefetchTask(keys, batch=self._batch, max_blocks=most))
+            self._driver.start(partial(prefetch, keys=keys, batch=self._batch, max_blocks=most))
 
     def load(
         self,
@@ -197,16 +202,14 @@ class UcmPipelineStore:
         if not self._settings.storage_backends:
             return
         deadline_s = time.monotonic() + (self._timeout_s if timeout_s is None else timeout_s)
-        unsaved = self._transfers.unsaved
-        dumped = dict(list(unsaved.items()))
+        unsaved = self._driver.shared.unsaved
+        dumped = unsaved.all()
         waiting = list(dumped)
         lost: list[Key] = []
         while waiting:
             places = dict(zip(waiting, self._find(waiting, storage=True), strict=True))
             for key in (key for key in waiting if places[key] & p.IN_STORAGE):
-                # Unless it was dumped once more.
-                if unsaved.get(key) is dumped[key]:
-                    unsaved.pop(key, None)
+                unsaved.is_saved(key, dumped[key])
             lost += [key for key in waiting if not places[key] & (p.IN_STORAGE | p.QUEUED)]
             waiting = [key for key in waiting if places[key] & p.QUEUED]
             if waiting and time.monotonic() > deadline_s:
@@ -245,12 +248,13 @@ class UcmPipelineStore:
 
     def _find(self, keys: Sequence[Key], *, storage: bool) -> Iterator[int]:
         for start in range(0, len(keys), _MAX_FIND):
-            task = FindTask(keys[start : start + _MAX_FIND], storage=storage)
-            self._transfers.start(task)
+            asked = keys[start : start + _MAX_FIND]
+            task = self._driver.start(partial(find, keys=asked, storage=storage))
             self.wait(task)
-            if task.reason:
-                logger.warning("storage could not tell about some blocks: %s", task.reason)
-            yield from task.places
+            found: p.Found = task.result
+            if found.reason:
+                logger.warning("storage could not tell about some blocks: %s", found.reason)
+            yield from found.places
 
     def _tensor_rows(self, tensors: Tensors) -> list[Row]:
         from ucm.store.api.tensors import tensor_rows
@@ -283,17 +287,21 @@ class UcmPipelineStore:
         self, block_ids: Sequence[bytes], shard_index: Sequence[int], rows: Sequence[Row]
     ) -> Task:
         parts = self._parts(block_ids, shard_index, rows)
-        task = LoadTask(parts, batch=self._batch)
-        self._transfers.start(task)
-        return task
+        steps = partial(
+            load,
+            parts=parts,
+            batch=self._batch,
+            pages=self._driver.shared.pages,
+            log_path=self._driver.log_path,
+        )
+        return self._driver.start(steps)
 
     def _dump(
         self, block_ids: Sequence[bytes], shard_index: Sequence[int], rows: Sequence[Row]
     ) -> Task:
         parts = self._parts(block_ids, shard_index, rows)
-        task = DumpTask(parts, batch=self._batch, num_shards=self._shape.num_shards)
-        self._transfers.start(task)
-        return task
+        steps = partial(dump, parts=parts, batch=self._batch, shared=self._driver.shared)
+        return self._driver.start(steps)
 
 
 def _store_settings(config: Mapping[str, object]) -> StoreSettings:

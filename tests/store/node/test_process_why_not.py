@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import signal
+import socket
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -13,11 +14,13 @@ import pytest
 
 from tests.store.node.api import IDS, dump, load, open_store, whole_blocks
 from tests.store.node.support import Engine, Place, child, log_of
+from tests.store.node.test_link import peer, wait_for_end, welcome
 from ucm.errors import ConfigError, NodeUnavailable, TaskFailed
+from ucm.store.api import driver
 from ucm.store.client import start
 from ucm.store.client.start import connect_or_start
 from ucm.store.node.limits import Left
-from ucm.store.node.lock import why_held_up
+from ucm.store.node.lock import this_process, try_lock, why_held_up
 
 pytestmark = pytest.mark.process
 
@@ -98,3 +101,23 @@ def test_of_one_that_is_stopped_everybody_is_told_who_it_is(place: Place) -> Non
                 whole_blocks(place, timeout_ms=2000)
         assert Path(f"/proc/{pid}").exists()
     assert "the node cache failed" not in log_of(settings)
+
+
+def test_of_one_that_greets_a_store_and_says_no_more_its_user_is_told_who_it_is(
+    place: Place, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(driver, "_START_S", 0.5)
+    path = place.settings().socket_path
+
+    def greet(sock: socket.socket) -> None:
+        welcome(sock, place)
+        wait_for_end(sock)
+
+    lock = try_lock(path)
+    assert lock is not None
+    lock.note(this_process(failures=0, tried_s=0.0))
+    who = f"pid {os.getpid()} holds the lock and does not answer"
+    why = rf"the node cache has not answered for \d s: {who}; its log: {path}.log"
+    with peer(place, greet), pytest.raises(NodeUnavailable, match=why):
+        whole_blocks(place, timeout_ms=500)
+    lock.release()

@@ -1,187 +1,158 @@
-"""Dumps: the user's memory into pages, which become visible as wholes."""
+"""Dumps, as steps: the user's memory into pages, which become visible as wholes.
+
+    a batch   reserve ──► copy the shards ──► commit those that are complete now
+    at last   verify: all blocks that had no shard missing can be read on this node
+
+Only one dump of a store reserves at a time, so that two with shards of one block don't take each
+other for strangers.
+"""
 
 from __future__ import annotations
 
 import time
 from collections import deque
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from contextlib import suppress
+from dataclasses import dataclass
 from functools import partial
-from typing import TYPE_CHECKING
 
 from ucm.errors import TaskFailed
-from ucm.store.api.tasks import RETRY_S, Part, Task, batches
+from ucm.store.api.open_blocks import OpenBlock, OpenBlocks
+from ucm.store.api.pages import Pages, Part, by_key, copy_failed
+from ucm.store.api.questions import Questions, abort, batches, commit
+from ucm.store.api.steps import RETRY_S, Ask, Hear, NodeLost, Pause, Steps, Tell, Turn, TurnOver
+from ucm.store.api.unsaved import Unsaved
 from ucm.store.blocks.keys import Key
 from ucm.store.node import protocol as p
 
-if TYPE_CHECKING:
-    from ucm.store.api.driver import Transfers
 
-_NAMED = 5
+@dataclass(frozen=True)
+class Shared:
+    """What the dumps of one store share."""
 
-
-@dataclass(slots=True)
-class OpenBlock:
-    """A block of which some shards were dumped. `offset` is None when the node cache has the block
-    already, so that its shards go nowhere. `broken` says why the block can't be completed."""
-
-    offset: int | None
-    touched_s: float
-    copied: set[int] = field(default_factory=set)
-    broken: str = ""
+    pages: Pages
+    blocks: OpenBlocks
+    unsaved: Unsaved
 
 
-@dataclass(eq=False, slots=True)
-class Dumped:
-    """One dump of a block, to be told from the next. `refused` says why storage did not take it."""
-
-    block_id: bytes
-    refused: str = ""
+def dump(questions: Questions, parts: Sequence[Part], *, batch: int, shared: Shared) -> Steps[None]:
+    """The user's memory into pages."""
+    yield from _Dump(questions, by_key(parts), batch, shared).steps()
 
 
-def not_written(blocks: Sequence[Dumped]) -> str:
-    """Names the first few."""
-    named = [
-        f"{dumped.block_id.hex()} ({dumped.refused or 'not there'})" for dumped in blocks[:_NAMED]
-    ]
-    more = f" and {len(blocks) - _NAMED} more" if len(blocks) > _NAMED else ""
-    return f"{len(blocks)} blocks are not in storage: {', '.join(named)}{more}"
-
-
-class DumpTask(Task):
-    """The user's memory into pages: slots are reserved and filled chunk by chunk, and each block
-    is committed with its last shard. Only one dump of a store reserves at a time (`on_turn`), so
-    that two tasks with shards of one block don't take each other for strangers."""
-
-    def __init__(self, parts: Sequence[Part], *, batch: int, num_shards: int) -> None:
-        super().__init__()
-        self._parts: dict[Key, list[Part]] = {}
-        for part in parts:
-            self._parts.setdefault(part.key, []).append(part)
-        self._num_shards = num_shards
-        self._todo = deque(batches(list(self._parts), batch))
-        self._to_verify: list[Key] = []
-        self._has_begun = False
-
-    def begin(self, node: Transfers) -> None:
-        if self._has_begun:
-            self.fail(TaskFailed("the node cache was lost during the dump; dump the blocks again"))
-        else:
-            node.want_turn(self)
-
-    def _release(self) -> None:
-        self._parts.clear()
-
-    def on_turn(self, node: Transfers) -> None:
-        self._has_begun = True
-        if not self._todo:
-            node.end_turn()
-            self._verify(node)
-            return
-        chunk = self._todo.popleft()
-        for key in chunk:
-            if not self._can_go_on(node, key):
-                node.end_turn()
-                return
-        missing = [key for key in chunk if key not in node.blocks]
-        if not missing:
-            self._copy(node, chunk)
-            return
-        node.ask(
-            lambda number: p.Reserve(
-                id=number,
-                ns=node.NAMESPACE,
-                keys=list(missing),
-                # Block ids don't say what precedes a block: each is written for itself.
-                parents=[b""] * len(missing),
-                will_ask_again=True,
-            ),
-            partial(self._on_reserved, node, chunk, missing),
-        )
-
-    def _can_go_on(self, node: Transfers, key: Key) -> bool:
-        """Whether the block can take this task's shards. Dumping a shard a second time is how a
-        caller starts a block over."""
-        block = node.blocks.get(key)
-        if block is None or not block.broken:
-            return True
-        if any(part.shard in block.copied for part in self._parts[key]):
-            del node.blocks[key]
-            return True
-        name = self._parts[key][0].block_id.hex()
-        self.fail(TaskFailed(f"block {name} can't be completed: {block.broken}; dump all of it"))
-        return False
-
-    def _on_reserved(
-        self, node: Transfers, chunk: list[Key], missing: list[Key], reply: p.ReserveReply
+class _Dump:
+    def __init__(
+        self, questions: Questions, parts: dict[Key, list[Part]], batch: int, shared: Shared
     ) -> None:
-        now_s = time.monotonic()
-        for key, offset in zip(missing, reply.offsets, strict=True):
-            if offset != p.NO_ROOM:
-                block = OpenBlock(None if offset == p.HAVE else offset, now_s)
-                node.blocks[key] = block
-        if self.has_ended:
-            node.give_up([key for key in missing if key in node.blocks])
-            node.end_turn()
-            return
-        refused = [key for key in chunk if key not in node.blocks]
-        if refused:
-            self.waits_for = "room in the node cache: storage is slow, or the cache is small"
-            self._todo.appendleft(refused)
-        self._copy(node, [key for key in chunk if key in node.blocks], pause=bool(refused))
+        self._questions = questions
+        self._parts = parts
+        self._shared = shared
+        self._blocks = shared.blocks
+        self._todo = deque(batches(list(parts), batch))
+        # Blocks that the node cache said it has.
+        self._unverified: list[Key] = []
 
-    def _copy(self, node: Transfers, keys: list[Key], *, pause: bool = False) -> None:
-        """Copies this task's shards of open blocks, commits those that are complete, and lets
-        others have their turn."""
-        complete: list[Key] = []
+    def steps(self) -> Steps[None]:
+        has_turn = False
+        while not has_turn:
+            with suppress(NodeLost):  # nothing has been done yet
+                yield Turn()
+                has_turn = True
         try:
-            complete.extend(key for key in keys if self._copy_block(node, key))
-        except Exception as error:  # noqa: BLE001 (what a device reports ends the task, not the store)
-            self.fail(TaskFailed(f"a copy failed: {type(error).__name__}: {error}"))
-        offsets = {key: node.blocks.pop(key).offset for key in complete}
-        self._to_verify += [key for key, offset in offsets.items() if offset is None]
-        # First: what storage says of them comes after the commit.
-        node.note_dumped([(key, self._parts[key][0].block_id) for key in complete])
-        node.commit([key for key, offset in offsets.items() if offset is not None])
-        node.end_turn()
-        if pause:
-            node.later(RETRY_S, partial(self._take_another_turn, node))
-        else:
-            self._take_another_turn(node)
+            yield from self._dump()
+        except NodeLost as lost:
+            raise TaskFailed(
+                "the node cache was lost during the dump; dump the blocks again"
+            ) from lost
 
-    def _copy_block(self, node: Transfers, key: Key) -> bool:
-        block = node.blocks[key]
+    def _dump(self) -> Steps[None]:
+        while True:
+            while self._todo:
+                yield Turn()
+                no_room = yield from self._reserve_and_copy(self._todo.popleft())
+                yield TurnOver()
+                if no_room:
+                    self._todo.appendleft(no_room)
+                    waits_for = "room in the node cache: storage is slow, or the cache is small"
+                    yield Pause(RETRY_S, waits_for)
+            absent = yield from self._verify()
+            if not absent:
+                return
+            # Whole blocks are dumped once more, in case the other one has given up.
+            again = [key for key in absent if self._has_all_shards(key)]
+            self._unverified = [key for key in absent if not self._has_all_shards(key)]
+            self._todo.extend([again] if again else [])
+            yield Pause(RETRY_S)
+
+    def _reserve_and_copy(self, batch: list[Key]) -> Steps[list[Key]]:
+        """Returns the blocks that there is no room for."""
+        for key in batch:
+            block = self._blocks.get(key)
+            if block is not None and block.broken:
+                self._start_over(key, block)
+        missing = [key for key in batch if key not in self._blocks]
+        if missing:
+            yield Ask(self._questions.reserve(missing), undo=partial(_give_back, missing))
+            reply: p.ReserveReply = yield Hear()
+            now_s = time.monotonic()
+            for key, offset in zip(missing, reply.offsets, strict=True):
+                if offset != p.NO_ROOM:
+                    self._blocks[key] = OpenBlock(None if offset == p.HAVE else offset, now_s)
+        no_room = [key for key in missing if key not in self._blocks]
+        yield from self._copy([key for key in batch if key in self._blocks])
+        return no_room
+
+    def _start_over(self, key: Key, block: OpenBlock) -> None:
+        """Dumping a shard a second time is how a caller asks for it."""
+        parts = self._parts[key]
+        if not any(part.shard in block.copied for part in parts):
+            name = parts[0].block_id.hex()
+            raise TaskFailed(f"block {name} can't be completed: {block.broken}; dump all of it")
+        del self._blocks[key]
+
+    def _copy(self, keys: list[Key]) -> Steps[None]:
+        """This task's shards of open blocks. Commits the complete ones, also if a copy fails."""
+        complete: list[Key] = []
+        failed: TaskFailed | None = None
+        try:
+            complete.extend(key for key in keys if self._copy_block(key))
+        except Exception as error:  # noqa: BLE001 (it is raised below)
+            failed = copy_failed(error)
+        offsets = {key: self._blocks.pop(key).offset for key in complete}
+        self._unverified += [key for key, offset in offsets.items() if offset is None]
+        # First: what storage says of them comes after the commit.
+        self._shared.unsaved.note({key: self._parts[key][0].block_id for key in complete})
+        filled = [key for key, offset in offsets.items() if offset is not None]
+        if filled:
+            yield Tell(commit(filled))
+        if failed is not None:
+            raise failed
+
+    def _copy_block(self, key: Key) -> bool:
+        """Whether it has all of its shards now."""
+        block = self._blocks[key]
         block.touched_s = time.monotonic()
         for part in self._parts[key]:
             if block.offset is not None:
-                part.row.dump_to(node.shard_address(block.offset, part.shard))
+                part.row.dump_to(self._shared.pages.shard_address(block.offset, part.shard))
             block.copied.add(part.shard)
-        return len(block.copied) == self._num_shards
+        return len(block.copied) == self._blocks.num_shards
 
-    def _take_another_turn(self, node: Transfers) -> None:
-        if not self.has_ended:
-            node.want_turn(self)
+    def _verify(self) -> Steps[list[Key]]:
+        """Those that are not there after all. The answer comes after the commits were acted on; and
+        the blocks that the node cache said it has may have been another client's, not complete
+        yet."""
+        yield Ask(self._questions.find(self._unverified))
+        waits_for = "another client, which is dumping the same block"
+        found: p.Found = yield Hear(waits_for)
+        places = zip(self._unverified, found.places, strict=True)
+        return [key for key, place in places if not place]
 
-    def _verify(self, node: Transfers) -> None:
-        """The answer comes after the commits were acted on; and the blocks that the node cache said
-        it has may have been another client's, not complete yet."""
-        self.waits_for = "another client, which is dumping the same block"
-        self._find(node, self._to_verify, partial(self._on_verified, node))
+    def _has_all_shards(self, key: Key) -> bool:
+        return len({part.shard for part in self._parts[key]}) == self._blocks.num_shards
 
-    def _on_verified(self, node: Transfers, found: p.Found) -> None:
-        if self.has_ended:
-            return
-        absent = [k for k, place in zip(self._to_verify, found.places, strict=True) if not place]
-        if not absent:
-            self.finish()
-            return
-        # Whole blocks are dumped once more, in case the other one has given up.
-        again = [
-            key
-            for key in absent
-            if len({part.shard for part in self._parts[key]}) == self._num_shards
-        ]
-        self._to_verify = [key for key in absent if key not in set(again)]
-        if again:
-            self._todo.append(again)
-        node.later(RETRY_S, partial(self._take_another_turn, node))
+
+def _give_back(keys: Sequence[Key], reply: p.ReserveReply) -> p.Abort | None:
+    """The slots of a reply that nobody waits for any more."""
+    reserved = [key for key, offset in zip(keys, reply.offsets, strict=True) if offset >= 0]
+    return abort(reserved) if reserved else None

@@ -1,0 +1,84 @@
+"""What tasks of the store API say to the node cache, and how much they ask for at once."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Final
+
+from ucm.store.blocks.keys import Key
+from ucm.store.node import protocol as p
+
+# A store has one.
+NAMESPACE: Final = 1
+# What is asked for at once: enough to hide the way to the node cache, little enough that a copy
+# starts while the next pages are still being read.
+_BATCH_BYTES: Final = 64 << 20
+_MAX_BATCH_BLOCKS: Final = 256
+# The node cache answers a little earlier than the task ends, so that its reason is heard.
+_ANSWER_S: Final = 0.1
+
+
+@dataclass(frozen=True, slots=True)
+class Questions:
+    """Of one task, which ends at `deadline_s` (time.monotonic())."""
+
+    next_id: Callable[[], int]
+    deadline_s: float
+
+    def find(self, keys: Sequence[Key], *, storage: bool = False) -> p.Find:
+        """Where are these blocks?"""
+        return p.Find(
+            id=self.next_id(),
+            ns=NAMESPACE,
+            keys=list(keys),
+            storage=storage,
+            timeout_ms=self._timeout_ms(),
+        )
+
+    def lookup(self, keys: Sequence[Key]) -> p.Lookup:
+        """The pages of these blocks, pinned, up to the first that can't be had."""
+        return p.Lookup(
+            id=self.next_id(),
+            ns=NAMESPACE,
+            keys=list(keys),
+            read_from=0,
+            load=True,
+            timeout_ms=self._timeout_ms(),
+        )
+
+    def reserve(self, keys: Sequence[Key]) -> p.Reserve:
+        return p.Reserve(
+            id=self.next_id(),
+            ns=NAMESPACE,
+            keys=list(keys),
+            parents=no_parents(keys),
+            will_ask_again=True,
+        )
+
+    def _timeout_ms(self) -> int:
+        return max(1, int((self.deadline_s - _ANSWER_S - time.monotonic()) * 1000))
+
+
+def commit(keys: Sequence[Key]) -> p.Commit:
+    return p.Commit(ns=NAMESPACE, keys=list(keys), parents=no_parents(keys))
+
+
+def abort(keys: Sequence[Key]) -> p.Abort:
+    return p.Abort(ns=NAMESPACE, keys=list(keys))
+
+
+def no_parents(keys: Sequence[Key]) -> list[bytes]:
+    """Block ids don't say what precedes a block: each is written for itself."""
+    return [b""] * len(keys)
+
+
+def batch_blocks(page_bytes: int, capacity_bytes: int) -> int:
+    """How many blocks to ask for at once, of a node cache of this size."""
+    batch_bytes = min(_BATCH_BYTES, capacity_bytes // 4)
+    return min(_MAX_BATCH_BLOCKS, max(1, batch_bytes // page_bytes))
+
+
+def batches(keys: list[Key], size: int) -> list[list[Key]]:
+    return [keys[i : i + size] for i in range(0, len(keys), size)]
