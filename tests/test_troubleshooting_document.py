@@ -55,8 +55,8 @@ def test_the_flags_that_are_to_help_exist() -> None:
     ours = {
         name for parser in parsers for action in parser._actions for name in action.option_strings
     }
-    cli = (ROOT / "ucm" / "cli" / "main.py").read_text()
-    ours |= set(re.findall(r"--[a-z][a-z-]*", cli))
+    for path in (ROOT / "ucm" / "cli").glob("*.py"):
+        ours |= set(re.findall(r"--[a-z][a-z-]*", path.read_text()))
     named = {name for _, _, fix in rows() for name in re.findall(r"(?<![\w-])--[a-z][a-z-]*", fix)}
 
     assert "--max-queued" in named
