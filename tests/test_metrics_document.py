@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 
+from tests.metric_names import shown_as
 from ucm.metrics import METRICS
 from ucm.pd.metrics import ProxyMetrics
 
@@ -54,12 +55,12 @@ def proxy_metrics() -> dict[str, tuple[str, tuple[str, ...]]]:
 
 
 def test_it_has_every_metric_of_the_engine_and_no_other() -> None:
-    assert rows("The engine's metrics").keys() == {m.shown_as for m in METRICS.values()}
+    assert rows("The engine's metrics").keys() == {shown_as(m) for m in METRICS.values()}
 
 
 @pytest.mark.parametrize("metric", METRICS.values(), ids=list(METRICS))
 def test_it_names_the_kind_and_the_labels_of_a_metric(metric) -> None:
-    kind, labels, meaning, remedy = rows("The engine's metrics")[metric.shown_as]
+    kind, labels, meaning, remedy = rows("The engine's metrics")[shown_as(metric)]
 
     assert kind == metric.kind
     assert meaning.endswith(".") and remedy.endswith(".")
@@ -68,9 +69,9 @@ def test_it_names_the_kind_and_the_labels_of_a_metric(metric) -> None:
     assert named(labels) == expected
 
 
-@pytest.mark.parametrize("name", [m.shown_as for m in METRICS.values() if "reason" in m.labels])
+@pytest.mark.parametrize("name", [shown_as(m) for m in METRICS.values() if "reason" in m.labels])
 def test_it_explains_every_reason_and_no_other(name: str) -> None:
-    (metric,) = (m for m in METRICS.values() if m.shown_as == name)
+    (metric,) = (m for m in METRICS.values() if shown_as(m) == name)
 
     assert rows(f"Reasons of `{name}`").keys() == set(metric.labels["reason"])
 
@@ -103,7 +104,7 @@ def expressions() -> Iterator[str]:
 def labels_of() -> dict[str, set[str]]:
     """Labels of every name that can be asked for."""
     known: dict[str, set[str]] = {}
-    engine = {m.shown_as: (m.kind, tuple(m.labels)) for m in METRICS.values()}
+    engine = {shown_as(m): (m.kind, tuple(m.labels)) for m in METRICS.values()}
     for name, (kind, labels) in {**engine, **proxy_metrics()}.items():
         ends = ("_bucket", "_sum", "_count") if kind == "histogram" else ("",)
         for end in ends:

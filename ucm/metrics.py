@@ -27,11 +27,6 @@ class Metric:
     labels: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
     buckets: tuple[float, ...] = ()
 
-    @property
-    def shown_as(self) -> str:
-        """The name on the metrics page: prometheus_client adds a suffix to counters."""
-        return f"{self.name}_total" if self.kind == "counter" else self.name
-
     def series(self) -> Iterator[tuple[str, ...]]:
         """The label values of every series, in the order of `labels`."""
         return itertools.product(*self.labels.values())

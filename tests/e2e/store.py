@@ -9,6 +9,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from tests.store import tree
 from ucm.errors import TierError
 from ucm.store.blocks.blockfile import (
     HEADER_BYTES,
@@ -159,7 +160,7 @@ def _read_page(path: Path, block: BlockId) -> memoryview:
 
 
 def _what_is_wrong(path: Path) -> str:
-    named = paths.parse_block_path(str(path.relative_to(path.parents[3])))
+    named = tree.block_of(str(path.relative_to(path.parents[3])))
     if named is None:
         return "its name is not a block's"
     try:

@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 from xxhash import xxh3_64_intdigest
 
+from tests.store import tree
 from tests.store.tier_contract import (
     LARGE,
     content_of,
@@ -99,9 +100,8 @@ def test_a_damaged_file_is_corrupt_once_then_absent_then_replaced(
     assert read.detail.startswith(f"{block_of(store)}: ")
     assert read.detail.endswith(f"; moved to {aside}")
     assert aside.read_bytes() == damaged
-    parsed = paths.parse_quarantine_path(str(aside.relative_to(store)))
-    assert parsed is not None
-    assert parsed.block == paths.BlockName(LARGE.fingerprint, KEY)
+    named = tree.quarantined_block_of(str(aside.relative_to(store)))
+    assert named == tree.BlockName(LARGE.fingerprint, KEY)
 
     assert load(tier, LARGE, KEY) is ReadStatus.ABSENT
     assert tier.contains(LARGE, [KEY]) == 0

@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 
 from tests.faults.children import HUGE
+from tests.store import tree
 from tests.store.tier_contract import SMALL, content_of, dump, load, make_key, make_page
 from ucm.store.tiers.posix import paths
 from ucm.store.tiers.posix.tier import PosixTier
@@ -41,7 +42,7 @@ def check_after_crash(store: Path, namespace: TierNamespace) -> ReadStatus:
     assert tier.contains(namespace, [make_key(1)]) == (found == content)
     for path in store.rglob("*"):
         known = (
-            paths.parse_block_path(str(path.relative_to(store))),
+            tree.block_of(str(path.relative_to(store))),
             paths.parse_temp_name(path.name),
             path.name in (paths.MANIFEST, paths.BACKEND_ID),
             path.is_dir(),

@@ -8,6 +8,7 @@ from typing import Any
 
 from vllm.v1.request import RequestStatus
 
+from tests.store.memory_tier import MemoryTier
 from tests.store.node.held import Timers
 from ucm import handoff as h
 from ucm.config.settings import Settings, StoreSettings
@@ -25,7 +26,6 @@ from ucm.store.node import protocol as p
 from ucm.store.node.core import NodeCore
 from ucm.store.node.lanes import Lanes
 from ucm.store.node.slots import SlotTable
-from ucm.store.tiers.tier import MemoryTier
 
 BLOCK = 16
 GEOMETRY = PageGeometry(

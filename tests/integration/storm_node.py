@@ -7,6 +7,7 @@ import random
 from collections import deque
 
 from tests.integration.storm_device import page_differs
+from tests.store.memory_tier import MemoryTier
 from tests.store.node.held import DisorderlyPool, Timers
 from ucm.store.blocks.keys import Key
 from ucm.store.blocks.page import PageGeometry
@@ -16,7 +17,6 @@ from ucm.store.node.core import NodeCore
 from ucm.store.node.lanes import Lanes
 from ucm.store.node.sessions import Connection
 from ucm.store.node.slots import SlotTable
-from ucm.store.tiers.tier import MemoryTier
 
 
 class Clock:

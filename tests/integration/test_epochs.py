@@ -12,9 +12,9 @@ pytest.importorskip("vllm")
 from vllm.v1.request import RequestStatus
 
 from tests.integration.scheduler_parts import MANIFEST, Engine, Loopback
+from tests.store.memory_tier import MemoryTier
 from ucm.config.settings import PRIVATE_EPOCH, load_settings, read_epoch, start_epoch
 from ucm.errors import ConfigError
-from ucm.store.tiers.tier import MemoryTier
 
 
 def reset(engine: Engine) -> None:

@@ -12,9 +12,9 @@ import pytest
 pytest.importorskip("vllm")
 
 from tests.integration.scheduler_parts import BLOCK, MANIFEST, Engine, Loopback
+from tests.store.memory_tier import MemoryTier
 from ucm import handoff as h
 from ucm.store.blocks.keys import TailKey
-from ucm.store.tiers.tier import MemoryTier
 
 
 def receipt_of(params: object) -> h.Receipt:

@@ -18,6 +18,7 @@ from vllm.distributed.kv_transfer.kv_connector.v1.metrics import KVConnectorLogg
 from vllm.v1.metrics.prometheus import unregister_vllm_metrics
 from vllm.v1.outputs import KVConnectorOutput, ModelRunnerOutput
 
+from tests.metric_names import shown_as
 from ucm.integration.vllm import stats as stats_module
 from ucm.integration.vllm.stats import UcmPromMetrics, UcmStats
 from ucm.metrics import METRICS, Metric
@@ -99,7 +100,7 @@ def test_every_series_is_there_before_anything_has_happened() -> None:
 
     for metric in METRICS.values():
         if metric.kind != "histogram":
-            assert page[metric.shown_as] == {
+            assert page[shown_as(metric)] == {
                 (engine, *by_label(metric, values)): 0.0
                 for engine in "03"
                 for values in metric.series()

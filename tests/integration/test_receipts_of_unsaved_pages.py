@@ -7,10 +7,11 @@ from types import SimpleNamespace
 import pytest
 
 from tests.integration.scheduler_parts import BLOCK, Engine, Loopback
+from tests.store.memory_tier import MemoryTier
 from ucm import handoff as h
 from ucm.errors import Outcome, TierError
 from ucm.store.blocks.keys import Key
-from ucm.store.tiers.tier import MemoryTier, Staged, TierNamespace
+from ucm.store.tiers.tier import Staged, TierNamespace
 
 TOKENS = 6 * BLOCK
 

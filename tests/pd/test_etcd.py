@@ -249,12 +249,13 @@ async def test_a_watch_from_before_a_compaction_is_an_error(world: World):
 
 
 @pytest.mark.process
-async def test_the_client_puts_gets_watches_and_deletes(world: World):
+async def test_the_client_puts_gets_and_sees_a_key_go_with_its_lease(world: World):
     key = f"{PREFIX}x"
     large = b"x" * (512 << 10)
-    await world.etcd.put(key, large)
+    lease = await world.etcd.grant(TTL_S)
+    await world.etcd.put(key, large, lease=lease)
     snapshot = await world.etcd.range(PREFIX)
-    await world.etcd.delete(key)
+    await world.etcd.revoke(lease)
     revision = snapshot.revision
     watched = world.etcd.watch(PREFIX, revision=revision, for_s=1.0)
 

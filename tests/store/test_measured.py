@@ -7,6 +7,7 @@ import threading
 
 import pytest
 
+from tests.store.memory_tier import MemoryTier
 from tests.store.tier_contract import (
     ODD,
     SMALL,
@@ -20,7 +21,7 @@ from tests.store.tier_contract import (
 )
 from ucm.errors import TierError
 from ucm.store.tiers.metered import MeasuredTier
-from ucm.store.tiers.tier import MemoryTier, Tier
+from ucm.store.tiers.tier import Tier
 
 
 class TestMeasuredTier(TierContract):

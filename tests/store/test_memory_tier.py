@@ -2,8 +2,9 @@ from __future__ import annotations
 
 import pytest
 
+from tests.store.memory_tier import MemoryTier
 from tests.store.tier_contract import TierContract
-from ucm.store.tiers.tier import MemoryTier, Tier
+from ucm.store.tiers.tier import Tier
 
 
 class TestMemoryTier(TierContract):

@@ -7,6 +7,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from tests.store.tree import BlockName, block_of, quarantined_block_of
 from ucm.store.blocks.keys import Key, TailKey
 from ucm.store.processes import UNKNOWN, Process
 from ucm.store.tiers.posix import paths
@@ -38,12 +39,11 @@ def test_names_on_disk_are_these() -> None:
 def test_what_is_built_for_a_tail_says_how_many_tokens_it_has() -> None:
     key = Key(TailKey(KEY, 44))
     for path, parse in (
-        (paths.block_path(BACKEND, FINGERPRINT, key), paths.parse_block_path),
-        (paths.quarantine_path(BACKEND, FINGERPRINT, key), paths.parse_quarantine_path),
+        (paths.block_path(BACKEND, FINGERPRINT, key), block_of),
+        (paths.quarantine_path(BACKEND, FINGERPRINT, key), quarantined_block_of),
     ):
-        parsed = parse(below_backend(path))
-        assert parsed is not None
-        name = parsed if isinstance(parsed, paths.BlockName) else parsed.block
+        name = parse(below_backend(path))
+        assert name is not None
         assert isinstance(name.key, TailKey) and (name.key, name.key.num_tokens) == (KEY, 44)
 
 
@@ -51,12 +51,10 @@ def test_what_is_built_for_a_tail_says_how_many_tokens_it_has() -> None:
 def test_what_is_built_can_be_parsed(fingerprint: bytes, key: bytes) -> None:
     block = paths.block_path(BACKEND, fingerprint, Key(key))
     aside = paths.quarantine_path(BACKEND, fingerprint, Key(key))
-    name = paths.BlockName(fingerprint, Key(key))
+    name = BlockName(fingerprint, Key(key))
 
-    assert paths.parse_block_path(below_backend(block)) == name
-    parsed = paths.parse_quarantine_path(below_backend(aside))
-    assert parsed is not None
-    assert parsed.block == name
+    assert block_of(below_backend(block)) == name
+    assert quarantined_block_of(below_backend(aside)) == name
 
 
 def test_a_temporary_file_lies_beside_its_target_and_names_its_writer() -> None:
@@ -89,9 +87,7 @@ def test_whatever_a_host_is_called_its_pages_get_their_names(
         assert paths.temp_target(temp) == target
         assert len(os.path.basename(temp)) <= 255
     quarantined = paths.quarantine_path(BACKEND, FINGERPRINT, KEY)
-    parsed = paths.parse_quarantine_path(below_backend(quarantined))
-    assert parsed is not None
-    assert parsed.block == paths.BlockName(FINGERPRINT, KEY)
+    assert quarantined_block_of(below_backend(quarantined)) == BlockName(FINGERPRINT, KEY)
 
 
 @pytest.mark.parametrize("host", ["node1", "node1.example.com"])
@@ -110,7 +106,7 @@ def test_a_clock_before_1970_makes_names_that_can_be_parsed(
     target = paths.block_path(BACKEND, FINGERPRINT, KEY)
     assert paths.temp_target(paths.temp_path(target)) == target
     quarantined = paths.quarantine_path(BACKEND, FINGERPRINT, KEY)
-    assert paths.parse_quarantine_path(below_backend(quarantined)) is not None
+    assert quarantined_block_of(below_backend(quarantined)) is not None
 
 
 def test_no_two_temporary_names_are_equal() -> None:
@@ -136,7 +132,7 @@ def test_no_two_temporary_names_are_equal() -> None:
     ],
 )
 def test_other_names_are_not_blocks(path: str) -> None:
-    assert paths.parse_block_path(path) is None
+    assert block_of(path) is None
 
 
 @pytest.mark.parametrize(
@@ -164,5 +160,5 @@ def test_a_block_and_a_quarantined_block_are_not_taken_for_each_other() -> None:
     block = below_backend(paths.block_path(BACKEND, FINGERPRINT, KEY))
     aside = below_backend(paths.quarantine_path(BACKEND, FINGERPRINT, KEY))
 
-    assert paths.parse_block_path(aside) is None
-    assert paths.parse_quarantine_path(block) is None
+    assert block_of(aside) is None
+    assert quarantined_block_of(block) is None

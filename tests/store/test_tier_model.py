@@ -15,6 +15,7 @@ from hypothesis.stateful import (
     rule,
 )
 
+from tests.store.memory_tier import MemoryTier
 from tests.store.tier_contract import (
     BLOCK_TOKENS,
     ODD,
@@ -26,7 +27,7 @@ from tests.store.tier_contract import (
 )
 from ucm.store.blocks.keys import Key
 from ucm.store.tiers.posix.tier import PosixTier
-from ucm.store.tiers.tier import MemoryTier, ReadStatus, Staged, Tier, TierNamespace
+from ucm.store.tiers.tier import ReadStatus, Staged, Tier, TierNamespace
 
 
 class TierAgainstDict(RuleBasedStateMachine):

@@ -6,13 +6,14 @@ from collections.abc import Callable
 from hashlib import sha256
 from typing import Any
 
+from tests.store.memory_tier import MemoryTier
 from ucm.errors import TierError
 from ucm.store.blocks.keys import Key
 from ucm.store.node import protocol as p
 from ucm.store.node.core import NodeCore
 from ucm.store.node.lanes import Lanes
 from ucm.store.node.slots import Slot, SlotTable
-from ucm.store.tiers.tier import MemoryTier, TierNamespace
+from ucm.store.tiers.tier import TierNamespace
 
 PAGE = 4096
 FINGERPRINT = sha256(b"held").digest()

@@ -19,6 +19,7 @@ from typing import Any, TypeVar
 import msgspec
 from typing_extensions import Self
 
+from tests.store import tree
 from ucm.config.settings import StoreSettings
 from ucm.store.blocks.blockfile import HEADER_BYTES
 from ucm.store.blocks.keys import Key
@@ -82,7 +83,7 @@ class Place:
         return {
             path
             for path in self.store.rglob("*")
-            if paths.parse_block_path(str(path.relative_to(self.store)))
+            if tree.block_of(str(path.relative_to(self.store)))
         }
 
     def in_quarantine(self) -> list[Path]:

@@ -20,6 +20,7 @@ from hypothesis.stateful import (
     rule,
 )
 
+from tests.store.memory_tier import MemoryTier
 from tests.store.node.held import DisorderlyPool, Timers
 from tests.store.node.laned import LanedTier, lanes_of
 from ucm.store.blocks.keys import Key, block_keys, root_key
@@ -28,7 +29,7 @@ from ucm.store.node.core import NodeCore
 from ucm.store.node.lanes import Lanes
 from ucm.store.node.sessions import Connection
 from ucm.store.node.slots import Slot, SlotTable
-from ucm.store.tiers.tier import MemoryTier, TierNamespace
+from ucm.store.tiers.tier import TierNamespace
 
 PAGE = 4096
 NUM_SLOTS = 8

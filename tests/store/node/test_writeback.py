@@ -9,6 +9,7 @@ from hashlib import sha256
 from hypothesis import given
 from hypothesis import strategies as st
 
+from tests.store.memory_tier import MemoryTier
 from ucm.errors import TierError
 from ucm.store.blocks.keys import Key
 from ucm.store.node.lanes import Lanes
@@ -16,15 +17,12 @@ from ucm.store.node.saved import Saving, SavingRules
 from ucm.store.node.sessions import OpenedNamespace
 from ucm.store.node.slots import Slot, SlotTable
 from ucm.store.node.writeback import WriteBack
-from ucm.store.tiers.tier import MemoryTier, TierNamespace
+from ucm.store.tiers.tier import TierNamespace
 
 PAGE = 4096
 NUM_SLOTS = 32
 NAMESPACE = OpenedNamespace(
-    tier=TierNamespace(sha256(b"n").digest(), PAGE, b"{}"),
-    slot_bytes=PAGE,
-    block_tokens=1,
-    num_rows=1,
+    TierNamespace(sha256(b"n").digest(), PAGE, b"{}"), slot_bytes=PAGE, block_tokens=1, num_rows=1
 )
 FULL = TierError("no space left", reason="full")
 

@@ -92,9 +92,6 @@ class Etcd:
         fields = {"key": key.encode(), "value": value, "lease": str(lease)}
         await self._link.call("kv/put", fields, Plain)
 
-    async def delete(self, key: str) -> None:
-        await self._link.call("kv/deleterange", {"key": key.encode()}, Plain)
-
     async def grant(self, ttl_s: int) -> int:
         """A new lease. etcd may make it longer: it has a shortest one (2 s as it comes)."""
         return (await self._link.call("lease/grant", {"TTL": str(ttl_s)}, Lease)).id

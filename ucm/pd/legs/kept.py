@@ -9,7 +9,6 @@ the answer: it is not known to be gone.
 from __future__ import annotations
 
 import errno
-import logging
 from dataclasses import dataclass, field
 
 from aiohttp import web
@@ -23,8 +22,6 @@ from ucm.pd.legs.delivery import Answer, Delivery, Problem, give_up
 from ucm.pd.legs.keepers import Keepers, Name
 from ucm.pd.legs.verdict import Verdict
 from ucm.pd.trace import Journey
-
-logger = logging.getLogger(__name__)
 
 _SHOWN_BYTES = 500
 

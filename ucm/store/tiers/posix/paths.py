@@ -36,23 +36,12 @@ BACKEND_ID = "ucm-backend-id"
 _RANDOM_BYTES = 8
 LEVELS = 3
 
-_WRITER = writers.PATTERN
-_BLOCK = r"(?P<key>[0-9a-f]{64})(\.(?P<tokens>[1-9]\d{0,4}))?\.kv"
-_FINGERPRINT = r"(?P<fingerprint>[0-9a-f]{64})"
-_FAN_OUT = r"(?P<fan_out>[0-9a-f]{2}/[0-9a-f]{2})"
-_BLOCK_PATH = re.compile(rf"{_FINGERPRINT}(-[0-9a-f]{{16}})?/{_FAN_OUT}/{_BLOCK}", re.ASCII)
+_BLOCK = r"[0-9a-f]{64}(\.[1-9]\d{0,4})?\.kv"
 # Nothing else gets one, so that a dot in a host's name is never taken for the target's end.
 _TARGET = rf"(?P<target>{_BLOCK}|{re.escape(MANIFEST)}|{re.escape(BACKEND_ID)})"
-_TEMP_NAME = re.compile(rf"\.{_TARGET}\.{_WRITER}{re.escape(TEMP_SUFFIX)}", re.ASCII)
+_TEMP_NAME = re.compile(rf"\.{_TARGET}\.{writers.PATTERN}{re.escape(TEMP_SUFFIX)}", re.ASCII)
 # Where files of ours may lie: in a backend, its namespaces, and two levels of fan-out below.
 _DIRECTORY = re.compile(r"[0-9a-f]{64}(-[0-9a-f]{16})?", re.ASCII), re.compile("[0-9a-f]{2}")
-_QUARANTINE_PATH = re.compile(rf"{QUARANTINE}/{_FINGERPRINT}/{_BLOCK}\.{_WRITER}", re.ASCII)
-
-
-@dataclass(frozen=True)
-class BlockName:
-    fingerprint: bytes
-    key: Key
 
 
 @dataclass(frozen=True)
@@ -61,12 +50,6 @@ class TempName:
 
     target: str
     writer: WriterName
-
-
-@dataclass(frozen=True)
-class QuarantineName:
-    block: BlockName
-    mover: WriterName
 
 
 def backend_id_path(backend: str) -> str:
@@ -114,14 +97,6 @@ def quarantine_path(backend: str, fingerprint: bytes, key: Key) -> str:
     return f"{directory}/{_block_file_name(key)}.{_new_writer()}"
 
 
-def parse_block_path(relative_path: str) -> BlockName | None:
-    """`relative_path` starts below the backend. None if it is not the path of a block."""
-    match = _BLOCK_PATH.fullmatch(relative_path)
-    if match is None or match["fan_out"] != f"{match['key'][:2]}/{match['key'][2:4]}":
-        return None
-    return _block_name(match)
-
-
 def is_own_directory(name: str, *, level: int) -> bool:
     """Whether a directory of this name, `level` levels below a backend, may hold files of ours or
     other such directories. Level 1: namespaces; 2 and 3: the fan-out of keys."""
@@ -134,12 +109,6 @@ def parse_temp_name(name: str) -> TempName | None:
     return None if match is None else TempName(match["target"], writers.parsed(match))
 
 
-def parse_quarantine_path(relative_path: str) -> QuarantineName | None:
-    """`relative_path` starts below the backend."""
-    match = _QUARANTINE_PATH.fullmatch(relative_path)
-    return None if match is None else QuarantineName(_block_name(match), writers.parsed(match))
-
-
 def _block_file_name(key: Key) -> str:
     tokens = f".{key.num_tokens}" if isinstance(key, TailKey) else ""
     return f"{key.hex()}{tokens}{BLOCK_SUFFIX}"
@@ -149,10 +118,3 @@ def _new_writer() -> str:
     return writers.writer_name(
         this_process(), now_s=time.time(), random=secrets.token_hex(_RANDOM_BYTES)
     )
-
-
-def _block_name(match: re.Match[str]) -> BlockName:
-    key = bytes.fromhex(match["key"])
-    if match["tokens"] is not None:
-        key = TailKey(key, int(match["tokens"]))
-    return BlockName(bytes.fromhex(match["fingerprint"]), Key(key))
