@@ -29,7 +29,7 @@ _ANSWERED = {"error_response", "error_body"}
 _ERRORS = re.compile(
     r"^(ConfigError|UnsupportedEngine|ProtocolError|NodeUnavailable|TierError|TaskFailed|UcmError"
     r"|BackendAway|NotPlain"
-    r"|EtcdError|EtcdRefused|SystemExit|Exit|QueueFull|NoInstance|tier_error|BadParameter)$"
+    r"|EtcdError|EtcdRefused|SystemExit|Exit|QueueFull|NoInstance|tier_error|translated|BadParameter)$"
 )
 _VARIES = "…"
 _FOR_PEOPLE = re.compile(r"(?i)\bfor people\b|\ba person\b")

@@ -20,11 +20,12 @@ MAX_FUNCTION_LINES = 70
 # The floors of `ucm`, from the ground up: a module knows those of its own floor and of the ones
 # below. It is on the floor whose name is the longest beginning of its own.
 FLOORS = (
-    *("ucm.outcome", "ucm.errors", "ucm.handoff", "ucm.metrics", "ucm.config"),
+    *("ucm.outcome", "ucm.errors", "ucm.handoff", "ucm.config", "ucm.metrics"),
     # The store: what a block is, where its page is kept, the node cache, and its clients.
     *("ucm.store.processes", "ucm.store.blocks"),
-    *("ucm.store.tiers.tier", "ucm.store.tiers.metered", "ucm.store.tiers.posix"),
-    *("ucm.store.tiers", "ucm.store.node", "ucm.store.client", "ucm.store.api"),
+    *("ucm.store.tiers.tier", "ucm.store.tiers.wrapper", "ucm.store.tiers.metered"),
+    *("ucm.store.tiers.posix", "ucm.store.tiers"),
+    *("ucm.store.node", "ucm.store.client", "ucm.store.api"),
     "ucm.store.pipeline",
     # Engines: the copies of any, the scheduler half of any, and vLLM.
     *("ucm.integration.copies", "ucm.integration.engine", "ucm.integration.vllm"),

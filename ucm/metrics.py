@@ -12,6 +12,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Literal
 
+from ucm.config.settings import TIERS
 from ucm.outcome import MISSED, RECOMPUTED, UNWRITTEN, Outcome
 
 Kind = Literal["counter", "gauge", "histogram"]
@@ -54,7 +55,7 @@ def _words(table: Sequence[Outcome]) -> tuple[str, ...]:
     return tuple(outcome.value for outcome in table)
 
 
-_TIER = {"tier": ("posix",), "op": ("read", "write")}
+_TIER = {"tier": tuple(stage.lower() for stage in TIERS), "op": ("read", "write")}
 _OF_THE_NODE = "The node cache's own number, the same at all engines of the node"
 _UNDER_WAY = "under way, waiting for the device included, summed over ranks"
 

@@ -42,11 +42,13 @@ class Bench:
         return len(self.session.sent) - before
 
 
-def status(**changes: dict[str, int]) -> p.Status:
+def status(*, tier: str = "", **changes: dict[str, int]) -> p.Status:
     loopback = Loopback()
     answer = loopback.core.status(0, pid=1, arena="", check=True)
     fields = {name: {**getattr(answer, name), **more} for name, more in changes.items()}
-    return p.Status(**{**{f: getattr(answer, f) for f in answer.__struct_fields__}, **fields})
+    return p.Status(
+        **{**{f: getattr(answer, f) for f in answer.__struct_fields__}, **fields, "tier": tier}
+    )
 
 
 def test_it_asks_at_once_and_then_every_few_seconds() -> None:
@@ -82,6 +84,7 @@ def test_a_status_sets_every_gauge_of_the_node() -> None:
             queues={"write_pages": 7},
             slots={"free": 5, "pins": 3, "evictions": 8},
             counters=totals,
+            tier="posix",
         )
     )
 

@@ -28,6 +28,10 @@ class MemoryTier(Tier):
         self._staged: dict[str, bytes] = {}
         self._tickets = itertools.count()
 
+    @property
+    def name(self) -> str:
+        return "memory"
+
     def open_namespace(self, namespace: TierNamespace) -> None:
         with self._lock:
             manifest = self._manifests.setdefault(namespace.fingerprint, namespace.manifest_json)

@@ -6,6 +6,7 @@ import pytest
 
 from tests.store.tier_contract import SMALL, dump, make_key, make_page
 from ucm.config.settings import PIPELINES, STAGES, StoreSettings
+from ucm.metrics import METRICS
 from ucm.store.tiers.build import NODE_CACHE_STAGE, TIER_STAGES, build_tier, keeps_pages
 from ucm.store.tiers.posix import paths
 
@@ -27,6 +28,7 @@ def test_every_pipeline_builds_without_touching_storage(pipeline: str, tmp_path:
     tier = build_tier(settings_for(pipeline, tmp_path / "store"))
 
     assert (tier is None) == (pipeline == "Cache")
+    assert tier is None or tier.name in METRICS["ucm_tier_bytes"].labels["tier"]
     assert not (tmp_path / "store").exists()
 
 

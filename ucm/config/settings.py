@@ -28,7 +28,8 @@ from ucm.errors import ConfigError
 CONNECTOR_NAME: Final = "UcmPipelineStore"
 
 PIPELINES: Final = ("Cache|Posix", "Posix", "Cache")
-STAGES: Final = ("Cache", "Posix")
+TIERS: Final = ("Posix",)
+STAGES: Final = ("Cache", *TIERS)
 
 _STORE_PATH: Final = "ucm_connectors[0].ucm_connector_config"
 _CAPACITY_KEY: Final = "cache_buffer_capacity_gb"

@@ -58,12 +58,12 @@ class NodeGauges:
             gauge("ucm_node_unwritten_pages", _unwritten(status, reason), reason=reason)
         for op in METRICS["ucm_node_stalled"].labels["op"]:
             gauge("ucm_node_stalled", status.slots[f"{op}s_stalled"], op=op)
-        for op in METRICS["ucm_tier_bytes"].labels["op"]:
-            nbytes = status.counters.get(f"tier_{op}_bytes")
-            if nbytes is not None:  # memory may be all there is
+        if status.tier:  # memory may be all there is
+            for op in METRICS["ucm_tier_bytes"].labels["op"]:
+                nbytes = status.counters[f"tier_{op}_bytes"]
                 seconds = status.counters[f"tier_{op}_us"] * _MICROSECOND_S
-                gauge("ucm_tier_bytes", nbytes, tier="posix", op=op)
-                gauge("ucm_tier_seconds", seconds, tier="posix", op=op)
+                gauge("ucm_tier_bytes", nbytes, tier=status.tier, op=op)
+                gauge("ucm_tier_seconds", seconds, tier=status.tier, op=op)
 
 
 def _unwritten(status: p.Status, reason: Outcome) -> int:

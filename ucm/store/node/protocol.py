@@ -257,6 +257,7 @@ class Status(msgspec.Struct, frozen=True, kw_only=True, tag=True, array_like=Tru
     queues: dict[str, int]
     counters: dict[str, int]
     invariant: str  # empty: holds, or was not checked
+    tier: str = ""  # its name; empty: memory is all there is
 
 
 ClientMessage = (

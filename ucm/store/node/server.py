@@ -123,8 +123,10 @@ class NodeServer:
 
     def status(self, request_id: int, *, check: bool) -> p.Status:
         status = self.core.status(request_id, pid=os.getpid(), arena=self.arena, check=check)
-        totals = {} if self.tier is None else self.tier.totals()
-        return msgspec.structs.replace(status, counters={**status.counters, **totals})
+        if self.tier is None:
+            return status
+        counters = {**status.counters, **self.tier.totals()}
+        return msgspec.structs.replace(status, counters=counters, tier=self.tier.name)
 
     async def serve(self, lock: SocketLock) -> None:
         """Serves until told to leave, or idle, or another has the lock. Writes that are queued then

@@ -8,10 +8,11 @@ from collections.abc import Callable, Sequence
 
 from ucm.store.blocks.keys import Key
 from ucm.store.tiers.tier import PageRead, ReadStatus, Staged, Tier, TierNamespace
+from ucm.store.tiers.wrapper import WrapperTier
 
 
-class MeasuredTier(Tier):
-    """Passes every call on, and keeps totals of pages, bytes and time.
+class MeasuredTier(WrapperTier):
+    """Keeps totals of pages, bytes and time.
 
     Bytes are those of pages that were read well or became visible; time is that of all calls,
     summed over the threads that make them. A call takes microseconds at least and the lock is held
@@ -19,7 +20,7 @@ class MeasuredTier(Tier):
     """
 
     def __init__(self, tier: Tier, *, clock_ns: Callable[[], int] = time.monotonic_ns) -> None:
-        self._tier = tier
+        super().__init__(tier)
         self._clock_ns = clock_ns
         self._lock = threading.Lock()
         self._read = _Total()
@@ -31,52 +32,11 @@ class MeasuredTier(Tier):
         with self._lock:
             return {**self._read.named("tier_read"), **self._write.named("tier_write")}
 
-    @property
-    def lanes(self) -> Sequence[str]:
-        return self._tier.lanes
-
-    def lane_of(self, key: Key) -> int:
-        return self._tier.lane_of(key)
-
-    def open_lane(self, namespace: TierNamespace, lane: int) -> None:
-        self._tier.open_lane(namespace, lane)
-
-    def read_manifest_in(self, lane: int, fingerprint: bytes) -> bytes | None:
-        return self._tier.read_manifest_in(lane, fingerprint)
-
-    def unknown_lanes(self) -> Sequence[int]:
-        return self._tier.unknown_lanes()
-
-    def look_for_lane(self, lane: int) -> None:
-        self._tier.look_for_lane(lane)
-
-    def open_namespace(self, namespace: TierNamespace) -> None:
-        self._tier.open_namespace(namespace)
-
-    def contains(self, namespace: TierNamespace, keys: Sequence[Key]) -> int:
-        return self._tier.contains(namespace, keys)
-
-    def contains_now(self, namespace: TierNamespace, key: Key) -> bool:
-        return self._tier.contains_now(namespace, key)
-
-    def doubt(self, namespace: TierNamespace, key: Key) -> None:
-        self._tier.doubt(namespace, key)
-
-    def holds(self, namespace: TierNamespace, key: Key) -> bool:
-        return self._tier.holds(namespace, key)
-
-    def read_manifest(self, fingerprint: bytes) -> bytes | None:
-        return self._tier.read_manifest(fingerprint)
-
-    def read(self, namespace: TierNamespace, key: Key, page: memoryview) -> PageRead:
-        (read,) = self.read_all(namespace, [key], [page])
-        return read
-
     def read_all(
         self, namespace: TierNamespace, keys: Sequence[Key], pages: Sequence[memoryview]
     ) -> list[PageRead]:
         started_ns = self._clock_ns()
-        reads = self._tier.read_all(namespace, keys, pages)
+        reads = super().read_all(namespace, keys, pages)
         num_hits = sum(read.status is ReadStatus.HIT for read in reads)
         self._add(self._read, started_ns, num_hits, namespace)
         return reads
@@ -86,7 +46,7 @@ class MeasuredTier(Tier):
     ) -> Staged | None:
         started_ns = self._clock_ns()
         try:
-            return self._tier.stage(namespace, key, page, num_tokens=num_tokens)
+            return super().stage(namespace, key, page, num_tokens=num_tokens)
         finally:
             self._add(self._write, started_ns, 0, namespace)
 
@@ -94,16 +54,10 @@ class MeasuredTier(Tier):
         started_ns = self._clock_ns()
         num_pages = 0
         try:
-            self._tier.publish(staged)
+            super().publish(staged)
             num_pages = 1
         finally:
             self._add(self._write, started_ns, num_pages, staged.namespace)
-
-    def discard(self, staged: Staged) -> None:
-        self._tier.discard(staged)
-
-    def close(self) -> None:
-        self._tier.close()
 
     def _add(
         self, total: _Total, started_ns: int, num_pages: int, namespace: TierNamespace

@@ -75,6 +75,11 @@ class Tier(ABC):
     """
 
     @property
+    @abstractmethod
+    def name(self) -> str:
+        """The label of its metrics, one of those that `ucm/metrics.py` has for `tier`."""
+
+    @property
     def lanes(self) -> Sequence[str]:
         """Their names for people. Always as many, and at least one."""
         return ("storage",)

@@ -1,8 +1,7 @@
 """One storage backend: a directory on a filesystem that all nodes mount.
 
 What the Posix tier needs of the filesystem beside reading and writing blocks: directories on
-demand, its id and other small files that are written once, O_DIRECT where it works, errno turned
-into TierError.
+demand, its id and other small files that are written once, O_DIRECT where it works.
 """
 
 from __future__ import annotations
@@ -23,20 +22,13 @@ from ucm.store.blocks.page_key import PageKey
 from ucm.store.tiers.posix import paths
 from ucm.store.tiers.posix.identity import Identity
 from ucm.store.tiers.posix.mounts import Mount, mount_of
+from ucm.store.tiers.posix.os_errors import translated, unless_gone
 from ucm.store.tiers.posix.plain_files import NotPlain, check_directory, read_plain
 from ucm.store.tiers.posix.rights import UMASK_DECIDES, FileRights, may_read, say_problems
 
 _logger = logging.getLogger(__name__)
 _T = TypeVar("_T")
 
-READ_ONLY_ERRNOS = frozenset({errno.EROFS, errno.EACCES, errno.EPERM})
-_REASONS: dict[int | None, Outcome] = {
-    errno.ENOSPC: Outcome.FULL,
-    errno.EDQUOT: Outcome.FULL,
-    errno.ETIMEDOUT: Outcome.TIMEOUT,
-}
-# Another node removed the file while this one was at it: NFS says ESTALE, others sometimes EBADF.
-_GONE = frozenset({errno.ENOENT, errno.ESTALE, errno.EBADF})
 # In a row: one file may be refused for a reason of its own.
 _MAX_DIRECT_REFUSALS = 8
 _MAX_KNOWN_DIRS = 1 << 17
@@ -45,16 +37,6 @@ _MAX_SMALL_FILE_BYTES = 1 << 20
 _NO_HARD_LINKS = frozenset({errno.EPERM, errno.EOPNOTSUPP, errno.ENOSYS, errno.EMLINK})
 _ID_BYTES = 8
 _SAY_EVERY_S = 60.0
-
-
-def tier_error(path: str, doing: str, error: OSError) -> TierError:
-    reason = _REASONS.get(error.errno, Outcome.IO_ERROR)
-    return TierError(f"{path}: {doing}: {error.strerror or error}", reason=reason)
-
-
-def is_gone(error: OSError) -> bool:
-    """Whether a name, or what was open, is not there (any more): absent, and no fault."""
-    return error.errno in _GONE
 
 
 class Backend:
@@ -166,23 +148,7 @@ class Backend:
         """
         if self.identity.look() is not None:
             return False
-        try:
-            os.mkdir(self.path)
-            self.rights.give_directory(self.path)
-        except FileExistsError:
-            if not os.path.isdir(self.path):
-                raise NotPlain(
-                    f"{self.path}: is no directory, or a link to nothing; mount or make what it "
-                    f"should be"
-                ) from None
-        except FileNotFoundError as error:
-            parent = os.path.dirname(self.path)
-            raise TierError(
-                f"{self.path}: can't be made, because {parent} is not there; mount or make it",
-                reason=Outcome.IO_ERROR,
-            ) from error
-        except OSError as error:
-            raise tier_error(self.path, "can't be made", error) from error
+        self._make()
         path = paths.backend_id_path(self.path)
         new_id = secrets.token_hex(_ID_BYTES) if wanted_id is None else f"{wanted_id:016x}"
         mine = new_id.encode() + b"\n"
@@ -191,6 +157,24 @@ class Backend:
         if found == mine:
             self._say_made()
         return found == mine
+
+    def _make(self) -> None:
+        with translated(self.path, "can't be made"):
+            try:
+                os.mkdir(self.path)
+                self.rights.give_directory(self.path)
+            except FileExistsError:
+                if not os.path.isdir(self.path):
+                    raise NotPlain(
+                        f"{self.path}: is no directory, or a link to nothing; mount or make what "
+                        f"it should be"
+                    ) from None
+            except FileNotFoundError as error:
+                parent = os.path.dirname(self.path)
+                raise TierError(
+                    f"{self.path}: can't be made, because {parent} is not there; mount or make it",
+                    reason=Outcome.IO_ERROR,
+                ) from error
 
     def _say_made(self) -> None:
         """A store that begins on a disk of this machine's own may be a mount that was forgotten."""
@@ -214,12 +198,13 @@ class Backend:
 
     def _locate_id(self) -> os.stat_result | None:
         path = paths.backend_id_path(self.path)
-        try:
+        with (
+            translated(path, "can't be looked up"),
+            unless_gone(),
+            contextlib.suppress(NotADirectoryError),
+        ):
             return os.lstat(path)
-        except OSError as error:
-            if is_gone(error) or error.errno == errno.ENOTDIR:
-                return None
-            raise tier_error(path, "can't be looked up", error) from error
+        return None
 
     def _read_id(self) -> int:
         path = paths.backend_id_path(self.path)
@@ -271,7 +256,7 @@ class Backend:
     def _write_once(self, path: str, content: bytes) -> bytes:
         """Writes `path` unless somebody else was faster. Returns what is there then."""
         temp = paths.temp_path(path)
-        try:
+        with translated(path, "can't be written"), contextlib.suppress(FileExistsError):
             self.make_dirs(os.path.dirname(path))
             try:
                 try:
@@ -284,10 +269,6 @@ class Backend:
                 _link_or_rename(temp, path)
             finally:
                 unlink_if_there(temp)
-        except FileExistsError:
-            pass
-        except OSError as error:
-            raise tier_error(path, "can't be written", error) from error
         found = _read_once(path)
         if found is None:
             raise TierError(f"{path}: vanished after it was written", reason=Outcome.IO_ERROR)
@@ -304,12 +285,11 @@ def unlink_if_there(path: str) -> None:
 
 
 def _read_once(path: str) -> bytes | None:
-    try:
-        return read_plain(path, max_bytes=_MAX_SMALL_FILE_BYTES)
-    except NotPlain as error:
-        raise TierError(f"{path}: {error}; remove it", reason=Outcome.CORRUPT) from error
-    except OSError as error:
-        raise tier_error(path, "can't be read", error) from error
+    with translated(path, "can't be read"):
+        try:
+            return read_plain(path, max_bytes=_MAX_SMALL_FILE_BYTES)
+        except NotPlain as error:
+            raise TierError(f"{path}: {error}; remove it", reason=Outcome.CORRUPT) from error
 
 
 def _write_durably(path: str, content: bytes, rights: FileRights) -> None:

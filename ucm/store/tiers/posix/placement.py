@@ -20,7 +20,8 @@ from xxhash import xxh3_64_intdigest
 from ucm.errors import TierError
 from ucm.outcome import Outcome
 from ucm.store.blocks.keys import Key
-from ucm.store.tiers.posix.backend import READ_ONLY_ERRNOS, Backend
+from ucm.store.tiers.posix.backend import Backend
+from ucm.store.tiers.posix.os_errors import READ_ONLY_ERRNOS
 
 
 class Placement:

@@ -24,7 +24,8 @@ from ucm.store.blocks.blockfile import BlockId, Scratch, check_header, read_bloc
 from ucm.store.blocks.keys import Key
 from ucm.store.blocks.page_key import PageKey
 from ucm.store.tiers.posix import paths
-from ucm.store.tiers.posix.backend import Backend, is_gone, tier_error, unlink_if_there
+from ucm.store.tiers.posix.backend import Backend, unlink_if_there
+from ucm.store.tiers.posix.os_errors import is_gone, tier_error, translated, unless_gone
 from ucm.store.tiers.posix.placement import Placement, for_all, unless_read_only
 from ucm.store.tiers.posix.plain_files import NotPlain, open_plain
 from ucm.store.tiers.posix.quarantine import Quarantine, forget_cached, move_aside
@@ -37,6 +38,7 @@ from ucm.store.tiers.tier import ABSENT, HIT, PageRead, ReadStatus, Staged, Tier
 # through it, and want to be few and large.
 _BUFFERED_CHUNK_BYTES = 1 << 20
 _DIRECT_CHUNK_BYTES = 8 << 20
+_LOOKING_UP = "can't be looked up"
 # A directory may be removed, empty as it is, between being made and being used.
 _MAX_DIRECTORY_TRIES = 3
 
@@ -72,6 +74,10 @@ class PosixTier(Tier):
         self._thread = threading.local()
         self._quarantine = Quarantine(quarantine_per_minute)
 
+    @property
+    def name(self) -> str:
+        return "posix"
+
     def open_namespace(self, namespace: TierNamespace) -> None:
         error = for_all(range(len(self._backends)), partial(self.open_lane, namespace))
         if error is not None:
@@ -106,14 +112,12 @@ class PosixTier(Tier):
             if not here[backend]:
                 return i
             path = backend.block_path(namespace.fingerprint, key)
-            try:
-                if not backend.has_page(path):
-                    return i
-            except OSError as error:
-                if not is_gone(error):
-                    raise tier_error(path, "can't be looked up", error) from error
-                if not (backend.remembers_absences() and self.contains_now(namespace, key)):
-                    return i
+            with translated(path, _LOOKING_UP), unless_gone():
+                if backend.has_page(path):
+                    continue
+                return i
+            if not (backend.remembers_absences() and self.contains_now(namespace, key)):
+                return i
         return len(keys)
 
     def contains_now(self, namespace: TierNamespace, key: Key) -> bool:
@@ -121,12 +125,9 @@ class PosixTier(Tier):
         if backend is None or not backend.identity.is_here():
             return False
         path = backend.block_path(namespace.fingerprint, key)
-        try:
+        with translated(path, _LOOKING_UP), unless_gone():
             return is_there_now(path, below=backend.path)
-        except OSError as error:
-            if is_gone(error):
-                return False
-            raise tier_error(path, "can't be looked up", error) from error
+        return False
 
     def doubt(self, namespace: TierNamespace, key: Key) -> None:
         try:
@@ -147,10 +148,8 @@ class PosixTier(Tier):
             return False
         path = backend.block_path(namespace.fingerprint, key)
         block = BlockId(key, namespace.fingerprint, namespace.page_bytes)
-        try:
+        with translated(path, _LOOKING_UP):
             return self._is_whole(path, backend, block)
-        except OSError as error:
-            raise tier_error(path, "can't be looked up", error) from error
 
     def read_manifest(self, fingerprint: bytes) -> bytes | None:
         found = (self.read_manifest_in(lane, fingerprint) for lane in range(len(self._backends)))
@@ -189,15 +188,12 @@ class PosixTier(Tier):
         backend = self._placement.to_write(key)
         block = BlockId(key, namespace.fingerprint, namespace.page_bytes)
         target = backend.block_path(namespace.fingerprint, key)
-        doing = "can't be looked up"
-        try:
+        with translated(target, _LOOKING_UP):
             if self._is_whole(target, backend, block):
                 return None
-            doing = "can't be written"
+        with translated(target, "can't be written"):
             self._reserves[backend].take(block.file_bytes)
             temp = self._write(backend, namespace, block, target, page, num_tokens)
-        except OSError as error:
-            raise tier_error(target, doing, error) from error
         return Staged(namespace, key, temp)
 
     def publish(self, staged: Staged) -> None:
@@ -207,16 +203,17 @@ class PosixTier(Tier):
         except TierError:
             unlink_if_there(staged.ticket)
             raise
-        try:
-            # Where the mount has gone just now, what was staged has gone with it.
-            os.rename(staged.ticket, target)
-        except OSError as error:
-            # An NFS client repeats a rename whose answer was lost, and then finds nothing to
-            # rename: what counts is that a file is there.
-            if error.errno == errno.ENOENT and os.path.exists(target):
-                return
-            unlink_if_there(staged.ticket)
-            raise tier_error(target, "can't be published", error) from error
+        with translated(target, "can't be published"):
+            try:
+                # Where the mount has gone just now, what was staged has gone with it.
+                os.rename(staged.ticket, target)
+            except OSError as error:
+                # An NFS client repeats a rename whose answer was lost, and then finds nothing to
+                # rename: what counts is that a file is there.
+                if error.errno == errno.ENOENT and os.path.exists(target):
+                    return
+                unlink_if_there(staged.ticket)
+                raise
 
     def discard(self, staged: Staged) -> None:
         unlink_if_there(staged.ticket)
