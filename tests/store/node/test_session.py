@@ -41,6 +41,11 @@ def serving(
     return serve
 
 
+def session_of(place: Place) -> NodeSession:
+    """Where nobody serves it starts a node cache."""
+    return NodeSession(NodeLink(place.settings(), engine_id="e"), OPENING)
+
+
 def find(session: NodeSession, keys: list[bytes]) -> p.Find:
     return p.Find(id=session.next_id(), ns=1, keys=keys, storage=False, timeout_ms=1000)
 
@@ -59,8 +64,7 @@ def test_each_answer_goes_to_who_has_asked(place: Place) -> None:
         return [found(each) for each in reversed(asked)] if len(asked) == 2 else []
 
     heard: dict[str, p.Found] = {}
-    link = NodeLink(place.settings(), engine_id="e")
-    with peer(place, serving(place, answer)), closing(NodeSession(link, OPENING)) as session:
+    with peer(place, serving(place, answer)), closing(session_of(place)) as session:
         wait_until(lambda: session.poll(0.01) or session.is_met, "it is met")
         session.ask(find(session, KEYS[:1]), lambda reply: heard.update(one=reply))
         session.ask(find(session, KEYS[1:]), lambda reply: heard.update(two=reply))
@@ -88,8 +92,7 @@ def test_nobody_hears_the_answer_to_a_lookup_that_was_withdrawn(place: Place) ->
         return [found(message)] if isinstance(message, p.Find) else []
 
     heard: list[object] = []
-    link = NodeLink(place.settings(), engine_id="e")
-    with peer(place, serving(place, answer)), closing(NodeSession(link, OPENING)) as session:
+    with peer(place, serving(place, answer)), closing(session_of(place)) as session:
         wait_until(lambda: session.poll(0.01) or session.is_met, "it is met")
         number = session.next_id()
         lookup = p.Lookup(id=number, ns=1, keys=KEYS, read_from=0, load=True, timeout_ms=1000)
@@ -118,8 +121,7 @@ def test_what_a_lost_node_cache_was_asked_has_no_answer_and_the_next_is_opened_a
         return [found(message), p.Found(id=1, places=bytes(3), reason=Outcome.FINE)]
 
     happened: list[str] = []
-    link = NodeLink(place.settings(), engine_id="e")
-    with peer(place, serving(place, answer)), closing(NodeSession(link, OPENING)) as session:
+    with peer(place, serving(place, answer)), closing(session_of(place)) as session:
         session.on_met = lambda: happened.append("met")
         session.on_lost = lambda: happened.append("lost")
         session.on_opened = lambda opened: happened.append("opened")
