@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+
 from tests.document_tables import quoted, table
 from tests.source import ROOT
 
@@ -12,6 +14,27 @@ def test_every_sentence_leads_to_a_file() -> None:
 
     assert len({sentence for sentence, _ in rows}) == len(rows) == 20
     assert not [name for name in named if not (ROOT / name).is_file()]
+
+
+def test_every_file_that_a_document_names_is_there() -> None:
+    documents = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+    missing = {
+        f"{document.name}: {name}"
+        for document in documents
+        for name in re.findall(
+            r"(?<![/\w])(?:ucm|tests|examples|docs)/[\w/.-]+\.\w+", document.read_text()
+        )
+        if not (ROOT / name).exists()
+    }
+    assert missing == set()
+
+
+def test_the_life_of_a_block_names_files_by_their_paths() -> None:
+    """A name alone is to be found in two rooms, or soon will be."""
+    text = (ROOT / "docs" / "life-of-a-block.md").read_text()
+
+    assert len(re.findall(r"`ucm/[\w/]+\.py`", text)) > 50
+    assert re.findall(r"`\w+\.py`", text) == []
 
 
 def test_every_room_is_on_the_map_and_no_other() -> None:
