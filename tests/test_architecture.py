@@ -66,8 +66,6 @@ ENTRY_POINTS = {
 KNOWN_UNUSED = {
     "ucm.integration.engine.prompt.RequestState.tokens_in",
     "ucm.integration.vllm.scheduler.logger",
-    "ucm.store.client.link.NodeLink.wait_connected",
-    "ucm.store.client.session.NodeSession.was_heard_since",
 }
 
 

@@ -25,6 +25,7 @@ from ucm.store.blocks.blockfile import HEADER_BYTES
 from ucm.store.blocks.keys import Key
 from ucm.store.blocks.page import padded_bytes
 from ucm.store.client.connection import NodeClient
+from ucm.store.client.link import NodeLink
 from ucm.store.client.start import connect_or_start, log_path
 from ucm.store.node import protocol as p
 from ucm.store.tiers.posix import paths
@@ -55,6 +56,18 @@ def wait_until(condition: Callable[[], T], what: str, *, within_s: float = SOON_
         assert time.monotonic() < deadline_s, f"not within {within_s} s: {what}"
         time.sleep(0.01)
     return result
+
+
+def client_of(link: NodeLink) -> NodeClient:
+    """The connection of a link, once there is one."""
+
+    def client() -> NodeClient | None:
+        link.poll()
+        return link.client
+
+    connected = wait_until(client, "the link is connected")
+    assert connected is not None
+    return connected
 
 
 class Place:

@@ -9,7 +9,7 @@ from contextlib import closing
 import pytest
 
 from tests.store.node.api import whole_blocks
-from tests.store.node.support import FINGERPRINT, SOON_S, Place, make_keys, wait_until
+from tests.store.node.support import FINGERPRINT, Place, client_of, make_keys, wait_until
 from tests.store.node.test_link import WELCOME, peer, welcome
 from ucm.errors import ProtocolError, TaskFailed
 from ucm.store.client.answers import Answers
@@ -111,7 +111,7 @@ def test_a_link_drops_a_node_cache_that_answers_wrongly_and_meets_it_again_later
         heard: list[p.NodeMessage] = []
 
         def asks(generation: int) -> None:
-            assert link.wait_connected(SOON_S)
+            client_of(link)
             for message in (OPENING, RESERVE):
                 assert link.send(message)
             wait_until(

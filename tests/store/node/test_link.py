@@ -14,7 +14,7 @@ import msgspec
 import pytest
 from msgspec.structs import replace
 
-from tests.store.node.support import SOON_S, Place, wait_until
+from tests.store.node.support import SOON_S, Place, client_of, wait_until
 from ucm.errors import NodeUnavailable, ProtocolError
 from ucm.store.client.connection import NodeClient
 from ucm.store.client.link import NodeLink, session_name
@@ -227,7 +227,7 @@ def test_a_link_goes_on_to_the_next_generation_with_each_loss(
             assert link.client is not None
             hang_up.release()
             wait_until(lambda g=generation: link.poll(0.01) or link.generation > g, "it is lost")
-        assert link.wait_connected(SOON_S)
+        client_of(link)
         link.close()
         hang_up.release()
 
@@ -249,7 +249,7 @@ def test_a_link_that_nobody_polls_has_the_next_connection_when_it_is_asked(place
         peer(place, serve, hellos),
         closing(NodeLink(place.settings(), engine_id="engine")) as link,
     ):
-        assert link.wait_connected(SOON_S)
+        client_of(link)
         for losses in (1, 2):
             hang_up.set()
             wait_until(lambda n=losses: len(hellos) == n + 1, "it is connected again")
@@ -271,7 +271,6 @@ def test_a_connection_that_is_lost_is_not_used_again(
         refuse.set()
 
     with peer(place, serve), closing(NodeLink(place.settings(), engine_id="engine")) as link:
-        assert link.wait_connected(SOON_S)
         wait_until(lambda: link.poll(0.01) or link.generation == 1, "it is lost")
         assert (link.client, link.ranks_ready) == (None, 0)
         assert not link.send(p.GetStatus(id=1))
@@ -292,7 +291,7 @@ def test_a_closed_link_says_nothing_and_leaves_no_descriptor(place: Place) -> No
     with peer(place, serve):
         before = num_open_files()
         link = NodeLink(place.settings(), engine_id="engine")
-        assert link.wait_connected(SOON_S)
+        client_of(link)
         link.close()
 
         assert link.client is None

@@ -7,7 +7,7 @@ from contextlib import closing
 
 import pytest
 
-from tests.store.node.support import SOON_S, Place, wait_until
+from tests.store.node.support import SOON_S, Place, client_of, wait_until
 from tests.store.node.test_link import num_open_files, peer, wait_for_end, welcome
 from ucm.store.client import link as link_module
 from ucm.store.client.connection import NodeClient
@@ -36,7 +36,7 @@ def test_whatever_connecting_raises_the_link_tries_again(
         wait_for_end(sock)
 
     with peer(place, serve), closing(NodeLink(place.settings(), engine_id="engine")) as link:
-        assert link.wait_connected(SOON_S)
+        client_of(link)
     assert "unexpected KeyError" in caplog.text
 
 

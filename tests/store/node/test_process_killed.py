@@ -15,6 +15,7 @@ from tests.store.node.support import (
     PAGE_BYTES,
     SOON_S,
     Place,
+    client_of,
     engine,
     kill,
     make_keys,
@@ -119,9 +120,7 @@ def test_a_link_that_is_closed_starts_no_node_cache_any_more(place: Place) -> No
     threads = threading.active_count()
     for _ in range(5):
         link = NodeLink(place.settings(), engine_id="engine")
-        assert link.wait_connected(SOON_S)
-        assert link.client is not None
-        kill(link.client.welcome.pid)
+        kill(client_of(link).welcome.pid)
 
         link.close()
 
@@ -208,7 +207,7 @@ def in_time(call: Callable[[], object]) -> None:
 def test_a_node_cache_that_has_stopped_holds_up_nobody(place: Place) -> None:
     settings = place.settings()
     with closing(NodeLink(settings, engine_id="engine")) as link, engine(settings, "x/0") as other:
-        assert link.wait_connected(SOON_S)
+        client_of(link)
         os.kill(other.pid, signal.SIGSTOP)
         question = p.Lookup(id=1, ns=1, keys=KEYS * 1000, read_from=0, load=True, timeout_ms=100)
 

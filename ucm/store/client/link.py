@@ -101,13 +101,6 @@ class NodeLink:
             return False
         return True
 
-    def wait_connected(self, timeout_s: float) -> bool:
-        """For owners that may block, such as scripts: waits until there is a connection."""
-        deadline_s = time.monotonic() + timeout_s
-        while self._current() is None and time.monotonic() < deadline_s:
-            time.sleep(0.005)
-        return self._client is not None
-
     def close(self) -> None:
         """Waits a moment for the thread, so that it starts no node cache any more."""
         with self._lock:
