@@ -7,7 +7,7 @@ from itertools import pairwise
 from tests.store.memory_tier import MemoryTier
 from tests.store.node.held import Node, key
 from ucm.store.blocks.keys import Key
-from ucm.store.node.waiters import FIRST_DOUBT_S, LAST_DOUBT_S
+from ucm.store.node.looks import FIRST_DOUBT_S, LAST_DOUBT_S
 from ucm.store.tiers.tier import TierNamespace
 
 KEYS = [key(i) for i in range(20)]

@@ -9,7 +9,7 @@ import pytest
 from tests.store.node.held import NAMESPACE, PAGE, DisorderlyPool, Node, key
 from ucm.store.blocks.keys import Key, TailKey
 from ucm.store.node import protocol as p
-from ucm.store.node.waiters import FED_PAUSE_S, LAST_PAUSE_S, max_looks
+from ucm.store.node.looks import FED_PAUSE_S, LAST_PAUSE_S, max_looks
 from ucm.store.tiers.tier import TierNamespace
 
 KEYS = [key(i) for i in range(20)]

@@ -16,6 +16,7 @@ from ucm.store.node.door import check_hello, check_message, check_namespace, che
 from ucm.store.node.dumps import Fillings
 from ucm.store.node.find import Finds
 from ucm.store.node.lanes import Lanes
+from ucm.store.node.looks import CallLater
 from ucm.store.node.lookups import Lookups
 from ucm.store.node.notices import Notices
 from ucm.store.node.openings import Openings
@@ -24,7 +25,6 @@ from ucm.store.node.saved import SavingRules
 from ucm.store.node.sessions import Connection, OpenedNamespace, Session
 from ucm.store.node.slots import Slot, SlotTable
 from ucm.store.node.storing import Storing
-from ucm.store.node.waiters import CallLater
 from ucm.store.tiers.tier import Tier
 
 _AFTER_HELD_UP_S = 0.25
@@ -217,7 +217,6 @@ class NodeCore:
             self.lookups.withdraw(connection, lookup_id)
             connection.asked.end(p.Lookup, lookup_id)
             self._unpin(connection.session.pinned.pop((connection, lookup_id), []))
-            # The head last, or it would be evicted before the tail that nobody finds without it.
             self.lookups.touch(connection.session.heads.pop((connection, lookup_id), ()))
 
     def _unpin(self, slots: list[Slot]) -> None:
@@ -259,12 +258,13 @@ class NodeCore:
         }
 
     def status(self, request_id: int, *, pid: int, arena: str, check: bool) -> p.Status:
-        """Counts of everything; with `check`, whether the conservation law of the slots holds."""
+        """Counts of everything; with `check`, whether the laws of slots and lookups hold."""
         counts = self.slots.counts()
         invariant = ""
         if check:
             try:
                 self.slots.check()
+                self.lookups.check()
             except AssertionError as error:
                 invariant = str(error) or "broken"
         return p.Status(

@@ -122,7 +122,7 @@ class Fillings:
             self._count("dump_committed")
             if self._writeback is not None:
                 self._writeback.enqueue(namespace, key, parent, slot)
-            self._lookups.resolve(slot, Outcome.FINE)
+            self._lookups.resolve(key, slot, Outcome.FINE)
 
     def abort(self, session: Session, message: p.Abort) -> None:
         for key in map(Key, message.keys):
@@ -153,7 +153,7 @@ class Fillings:
             self._tell([key], (), Outcome.ABORTED)
         if self._writeback is not None:
             self._writeback.filling_ended(key)
-        self._lookups.resolve(slot, Outcome.NEVER_STORED)
+        self._lookups.resolve(key, slot, Outcome.NEVER_STORED)
         return slot
 
 

@@ -1,15 +1,9 @@
 """Lookups: which leading blocks of a prompt can be had, and bringing them into slots.
 
-A lookup starts with every block open and only ever shortens its prefix: `end` falls to the first
-block that turns out to be absent, corrupt, late, or without room. It is settled when nothing
-before `end` is open.
-
-    per block of the tail [read_from, len):  OPEN ─► probed ─► WAITING on a slot ─► PINNED
-    of the head [0, read_from):              OPEN ─► counted as stored, or not; never read
-
-Probes go out in growing groups, so a cold prompt costs one look at storage and a long hit is
-probed in parallel; reads follow, the earliest block first. Promised blocks that storage lacks stay
-OPEN (`promises.py`). Everything here runs on the event loop's thread.
+Memory answers at once. Storage is asked about the rest in growing groups, so a cold prompt costs
+one look at storage and a long hit is probed in parallel; reads follow, the earliest block first.
+Of the head only what is stored is counted: nobody reads it. What each block's state may be is said
+in `lookup.py`. Everything here runs on the event loop's thread.
 """
 
 from __future__ import annotations
@@ -23,15 +17,14 @@ from ucm.store.blocks.keys import Key
 from ucm.store.node import protocol as p
 from ucm.store.node.heads import Heads
 from ucm.store.node.lanes import Lanes
-from ucm.store.node.lookup import LookupJob
+from ucm.store.node.looks import CallLater, Looked, Looks
+from ucm.store.node.lookup import BlockState, LookupJob, Waiting
 from ucm.store.node.notices import Notices
-from ucm.store.node.pins import Holds
 from ucm.store.node.pool import error_reason
 from ucm.store.node.sessions import Connection, OpenedNamespace
 from ucm.store.node.slots import Slot, SlotState, SlotTable
 from ucm.store.node.storage import PageReads
 from ucm.store.node.storing import Storing
-from ucm.store.node.waiters import FIRST_PAUSE_S, CallLater, Looked, Promises
 from ucm.store.tiers.tier import Tier
 
 
@@ -55,7 +48,7 @@ class Lookups:
         self._slots = slots
         self._tier = tier
         self._reads = reads
-        self._promises = Promises(
+        self._looks = Looks(
             tier=tier,
             reads=reads,
             call_later=call_later,
@@ -66,7 +59,7 @@ class Lookups:
         self._notices = notices
         self._clock = clock
         self._open: dict[tuple[Connection, int], LookupJob] = {}
-        self._holds = Holds(slots, clock)
+        self._waiting = Waiting()
         self._heads = Heads(
             slots=slots,
             tier=tier,
@@ -80,7 +73,6 @@ class Lookups:
                 slots=slots,
                 tier=tier,
                 lanes=reads,
-                holds=self._holds,
                 writeback=storing.writeback,
                 page_of=page_of,
                 count=count,
@@ -100,17 +92,12 @@ class Lookups:
         if lookup in self._open or lookup in connection.session.pinned:
             raise ProtocolError(f"lookup {message.id} was not released")
         job = LookupJob(
-            id=message.id,
-            connection=connection,
-            namespace=namespace,
-            keys=p.keys_of(message),
-            read_from=message.read_from,
-            load=message.load,
-            deadline_s=self._clock() + message.timeout_ms / 1000,
-            end=len(message.keys),
-            promised=message.promised if message.load else 0,
-            renewal_s=message.timeout_ms / 1000 if message.renewed else 0.0,
-            pause_s=FIRST_PAUSE_S,
+            connection,
+            namespace,
+            message,
+            slots=self._slots,
+            waiting=self._waiting,
+            clock=self._clock,
         )
         self._open[lookup] = job
         self._count("lookups", 1)
@@ -120,22 +107,26 @@ class Lookups:
             if i >= job.end:
                 break
             self._look_in_memory(job, i)
-        if self._tier is None:
-            lost = [i for i in job.unprobed if i >= job.promised]
-        else:
-            lost = [i for i in job.unprobed if self._reads.is_stalled(job.keys[i])]
-        if lost:
-            job.shorten(lost[0], Outcome.NEVER_STORED if self._tier is None else Outcome.TIMEOUT)
+        self._leave_out_unreachable(job)
         self._go_on(job)
+
+    def _leave_out_unreachable(self, job: LookupJob) -> None:
+        """Nobody is asked for what lies in storage that hangs, or where there is none."""
+        if self._tier is None:
+            lost = (i for i in job.unknown() if i >= job.promised)
+        else:
+            lost = (i for i in job.unknown() if self._reads.is_stalled(job.keys[i]))
+        first = next(lost, None)
+        if first is not None:
+            job.lose(first, Outcome.NEVER_STORED if self._tier is None else Outcome.TIMEOUT)
 
     def withdraw(self, connection: Connection, lookup_id: int) -> None:
         """Ends a lookup that is not answered yet, if there is one. Reads under way go on; their
         pages stay as hits for others."""
         job = self._open.pop((connection, lookup_id), None)
         if job is not None:
-            job.closed = True
-            self._promises.forget(job)
-            self._holds.unpin(job, range(len(job.keys)))
+            job.close(keep=job.read_from)
+            self._looks.forget(job)
 
     def withdraw_all(self, connection: Connection) -> None:
         for lookup_id in [number for owner, number in self._open if owner is connection]:
@@ -148,7 +139,7 @@ class Lookups:
             first_open = job.first_open()
             if first_open is not None:
                 is_late = first_open < job.promised and not self._is_storage_slow(job, first_open)
-                job.shorten(first_open, Outcome.LATE if is_late else Outcome.TIMEOUT)
+                job.lose(first_open, Outcome.LATE if is_late else Outcome.TIMEOUT)
             job.head_probes = 0
             self._answer_if_settled(job)
 
@@ -161,32 +152,33 @@ class Lookups:
     def _is_storage_slow(self, job: LookupJob, i: int) -> bool:
         """It is in storage, and storage is slow with it."""
         slot = self._slots.find(job.keys[i])
-        return i in job.unread or (slot is not None and self._is_being_read(slot))
+        return job.state(i) is BlockState.STORED or (slot is not None and self._is_being_read(slot))
 
     def _is_being_read(self, slot: Slot) -> bool:
         return self._page_reads is not None and slot in self._page_reads.filling
 
     def touch(self, keys: Sequence[Key]) -> None:
-        self._holds.touch(keys)
+        """An engine uses these pages, which it has itself: they are as hot as if they were read.
+        The head last, or it would be evicted before the tail that nobody finds without it."""
+        for key in reversed(keys):
+            slot = self._slots.find(key)
+            if slot is not None:
+                self._slots.touch(slot)
 
     # -- the tail: bring it here -----------------------------------------------------------
 
     def _look_in_memory(self, job: LookupJob, i: int) -> None:
         slot = self._slots.find(job.keys[i])
         if slot is None:
-            job.unprobed.append(i)
-            if i < job.promised:
-                self._promises.want(job, i)
-        elif not job.load:
-            job.stored.add(i)
-        elif slot.state is SlotState.READY:
-            self._holds.pin(job, i, slot)
+            job.not_in_memory(i)
+        elif not job.load or slot.state is SlotState.READY:
+            job.here(i, slot)
         elif job.keys[i] in job.connection.session.filling and i >= job.promised:
             # This very engine is computing the block: its own prefix cache will have it first.
-            job.shorten(i, Outcome.BEING_COMPUTED_HERE)
+            job.lose(i, Outcome.BEING_COMPUTED_HERE)
         else:
             job.is_fed = job.is_fed or not self._is_being_read(slot)
-            self._holds.wait(job, i, slot)
+            job.comes(i)
 
     def _probe_tail(self, job: LookupJob) -> None:
         if self._tier is None or job.closed:
@@ -197,6 +189,7 @@ class Lookups:
         ]
         job.probes_running += len(asked)
         for pool, blocks in asked:
+            job.ask(blocks)
             pool.submit(
                 partial(self._tier.contains, job.namespace.tier, [job.keys[i] for i in blocks]),
                 partial(self._on_probed, job, blocks),
@@ -210,105 +203,90 @@ class Lookups:
         self._heads.note_stored(job.keys[i] for i in group[:leading])
         if job.closed:
             return
+        job.in_storage(group[:leading])
+        missing = [i for i in group[leading:] if job.state(i) is BlockState.ASKED]
         if isinstance(result, Exception):
-            self._lookup_failed(job, group[0], result)
-        elif leading < len(group) and group[leading] < job.promised:
-            self._look_for(job, group[leading:])
-        elif leading < len(group):
-            job.shorten(group[leading], Outcome.NEVER_STORED)
-        self._have_stored(job, group[:leading])
+            self._lookup_failed(job, missing, result)
+        elif missing and missing[0] < job.promised:
+            job.not_in_storage(missing)
+        elif missing:
+            job.lose(missing[0], Outcome.NEVER_STORED)
         self._go_on(job)
 
-    def _lookup_failed(self, job: LookupJob, i: int, error: Exception) -> None:
+    def _lookup_failed(self, job: LookupJob, blocks: Sequence[int], error: Exception) -> None:
         self._notices.warn("lookup_failed", error)
-        job.shorten(i, error_reason(error))
-
-    def _have_stored(self, job: LookupJob, blocks: Sequence[int]) -> None:
-        self._promises.probed(job, blocks)
-        if job.load:
-            job.add_unread([i for i in blocks if not job.has_begun(i)])
-        else:
-            job.stored.update(blocks)
+        if blocks:
+            job.lose(blocks[0], error_reason(error))
 
     def _go_on(self, job: LookupJob) -> None:
         if self._page_reads is not None:
             self._page_reads.go_on_with(job)
         self._probe_tail(job)
-        self._promises.look(job)
+        self._looks.look(job)
         self._answer_if_settled(job)
 
     # -- promised, and not here yet --------------------------------------------------------
 
-    def _look_for(self, job: LookupJob, blocks: Sequence[int]) -> None:
-        """Promised blocks that storage seemed to have, or an engine of this node, and hasn't."""
-        job.all_there = False
-        again = [i for i in blocks if not job.has_begun(i)]
-        job.probe_again(again)
-        for i in again:
-            self._promises.want(job, i)
-
     def _on_looked(self, job: LookupJob, blocks: Sequence[int], result: object) -> None:
+        # Some may have come another way meanwhile.
+        missing = [i for i in blocks if job.is_wanted(i)]
         if isinstance(result, Exception):
-            self._lookup_failed(job, blocks[0], result)
+            self._lookup_failed(job, missing, result)
         elif isinstance(result, Looked):
             there = blocks[: result.leading]
             self._heads.note_stored(job.keys[i] for i in there)
-            # Some may have come another way meanwhile.
-            fresh = [i for i in there if i in job.wanted]
-            for i in fresh:
-                job.no_probe(i)
-            self._have_stored(job, fresh)
+            job.in_storage(there)
             job.all_there = result.all_there
             if there:
-                self._promises.take_heart(job)
-            missing = [i for i in blocks[result.leading :] if i in job.wanted]
+                self._looks.found(job)
+            missing = [i for i in missing if job.is_wanted(i)]
             if missing and result.last_there:
-                job.shorten(missing[0], Outcome.EVICTED)
+                job.lose(missing[0], Outcome.EVICTED)
             elif missing:
-                self._promises.look_later(job)
+                self._looks.look_later(job)
         self._go_on(job)
 
     def being_filled(self, slot: Slot) -> None:
         """An engine of this node computes this page."""
         assert slot.key is not None
-        for job, i in self._promises.take_wanted(slot.key):
+        for job, i in self._waiting.of(slot.key):
             job.is_fed = True
-            self._holds.wait(job, i, slot)
+            job.comes(i)
 
     def will_not_come(self, key: Key, reason: Outcome) -> None:
         """An engine of this node has computed this page and can't keep it."""
-        for job, i in self._promises.take_wanted(key):
-            job.shorten(i, reason)
-            self._answer_if_settled(job)
+        for job, i in self._waiting.of(key):
+            if job.is_wanted(i):
+                job.lose(i, reason)
+                self._answer_if_settled(job)
 
     # -- slots that others fill ------------------------------------------------------------
 
-    def resolve(self, slot: Slot, reason: Outcome, *, from_files: bool = False) -> None:
-        """The slot became READY (`reason` empty) or never will: tells the lookups that wait."""
-        waiters = self._holds.take_waiters(slot)
-        if not reason and slot.key is not None:
-            waiters += self._promises.take_wanted(slot.key)
-        for job, i in waiters:
-            if job.closed:
+    def resolve(self, key: Key, slot: Slot, reason: Outcome, *, from_files: bool = False) -> None:
+        """The slot became READY (`reason` FINE) or never will: tells the lookups that wait."""
+        for job, i in self._waiting.of(key):
+            if not job.waits(i):
                 continue
-            if reason == Outcome.NEVER_STORED and i < min(job.promised, job.end):
-                job.is_fed = False
-                self._look_for(job, [i])
-                self._promises.look_later(job)
-            elif reason:
-                job.shorten(i, reason)
-            elif i < job.end:
-                self._holds.pin(job, i, slot)
-                job.from_files += from_files
+            if not reason:
+                job.here(i, slot, from_files=from_files)
+            elif job.state(i) is BlockState.COMING:
+                self._lost(job, i, reason)
             self._answer_if_settled(job)
+
+    def _lost(self, job: LookupJob, i: int, reason: Outcome) -> None:
+        if reason is Outcome.NEVER_STORED and i < min(job.promised, job.end):
+            job.is_fed = False
+            job.does_not_come(i)
+            self._looks.look_later(job)
+        else:
+            job.lose(i, reason)
 
     def _answer_if_settled(self, job: LookupJob) -> None:
         if job.closed or not job.is_settled():
             return
-        job.closed = True
         del self._open[job.connection, job.id]
-        self._promises.forget(job)
-        self._holds.unpin(job, range(job.end, len(job.keys)))
+        job.close(keep=job.end)
+        self._looks.forget(job)
         num_stored = job.end - job.read_from
         self._count("lookup_blocks_asked", len(job.keys) - job.read_from)
         self._count("lookup_blocks_hit", num_stored)
@@ -333,3 +311,10 @@ class Lookups:
                 reason=job.reason,
             )
         )
+
+    def check(self) -> None:
+        """Raises AssertionError with the broken sentence if a lookup's law does not hold."""
+        for job in self._open.values():
+            job.check()
+            assert not job.closed, "what is open is not answered"
+        self._waiting.check(list(self._open.values()))

@@ -17,10 +17,10 @@ from ucm.outcome import Outcome
 from ucm.store.blocks.page import padded_bytes
 from ucm.store.node import protocol as p
 from ucm.store.node.lanes import Lanes
+from ucm.store.node.looks import CallLater
 from ucm.store.node.notices import Notices
 from ucm.store.node.sessions import Connection, OpenedNamespace
 from ucm.store.node.slots import SlotTable
-from ucm.store.node.waiters import CallLater
 from ucm.store.tiers.tier import Tier, TierNamespace
 
 _logger = logging.getLogger(__name__)

@@ -11,7 +11,6 @@ from ucm.store.blocks.keys import Key
 from ucm.store.node.lanes import Lanes
 from ucm.store.node.lookup import LookupJob
 from ucm.store.node.notices import Notices
-from ucm.store.node.pins import Holds
 from ucm.store.node.pool import Pool, error_reason
 from ucm.store.node.slots import Slot, SlotState, SlotTable
 from ucm.store.node.writeback import WriteBack
@@ -26,7 +25,9 @@ _READS_PER_THREAD = 2
 class OnPage(Protocol):
     """Told when a slot is READY, or by which `reason` it never will be."""
 
-    def __call__(self, slot: Slot, reason: Outcome, *, from_files: bool = False) -> None: ...
+    def __call__(
+        self, key: Key, slot: Slot, reason: Outcome, *, from_files: bool = False
+    ) -> None: ...
 
 
 class PageReads:
@@ -38,7 +39,6 @@ class PageReads:
         slots: SlotTable,
         tier: Tier,
         lanes: Lanes,
-        holds: Holds,
         writeback: WriteBack | None,
         page_of: Callable[[Slot], memoryview],
         count: Callable[[str, int], None],
@@ -50,7 +50,6 @@ class PageReads:
         self._slots = slots
         self._tier = tier
         self._lanes = lanes
-        self._holds = holds
         self._writeback = writeback
         self._page_of = page_of
         self._count = count
@@ -73,9 +72,10 @@ class PageReads:
 
     def _next_turn(self, job: LookupJob) -> Pool | None:
         """The threads of the next block to read, if this lookup may have more of them."""
-        if not job.unread:
+        i = job.next_unread()
+        if i is None:
             return None
-        pool = self._lanes.of(job.keys[job.unread[0]])
+        pool = self._lanes.of(job.keys[i])
         has_turn = job.reads_running[pool] < _READS_PER_THREAD * pool.num_threads
         return pool if has_turn else None
 
@@ -86,15 +86,15 @@ class PageReads:
             key = job.keys[i]
             slot = self._slots.find(key)
             if slot is not None and slot.state is SlotState.READY:
-                self._holds.pin(job, i, slot)
+                job.here(i, slot)
                 continue
             if slot is None:
                 slot = self._reserve(job, i)
                 if slot is None:
-                    job.shorten(i, Outcome.NO_ROOM)
+                    job.lose(i, Outcome.NO_ROOM)
                     break
                 slots.append(slot)
-            self._holds.wait(job, i, slot)
+            job.comes(i)
         return slots
 
     def _reserve(self, job: LookupJob, i: int) -> Slot | None:
@@ -102,8 +102,7 @@ class PageReads:
         is longer than the memory, the head is worth more."""
         slot = self._slots.reserve(job.keys[i], job.namespace.slot_bytes)
         while slot is None and job.pinned and (last := max(job.pinned)) > i:
-            job.shorten(last, Outcome.NO_ROOM)
-            self._holds.unpin(job, range(last, last + 1))
+            job.lose(last, Outcome.NO_ROOM)
             slot = self._slots.reserve(job.keys[i], job.namespace.slot_bytes)
         return slot
 
@@ -148,10 +147,10 @@ class PageReads:
         if self._writeback is not None:
             self._writeback.filled_from_tier(key, is_hit=is_hit)
         if is_hit:
-            self._on_page(slot, Outcome.FINE, from_files=True)
+            self._on_page(key, slot, Outcome.FINE, from_files=True)
         else:
             absent = outcome == ReadStatus.ABSENT.value
-            self._on_page(slot, Outcome.NEVER_STORED if absent else Outcome(outcome))
+            self._on_page(key, slot, Outcome.NEVER_STORED if absent else Outcome(outcome))
 
     def _on_read_overdue(self, pool: Pool, slots: list[Slot]) -> None:
         name = self._lanes.name_of(pool)
@@ -160,11 +159,11 @@ class PageReads:
         )
         for slot in slots:
             self._count("read_overdue", 1)
-            key = slot.key
+            key = _key_of(slot)
             self._slots.set_aside(slot)
-            if self._writeback is not None and key is not None:
+            if self._writeback is not None:
                 self._writeback.filled_from_tier(key, is_hit=False)
-            self._on_page(slot, Outcome.TIMEOUT)
+            self._on_page(key, slot, Outcome.TIMEOUT)
 
 
 def _key_of(slot: Slot) -> Key:

@@ -1,6 +1,6 @@
-"""Promised pages that are not here yet: who waits for them, and looking for them in storage.
+"""Looking in storage for promised pages that are not here yet.
 
-What an engine on this node computes is told (`arrived`); storage has to be asked. A look asks for
+What an engine on this node computes is told; storage has to be asked. A look asks for
 the last promised key first: blocks are published in the order of the prompt, so once that is there
 a block before it that is not has been removed. Looks that find nothing new come ever more seldom,
 and next to never while an engine of this node brings the pages.
@@ -21,7 +21,7 @@ from ucm.errors import TierError
 from ucm.outcome import Outcome
 from ucm.store.blocks.keys import Key
 from ucm.store.node.lanes import Lanes
-from ucm.store.node.lookup import FIRST_PROBE, LookupJob
+from ucm.store.node.lookup import LookupJob
 from ucm.store.node.pool import Pool
 from ucm.store.tiers.tier import Tier
 
@@ -29,7 +29,7 @@ CallLater = Callable[[float, Callable[[], None]], object]
 
 FIRST_PAUSE_S = 0.001
 LAST_PAUSE_S = 0.05
-# After so long a page may be there unseen (`names.py`). To doubt costs storage a few writes.
+# After so long a page may be there unseen (`posix/revalidate.py`). To doubt costs a few writes.
 FIRST_DOUBT_S = 0.2
 LAST_DOUBT_S = 1.0
 # An engine of this node brings the pages: a look is for what it might not know of.
@@ -65,7 +65,18 @@ class _Look:
     is_overdue: bool = False
 
 
-class Promises:
+@dataclass(slots=True)
+class _Pace:
+    """When a lookup is to be looked for again. `doubt_s`: when to doubt next that what can't be
+    seen isn't there; None before the first look."""
+
+    is_pending: bool = False
+    pause_s: float = FIRST_PAUSE_S
+    doubt_s: float | None = None
+    doubt_pause_s: float = 0.0
+
+
+class Looks:
     """`on_looked(job, blocks, result)` gets a `Looked`, or the error of storage."""
 
     def __init__(
@@ -82,56 +93,23 @@ class Promises:
         self._call_later = call_later
         self._clock = clock
         self._on_looked = on_looked
-        self._wanted: defaultdict[Key, list[tuple[LookupJob, int]]] = defaultdict(list)
+        self._paces: defaultdict[LookupJob, _Pace] = defaultdict(_Pace)
         # By lane: who waits for a turn to look, the longest first; and who looks.
         self._turns: defaultdict[Pool, dict[LookupJob, None]] = defaultdict(dict)
         self._looks: defaultdict[Pool, set[_Look]] = defaultdict(set)
 
-    def want(self, job: LookupJob, i: int) -> None:
-        """Storage has to be asked for promised block `i`, or an engine brings it."""
-        if i in job.wanted:
-            return
-        job.wanted.add(i)
-        self._wanted[job.keys[i]].append((job, i))
-
-    def take_wanted(self, key: Key) -> list[tuple[LookupJob, int]]:
-        """Those who want `key` and don't any more. It is being filled, or here, or given up."""
-        found = self._wanted.pop(key, [])
-        for job, i in found:
-            job.wanted.discard(i)
-            job.no_probe(i)
-        return found
-
-    def probed(self, job: LookupJob, blocks: Sequence[int]) -> None:
-        """Storage has these."""
-        for i in blocks:
-            self._unwant(job, i)
-
     def forget(self, job: LookupJob) -> None:
+        """It has ended."""
+        self._paces.pop(job, None)
         for turns in self._turns.values():
             turns.pop(job, None)
-        for i in list(job.wanted):
-            self._unwant(job, i)
-
-    def _unwant(self, job: LookupJob, i: int) -> None:
-        if i not in job.wanted:
-            return
-        job.wanted.discard(i)
-        key = job.keys[i]
-        left = [each for each in self._wanted[key] if each != (job, i)]
-        if left:
-            self._wanted[key] = left
-        else:
-            del self._wanted[key]
-
-    # -- looking ---------------------------------------------------------------------------
 
     def look(self, job: LookupJob) -> None:
         """Asks storage for the first blocks that are missing, when it is this lookup's turn."""
         missing = job.missing()
-        if job.closed or job.look_pending or not missing or self._tier is None:
+        if job.closed or not missing or self._tier is None or self._paces[job].is_pending:
             return
-        job.look_pending = True
+        self._paces[job].is_pending = True
         pool = self._reads.of(job.keys[missing[0]])
         self._turns[pool][job] = None
         self._take_turns(self._tier, pool)
@@ -146,10 +124,10 @@ class Promises:
             look = self._look_of(job, pool)
             if look is None:
                 # They came another way, or what is missing now is of another lane.
-                job.look_pending = False
+                self._paces[job].is_pending = False
                 self.look(job)
             elif hangs:
-                job.look_pending = False
+                self._paces[job].is_pending = False
                 self._on_looked(job, look.blocks, _late())
             else:
                 self._begin(tier, look)
@@ -157,7 +135,7 @@ class Promises:
     def _look_of(self, job: LookupJob, pool: Pool) -> _Look | None:
         """Only blocks of the first missing one's lane: if that hangs, those of others help nobody.
         None if that isn't the lane of `pool`."""
-        missing = job.missing()[:FIRST_PROBE]
+        missing = job.missing()
         blocks = [i for i in missing if self._reads.of(job.keys[i]) is pool]
         if not blocks or blocks[0] != missing[0]:
             return None
@@ -178,35 +156,39 @@ class Promises:
 
     def _must_doubt(self, job: LookupJob) -> bool:
         """At once for nobody, then ever more seldom while nothing comes."""
-        now_s = self._clock()
-        if job.doubt_s is None:
-            job.doubt_s, job.doubt_pause_s = now_s + FIRST_DOUBT_S, FIRST_DOUBT_S / 2
-        if now_s < job.doubt_s:
+        now_s, pace = self._clock(), self._paces[job]
+        if pace.doubt_s is None:
+            pace.doubt_s, pace.doubt_pause_s = now_s + FIRST_DOUBT_S, FIRST_DOUBT_S / 2
+        if now_s < pace.doubt_s:
             return False
-        job.doubt_pause_s = min(2 * job.doubt_pause_s, LAST_DOUBT_S)
-        job.doubt_s = now_s + job.doubt_pause_s
+        pace.doubt_pause_s = min(2 * pace.doubt_pause_s, LAST_DOUBT_S)
+        pace.doubt_s = now_s + pace.doubt_pause_s
         return True
 
-    def take_heart(self, job: LookupJob) -> None:
+    def found(self, job: LookupJob) -> None:
         """A look has found something: the next ones come soon again."""
-        job.pause_s, job.doubt_s = FIRST_PAUSE_S, None
+        pace = self._paces[job]
+        pace.pause_s, pace.doubt_s = FIRST_PAUSE_S, None
 
     def look_later(self, job: LookupJob) -> None:
         """After a look that has found nothing."""
-        if job.look_pending:
+        pace = self._paces[job]
+        if pace.is_pending:
             return
-        job.look_pending = True
-        pause_s = FED_PAUSE_S if job.is_fed else job.pause_s
-        job.pause_s = min(2 * job.pause_s, LAST_PAUSE_S)
+        pace.is_pending = True
+        pause_s = FED_PAUSE_S if job.is_fed else pace.pause_s
+        pace.pause_s = min(2 * pace.pause_s, LAST_PAUSE_S)
         self._call_later(pause_s, partial(self._look_again, job))
 
     def _look_again(self, job: LookupJob) -> None:
-        job.look_pending = False
-        self.look(job)
+        if not job.closed:
+            self._paces[job].is_pending = False
+            self.look(job)
 
     def _looked(self, tier: Tier, look: _Look, result: object) -> None:
         self._looks[look.pool].discard(look)
-        look.job.look_pending = False
+        if not look.job.closed:
+            self._paces[look.job].is_pending = False
         self._take_turns(tier, look.pool)
         if not look.job.closed:
             self._on_looked(look.job, look.blocks, result)
