@@ -13,7 +13,7 @@ from collections.abc import Callable
 from ucm.errors import ProtocolError
 from ucm.store.node import protocol as p
 from ucm.store.node.door import check_hello, check_message, check_namespace, check_open
-from ucm.store.node.dumps import Fillings
+from ucm.store.node.dumps import Dumps
 from ucm.store.node.find import Finds
 from ucm.store.node.lanes import Lanes
 from ucm.store.node.looks import CallLater
@@ -83,8 +83,9 @@ class NodeCore:
             clock=clock,
             call_later=call_later,
         )
-        self._fillings = Fillings(
-            slots=slots, lookups=self.lookups, storing=storing, page_of=page_of, count=self.count
+        fills = self.lookups.fills
+        self._dumps = Dumps(
+            slots=slots, fills=fills, storing=storing, page_of=page_of, count=self.count
         )
         self.finds = Finds(slots=slots, tier=tier, reads=reads, storing=storing, clock=clock)
         self._max_keys, self._max_open_keys = max_keys, max_open_keys
@@ -150,7 +151,7 @@ class NodeCore:
         self.lookups.withdraw_all(connection)
         self.finds.withdraw_all(connection)
         if connection.role in _COMMITTING:
-            self._fillings.set_aside_all(session)
+            self._dumps.set_aside_all(session)
 
     def closed(self, connection: Connection) -> None:
         """Unanswered lookups end now. What ranks may still be copying is kept until the session's
@@ -163,7 +164,7 @@ class NodeCore:
             return
         for slots in session.pinned.values():
             self._unpin(slots)
-        self._fillings.end(session)
+        self._dumps.end(session)
         self.sessions.pop(session.name, None)
 
     def _tell_ranks_ready(self, session: Session) -> None:
@@ -182,7 +183,7 @@ class NodeCore:
         elif isinstance(message, p.Release):
             self._release(connection, message)
         elif isinstance(message, p.Abort):
-            self._fillings.abort(connection.session, message)
+            self._dumps.abort(connection.session, message)
         elif isinstance(message, p.OpenNamespace):
             check_namespace(message, connection.namespaces)
             self._openings.open(connection, message)
@@ -208,9 +209,9 @@ class NodeCore:
         elif isinstance(message, p.Find):
             self.finds.start(connection, namespace, message)
         elif isinstance(message, p.Reserve):
-            self._fillings.reserve(connection, namespace, message, leaving=self.leaving)
+            self._dumps.reserve(connection, namespace, message, leaving=self.leaving)
         else:
-            self._fillings.commit(connection.session, namespace, message)
+            self._dumps.commit(connection.session, namespace, message)
 
     def _release(self, connection: Connection, message: p.Release) -> None:
         for lookup_id in message.lookups:

@@ -10,7 +10,7 @@ from ucm.outcome import Outcome
 from ucm.store.blocks.keys import Key, TailKey
 from ucm.store.blocks.page import blank_behind
 from ucm.store.node import protocol as p
-from ucm.store.node.lookups import Lookups
+from ucm.store.node.fills import Fills
 from ucm.store.node.sessions import Connection, Filling, OpenedNamespace, Session
 from ucm.store.node.slots import Slot, SlotState, SlotTable
 from ucm.store.node.storing import Storing
@@ -18,20 +18,20 @@ from ucm.store.node.storing import Storing
 _AnyKey = TypeVar("_AnyKey", bound=bytes)
 
 
-class Fillings:
+class Dumps:
     """Owned by the event loop's thread. The sessions know what is theirs."""
 
     def __init__(
         self,
         *,
         slots: SlotTable,
-        lookups: Lookups,
+        fills: Fills,
         storing: Storing,
         page_of: Callable[[Slot], memoryview],
         count: Callable[[str], None],
     ) -> None:
         self._slots = slots
-        self._lookups = lookups
+        self._fills = fills
         self._writeback = storing.writeback
         self._page_of = page_of
         self._count = count
@@ -56,7 +56,7 @@ class Fillings:
             offsets.append(offset)
             if offset == p.NO_ROOM:
                 for lost in keys[len(offsets) - 1 :]:
-                    self._lookups.will_not_come(lost, Outcome.NO_ROOM)
+                    self._fills.will_not_begin(lost, Outcome.NO_ROOM)
                 # Nothing leads to a block whose predecessor is missing.
                 offsets += [p.NO_ROOM] * (len(message.keys) - len(offsets))
                 if not message.will_ask_again:
@@ -78,7 +78,6 @@ class Fillings:
         *,
         leaving: bool,
     ) -> int:
-        writeback = self._writeback
         slot = self._slots.find(key)
         if slot is not None:
             self._slots.touch(slot)
@@ -87,16 +86,11 @@ class Fillings:
             elif key not in connection.session.filling:
                 self._counted_on.add(key)
             return p.HAVE
-        if leaving or (writeback is not None and writeback.is_full(key)):
+        filling = None if leaving else self._fills.begin_dump(key, namespace)
+        if filling is None:
             return p.NO_ROOM
-        slot = self._slots.reserve(key, namespace.slot_bytes)
-        if slot is None:
-            return p.NO_ROOM
-        if writeback is not None:
-            writeback.take_place(key)
-        connection.session.filling[key] = Filling(slot, namespace)
-        self._lookups.being_filled(slot)
-        return slot.offset
+        connection.session.filling[key] = filling
+        return filling.slot.offset
 
     def commit(self, session: Session, namespace: OpenedNamespace, message: p.Commit) -> None:
         for committed, parent in _with_parents(message.keys, message.parents):
@@ -105,56 +99,49 @@ class Fillings:
                 continue
             if filling.namespace.tier.fingerprint != namespace.tier.fingerprint:
                 raise ProtocolError(f"key {committed.hex()} was reserved in another namespace")
-            namespace, slot = filling.namespace, filling.slot
-            key = slot.key
-            assert key is not None, "a slot that is being filled has a key"
-            del session.filling[key]
-            self._counted_on.discard(key)
-            if isinstance(key, TailKey):
-                # Behind it are whatever tokens the engine's block and the slot had before.
-                blank_behind(
-                    self._page_of(slot)[: namespace.tier.page_bytes],
-                    key.num_tokens,
-                    num_rows=namespace.num_rows,
-                    block_tokens=namespace.block_tokens,
-                )
-            self._slots.ready(slot)
+            del session.filling[filling.key]
+            self._counted_on.discard(filling.key)
+            self._blank_behind_tail(filling)
             self._count("dump_committed")
-            if self._writeback is not None:
-                self._writeback.enqueue(namespace, key, parent, slot)
-            self._lookups.resolve(key, slot, Outcome.FINE)
+            self._fills.whole(filling, parent=parent)
+
+    def _blank_behind_tail(self, filling: Filling) -> None:
+        """Behind it are whatever tokens the engine's block and the slot had before."""
+        if isinstance(filling.key, TailKey):
+            blank_behind(
+                self._page_of(filling.slot)[: filling.namespace.tier.page_bytes],
+                filling.key.num_tokens,
+                num_rows=filling.namespace.num_rows,
+                block_tokens=filling.namespace.block_tokens,
+            )
 
     def abort(self, session: Session, message: p.Abort) -> None:
         for key in map(Key, message.keys):
             if key in session.filling:
-                self._slots.abandon(self._give_up_filling(session, key))
+                self._give_up(session, key)
 
     def set_aside_all(self, session: Session) -> None:
         """Nobody is left who could commit, and somebody who may still write: what was being filled
         is absent from now on, and its memory out of use until `end`."""
         for key in list(session.filling):
-            slot = session.filling[key].slot
-            self._slots.set_aside(slot)
-            session.aside.append(self._give_up_filling(session, key))
+            session.aside.append(self._give_up(session, key, is_written=True))
 
     def end(self, session: Session) -> None:
         """Nobody writes any more."""
         for key in list(session.filling):
-            self._slots.abandon(self._give_up_filling(session, key))
+            self._give_up(session, key)
         for slot in session.aside:
-            self._slots.abandon(slot)
+            self._fills.unused(slot)
         session.aside = []
 
-    def _give_up_filling(self, session: Session, key: Key) -> Slot:
-        slot = session.filling.pop(key).slot
+    def _give_up(self, session: Session, key: Key, *, is_written: bool = False) -> Slot:
+        filling = session.filling.pop(key)
         self._count("dump_aborted")
         if key in self._counted_on:
             self._counted_on.discard(key)
             self._tell([key], (), Outcome.ABORTED)
-        if self._writeback is not None:
-            self._writeback.filling_ended(key)
-        self._lookups.resolve(key, slot, Outcome.NEVER_STORED)
-        return slot
+        self._fills.gone(filling, Outcome.NEVER_STORED, is_written=is_written)
+        return filling.slot
 
 
 def _with_parents(

@@ -203,13 +203,14 @@ class LookupJob:
             if self._states[i] is BlockState.ASKED:
                 self._move(i, BlockState.UNKNOWN)
 
-    def comes(self, i: int) -> None:
-        """Somebody fills its slot."""
+    def comes(self, i: int, *, is_fed: bool = False) -> None:
+        """Somebody fills its slot; with `is_fed` an engine of this node."""
+        self.is_fed = self.is_fed or is_fed
         self._move(i, BlockState.COMING)
 
     def does_not_come(self, i: int) -> None:
         """Its slot was given up, and another one may bring it."""
-        self.all_there = False
+        self.all_there = self.is_fed = False
         self._move(i, BlockState.UNKNOWN)
 
     def here(self, i: int, slot: Slot, *, from_files: bool = False) -> None:

@@ -15,10 +15,11 @@ from ucm.errors import ProtocolError
 from ucm.outcome import Outcome
 from ucm.store.blocks.keys import Key
 from ucm.store.node import protocol as p
+from ucm.store.node.fills import Fills
 from ucm.store.node.heads import Heads
 from ucm.store.node.lanes import Lanes
 from ucm.store.node.looks import CallLater, Looked, Looks
-from ucm.store.node.lookup import BlockState, LookupJob, Waiting
+from ucm.store.node.lookup import BlockState, LookupJob
 from ucm.store.node.notices import Notices
 from ucm.store.node.pool import error_reason
 from ucm.store.node.sessions import Connection, OpenedNamespace
@@ -29,7 +30,7 @@ from ucm.store.tiers.tier import Tier
 
 
 class Lookups:
-    """All lookups under way, and who waits for which slot."""
+    """All lookups under way."""
 
     def __init__(
         self,
@@ -59,7 +60,7 @@ class Lookups:
         self._notices = notices
         self._clock = clock
         self._open: dict[tuple[Connection, int], LookupJob] = {}
-        self._waiting = Waiting()
+        self.fills = Fills(slots, storing.writeback, self._on_news)
         self._heads = Heads(
             slots=slots,
             tier=tier,
@@ -73,11 +74,10 @@ class Lookups:
                 slots=slots,
                 tier=tier,
                 lanes=reads,
-                writeback=storing.writeback,
+                fills=self.fills,
                 page_of=page_of,
                 count=count,
                 notices=notices,
-                on_page=self.resolve,
                 go_on=self._go_on,
             )
 
@@ -96,7 +96,7 @@ class Lookups:
             namespace,
             message,
             slots=self._slots,
-            waiting=self._waiting,
+            waiting=self.fills.waiting,
             clock=self._clock,
         )
         self._open[lookup] = job
@@ -152,10 +152,7 @@ class Lookups:
     def _is_storage_slow(self, job: LookupJob, i: int) -> bool:
         """It is in storage, and storage is slow with it."""
         slot = self._slots.find(job.keys[i])
-        return job.state(i) is BlockState.STORED or (slot is not None and self._is_being_read(slot))
-
-    def _is_being_read(self, slot: Slot) -> bool:
-        return self._page_reads is not None and slot in self._page_reads.filling
+        return job.state(i) is BlockState.STORED or (slot is not None and self.fills.is_read(slot))
 
     def touch(self, keys: Sequence[Key]) -> None:
         """An engine uses these pages, which it has itself: they are as hot as if they were read.
@@ -177,8 +174,7 @@ class Lookups:
             # This very engine is computing the block: its own prefix cache will have it first.
             job.lose(i, Outcome.BEING_COMPUTED_HERE)
         else:
-            job.is_fed = job.is_fed or not self._is_being_read(slot)
-            job.comes(i)
+            job.comes(i, is_fed=not self.fills.is_read(slot))
 
     def _probe_tail(self, job: LookupJob) -> None:
         if self._tier is None or job.closed:
@@ -246,40 +242,12 @@ class Lookups:
                 self._looks.look_later(job)
         self._go_on(job)
 
-    def being_filled(self, slot: Slot) -> None:
-        """An engine of this node computes this page."""
-        assert slot.key is not None
-        for job, i in self._waiting.of(slot.key):
-            job.is_fed = True
-            job.comes(i)
+    # -- the answer ------------------------------------------------------------------------
 
-    def will_not_come(self, key: Key, reason: Outcome) -> None:
-        """An engine of this node has computed this page and can't keep it."""
-        for job, i in self._waiting.of(key):
-            if job.is_wanted(i):
-                job.lose(i, reason)
-                self._answer_if_settled(job)
-
-    # -- slots that others fill ------------------------------------------------------------
-
-    def resolve(self, key: Key, slot: Slot, reason: Outcome, *, from_files: bool = False) -> None:
-        """The slot became READY (`reason` FINE) or never will: tells the lookups that wait."""
-        for job, i in self._waiting.of(key):
-            if not job.waits(i):
-                continue
-            if not reason:
-                job.here(i, slot, from_files=from_files)
-            elif job.state(i) is BlockState.COMING:
-                self._lost(job, i, reason)
-            self._answer_if_settled(job)
-
-    def _lost(self, job: LookupJob, i: int, reason: Outcome) -> None:
-        if reason is Outcome.NEVER_STORED and i < min(job.promised, job.end):
-            job.is_fed = False
-            job.does_not_come(i)
+    def _on_news(self, job: LookupJob, *, look: bool) -> None:
+        if look:
             self._looks.look_later(job)
-        else:
-            job.lose(i, reason)
+        self._answer_if_settled(job)
 
     def _answer_if_settled(self, job: LookupJob) -> None:
         if job.closed or not job.is_settled():
@@ -317,4 +285,5 @@ class Lookups:
         for job in self._open.values():
             job.check()
             assert not job.closed, "what is open is not answered"
-        self._waiting.check(list(self._open.values()))
+        self.fills.check()
+        self.fills.waiting.check(list(self._open.values()))

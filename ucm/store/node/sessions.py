@@ -23,12 +23,14 @@ class OpenedNamespace:
     num_rows: int
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False, slots=True)
 class Filling:
-    """A slot that an engine fills, with a page of this namespace."""
+    """A slot that is being filled with the page of a key: from storage, or by an engine."""
 
     slot: Slot
+    key: Key
     namespace: OpenedNamespace
+    from_storage: bool
 
 
 @dataclass(eq=False)

@@ -1,0 +1,129 @@
+"""Every slot that is being filled: its beginning, its end, and telling those who wait for the page.
+
+Storage fills a slot (a read), or an engine does (a dump). However it ends, three things happen in
+one order: the slot moves, the write-back hears of it, and those who wait for the page are told.
+
+    begin_read, begin_dump ──► FILLING ──whole──► READY
+                                  ├──gone──► FREE
+                                  └──gone, somebody may still write──► ASIDE ──unused──► FREE
+"""
+
+from __future__ import annotations
+
+from typing import Protocol
+
+from ucm.outcome import Outcome
+from ucm.store.blocks.keys import Key
+from ucm.store.node.lookup import BlockState, LookupJob, Waiting
+from ucm.store.node.sessions import Filling, OpenedNamespace
+from ucm.store.node.slots import Slot, SlotState, SlotTable
+from ucm.store.node.writeback import WriteBack
+
+
+class OnNews(Protocol):
+    """A lookup has been told of a page that it waited for. `look`: another node may bring it."""
+
+    def __call__(self, job: LookupJob, *, look: bool) -> None: ...
+
+
+class Fills:
+    """Owned by the event loop's thread. Nobody else moves a slot into or out of FILLING, or out of
+    ASIDE."""
+
+    def __init__(self, slots: SlotTable, writeback: WriteBack | None, on_news: OnNews) -> None:
+        self.waiting = Waiting()
+        self._slots = slots
+        self._writeback = writeback
+        self._on_news = on_news
+        self._open: dict[Slot, Filling] = {}
+
+    # -- begin -----------------------------------------------------------------------------
+
+    def begin_read(self, key: Key, namespace: OpenedNamespace) -> Filling | None:
+        """None: there is no room."""
+        return self._begin(key, namespace, from_storage=True)
+
+    def begin_dump(self, key: Key, namespace: OpenedNamespace) -> Filling | None:
+        """With a place in the write queue. None: there is no room, here or there."""
+        if self._writeback is not None and self._writeback.is_full(key):
+            return None
+        filling = self._begin(key, namespace, from_storage=False)
+        if filling is None:
+            return None
+        if self._writeback is not None:
+            self._writeback.take_place(key)
+        for job, i in self.waiting.of(key):
+            job.comes(i, is_fed=True)
+        return filling
+
+    def _begin(self, key: Key, namespace: OpenedNamespace, *, from_storage: bool) -> Filling | None:
+        slot = self._slots.reserve(key, namespace.slot_bytes)
+        if slot is None:
+            return None
+        filling = self._open[slot] = Filling(slot, key, namespace, from_storage)
+        return filling
+
+    def is_read(self, slot: Slot) -> bool:
+        """It is being filled from storage."""
+        filling = self._open.get(slot)
+        return filling is not None and filling.from_storage
+
+    # -- end -------------------------------------------------------------------------------
+
+    def whole(self, filling: Filling, *, parent: Key | None = None) -> None:
+        """The page is there. `parent`: the block before one that was dumped."""
+        del self._open[filling.slot]
+        self._slots.ready(filling.slot)
+        if self._writeback is not None and filling.from_storage:
+            self._writeback.filled_from_tier(filling.key, is_hit=True)
+        elif self._writeback is not None:
+            self._writeback.enqueue(filling.namespace, filling.key, parent, filling.slot)
+        self._tell(filling, Outcome.FINE)
+
+    def gone(self, filling: Filling, reason: Outcome, *, is_written: bool = False) -> None:
+        """It will never be there. `is_written`: somebody may write into the slot until `unused`."""
+        del self._open[filling.slot]
+        if is_written:
+            self._slots.set_aside(filling.slot)
+        else:
+            self._slots.abandon(filling.slot)
+        if self._writeback is not None and filling.from_storage:
+            self._writeback.filled_from_tier(filling.key, is_hit=False)
+        elif self._writeback is not None:
+            self._writeback.filling_ended(filling.key)
+        self._tell(filling, reason)
+
+    def unused(self, slot: Slot) -> None:
+        """Nobody writes any more into a slot that was set aside."""
+        assert slot.state is SlotState.ASIDE
+        self._slots.abandon(slot)
+
+    def _tell(self, filling: Filling, reason: Outcome) -> None:
+        for job, i in self.waiting.of(filling.key):
+            if not job.waits(i):
+                continue  # What it was told of another block has ended it.
+            look = False
+            if not reason:
+                job.here(i, filling.slot, from_files=filling.from_storage)
+            elif job.state(i) is not BlockState.COMING:
+                continue
+            elif reason is Outcome.NEVER_STORED and i < min(job.promised, job.end):
+                job.does_not_come(i)
+                look = True
+            else:
+                job.lose(i, reason)
+            self._on_news(job, look=look)
+
+    def will_not_begin(self, key: Key, reason: Outcome) -> None:
+        """An engine has computed a page for which there is no slot."""
+        for job, i in self.waiting.of(key):
+            if job.is_wanted(i):
+                job.lose(i, reason)
+                self._on_news(job, look=False)
+
+    def check(self) -> None:
+        """Raises AssertionError unless each FILLING slot has one who fills it."""
+        slots = [slot for span in self._slots.spans() for slot in span.slots]
+        filling = {slot for slot in slots if slot.state is SlotState.FILLING}
+        assert filling == set(self._open), "each slot that is being filled was begun here"
+        assert all(slot.key == each.key for slot, each in self._open.items())
