@@ -2,17 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from types import SimpleNamespace
 from typing import Any
 
 from vllm.v1.request import RequestStatus
 
+from tests.parts.node import node_parts
+from tests.parts.pools import InlinePool, Timers
 from tests.store.memory_tier import MemoryTier
-from tests.store.node.held import Timers
 from ucm import handoff as h
 from ucm.config.settings import Settings, StoreSettings
-from ucm.errors import TierError
 from ucm.integration.copies.layout_kind import LayoutKind
 from ucm.integration.engine.facts import EngineFacts
 from ucm.integration.vllm.metadata import RankReport, StepMetadata
@@ -47,22 +47,6 @@ MANIFEST = Manifest(
 )
 
 
-class InlinePool:
-    """Storage that answers at once."""
-
-    num_threads, depth, num_overdue, stalled = 1, 0, 0, False
-
-    def submit(self, call: Callable[[], object], on_done, *, on_overdue=None, urgent=False) -> None:
-        try:
-            result = call()
-        except TierError as error:
-            result = error
-        on_done(result)
-
-    def tick(self) -> None:
-        pass
-
-
 class Loopback:
     """A node cache in this process, behind the interface of NodeLink. `mute` keeps its answers."""
 
@@ -80,18 +64,17 @@ class Loopback:
     def start(self) -> None:
         slots = SlotTable(self.num_slots * GEOMETRY.slot_bytes, extent_bytes=GEOMETRY.slot_bytes)
         memory = memoryview(bytearray(slots.capacity_bytes))
-        self.core = NodeCore(
-            slots=slots,
+        lanes = Lanes([InlinePool()], self.tier)
+        parts = node_parts(
+            slots,
+            memory,
             tier=self.tier,
-            reads=Lanes([InlinePool()], None),
-            writes=Lanes([InlinePool()], None),
-            page_of=lambda slot: memory[slot.offset : slot.offset + GEOMETRY.slot_bytes],
-            populate=lambda offset, nbytes, on_done: None,
-            ahead_bytes=0,
-            max_write_pages=1000,
+            reads=lanes,
+            writes=lanes,
             clock=lambda: self.now_s,
             call_later=self.timers,
         )
+        self.core = NodeCore(parts)
         self.answers = Answers(slots.capacity_bytes)
         hello = p.Hello(version=p.VERSION, session="s", role="scheduler", pid=1)
         self.client = self.core.connect(hello, self.inbox.append)

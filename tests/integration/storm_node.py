@@ -7,8 +7,9 @@ import random
 from collections import deque
 
 from tests.integration.storm_device import page_differs
+from tests.parts.node import node_parts
+from tests.parts.pools import DisorderlyPool, Timers
 from tests.store.memory_tier import MemoryTier
-from tests.store.node.held import DisorderlyPool, Timers
 from ucm.store.blocks.keys import Key
 from ucm.store.blocks.page import PageGeometry
 from ucm.store.client.answers import Answers
@@ -184,18 +185,17 @@ class StormNode:
         memory = memoryview(bytearray(slots.capacity_bytes))
         self._memory = self._memories[self.generation] = memory
         self._reads, self._writes, self._timers = DisorderlyPool(), DisorderlyPool(), Timers()
-        self.core = NodeCore(
-            slots=slots,
+        parts = node_parts(
+            slots,
+            memory,
             tier=self.tier,
-            reads=Lanes([self._reads], None),
-            writes=Lanes([self._writes], None),
-            page_of=lambda slot: memory[slot.offset : slot.offset + slot_bytes],
-            populate=lambda offset, nbytes, on_done: None,
-            ahead_bytes=0,
-            max_write_pages=12,
+            reads=Lanes([self._reads], self.tier),
+            writes=Lanes([self._writes], self.tier),
             clock=self._clock.monotonic,
             call_later=self._timers,
+            max_write_pages=12,
         )
+        self.core = NodeCore(parts)
 
     def _connect_if_due(self) -> None:
         if self.client is not None or self._clock.now_s < self._down_until_s:
@@ -228,7 +228,7 @@ class StormNode:
 
     def check(self) -> None:
         """Everything that could be read has the content of its tokens."""
-        self.core.slots.check()
+        self.core.check()
         for key in self.expected:
             if self._is_ready(key):
                 self._check_slot(key)

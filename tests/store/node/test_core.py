@@ -20,15 +20,16 @@ from hypothesis.stateful import (
     rule,
 )
 
+from tests.parts.laned import LanedTier, lanes_of
+from tests.parts.node import node_parts
+from tests.parts.pools import DisorderlyPool, Timers
 from tests.store.memory_tier import MemoryTier
-from tests.store.node.held import DisorderlyPool, Timers
-from tests.store.node.laned import LanedTier, lanes_of
 from ucm.store.blocks.keys import Key, block_keys, root_key
 from ucm.store.node import protocol as p
 from ucm.store.node.core import NodeCore
 from ucm.store.node.lanes import Lanes
 from ucm.store.node.sessions import Connection
-from ucm.store.node.slots import Slot, SlotTable
+from ucm.store.node.slots import SlotTable
 from ucm.store.tiers.tier import TierNamespace
 
 PAGE = 4096
@@ -62,7 +63,7 @@ class NodeMachine(RuleBasedStateMachine):
         return MemoryTier()
 
     def lanes(self, pool: DisorderlyPool) -> Lanes:
-        return Lanes([pool], None)
+        return Lanes([pool], self.tier)
 
     @initialize()
     def start(self) -> None:
@@ -72,18 +73,17 @@ class NodeMachine(RuleBasedStateMachine):
         self.reads, self.writes = DisorderlyPool(), DisorderlyPool()
         self.now = 0.0
         self.timers = Timers()
-        self.core = NodeCore(
-            slots=SlotTable(PAGE * NUM_SLOTS, extent_bytes=PAGE * 2),
+        parts = node_parts(
+            SlotTable(PAGE * NUM_SLOTS, extent_bytes=PAGE * 2),
+            self.view,
             tier=self.tier,
             reads=self.lanes(self.reads),
             writes=self.lanes(self.writes),
-            page_of=self.page_of,
-            populate=lambda offset, nbytes, on_done: None,
-            ahead_bytes=0,
-            max_write_pages=6,
             clock=lambda: self.now,
             call_later=self.timers,
+            max_write_pages=6,
         )
+        self.core = NodeCore(parts)
         self.tier.open_namespace(NAMESPACE)
         self.engines: list[Engine] = []
         self.ids = iter(range(1, 1_000_000))
@@ -97,9 +97,6 @@ class NodeMachine(RuleBasedStateMachine):
         staged = self.tier.stage(NAMESPACE, key, memoryview(content(key)), num_tokens=1)
         assert staged is not None
         self.tier.publish(staged)
-
-    def page_of(self, slot: Slot) -> memoryview:
-        return self.view[slot.offset : slot.offset + PAGE]
 
     # -- engines ---------------------------------------------------------------------------
 

@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from tests.store.node.held import FINGERPRINT, NAMESPACE_MESSAGE, PAGE, Node, key
+from tests.parts.node import FINGERPRINT, NAMESPACE_MESSAGE, PAGE, Node, key
 from ucm.errors import ProtocolError
 from ucm.store.node import protocol as p
 from ucm.store.node.slots import SlotState
@@ -105,16 +105,16 @@ def test_whatever_a_client_says_nothing_of_it_is_left_when_it_has_gone(
             node.core.handle(wrong, message)
         except ProtocolError:
             break  # it is dropped
-        node.core.slots.check()
+        node.core.check()
     node.core.dropped(wrong)
-    node.core.slots.check()
+    node.core.check()
     node.core.closed(wrong)
     for _ in range(10):
         node.reads.end_all()
         node.writes.end_all()
         node.timers.fire()
 
-    node.core.slots.check()
+    node.core.check()
     counts = node.core.slots.counts()
     assert (counts.filling, counts.aside, counts.pins) == (0, 0, 0)
     assert not any(node.core.queues().values())
@@ -269,4 +269,4 @@ def test_what_a_lost_scheduler_side_has_reserved_is_not_reused_before_its_ranks_
     assert node.core.slots.counts().aside == 4
     node.core.closed(sides[1])
     assert node.core.slots.counts().aside == 0
-    node.core.slots.check()
+    node.core.check()

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from tests.store.node.held import Node, key
+from tests.parts.node import Node, key
 from ucm.errors import TierError
 from ucm.store.node import protocol as p
 

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from tests.store.node.held import key
-from tests.store.node.laned import LanedNode
+from tests.parts.laned import LanedNode
+from tests.parts.node import key
 from ucm.store.node import protocol as p
 
 KEYS = [key(i) for i in range(20)]

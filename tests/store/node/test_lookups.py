@@ -6,7 +6,7 @@ from collections import Counter
 
 import pytest
 
-from tests.store.node.held import NAMESPACE, Node, key
+from tests.parts.node import NAMESPACE, Node, key
 from ucm.errors import ProtocolError
 from ucm.store.node import protocol as p
 

@@ -6,7 +6,8 @@ from hashlib import sha256
 
 import pytest
 
-from tests.store.node.held import NAMESPACE, PAGE, DisorderlyPool, Node, key
+from tests.parts.node import NAMESPACE, PAGE, Node, key
+from tests.parts.pools import DisorderlyPool
 from ucm.store.blocks.keys import Key, TailKey
 from ucm.store.node import protocol as p
 from ucm.store.node.looks import FED_PAUSE_S, LAST_PAUSE_S, max_looks

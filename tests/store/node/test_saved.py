@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from tests.store.node.held import NAMESPACE, Node, key
+from tests.parts.node import NAMESPACE, Node, key
 from ucm.errors import TierError
 from ucm.store.blocks.keys import Key
 from ucm.store.node import protocol as p
@@ -192,8 +192,7 @@ def test_every_page_that_was_accepted_is_in_storage_or_was_told(
             node.inbox.pop()
             node.core.handle(node.connection, p.Abort(ns=1, keys=list(keys)))
         elif step in ("write", "fail") and node.writes.jobs:
-            call, on_done = node.writes.jobs.pop(n % len(node.writes.jobs))
-            on_done(FULL if step == "fail" else call())
+            node.writes.end(n, error=FULL if step == "fail" else None)
         elif step == "look_up":
             node.look_up([key(100 * n + i) for i in range(3)], number=1000 + number)
             node.reads.end_all()
@@ -211,7 +210,7 @@ def test_every_page_that_was_accepted_is_in_storage_or_was_told(
     for each in accepted - removed:
         assert is_in_storage(node, each) == [True] or each in told
         assert not (is_in_storage(node, each) == [True] and each in told)
-    node.core.slots.check()
+    node.core.check()
     assert node.core.queues()["write_pages"] == 0
 
 

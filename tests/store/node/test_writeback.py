@@ -2,18 +2,19 @@
 
 from __future__ import annotations
 
-from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from hashlib import sha256
 
 from hypothesis import given
 from hypothesis import strategies as st
 
+from tests.parts.node import node_parts
+from tests.parts.pools import HeldPool, Timers
 from tests.store.memory_tier import MemoryTier
 from ucm.errors import TierError
 from ucm.store.blocks.keys import Key
 from ucm.store.node.lanes import Lanes
-from ucm.store.node.saved import Saving, SavingRules
+from ucm.store.node.saved import Saving
 from ucm.store.node.sessions import OpenedNamespace
 from ucm.store.node.slots import Slot, SlotTable
 from ucm.store.node.writeback import WriteBack
@@ -33,74 +34,42 @@ def prompt(name: str, num_blocks: int, *, after: list[Key] | None = None) -> lis
     return [*head, *tail]
 
 
-class HeldPool:
-    """Threads whose calls end when the test says so, and as it says."""
-
-    num_threads = 4
-    num_overdue = 0
-    stalled = False
-
-    def __init__(self) -> None:
-        self.jobs: list[tuple[Callable[[], object], Callable[[object], None], object]] = []
-
-    @property
-    def depth(self) -> int:
-        return len(self.jobs)
-
-    def submit(self, call, on_done, *, on_overdue=None, urgent=False) -> None:
-        self.jobs.append((call, on_done, on_overdue))
-
-    def tick(self) -> None:
-        pass
-
-    def end(self, index: int, *, error: TierError | None = None) -> None:
-        call, on_done, _ = self.jobs.pop(index % len(self.jobs))
-        on_done(error or call())
-
-    def end_all(self) -> None:
-        while self.jobs:
-            self.end(0)
-
-    def hang(self) -> None:
-        _, _, on_overdue = self.jobs[0]
-        on_overdue()
-
-
 class Bench:
     """A write-back over a tier in memory, and engines that fill slots."""
 
     def __init__(self, *, max_pages: int = 1000) -> None:
         self.slots = SlotTable(PAGE * NUM_SLOTS, extent_bytes=PAGE * NUM_SLOTS)
         self.memory = memoryview(bytearray(PAGE * NUM_SLOTS))
-        self.tier = MemoryTier()
+        self.tier = self.make_tier()
         self.tier.open_namespace(NAMESPACE.tier)
         self.pool = HeldPool()
-        self.counters: Counter[str] = Counter()
         self.parent: dict[Key, Key | None] = {}
         self.now_s = 0.0
         self.told: dict[Key, str] = {}
-        self.writeback = WriteBack(
+        lanes = self.make_lanes()
+        parts = node_parts(
+            self.slots,
+            self.memory,
             tier=self.tier,
-            lanes=Lanes([self.pool], None),
-            slots=self.slots,
-            page_of=self.page_of,
-            count=self.count,
-            max_pages=max_pages,
+            reads=lanes,
+            writes=lanes,
             clock=lambda: self.now_s,
-            tell=self.tell,
-            rules=SavingRules(),
+            call_later=Timers(),
+            max_write_pages=max_pages,
         )
+        self.counters, self.page_of = parts.counters, parts.page_of
+        self.writeback = WriteBack(parts, self.tell)
 
-    def count(self, counter: str, by: int = 1) -> None:
-        self.counters[counter] += by
+    def make_tier(self) -> MemoryTier:
+        return MemoryTier()
+
+    def make_lanes(self) -> Lanes:
+        return Lanes([self.pool], self.tier)
 
     def tell(self, refused: Sequence[Key], saved: Sequence[Key], reason: str) -> None:
         self.told.update(dict.fromkeys(refused, reason))
         for key in saved:
             self.told.pop(key, None)
-
-    def page_of(self, slot: Slot) -> memoryview:
-        return self.memory[slot.offset : slot.offset + PAGE]
 
     def reserve(self, key: Key) -> Slot:
         slot = self.slots.reserve(key, PAGE)

@@ -5,31 +5,22 @@ from __future__ import annotations
 from hypothesis import given
 from hypothesis import strategies as st
 
-from tests.store.node.laned import LanedTier
-from tests.store.node.test_writeback import ORDER, TREE, Bench, HeldPool, prompt
+from tests.parts.laned import LanedTier
+from tests.parts.pools import HeldPool
+from tests.store.node.test_writeback import ORDER, TREE, Bench, prompt
 from ucm.store.node.lanes import Lanes
-from ucm.store.node.saved import Saving, SavingRules
-from ucm.store.node.writeback import WriteBack
+from ucm.store.node.saved import Saving
 
 
 class TwoLanes(Bench):
     """The lane of a key is `key[0] % 2`. What hangs is stalled at once."""
 
-    def __init__(self, *, max_pages: int) -> None:
-        super().__init__()
-        self.tier = LanedTier()
+    def make_tier(self) -> LanedTier:
+        return LanedTier()
+
+    def make_lanes(self) -> Lanes:
         self.pools = [HeldPool(), HeldPool()]
-        self.writeback = WriteBack(
-            tier=self.tier,
-            lanes=Lanes(self.pools, self.tier),
-            slots=self.slots,
-            page_of=self.page_of,
-            count=self.count,
-            max_pages=max_pages,
-            clock=lambda: self.now_s,
-            tell=self.tell,
-            rules=SavingRules(),
-        )
+        return Lanes(self.pools, self.tier)
 
     def hang(self, lane: int | None) -> None:
         for each, pool in enumerate(self.pools):

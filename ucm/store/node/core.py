@@ -7,7 +7,6 @@ thread. So all of it runs under property tests with pools that answer when the t
 
 from __future__ import annotations
 
-from collections import Counter
 from collections.abc import Callable
 
 from ucm.errors import ProtocolError
@@ -15,17 +14,13 @@ from ucm.store.node import protocol as p
 from ucm.store.node.door import check_hello, check_message, check_namespace, check_open
 from ucm.store.node.dumps import Dumps
 from ucm.store.node.find import Finds
-from ucm.store.node.lanes import Lanes
-from ucm.store.node.looks import CallLater
 from ucm.store.node.lookups import Lookups
-from ucm.store.node.notices import Notices
 from ucm.store.node.openings import Openings
-from ucm.store.node.prefault import MemoryAhead, Populate
-from ucm.store.node.saved import SavingRules
+from ucm.store.node.parts import NodeParts
+from ucm.store.node.prefault import MemoryAhead
 from ucm.store.node.sessions import Connection, OpenedNamespace, Session
-from ucm.store.node.slots import Slot, SlotTable
+from ucm.store.node.slots import Slot
 from ucm.store.node.storing import Storing
-from ucm.store.tiers.tier import Tier
 
 _AFTER_HELD_UP_S = 0.25
 # Who can commit what ranks have filled.
@@ -35,79 +30,30 @@ _COMMITTING = ("scheduler", "store")
 class NodeCore:
     """The state of one node cache. All methods run on one thread."""
 
-    def __init__(
-        self,
-        *,
-        slots: SlotTable,
-        tier: Tier | None,
-        reads: Lanes,
-        writes: Lanes,
-        page_of: Callable[[Slot], memoryview],
-        populate: Populate,
-        ahead_bytes: int,
-        max_write_pages: int,
-        max_keys: int = 65_536,
-        max_open_keys: int = 4_194_304,
-        clock: Callable[[], float],
-        call_later: CallLater,
-        saving: SavingRules | None = None,
-        control: Lanes | None = None,
-        open_timeout_s: float = 5.0,
-    ) -> None:
-        self.slots = slots
-        self.counters: Counter[str] = Counter()
+    def __init__(self, parts: NodeParts) -> None:
+        self.slots = parts.slots
+        self.counters = parts.counters
+        self.count = parts.count
+        self.notices = parts.notices
+        self.notices.on_said = self._tell_notice
         self.sessions: dict[str, Session] = {}
-        notices = self.notices = Notices(clock, self._tell_notice)
-        storing = Storing(
-            sessions=self.sessions,
-            slots=slots,
-            tier=tier,
-            reads=reads,
-            writes=writes,
-            page_of=page_of,
-            count=self.count,
-            notices=notices,
-            max_pages=max_write_pages,
-            clock=clock,
-            rules=saving or SavingRules(),
-        )
+        storing = Storing(parts, self.sessions)
         self.writeback = storing.writeback
-        self.lookups = Lookups(
-            slots=slots,
-            tier=tier,
-            reads=reads,
-            storing=storing,
-            page_of=page_of,
-            count=self.count,
-            notices=notices,
-            clock=clock,
-            call_later=call_later,
+        self.lookups = Lookups(parts, storing)
+        self.finds = Finds(parts, storing)
+        self._dumps = Dumps(parts, self.lookups.fills, storing)
+        self._openings = Openings(parts)
+        self._ahead = MemoryAhead(
+            parts.slots,
+            up_to_bytes=parts.limits.ahead_bytes,
+            populate=parts.populate,
+            announce=self._tell_workers,
+            clock=parts.clock,
         )
-        fills = self.lookups.fills
-        self._dumps = Dumps(
-            slots=slots, fills=fills, storing=storing, page_of=page_of, count=self.count
-        )
-        self.finds = Finds(slots=slots, tier=tier, reads=reads, storing=storing, clock=clock)
-        self._max_keys, self._max_open_keys = max_keys, max_open_keys
+        self._limits = parts.limits
+        self._reads, self._writes, self._control = parts.reads, parts.writes, parts.control
         # Set when the process is about to end: what is queued is written, nothing new is begun.
         self.leaving = False
-        self._reads, self._writes, self._control = reads, writes, control or writes
-        self._openings = Openings(
-            slots=slots,
-            tier=tier,
-            lanes=self._control,
-            notices=notices,
-            call_later=call_later,
-            timeout_s=open_timeout_s,
-            clock=clock,
-        )
-        announce = self._tell_workers
-        self._ahead = MemoryAhead(
-            slots, up_to_bytes=ahead_bytes, populate=populate, announce=announce, clock=clock
-        )
-
-    def count(self, counter: str, by: int = 1) -> None:
-        self.counters[counter] += by
 
     def tick(self) -> None:
         """Finds what is late; takes memory while nobody waits. Called many times a second."""
@@ -115,8 +61,7 @@ class NodeCore:
         self._writes.tick()
         self._control.tick()
         self._openings.tick()
-        if self.writeback is not None:
-            self.writeback.tick()
+        self.writeback.tick()
         self.lookups.tick()
         self.finds.tick()
         if self._reads.depth or self.lookups.num_open:
@@ -178,7 +123,7 @@ class NodeCore:
         self._ahead.is_busy()
         if isinstance(message, (p.Lookup, p.Find, p.Reserve, p.Commit)):
             namespace = self._namespace(connection, message.ns)
-            check_message(message, namespace, self.slots, max_keys=self._max_keys)
+            check_message(message, namespace, self.slots, max_keys=self._limits.max_keys)
             self._handle_keys(connection, namespace, message)
         elif isinstance(message, p.Release):
             self._release(connection, message)
@@ -202,7 +147,7 @@ class NodeCore:
         message: p.Lookup | p.Find | p.Reserve | p.Commit,
     ) -> None:
         if isinstance(message, (p.Lookup, p.Find)):
-            check_open(message, connection.asked, max_open_keys=self._max_open_keys)
+            check_open(message, connection.asked, max_open_keys=self._limits.max_open_keys)
             connection.asked.begin(message)
         if isinstance(message, p.Lookup):
             self.lookups.start(connection, namespace, message)
@@ -253,10 +198,15 @@ class NodeCore:
             "reads_overdue": self._reads.num_overdue,
             "writes": self._writes.depth,
             "writes_overdue": self._writes.num_overdue,
-            "write_pages": self.writeback.depth if self.writeback is not None else 0,
+            "write_pages": self.writeback.depth,
             "lookups": self.lookups.num_open,
             "finds": self.finds.num_open,
         }
+
+    def check(self) -> None:
+        """Raises AssertionError with the broken sentence of a law of slots or lookups."""
+        self.slots.check()
+        self.lookups.check()
 
     def status(self, request_id: int, *, pid: int, arena: str, check: bool) -> p.Status:
         """Counts of everything; with `check`, whether the laws of slots and lookups hold."""
@@ -264,8 +214,7 @@ class NodeCore:
         invariant = ""
         if check:
             try:
-                self.slots.check()
-                self.lookups.check()
+                self.check()
             except AssertionError as error:
                 invariant = str(error) or "broken"
         return p.Status(

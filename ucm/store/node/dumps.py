@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import TypeVar
 
 from ucm.errors import ProtocolError
@@ -11,8 +11,9 @@ from ucm.store.blocks.keys import Key, TailKey
 from ucm.store.blocks.page import blank_behind
 from ucm.store.node import protocol as p
 from ucm.store.node.fills import Fills
+from ucm.store.node.parts import NodeParts
 from ucm.store.node.sessions import Connection, Filling, OpenedNamespace, Session
-from ucm.store.node.slots import Slot, SlotState, SlotTable
+from ucm.store.node.slots import Slot, SlotState
 from ucm.store.node.storing import Storing
 
 _AnyKey = TypeVar("_AnyKey", bound=bytes)
@@ -21,20 +22,12 @@ _AnyKey = TypeVar("_AnyKey", bound=bytes)
 class Dumps:
     """Owned by the event loop's thread. The sessions know what is theirs."""
 
-    def __init__(
-        self,
-        *,
-        slots: SlotTable,
-        fills: Fills,
-        storing: Storing,
-        page_of: Callable[[Slot], memoryview],
-        count: Callable[[str], None],
-    ) -> None:
-        self._slots = slots
+    def __init__(self, parts: NodeParts, fills: Fills, storing: Storing) -> None:
+        self._slots = parts.slots
+        self._page_of = parts.page_of
+        self._count = parts.count
         self._fills = fills
         self._writeback = storing.writeback
-        self._page_of = page_of
-        self._count = count
         self._on_met = storing.met
         self._tell = storing.tell
         # Keys of FILLING slots that somebody else counts on, having been told HAVE.
@@ -66,8 +59,7 @@ class Dumps:
         connection.send(p.ReserveReply(id=message.id, offsets=offsets))
 
     def _why_no_room(self, key: Key) -> str:
-        is_full = self._writeback is not None and self._writeback.is_full(key)
-        return Outcome.QUEUE_FULL if is_full else Outcome.NO_ROOM
+        return Outcome.QUEUE_FULL if self._writeback.is_full(key) else Outcome.NO_ROOM
 
     def _reserve_one(
         self,

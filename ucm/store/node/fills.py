@@ -30,7 +30,7 @@ class Fills:
     """Owned by the event loop's thread. Nobody else moves a slot into or out of FILLING, or out of
     ASIDE."""
 
-    def __init__(self, slots: SlotTable, writeback: WriteBack | None, on_news: OnNews) -> None:
+    def __init__(self, slots: SlotTable, writeback: WriteBack, on_news: OnNews) -> None:
         self.waiting = Waiting()
         self._slots = slots
         self._writeback = writeback
@@ -45,13 +45,12 @@ class Fills:
 
     def begin_dump(self, key: Key, namespace: OpenedNamespace) -> Filling | None:
         """With a place in the write queue. None: there is no room, here or there."""
-        if self._writeback is not None and self._writeback.is_full(key):
+        if self._writeback.is_full(key):
             return None
         filling = self._begin(key, namespace, from_storage=False)
         if filling is None:
             return None
-        if self._writeback is not None:
-            self._writeback.take_place(key)
+        self._writeback.take_place(key)
         for job, i in self.waiting.of(key):
             job.comes(i, is_fed=True)
         return filling
@@ -74,9 +73,9 @@ class Fills:
         """The page is there. `parent`: the block before one that was dumped."""
         del self._open[filling.slot]
         self._slots.ready(filling.slot)
-        if self._writeback is not None and filling.from_storage:
+        if filling.from_storage:
             self._writeback.filled_from_tier(filling.key, is_hit=True)
-        elif self._writeback is not None:
+        else:
             self._writeback.enqueue(filling.namespace, filling.key, parent, filling.slot)
         self._tell(filling, Outcome.FINE)
 
@@ -87,9 +86,9 @@ class Fills:
             self._slots.set_aside(filling.slot)
         else:
             self._slots.abandon(filling.slot)
-        if self._writeback is not None and filling.from_storage:
+        if filling.from_storage:
             self._writeback.filled_from_tier(filling.key, is_hit=False)
-        elif self._writeback is not None:
+        else:
             self._writeback.filling_ended(filling.key)
         self._tell(filling, reason)
 

@@ -8,7 +8,7 @@ Everything here runs on the event loop's thread.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
 
@@ -16,11 +16,11 @@ from ucm.errors import ProtocolError
 from ucm.outcome import Outcome
 from ucm.store.blocks.keys import Key
 from ucm.store.node import protocol as p
-from ucm.store.node.lanes import Lanes
+from ucm.store.node.parts import NodeParts
 from ucm.store.node.pool import Pool, error_reason
 from ucm.store.node.saved import Saving
 from ucm.store.node.sessions import Connection, OpenedNamespace
-from ucm.store.node.slots import SlotState, SlotTable
+from ucm.store.node.slots import SlotState
 from ucm.store.node.storing import Storing
 from ucm.store.tiers.tier import Tier, TierNamespace, held_of
 
@@ -45,20 +45,12 @@ class FindJob:
 class Finds:
     """All finds that wait for storage."""
 
-    def __init__(
-        self,
-        *,
-        slots: SlotTable,
-        tier: Tier | None,
-        reads: Lanes,
-        storing: Storing,
-        clock: Callable[[], float],
-    ) -> None:
-        self._slots = slots
-        self._tier = tier
-        self._reads = reads
+    def __init__(self, parts: NodeParts, storing: Storing) -> None:
+        self._slots = parts.slots
+        self._tier = parts.tier
+        self._reads = parts.reads
+        self._clock = parts.clock
         self._writeback = storing.writeback
-        self._clock = clock
         self._on_met = storing.met
         self._open: dict[tuple[Connection, int], FindJob] = {}
 
@@ -84,8 +76,7 @@ class Finds:
         unknown = [i for i, place in enumerate(job.places) if not place & enough]
         if not message.storage:
             self._on_met(connection, namespace, keys, [None] * len(keys))
-        if self._tier is not None:
-            self._ask_storage(job, self._tier, namespace.tier, unknown)
+        self._ask_storage(job, unknown)
         self._answer_if_settled(job)
 
     def withdraw_all(self, connection: Connection) -> None:
@@ -106,16 +97,14 @@ class Finds:
         """What is known at once; with `is_sure` nothing that may not be true any more."""
         slot = self._slots.find(key)
         place = p.IN_MEMORY if slot is not None and slot.state is SlotState.READY else 0
-        state = self._writeback.state(key) if self._writeback is not None else Saving.MEMORY_ONLY
+        state = self._writeback.state(key)
         if state is Saving.QUEUED:
             place |= p.QUEUED
         elif state is Saving.SAVED and not is_sure:
             place |= p.IN_STORAGE
         return place
 
-    def _ask_storage(
-        self, job: FindJob, tier: Tier, namespace: TierNamespace, unknown: list[int]
-    ) -> None:
+    def _ask_storage(self, job: FindJob, unknown: list[int]) -> None:
         groups: list[tuple[Pool, list[int]]] = []
         for pool, blocks in self._reads.split(unknown, lambda i: job.keys[i]):
             if pool.stalled:
@@ -128,8 +117,8 @@ class Finds:
             pool.submit(
                 partial(
                     held_of if job.storage else _stored_of,
-                    tier,
-                    namespace,
+                    self._tier,
+                    job.namespace.tier,
                     [job.keys[i] for i in group],
                 ),
                 partial(self._on_asked, job, group),
@@ -148,7 +137,6 @@ class Finds:
 
     def _on_told(self, job: FindJob, i: int, *, is_stored: bool) -> None:
         key = job.keys[i]
-        assert self._writeback is not None
         if is_stored:
             job.places[i] |= p.IN_STORAGE
             self._writeback.note_stored(key)

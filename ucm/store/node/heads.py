@@ -6,35 +6,25 @@ from collections.abc import Callable, Iterable
 from functools import partial
 
 from ucm.store.blocks.keys import Key
-from ucm.store.node.lanes import Lanes
 from ucm.store.node.lookup import LookupJob
-from ucm.store.node.slots import SlotTable
+from ucm.store.node.parts import NodeParts
 from ucm.store.node.writeback import WriteBack
-from ucm.store.tiers.tier import Tier
 
 
 class Heads:
     """Owned by the event loop's thread. `answer` is called when storage has told of a head."""
 
     def __init__(
-        self,
-        *,
-        slots: SlotTable,
-        tier: Tier | None,
-        reads: Lanes,
-        writeback: WriteBack | None,
-        answer: Callable[[LookupJob], None],
+        self, parts: NodeParts, writeback: WriteBack, answer: Callable[[LookupJob], None]
     ) -> None:
-        self._slots = slots
-        self._tier = tier
-        self._reads = reads
+        self._slots = parts.slots
+        self._tier = parts.tier
+        self._reads = parts.reads
         self._writeback = writeback
         self._answer = answer
 
     def scan(self, job: LookupJob) -> None:
         self._count(job)
-        if self._tier is None:
-            return
         unknown = [k for k in job.keys[job.head_stored : job.read_from] if not self._is_stored(k)]
         for pool, asked in self._reads.split(unknown, lambda key: key):
             if pool.stalled:
@@ -58,11 +48,8 @@ class Heads:
 
     def _is_stored(self, key: Key) -> bool:
         """In this node's memory, or seen in the tier a moment ago."""
-        if self._slots.find(key) is not None:
-            return True
-        return self._writeback is not None and self._writeback.was_stored(key)
+        return self._slots.find(key) is not None or self._writeback.was_stored(key)
 
     def note_stored(self, keys: Iterable[Key]) -> None:
-        if self._writeback is not None:
-            for key in keys:
-                self._writeback.note_stored(key)
+        for key in keys:
+            self._writeback.note_stored(key)

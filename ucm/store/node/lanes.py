@@ -23,18 +23,19 @@ _T = TypeVar("_T")
 
 
 class Lanes:
-    """One pool per lane of `tier`, all with as many threads. Without a tier there is one."""
+    """One pool per lane of `tier`, all with as many threads. There is none without storage: then
+    nothing can be asked for."""
 
-    def __init__(self, pools: Sequence[Pool], tier: Tier | None) -> None:
-        assert len(pools) == (1 if tier is None else len(tier.lanes)), "one pool per lane"
+    def __init__(self, pools: Sequence[Pool], tier: Tier) -> None:
+        assert len(pools) == len(tier.lanes), "one pool per lane"
         self.pools = pools
         self._tier = tier
-        self._names = ("storage",) if tier is None else tuple(tier.lanes)
+        self._names = tuple(tier.lanes)
 
     @property
     def num_threads(self) -> int:
         """Of one lane."""
-        return self.pools[0].num_threads
+        return self.pools[0].num_threads if self.pools else 0
 
     @property
     def depth(self) -> int:
@@ -63,7 +64,7 @@ class Lanes:
             pool.give_back_queue(urgent=urgent)
 
     def of(self, key: Key) -> Pool:
-        if self._tier is None or len(self.pools) == 1:
+        if len(self.pools) == 1:
             return self.pools[0]
         return self.pools[self._tier.lane_of(key)]
 
@@ -74,8 +75,10 @@ class Lanes:
         self, items: Sequence[_T], key_of: Callable[[_T], Key]
     ) -> list[tuple[Pool, list[_T]]]:
         """`items` by lane, in their order; lanes without any are left out."""
+        if not items or not self.pools:
+            return []
         if len(self.pools) == 1:
-            return [(self.pools[0], list(items))] if items else []
+            return [(self.pools[0], list(items))]
         by_pool: dict[Pool, list[_T]] = {}
         for item in items:
             by_pool.setdefault(self.of(key_of(item)), []).append(item)

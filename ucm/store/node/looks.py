@@ -20,12 +20,10 @@ from functools import partial
 from ucm.errors import TierError
 from ucm.outcome import Outcome
 from ucm.store.blocks.keys import Key
-from ucm.store.node.lanes import Lanes
 from ucm.store.node.lookup import LookupJob
+from ucm.store.node.parts import NodeParts
 from ucm.store.node.pool import Pool
 from ucm.store.tiers.tier import Tier
-
-CallLater = Callable[[float, Callable[[], None]], object]
 
 FIRST_PAUSE_S = 0.001
 LAST_PAUSE_S = 0.05
@@ -80,18 +78,12 @@ class Looks:
     """`on_looked(job, blocks, result)` gets a `Looked`, or the error of storage."""
 
     def __init__(
-        self,
-        *,
-        tier: Tier | None,
-        reads: Lanes,
-        call_later: CallLater,
-        clock: Callable[[], float],
-        on_looked: Callable[[LookupJob, Sequence[int], object], None],
+        self, parts: NodeParts, on_looked: Callable[[LookupJob, Sequence[int], object], None]
     ) -> None:
-        self._tier = tier
-        self._reads = reads
-        self._call_later = call_later
-        self._clock = clock
+        self._tier = parts.tier
+        self._reads = parts.reads
+        self._call_later = parts.call_later
+        self._clock = parts.clock
         self._on_looked = on_looked
         self._paces: defaultdict[LookupJob, _Pace] = defaultdict(_Pace)
         # By lane: who waits for a turn to look, the longest first; and who looks.
@@ -107,14 +99,14 @@ class Looks:
     def look(self, job: LookupJob) -> None:
         """Asks storage for the first blocks that are missing, when it is this lookup's turn."""
         missing = job.missing()
-        if job.closed or not missing or self._tier is None or self._paces[job].is_pending:
+        if job.closed or not missing or not self._reads.pools or self._paces[job].is_pending:
             return
         self._paces[job].is_pending = True
         pool = self._reads.of(job.keys[missing[0]])
         self._turns[pool][job] = None
-        self._take_turns(self._tier, pool)
+        self._take_turns(pool)
 
-    def _take_turns(self, tier: Tier, pool: Pool) -> None:
+    def _take_turns(self, pool: Pool) -> None:
         turns, looks = self._turns[pool], self._looks[pool]
         most = max_looks(pool.num_threads)
         hangs = sum(look.is_overdue for look in looks) >= most
@@ -130,7 +122,7 @@ class Looks:
                 self._paces[job].is_pending = False
                 self._on_looked(job, look.blocks, _late())
             else:
-                self._begin(tier, look)
+                self._begin(look)
 
     def _look_of(self, job: LookupJob, pool: Pool) -> _Look | None:
         """Only blocks of the first missing one's lane: if that hangs, those of others help nobody.
@@ -145,12 +137,12 @@ class Looks:
         doubted = (job.keys[blocks[0]], job.keys[last]) if self._must_doubt(job) else ()
         return _Look(job, pool, blocks, last, doubted)
 
-    def _begin(self, tier: Tier, look: _Look) -> None:
+    def _begin(self, look: _Look) -> None:
         self._looks[look.pool].add(look)
         look.pool.submit(
-            partial(_ask, tier, look),
-            partial(self._looked, tier, look),
-            on_overdue=partial(self._overdue, tier, look),
+            partial(_ask, self._tier, look),
+            partial(self._looked, look),
+            on_overdue=partial(self._overdue, look),
             urgent=True,
         )
 
@@ -185,20 +177,20 @@ class Looks:
             self._paces[job].is_pending = False
             self.look(job)
 
-    def _looked(self, tier: Tier, look: _Look, result: object) -> None:
+    def _looked(self, look: _Look, result: object) -> None:
         self._looks[look.pool].discard(look)
         if not look.job.closed:
             self._paces[look.job].is_pending = False
-        self._take_turns(tier, look.pool)
+        self._take_turns(look.pool)
         if not look.job.closed:
             self._on_looked(look.job, look.blocks, result)
 
-    def _overdue(self, tier: Tier, look: _Look) -> None:
+    def _overdue(self, look: _Look) -> None:
         """It keeps its thread until it returns, and its lookup waits no longer."""
         look.is_overdue = True
         if not look.job.closed:
             self._on_looked(look.job, look.blocks, _late())
-        self._take_turns(tier, look.pool)
+        self._take_turns(look.pool)
 
 
 def _late() -> TierError:

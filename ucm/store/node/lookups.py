@@ -8,7 +8,7 @@ in `lookup.py`. Everything here runs on the event loop's thread.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from functools import partial
 
 from ucm.errors import ProtocolError
@@ -17,69 +17,32 @@ from ucm.store.blocks.keys import Key
 from ucm.store.node import protocol as p
 from ucm.store.node.fills import Fills
 from ucm.store.node.heads import Heads
-from ucm.store.node.lanes import Lanes
-from ucm.store.node.looks import CallLater, Looked, Looks
+from ucm.store.node.looks import Looked, Looks
 from ucm.store.node.lookup import BlockState, LookupJob
-from ucm.store.node.notices import Notices
+from ucm.store.node.parts import NodeParts
 from ucm.store.node.pool import error_reason
 from ucm.store.node.sessions import Connection, OpenedNamespace
-from ucm.store.node.slots import Slot, SlotState, SlotTable
+from ucm.store.node.slots import SlotState
 from ucm.store.node.storage import PageReads
 from ucm.store.node.storing import Storing
-from ucm.store.tiers.tier import Tier
 
 
 class Lookups:
     """All lookups under way."""
 
-    def __init__(
-        self,
-        *,
-        slots: SlotTable,
-        tier: Tier | None,
-        reads: Lanes,
-        storing: Storing,
-        page_of: Callable[[Slot], memoryview],
-        count: Callable[[str, int], None],
-        notices: Notices,
-        clock: Callable[[], float],
-        call_later: CallLater,
-    ) -> None:
+    def __init__(self, parts: NodeParts, storing: Storing) -> None:
+        self._slots = parts.slots
+        self._tier = parts.tier
+        self._reads = parts.reads
+        self._count = parts.count
+        self._notices = parts.notices
+        self._clock = parts.clock
         self._on_met = storing.met
-        self._slots = slots
-        self._tier = tier
-        self._reads = reads
-        self._looks = Looks(
-            tier=tier,
-            reads=reads,
-            call_later=call_later,
-            clock=clock,
-            on_looked=self._on_looked,
-        )
-        self._count = count
-        self._notices = notices
-        self._clock = clock
         self._open: dict[tuple[Connection, int], LookupJob] = {}
-        self.fills = Fills(slots, storing.writeback, self._on_news)
-        self._heads = Heads(
-            slots=slots,
-            tier=tier,
-            reads=reads,
-            writeback=storing.writeback,
-            answer=self._answer_if_settled,
-        )
-        self._page_reads: PageReads | None = None
-        if tier is not None:
-            self._page_reads = PageReads(
-                slots=slots,
-                tier=tier,
-                lanes=reads,
-                fills=self.fills,
-                page_of=page_of,
-                count=count,
-                notices=notices,
-                go_on=self._go_on,
-            )
+        self.fills = Fills(parts.slots, storing.writeback, self._on_news)
+        self._looks = Looks(parts, self._on_looked)
+        self._heads = Heads(parts, storing.writeback, self._answer_if_settled)
+        self._page_reads = PageReads(parts, self.fills, self._go_on)
 
     @property
     def num_open(self) -> int:
@@ -112,13 +75,14 @@ class Lookups:
 
     def _leave_out_unreachable(self, job: LookupJob) -> None:
         """Nobody is asked for what lies in storage that hangs, or where there is none."""
-        if self._tier is None:
-            lost = (i for i in job.unknown() if i >= job.promised)
-        else:
-            lost = (i for i in job.unknown() if self._reads.is_stalled(job.keys[i]))
-        first = next(lost, None)
-        if first is not None:
-            job.lose(first, Outcome.NEVER_STORED if self._tier is None else Outcome.TIMEOUT)
+        has_storage = bool(self._reads.pools)
+        for i in job.unknown():
+            if has_storage and self._reads.is_stalled(job.keys[i]):
+                job.lose(i, Outcome.TIMEOUT)
+                break
+            if not has_storage and i >= job.promised:
+                job.lose(i, Outcome.NEVER_STORED)
+                break
 
     def withdraw(self, connection: Connection, lookup_id: int) -> None:
         """Ends a lookup that is not answered yet, if there is one. Reads under way go on; their
@@ -177,7 +141,7 @@ class Lookups:
             job.comes(i, is_fed=not self.fills.is_read(slot))
 
     def _probe_tail(self, job: LookupJob) -> None:
-        if self._tier is None or job.closed:
+        if job.closed:
             return
         groups = job.next_probes(self._reads.num_threads)
         asked = [
@@ -215,8 +179,7 @@ class Lookups:
             job.lose(blocks[0], error_reason(error))
 
     def _go_on(self, job: LookupJob) -> None:
-        if self._page_reads is not None:
-            self._page_reads.go_on_with(job)
+        self._page_reads.go_on_with(job)
         self._probe_tail(job)
         self._looks.look(job)
         self._answer_if_settled(job)

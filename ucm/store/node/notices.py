@@ -21,7 +21,7 @@ class Notices:
         self, clock: Callable[[], float], on_said: Callable[[str], None] = lambda text: None
     ) -> None:
         """`on_said` hears what is logged, for those who read another log."""
-        self._on_said = on_said
+        self.on_said = on_said
         self._clock = clock
         self._said_s: dict[tuple[str, str], float] = {}
         self._unsaid: Counter[tuple[str, str]] = Counter()
@@ -40,4 +40,4 @@ class Notices:
         more = f" ({unsaid} more like it since the last notice)" if unsaid else ""
         said = f"{kind.replace('_', ' ')}: {text}{more}"
         logger.warning("%s", said)
-        self._on_said(said)
+        self.on_said(said)

@@ -16,11 +16,8 @@ from ucm.errors import TierError
 from ucm.outcome import Outcome
 from ucm.store.blocks.page import padded_bytes
 from ucm.store.node import protocol as p
-from ucm.store.node.lanes import Lanes
-from ucm.store.node.looks import CallLater
-from ucm.store.node.notices import Notices
+from ucm.store.node.parts import NodeParts
 from ucm.store.node.sessions import Connection, OpenedNamespace
-from ucm.store.node.slots import SlotTable
 from ucm.store.tiers.tier import Tier, TierNamespace
 
 _logger = logging.getLogger(__name__)
@@ -30,40 +27,31 @@ _LOOK_EVERY_S = 1.0
 class Openings:
     """Owned by the event loop's thread."""
 
-    def __init__(
-        self,
-        *,
-        slots: SlotTable,
-        tier: Tier | None,
-        lanes: Lanes,
-        notices: Notices,
-        call_later: CallLater,
-        timeout_s: float,
-        clock: Callable[[], float],
-    ) -> None:
-        self._slots = slots
-        self._tier = tier
-        self._lanes = lanes
-        self._notices = notices
-        self._call_later = call_later
-        self._timeout_s = timeout_s
-        self._clock = clock
+    def __init__(self, parts: NodeParts) -> None:
+        self._slots = parts.slots
+        self._tier = parts.tier
+        self._lanes = parts.control
+        self._notices = parts.notices
+        self._call_later = parts.call_later
+        self._timeout_s = parts.limits.open_timeout_s
+        self._clock = parts.clock
         # When to look next for lanes that were never reached; None before the first opening.
         self._look_s: float | None = None
         self._looking: set[int] = set()
 
     def tick(self) -> None:
         """Called many times a second."""
-        if self._tier is None or self._look_s is None or self._clock() < self._look_s:
+        if self._look_s is None or self._clock() < self._look_s:
             return
         self._look_s = self._clock() + _LOOK_EVERY_S
         for lane in set(self._tier.unknown_lanes()) - self._looking:
             self._looking.add(lane)
             self._lanes.pools[lane].submit(
-                partial(self._tier.look_for_lane, lane), partial(self._on_looked, self._tier, lane)
+                partial(self._tier.look_for_lane, lane), partial(self._on_looked, lane)
             )
 
-    def _on_looked(self, tier: Tier, lane: int, result: object) -> None:
+    def _on_looked(self, lane: int, result: object) -> None:
+        tier = self._tier
         self._looking.discard(lane)
         if isinstance(result, Exception):
             self._notices.warn("storage_backend_not_found", result, of=tier.lanes[lane])
@@ -126,9 +114,6 @@ class Openings:
     ) -> None:
         """Calls in every lane. Answers once: when all have ended, or one is enough, or in time with
         an error for each that is late."""
-        if self._tier is None:
-            answer([])
-            return
         pools, names = self._lanes.pools, self._tier.lanes
         results: dict[int, object] = {}
         is_answered = False
@@ -147,7 +132,9 @@ class Openings:
 
         for lane, pool in enumerate(pools):
             pool.submit(partial(call, self._tier, lane), partial(on_done, lane))
-        if not is_answered:
+        if not pools:
+            end()
+        elif not is_answered:
             self._call_later(self._timeout_s, end)
 
     def _late(self, name: str, without: str, *, of: int) -> TierError:

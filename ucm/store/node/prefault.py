@@ -12,12 +12,11 @@ from __future__ import annotations
 from collections.abc import Callable
 
 from ucm.store.node import protocol as p
+from ucm.store.node.parts import Populate
 from ucm.store.node.slots import SlotTable, Span
 
 _STEP_BYTES = 64 << 20
 _QUIET_S = 0.2
-
-Populate = Callable[[int, int, Callable[[], None]], None]
 
 
 class MemoryAhead:

@@ -8,19 +8,18 @@ what is beyond that is asked about when it is met again.
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from functools import partial
 
 from ucm.outcome import Outcome
 from ucm.store.blocks.keys import Key
-from ucm.store.node.lanes import Lanes
-from ucm.store.node.notices import Notices
+from ucm.store.node.parts import NodeParts
 from ucm.store.node.pool import Pool, error_reason
 from ucm.store.node.saved import Met
 from ucm.store.node.sessions import OpenedNamespace
 from ucm.store.node.slots import SlotState, SlotTable
 from ucm.store.node.writeback import WriteBack
-from ucm.store.tiers.tier import Tier, held_of
+from ucm.store.tiers.tier import held_of
 
 _MAX_GROUP = 64
 
@@ -38,24 +37,14 @@ def ready_pages(slots: SlotTable, keys: Sequence[Key], parents: Sequence[Key | N
 class Rechecks:
     """Owned by the event loop's thread."""
 
-    def __init__(
-        self,
-        *,
-        tier: Tier,
-        reads: Lanes,
-        writeback: WriteBack,
-        slots: SlotTable,
-        count: Callable[[str, int], None],
-        notices: Notices,
-        max_pages: int,
-    ) -> None:
-        self._tier = tier
-        self._reads = reads
+    def __init__(self, parts: NodeParts, writeback: WriteBack) -> None:
+        self._tier = parts.tier
+        self._reads = parts.reads
         self._writeback = writeback
-        self._slots = slots
-        self._count = count
-        self._notices = notices
-        self._max_pages = max_pages
+        self._slots = parts.slots
+        self._count = parts.count
+        self._notices = parts.notices
+        self._max_pages = parts.limits.max_write_pages
         self._open: defaultdict[Pool, set[Key]] = defaultdict(set)
 
     def meet(self, namespace: OpenedNamespace, pages: Sequence[Met]) -> list[Key]:

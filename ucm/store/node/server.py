@@ -29,6 +29,8 @@ from ucm.store.node.lanes import Lanes
 from ucm.store.node.limits import GIB, be_taken_first, memory_left, room_for
 from ucm.store.node.lock import SocketLock, this_process
 from ucm.store.node.memory import SharedMemory, give_way
+from ucm.store.node.notices import Notices
+from ucm.store.node.parts import NodeLimits, NodeParts
 from ucm.store.node.peer import Door, Peer
 from ucm.store.node.pool import IoPool
 from ucm.store.node.rendezvous import is_shortage
@@ -64,7 +66,7 @@ class NodeServer:
         slots = SlotTable(room.capacity_bytes, keeps_unpinned=keeps_pages(settings))
         self.memory = SharedMemory(slots.capacity_bytes)
         tier = build_tier(settings)
-        self.tier = None if tier is None else MeasuredTier(tier)
+        self.tier = MeasuredTier(tier)
         timeout_s = settings.io_timeout_ms / 1000
         pool = partial(IoPool, loop=loop, timeout_s=timeout_s)
 
@@ -72,7 +74,7 @@ class NodeServer:
             return Lanes(
                 [
                     pool(f"{name}-{lane}", num_threads=num_threads, keeps_queue_when_stalled=keeps)
-                    for lane in range(1 if tier is None else len(tier.lanes))
+                    for lane in range(len(tier.lanes))
                 ],
                 tier,
             )
@@ -82,23 +84,27 @@ class NodeServer:
         # Nobody's start waits behind pages.
         self._control = lanes("control", 2)
         self._populate = pool("populate", num_threads=1, keeps_queue_when_stalled=True)
-        self.core = NodeCore(
+        parts = NodeParts(
             slots=slots,
             tier=self.tier,
             reads=lanes("read", settings.read_threads),
             writes=self._writes,
+            control=self._control,
             page_of=lambda slot: self.memory.page(slot.offset, slot.span.slot_bytes),
             populate=self._populate_soon,
-            ahead_bytes=ahead_bytes,
-            max_write_pages=settings.write_queue_pages,
-            max_keys=settings.max_keys,
-            max_open_keys=settings.max_open_keys,
             clock=time.monotonic,
             call_later=loop.call_later,
-            control=self._control,
-            open_timeout_s=min(timeout_s, _OPEN_S),
-            saving=SavingRules(recheck_s=settings.recheck_s, retry_s=settings.retry_ms / 1000),
+            notices=Notices(time.monotonic),
+            limits=NodeLimits(
+                ahead_bytes=ahead_bytes,
+                max_write_pages=settings.write_queue_pages,
+                max_keys=settings.max_keys,
+                max_open_keys=settings.max_open_keys,
+                open_timeout_s=min(timeout_s, _OPEN_S),
+                saving=SavingRules(recheck_s=settings.recheck_s, retry_s=settings.retry_ms / 1000),
+            ),
         )
+        self.core = NodeCore(parts)
         self._sweeper = Sweeper(settings)
         self.arena = uuid.uuid4().hex
         # Clients that have said Hello. Who doesn't, keeps no node cache from leaving.
@@ -123,7 +129,7 @@ class NodeServer:
 
     def status(self, request_id: int, *, check: bool) -> p.Status:
         status = self.core.status(request_id, pid=os.getpid(), arena=self.arena, check=check)
-        if self.tier is None:
+        if not self.tier.lanes:
             return status
         counters = {**status.counters, **self.tier.totals()}
         return msgspec.structs.replace(status, counters=counters, tier=self.tier.name)
@@ -157,8 +163,7 @@ class NodeServer:
         if door is not None:
             await door.close()
         self.core.leaving = True
-        if self.core.writeback is not None:
-            self.core.writeback.leave()
+        self.core.writeback.leave()
         await self._drain()
 
     def _has_lock(self, lock: SocketLock) -> bool:
@@ -195,8 +200,7 @@ class NodeServer:
         of it removed, as far as storage still answers."""
         self._sweeper.stop()
         await self._until(self._is_written, self.settings.drain_s)
-        if self.core.writeback is not None:
-            self.core.writeback.close()
+        self.core.writeback.close()
         num_left = self.core.queues()["write_pages"]
         if num_left:
             logger.warning("leaving with %d pages unwritten: storage is too slow", num_left)

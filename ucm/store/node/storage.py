@@ -8,13 +8,12 @@ from functools import partial
 from ucm.outcome import Outcome
 from ucm.store.blocks.keys import Key
 from ucm.store.node.fills import Fills
-from ucm.store.node.lanes import Lanes
 from ucm.store.node.lookup import LookupJob
-from ucm.store.node.notices import Notices
+from ucm.store.node.parts import NodeParts
 from ucm.store.node.pool import Pool, error_reason
 from ucm.store.node.sessions import Filling
-from ucm.store.node.slots import Slot, SlotState, SlotTable
-from ucm.store.tiers.tier import ReadStatus, Tier
+from ucm.store.node.slots import SlotState
+from ucm.store.tiers.tier import ReadStatus
 
 # Small pages that only wait for a thread are read in groups of about this size.
 _READ_BYTES = 2 << 20
@@ -25,25 +24,14 @@ _READS_PER_THREAD = 2
 class PageReads:
     """Owned by the event loop's thread."""
 
-    def __init__(
-        self,
-        *,
-        slots: SlotTable,
-        tier: Tier,
-        lanes: Lanes,
-        fills: Fills,
-        page_of: Callable[[Slot], memoryview],
-        count: Callable[[str, int], None],
-        notices: Notices,
-        go_on: Callable[[LookupJob], None],
-    ) -> None:
-        self._slots = slots
-        self._tier = tier
-        self._lanes = lanes
+    def __init__(self, parts: NodeParts, fills: Fills, go_on: Callable[[LookupJob], None]) -> None:
+        self._slots = parts.slots
+        self._tier = parts.tier
+        self._lanes = parts.reads
+        self._page_of = parts.page_of
+        self._count = parts.count
+        self._notices = parts.notices
         self._fills = fills
-        self._page_of = page_of
-        self._count = count
-        self._notices = notices
         self._go_on = go_on
 
     def go_on_with(self, job: LookupJob) -> None:

@@ -4,68 +4,46 @@ news of both for the clients."""
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 
 from ucm.outcome import Outcome
 from ucm.store.blocks.keys import Key
 from ucm.store.node import protocol as p
-from ucm.store.node.lanes import Lanes
-from ucm.store.node.notices import Notices
+from ucm.store.node.parts import NodeParts
 from ucm.store.node.rechecks import Rechecks, ready_pages
-from ucm.store.node.saved import SavingRules
+from ucm.store.node.saved import Met
 from ucm.store.node.sessions import Connection, OpenedNamespace, Session
-from ucm.store.node.slots import Slot, SlotTable
+from ucm.store.node.slots import Slot
 from ucm.store.node.writeback import WriteBack
-from ucm.store.tiers.tier import Tier
 
 _TOLD_ROLES = ("scheduler", "store")
 
 
-class Storing:
-    """Owned by the event loop's thread. Without a tier nothing is saved, and nobody is told."""
+class NoWriteBack(WriteBack):
+    """There is no storage: what is in memory is all that is kept, and that is nobody's fault."""
 
-    def __init__(
-        self,
-        *,
-        sessions: Mapping[str, Session],
-        slots: SlotTable,
-        tier: Tier | None,
-        reads: Lanes,
-        writes: Lanes,
-        page_of: Callable[[Slot], memoryview],
-        count: Callable[..., None],
-        notices: Notices,
-        max_pages: int,
-        clock: Callable[[], float],
-        rules: SavingRules,
-    ) -> None:
-        self.writeback: WriteBack | None = None
+    def is_full(self, key: Key) -> bool:
+        return False
+
+    def take_place(self, key: Key) -> bool:
+        return True
+
+    def enqueue(self, namespace: OpenedNamespace, key: Key, parent: Key | None, slot: Slot) -> None:
+        pass
+
+    def meet(self, namespace: OpenedNamespace, pages: Sequence[Met]) -> tuple[list[Key], list[Met]]:
+        return [], []
+
+
+class Storing:
+    """Owned by the event loop's thread. Without storage nothing is saved, and nobody is told."""
+
+    def __init__(self, parts: NodeParts, sessions: Mapping[str, Session]) -> None:
         self._sessions = sessions
-        self._slots = slots
-        self._rechecks: Rechecks | None = None
-        if tier is None:
-            return
-        self.writeback = WriteBack(
-            tier=tier,
-            lanes=writes,
-            slots=slots,
-            page_of=page_of,
-            count=count,
-            notices=notices,
-            max_pages=max_pages,
-            clock=clock,
-            tell=self.tell,
-            rules=rules,
-        )
-        self._rechecks = Rechecks(
-            tier=tier,
-            reads=reads,
-            writeback=self.writeback,
-            slots=slots,
-            count=count,
-            notices=notices,
-            max_pages=max_pages,
-        )
+        self._slots = parts.slots
+        self._has_storage = bool(parts.tier.lanes)
+        self.writeback = (WriteBack if self._has_storage else NoWriteBack)(parts, self.tell)
+        self._rechecks = Rechecks(parts, self.writeback)
 
     def met(
         self,
@@ -77,7 +55,7 @@ class Storing:
         """A client counts on those of `keys` that are in memory: what of them is unsaved is queued,
         or the client is told. `parents[i]` precedes `keys[i]`, and is here or in storage; there may
         be more of them."""
-        if self._rechecks is None or self.writeback is None:
+        if not self._has_storage:
             return
         unsaved: defaultdict[Outcome, list[bytes]] = defaultdict(list)
         for key in self._rechecks.meet(namespace, ready_pages(self._slots, keys, parents)):

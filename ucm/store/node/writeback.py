@@ -7,32 +7,31 @@ parallel and published one after the other:
     place ──commit──► queued ──staged──► staged ──parent published──► publishing ──► stored
        └── given back    └──────── failed: so does every block after it in the prompt
 
-A dump takes its place in the queue (`places.py`) when its slot is reserved, so what is committed is
-queued; a page that is met unsaved takes one if there is one. What is not written is told: every
-page that was accepted is in the end in storage, or in a `tell` with the reason. A page in the queue
-is pinned, so its slot can't be reused before its bytes are out. While a lane of storage hangs,
-pages of the others don't wait for its pages: those behind them are given up.
+A dump takes its place in the queue (`write_places.py`) when its slot is reserved, so what is
+committed is queued; a page that is met unsaved takes one if there is one. What is not written is
+told: every page that was accepted is in the end in storage, or in a `tell` with the reason. A page
+in the queue is pinned, so its slot can't be reused before its bytes are out. While a lane of
+storage hangs, pages of the others don't wait for its pages: those behind them are given up.
 
 `saved.py` says what is known of a page that is not in the queue.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import partial
 
 from ucm.errors import TierError
 from ucm.outcome import Outcome
 from ucm.store.blocks.keys import Key, num_tokens_of
-from ucm.store.node.lanes import Lanes
-from ucm.store.node.notices import Notices
+from ucm.store.node.parts import NodeParts
 from ucm.store.node.pool import Pool
-from ucm.store.node.saved import Met, SavedBook, Saving, SavingRules, Tell
+from ucm.store.node.saved import Met, SavedBook, Saving, Tell
 from ucm.store.node.sessions import OpenedNamespace
-from ucm.store.node.slots import Slot, SlotState, SlotTable
+from ucm.store.node.slots import Slot, SlotState
 from ucm.store.node.write_places import Places
-from ucm.store.tiers.tier import Staged, Tier
+from ucm.store.tiers.tier import Staged
 
 
 @dataclass(eq=False, slots=True)
@@ -52,30 +51,17 @@ class _Write:
 class WriteBack:
     """Owned by the event loop's thread, like the slot table it pins in."""
 
-    def __init__(
-        self,
-        *,
-        tier: Tier,
-        lanes: Lanes,
-        slots: SlotTable,
-        page_of: Callable[[Slot], memoryview],
-        count: Callable[[str], None],
-        max_pages: int,
-        clock: Callable[[], float],
-        tell: Tell,
-        rules: SavingRules,
-        notices: Notices | None = None,
-    ) -> None:
-        self._tier = tier
-        self._lanes = lanes
-        self._slots = slots
-        self._page_of = page_of
-        self._count = count
-        self._notices = notices or Notices(clock)
+    def __init__(self, parts: NodeParts, tell: Tell) -> None:
+        self._tier = parts.tier
+        self._lanes = parts.writes
+        self._slots = parts.slots
+        self._page_of = parts.page_of
+        self._count = parts.count
+        self._notices = parts.notices
         self._tell = tell
-        self._book = SavedBook(rules, clock)
+        self._book = SavedBook(parts.limits.saving, parts.clock)
         self._writes: dict[Key, _Write] = {}
-        self._places = Places(lanes, max_pages)
+        self._places = Places(parts.writes, parts.limits.max_write_pages)
         # Writes whose parent's slot is still being filled: nothing to queue behind yet.
         self._waiting: dict[Key, list[_Write]] = {}
         self._leaving = self._closed = False

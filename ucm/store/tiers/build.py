@@ -13,7 +13,7 @@ from ucm.config.settings import StoreSettings
 from ucm.store.blocks.page_key import load_page_key
 from ucm.store.tiers.posix.rights import file_rights
 from ucm.store.tiers.posix.tier import PosixTier
-from ucm.store.tiers.tier import Tier
+from ucm.store.tiers.tier import NoTier, Tier
 
 NODE_CACHE_STAGE = "Cache"
 
@@ -34,12 +34,12 @@ def _posix(settings: StoreSettings) -> Tier:
 TIER_STAGES: dict[str, Callable[[StoreSettings], Tier]] = {"Posix": _posix}
 
 
-def build_tier(settings: StoreSettings) -> Tier | None:
-    """The tier behind the node cache; None if its memory is all there is. Reads the page
+def build_tier(settings: StoreSettings) -> Tier:
+    """The tier behind the node cache; `NoTier` if its memory is all there is. Reads the page
     key, and nothing else. Raises ConfigError."""
     stages = [stage for stage in settings.pipeline if stage != NODE_CACHE_STAGE]
     assert len(stages) <= 1, "two tiers behind one node cache: config should have refused them"
-    return TIER_STAGES[stages[0]](settings) if stages else None
+    return TIER_STAGES[stages[0]](settings) if stages else NoTier()
 
 
 def keeps_pages(settings: StoreSettings) -> bool:

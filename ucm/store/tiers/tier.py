@@ -81,7 +81,7 @@ class Tier(ABC):
 
     @property
     def lanes(self) -> Sequence[str]:
-        """Their names for people. Always as many, and at least one."""
+        """Their names for people. Always as many; none where there is no storage (`NoTier`)."""
         return ("storage",)
 
     def lane_of(self, key: Key) -> int:
@@ -183,3 +183,36 @@ class Tier(ABC):
 def held_of(tier: Tier, namespace: TierNamespace, keys: Sequence[Key]) -> list[bool]:
     """Which of `keys` storage holds, each by itself."""
     return [tier.holds(namespace, key) for key in keys]
+
+
+class NoTier(Tier):
+    """No storage: the node cache's memory is all there is. It has no lane, so nobody asks it."""
+
+    name = ""
+    lanes = ()
+
+    def open_namespace(self, namespace: TierNamespace) -> None:
+        pass
+
+    def contains(self, namespace: TierNamespace, keys: Sequence[Key]) -> int:
+        return 0
+
+    def read_manifest(self, fingerprint: bytes) -> bytes | None:
+        return None
+
+    def read(self, namespace: TierNamespace, key: Key, page: memoryview) -> PageRead:
+        return ABSENT
+
+    def stage(
+        self, namespace: TierNamespace, key: Key, page: memoryview, *, num_tokens: int
+    ) -> Staged | None:
+        raise AssertionError("nobody writes where there is no lane")
+
+    def publish(self, staged: Staged) -> None:
+        raise AssertionError("nobody writes where there is no lane")
+
+    def discard(self, staged: Staged) -> None:
+        pass
+
+    def close(self) -> None:
+        pass

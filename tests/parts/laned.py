@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 
+from tests.parts.node import Node
+from tests.parts.pools import DisorderlyPool, HeldPool
 from tests.store.memory_tier import MemoryTier
-from tests.store.node.held import DisorderlyPool, HeldPool, Node
 from ucm.store.blocks.keys import Key
 from ucm.store.node.lanes import Lanes
 from ucm.store.tiers.tier import PageRead, Staged, TierNamespace

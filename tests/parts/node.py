@@ -1,4 +1,8 @@
-"""A node cache's decisions without threads: its I/O ends when the test says so."""
+"""The one builder of a node cache's decisions, without threads: its I/O ends when the test says so.
+
+`node_parts` is for all who test a part of them; `Node` is a whole one with a client, and `Engine`
+another engine beside it.
+"""
 
 from __future__ import annotations
 
@@ -6,14 +10,16 @@ from collections.abc import Callable
 from hashlib import sha256
 from typing import Any
 
+from tests.parts.pools import HeldPool, Timers
 from tests.store.memory_tier import MemoryTier
-from ucm.errors import TierError
 from ucm.store.blocks.keys import Key
 from ucm.store.node import protocol as p
 from ucm.store.node.core import NodeCore
 from ucm.store.node.lanes import Lanes
-from ucm.store.node.slots import Slot, SlotTable
-from ucm.store.tiers.tier import TierNamespace
+from ucm.store.node.notices import Notices
+from ucm.store.node.parts import CallLater, NodeLimits, NodeParts
+from ucm.store.node.slots import SlotTable
+from ucm.store.tiers.tier import NoTier, Tier, TierNamespace
 
 PAGE = 4096
 FINGERPRINT = sha256(b"held").digest()
@@ -28,91 +34,32 @@ def key(i: int) -> Key:
     return Key(sha256(b"%d" % i).digest())
 
 
-class HeldPool:
-    """Calls end when the test says so."""
-
-    num_threads = 4
-    hung: tuple[()] = ()
-
-    def __init__(self) -> None:
-        self.jobs: list[tuple[Callable[[], object], Callable[[object], None]]] = []
-        self.stalled = False
-
-    depth = property(lambda self: len(self.jobs))
-    num_overdue = 0
-
-    def submit(self, call, on_done, *, on_overdue=None, urgent=False) -> None:
-        self.jobs.append((call, on_done))
-
-    def tick(self) -> None:
-        pass
-
-    def end_one(self) -> None:
-        call, on_done = self.jobs.pop(0)
-        on_done(call())
-
-    def end_all(self, error: TierError | None = None) -> None:
-        while self.jobs:
-            call, on_done = self.jobs.pop(0)
-            on_done(error or call())
-
-
-class DisorderlyPool:
-    """Threads whose calls end when the test says so, in the order it says."""
-
-    num_threads = 4
-
-    def __init__(self) -> None:
-        self.jobs: list[tuple[Callable[[], object], Callable[[object], None], object]] = []
-        self.hung: list[tuple[Callable[[], object], Callable[[object], None]]] = []
-
-    depth = property(lambda self: len(self.jobs) + len(self.hung))
-    num_overdue = property(lambda self: len(self.hung))
-    stalled = property(lambda self: len(self.hung) * 2 >= self.num_threads)
-
-    def submit(self, call, on_done, *, on_overdue=None, urgent=False) -> None:
-        self.jobs.append((call, on_done, on_overdue))
-
-    def tick(self) -> None:
-        pass
-
-    def end(self, index: int, *, fail: bool) -> None:
-        call, on_done, _ = self.jobs.pop(index % len(self.jobs))
-        on_done(TierError("the disk is on fire", reason="io_error") if fail else _result(call))
-
-    def hang(self, index: int) -> None:
-        call, on_done, on_overdue = self.jobs.pop(index % len(self.jobs))
-        self.hung.append((call, on_done))
-        if on_overdue is not None:
-            on_overdue()
-
-    def return_late(self) -> None:
-        call, on_done = self.hung.pop(0)
-        on_done(_result(call))
-
-
-def _result(call: Callable[[], object]) -> object:
-    try:
-        return call()
-    except TierError as error:
-        return error
-
-
-class Timers:
-    """Calls for later, made when the test says so, however long that is."""
-
-    def __init__(self) -> None:
-        self.waiting: list[tuple[float, Callable[[], None]]] = []
-
-    def __call__(self, pause_s: float, call: Callable[[], None]) -> None:
-        self.waiting.append((pause_s, call))
-
-    def fire(self) -> list[float]:
-        """Makes the calls that wait now. Returns for how long they were to."""
-        fired, self.waiting = self.waiting, []
-        for _, call in fired:
-            call()
-        return [pause_s for pause_s, _ in fired]
+def node_parts(
+    slots: SlotTable,
+    memory: memoryview,
+    *,
+    tier: Tier,
+    reads: Lanes,
+    writes: Lanes,
+    clock: Callable[[], float],
+    call_later: CallLater,
+    max_write_pages: int = 1000,
+    **limits: Any,
+) -> NodeParts:
+    """`memory` holds the pages; nothing of it is taken ahead. `limits` are those of NodeLimits."""
+    return NodeParts(
+        slots=slots,
+        tier=tier,
+        reads=reads,
+        writes=writes,
+        control=writes,
+        page_of=lambda slot: memory[slot.offset : slot.offset + slot.span.slot_bytes],
+        populate=lambda offset, nbytes, on_done: None,
+        clock=clock,
+        call_later=call_later,
+        notices=Notices(clock),
+        limits=NodeLimits(ahead_bytes=0, max_write_pages=max_write_pages, **limits),
+    )
 
 
 class Node:
@@ -132,19 +79,18 @@ class Node:
         self.reads, self.writes = reads or HeldPool(), HeldPool()
         self.now_s = 0.0
         self.timers = Timers()
-        self.core = NodeCore(
-            slots=SlotTable(PAGE * num_slots, extent_bytes=PAGE * 8, keeps_unpinned=keeps_unpinned),
-            tier=self.tier if has_tier else None,
-            reads=self.lanes(self.reads),
-            writes=self.lanes(self.writes),
-            page_of=self.page_of,
-            populate=lambda offset, nbytes, on_done: None,
-            ahead_bytes=0,
-            max_write_pages=max_write_pages,
-            max_open_keys=max_open_keys,
+        parts = node_parts(
+            SlotTable(PAGE * num_slots, extent_bytes=PAGE * 8, keeps_unpinned=keeps_unpinned),
+            self.memory,
+            tier=self.tier if has_tier else NoTier(),
+            reads=self.lanes(self.reads) if has_tier else Lanes([], NoTier()),
+            writes=self.lanes(self.writes) if has_tier else Lanes([], NoTier()),
             clock=lambda: self.now_s,
             call_later=self.timers,
+            max_write_pages=max_write_pages,
+            max_open_keys=max_open_keys,
         )
+        self.core = NodeCore(parts)
         self.inbox: list[p.NodeMessage] = []
         hello = p.Hello(version=p.VERSION, session="s", role="store", pid=1)
         self.connection = self.core.connect(hello, self.inbox.append)
@@ -157,10 +103,7 @@ class Node:
         self.inbox.clear()
 
     def lanes(self, pool: Any) -> Lanes:
-        return Lanes([pool], None)
-
-    def page_of(self, slot: Slot) -> memoryview:
-        return self.memory[slot.offset : slot.offset + slot.span.slot_bytes]
+        return Lanes([pool], self.tier)
 
     def store(self, *keys: Key) -> None:
         for each in keys:

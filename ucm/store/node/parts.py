@@ -1,0 +1,52 @@
+"""What a node cache is made of: what all that decides in it has in common."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
+from ucm.store.node.lanes import Lanes
+from ucm.store.node.notices import Notices
+from ucm.store.node.saved import SavingRules
+from ucm.store.node.slots import Slot, SlotTable
+from ucm.store.tiers.tier import Tier
+
+CallLater = Callable[[float, Callable[[], None]], object]
+# Takes memory on another thread: offset and length in bytes, and whom to call then.
+Populate = Callable[[int, int, Callable[[], None]], None]
+
+
+@dataclass(frozen=True)
+class NodeLimits:
+    """`ahead_bytes`: how much memory is taken before it is needed. `max_write_pages`: how many
+    pages of a lane may wait to be written."""
+
+    ahead_bytes: int
+    max_write_pages: int
+    max_keys: int = 65_536
+    max_open_keys: int = 4_194_304
+    open_timeout_s: float = 5.0
+    saving: SavingRules = field(default_factory=SavingRules)
+
+
+@dataclass(frozen=True, eq=False)
+class NodeParts:
+    """Owned by the event loop's thread. `page_of` gives the bytes of a slot. `reads`, `writes` and
+    `control` are threads: nobody's start (`control`) waits behind pages."""
+
+    slots: SlotTable
+    tier: Tier
+    reads: Lanes
+    writes: Lanes
+    control: Lanes
+    page_of: Callable[[Slot], memoryview]
+    populate: Populate
+    clock: Callable[[], float]
+    call_later: CallLater
+    notices: Notices
+    limits: NodeLimits
+    counters: Counter[str] = field(default_factory=Counter)
+
+    def count(self, counter: str, by: int = 1) -> None:
+        self.counters[counter] += by
