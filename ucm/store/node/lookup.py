@@ -22,7 +22,7 @@ COMING, and for what is promised and UNKNOWN or ASKED, because an engine of this
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from enum import IntEnum
 
 from ucm.outcome import Outcome
@@ -47,8 +47,8 @@ class BlockState(IntEnum):
     HERE = 5
 
 
-# By state: does the lookup wait for the page?
-_WAITS = (False, False, False, False, True, False)
+_OUT, _UNKNOWN, _ASKED, _STORED, _COMING, _HERE = BlockState
+# Does a lookup wait for a block that is promised, by its state?
 _WAITS_IF_PROMISED = (False, True, True, False, True, False)
 
 
@@ -56,27 +56,28 @@ class Waiting:
     """Who waits for which key, in the order in which they came. Only lookups change it."""
 
     def __init__(self) -> None:
-        self._by_key: dict[Key, dict[tuple[LookupJob, int], None]] = {}
+        self._by_key: dict[Key, list[tuple[LookupJob, int]]] = {}
 
     def of(self, key: Key) -> list[tuple[LookupJob, int]]:
         """The lookups, each with the number of the block that it waits for."""
         return list(self._by_key.get(key, ()))
 
     def add(self, job: LookupJob, i: int) -> None:
-        self._by_key.setdefault(job.keys[i], {})[job, i] = None
+        self._by_key.setdefault(job.keys[i], []).append((job, i))
 
     def discard(self, job: LookupJob, i: int) -> None:
         key = job.keys[i]
         left = self._by_key[key]
-        del left[job, i]
+        left.remove((job, i))
         if not left:
             del self._by_key[key]
 
     def check(self, jobs: Sequence[LookupJob]) -> None:
         """Raises AssertionError unless exactly those wait whose states say so."""
-        said = {(job, i) for waiters in self._by_key.values() for job, i in waiters}
-        assert said == {(job, i) for job in jobs for i in range(len(job.keys)) if job.waits(i)}, (
-            "who waits for a page is in a state that waits"
+        said = [waiter for waiters in self._by_key.values() for waiter in waiters]
+        wait = {(job, i) for job in jobs for i in range(len(job.keys)) if job.waits(i)}
+        assert set(said) == wait and len(said) == len(wait), (
+            "who waits for a page is in a state that waits, once"
         )
 
 
@@ -117,14 +118,17 @@ class LookupJob:
         self.all_there = False
         # An engine of this node brings pages.
         self.is_fed = False
-        self.pinned: dict[int, Slot] = {}
+        # Pinned slots by block.
+        self._pinned: list[Slot | None] = [None] * len(self.keys)
         self._slots = slots
         self._waiting = waiting
         self._clock = clock
         self._states = [BlockState.OUT] * len(self.keys)
-        self._count = [0] * len(BlockState)
-        # No block before this one is in that state.
-        self._first = [0] * len(BlockState)
+        self._num_stored = 0
+        # No block before these is in that state.
+        self._first_unknown = self._first_stored = 0
+        # Anything of the tail was found, here or in storage.
+        self._has_found = False
         # Every block of [read_from, had) is there. Only grows, so that the pages of a long prompt,
         # which come in one by one, are not counted from the start each time.
         self._had = self.read_from
@@ -135,83 +139,107 @@ class LookupJob:
         return self._states[i]
 
     def waits(self, i: int) -> bool:
-        return (_WAITS_IF_PROMISED if i < self.promised else _WAITS)[self._states[i]]
+        state = self._states[i]
+        return _WAITS_IF_PROMISED[state] if i < self.promised else state is _COMING
 
     def is_wanted(self, i: int) -> bool:
         """It is promised, and nobody is bringing it yet."""
-        return i < self.promised and self._states[i] in (BlockState.UNKNOWN, BlockState.ASKED)
+        return i < self.promised and self._states[i] in (_UNKNOWN, _ASKED)
 
     def first_open(self) -> int | None:
         """The first block of the prefix that is not there, as far as the client needs it there."""
-        enough = BlockState.HERE if self.load else BlockState.STORED
-        states, had = self._states, self._had
-        while had < self.end and (states[had] is BlockState.HERE or states[had] is enough):
+        enough = _HERE if self.load else _STORED
+        states, had, end = self._states, self._had, self.end
+        while had < end and (states[had] is _HERE or states[had] is enough):
             had += 1
         self._had = had
-        return had if had < self.end else None
+        return had if had < end else None
 
     def is_settled(self) -> bool:
         return not self.head_probes and self.first_open() is None
 
-    def unknown(self) -> Iterator[int]:
-        """The blocks of the prefix that storage must be asked for."""
-        return self._in_state(BlockState.UNKNOWN, self.end)
+    def unknown(self, *, most: int, stop: int | None = None) -> list[int]:
+        """The first blocks of the prefix, before `stop`, that storage must be asked for."""
+        found: list[int] = []
+        stop = self.end if stop is None else min(stop, self.end)
+        i = self._first_unknown = self._next(_UNKNOWN, self._first_unknown, stop)
+        while i < stop and len(found) < most:
+            found.append(i)
+            i = self._next(_UNKNOWN, i + 1, stop)
+        return found
 
     def next_unread(self) -> int | None:
         """The earliest block to read: storage has it, and it is still part of the prefix."""
-        return next(self._in_state(BlockState.STORED, self.end), None) if self.load else None
+        if not self.load or not self._num_stored:
+            return None
+        i = self._first_stored = self._next(_STORED, self._first_stored, self.end)
+        return i if i < self.end else None
 
     def missing(self) -> list[int]:
         """The first promised blocks to look for."""
         if self.all_there or self.probes_running:
             return []
-        unknown = self._in_state(BlockState.UNKNOWN, min(self.promised, self.end))
-        return [i for i, _ in zip(unknown, range(FIRST_PROBE), strict=False)]
+        return self.unknown(most=FIRST_PROBE, stop=self.promised)
 
     def next_probes(self, max_groups: int) -> list[list[int]]:
         """The next groups of the tail to ask storage about; none while others are out, or while
         there is plenty to read. Who asks counts `probes_running`."""
-        num_unread = self._count[BlockState.STORED] if self.load else 0
+        num_unread = self._num_stored if self.load else 0
         if self.probes_running or num_unread >= max_groups * PROBE_GROUP or self.missing():
             return []
-        there = BlockState.STORED, BlockState.COMING, BlockState.HERE
-        is_first = not any(self._count[state] for state in there)
-        most = FIRST_PROBE if is_first else max_groups * PROBE_GROUP
-        blocks = [i for i, _ in zip(self.unknown(), range(most), strict=False)]
+        blocks = self.unknown(most=max_groups * PROBE_GROUP if self._has_found else FIRST_PROBE)
         return [blocks[i : i + PROBE_GROUP] for i in range(0, len(blocks), PROBE_GROUP)]
+
+    def _next(self, state: BlockState, start: int, stop: int) -> int:
+        """The first block of [start, stop) in `state`; what follows the last of them if none is."""
+        try:
+            return self._states.index(state, start, stop)
+        except ValueError:
+            return max(start, stop)
+
+    def slots(self) -> list[Slot]:
+        """The pinned slots of the prefix, in order."""
+        pinned = self._pinned[self.read_from : self.end]
+        return [slot for slot in pinned if slot is not None]
+
+    def last_pinned(self) -> int | None:
+        """The last block that is pinned."""
+        return next((i for i in reversed(range(self.end)) if self._pinned[i] is not None), None)
 
     # -- what happens to a block -----------------------------------------------------------
 
     def not_in_memory(self, i: int) -> None:
-        self._move(i, BlockState.UNKNOWN)
+        self._move(i, _UNKNOWN)
 
     def ask(self, blocks: Sequence[int]) -> None:
         """Storage is asked for these."""
         for i in blocks:
-            self._move(i, BlockState.ASKED)
+            self._move(i, _ASKED)
 
     def in_storage(self, blocks: Sequence[int]) -> None:
         """Some may have come another way meanwhile."""
         for i in blocks:
-            if self._states[i] in (BlockState.UNKNOWN, BlockState.ASKED):
-                self._move(i, BlockState.STORED)
+            if self._states[i] in (_UNKNOWN, _ASKED):
+                self._has_found = True
+                self._move(i, _STORED)
 
     def not_in_storage(self, blocks: Sequence[int]) -> None:
         """Not yet: they are looked for again."""
         self.all_there = False
         for i in blocks:
-            if self._states[i] is BlockState.ASKED:
-                self._move(i, BlockState.UNKNOWN)
+            if self._states[i] is _ASKED:
+                self._move(i, _UNKNOWN)
 
     def comes(self, i: int, *, is_fed: bool = False) -> None:
         """Somebody fills its slot; with `is_fed` an engine of this node."""
         self.is_fed = self.is_fed or is_fed
-        self._move(i, BlockState.COMING)
+        self._has_found = True
+        self._move(i, _COMING)
 
     def does_not_come(self, i: int) -> None:
         """Its slot was given up, and another one may bring it."""
         self.all_there = self.is_fed = False
-        self._move(i, BlockState.UNKNOWN)
+        self._move(i, _UNKNOWN)
 
     def here(self, i: int, slot: Slot, *, from_files: bool = False) -> None:
         """The READY `slot` has it. Pinned, if it is to be loaded, and something leads to it."""
@@ -219,13 +247,14 @@ class LookupJob:
             self._drop(i)
             return
         self.from_files += from_files
+        self._has_found = True
         if self.load:
-            assert i not in self.pinned, "a lookup holds a page once"
+            assert self._pinned[i] is None, "a lookup holds a page once"
             self._slots.pin(slot)
-            self.pinned[i] = slot
+            self._pinned[i] = slot
             if self.renewal_s:
                 self.deadline_s = self._clock() + self.renewal_s
-        self._move(i, BlockState.HERE)
+        self._move(i, _HERE)
 
     def lose(self, i: int, reason: Outcome) -> None:
         """It can't be had. Keeps the reason of the earliest such block."""
@@ -239,61 +268,54 @@ class LookupJob:
         self.closed = True
         # Tail first: the head of a prompt is shared by more prompts and should be evicted last.
         for i in range(len(self._states) - 1, keep - 1, -1):
-            if self._states[i] is not BlockState.OUT:
+            if self._states[i] is not _OUT:
                 self._drop(i)
 
     def _drop(self, i: int) -> None:
-        if i in self.pinned:
-            self._slots.unpin(self.pinned.pop(i))
-        self._move(i, BlockState.OUT)
+        slot, self._pinned[i] = self._pinned[i], None
+        if slot is not None:
+            self._slots.unpin(slot)
+        self._move(i, _OUT)
 
     def _move(self, i: int, state: BlockState) -> None:
         """All that changes the state of a block."""
         was = self._states[i]
         self._states[i] = state
-        self._count[was] -= 1
-        self._count[state] += 1
-        if i < self._first[state]:
-            self._first[state] = i
-        waits = _WAITS_IF_PROMISED if i < self.promised else _WAITS
-        if waits[state] != waits[was]:
-            (self._waiting.add if waits[state] else self._waiting.discard)(self, i)
-
-    def _in_state(self, state: BlockState, stop: int) -> Iterator[int]:
-        """The blocks before `stop` that are in `state`, in order. Of what changes meanwhile, what
-        lies ahead counts."""
-        i = self._first[state]
-        is_first = True
-        while self._count[state]:
-            try:
-                i = self._states.index(state, i, stop)
-            except ValueError:
-                return
-            if is_first:
-                self._first[state], is_first = i, False
-            yield i
-            i += 1
+        if was is _STORED:
+            self._num_stored -= 1
+        if state is _UNKNOWN:
+            if i < self._first_unknown:
+                self._first_unknown = i
+        elif state is _STORED:
+            self._num_stored += 1
+            if i < self._first_stored:
+                self._first_stored = i
+        if i < self.promised:
+            waits, has_waited = _WAITS_IF_PROMISED[state], _WAITS_IF_PROMISED[was]
+        else:
+            waits, has_waited = state is _COMING, was is _COMING
+        if waits is not has_waited:
+            (self._waiting.add if waits else self._waiting.discard)(self, i)
 
     # -- the law ---------------------------------------------------------------------------
 
     def check(self) -> None:
         """Raises AssertionError with the broken sentence if an invariant of this module fails."""
         states, tail = self._states, range(self.read_from, len(self.keys))
-        for state in BlockState:
-            found = [i for i in tail if states[i] is state]
-            if state is BlockState.OUT:
-                assert all(i >= self.end for i in found), "every block before the end is looked for"
-                continue
-            assert self._count[state] == len(found), "the count of each state is that of its blocks"
-            assert self._first[state] <= min(found, default=len(states)), "none lies before"
-        assert set(states[: self.read_from]) <= {BlockState.OUT}, "the head is the client's own"
-        pinned = {i for i in tail if states[i] is BlockState.HERE} if self.load else set()
-        assert set(self.pinned) == pinned, "what is here to be loaded is pinned, and nothing else"
-        for i, slot in self.pinned.items():
-            assert slot.key == self.keys[i], "a pinned slot has the page of its block"
-            assert slot.state is SlotState.READY and slot.pins > 0
+        assert all(states[i] is not _OUT for i in tail if i < self.end), (
+            "every block of the prefix is looked for"
+        )
+        assert self._num_stored == states.count(_STORED), "the stored are counted"
+        for state, first in (_UNKNOWN, self._first_unknown), (_STORED, self._first_stored):
+            assert state not in states[: min(first, self.end)], "none of these lies before"
+        assert set(states[: self.read_from]) <= {_OUT}, "the head is the client's own"
+        pinned = {i for i in tail if states[i] is _HERE} if self.load else set()
+        assert {i for i, slot in enumerate(self._pinned) if slot is not None} == pinned, (
+            "what is here to be loaded is pinned, and nothing else"
+        )
         for i in tail:
-            slot_of = self._slots.find(self.keys[i])
-            is_filling = slot_of is not None and slot_of.state is SlotState.FILLING
-            assert states[i] is not BlockState.COMING or is_filling, "what comes is being filled"
+            slot, pin = self._slots.find(self.keys[i]), self._pinned[i]
+            is_filling = slot is not None and slot.state is SlotState.FILLING
+            assert states[i] is not _COMING or is_filling, "what comes is being filled"
+            assert pin is None or (pin is slot and pin.pins > 0), "a pin is on its block's page"
         assert not (self.closed and any(map(self.waits, tail))), "who has ended waits for nothing"

@@ -66,17 +66,16 @@ class Lookups:
         self._count("lookups", 1)
         self.touch(job.keys[: job.read_from])
         self._heads.scan(job)
-        for i in range(job.read_from, len(job.keys)):
-            if i >= job.end:
-                break
-            self._look_in_memory(job, i)
+        self._look_in_memory(job)
         self._leave_out_unreachable(job)
         self._go_on(job)
 
     def _leave_out_unreachable(self, job: LookupJob) -> None:
         """Nobody is asked for what lies in storage that hangs, or where there is none."""
         has_storage = bool(self._reads.pools)
-        for i in job.unknown():
+        if has_storage and not self._reads.num_stalled:
+            return
+        for i in job.unknown(most=len(job.keys)):
             if has_storage and self._reads.is_stalled(job.keys[i]):
                 job.lose(i, Outcome.TIMEOUT)
                 break
@@ -128,17 +127,19 @@ class Lookups:
 
     # -- the tail: bring it here -----------------------------------------------------------
 
-    def _look_in_memory(self, job: LookupJob, i: int) -> None:
-        slot = self._slots.find(job.keys[i])
-        if slot is None:
-            job.not_in_memory(i)
-        elif not job.load or slot.state is SlotState.READY:
-            job.here(i, slot)
-        elif job.keys[i] in job.connection.session.filling and i >= job.promised:
-            # This very engine is computing the block: its own prefix cache will have it first.
-            job.lose(i, Outcome.BEING_COMPUTED_HERE)
-        else:
-            job.comes(i, is_fed=not self.fills.is_read(slot))
+    def _look_in_memory(self, job: LookupJob) -> None:
+        for i in range(job.read_from, len(job.keys)):
+            slot = self._slots.find(job.keys[i])
+            if slot is None:
+                job.not_in_memory(i)
+            elif slot.state is SlotState.READY or not job.load:
+                job.here(i, slot)
+            elif job.keys[i] in job.connection.session.filling and i >= job.promised:
+                # This very engine is computing the block: its own prefix cache will have it first.
+                job.lose(i, Outcome.BEING_COMPUTED_HERE)
+                break
+            else:
+                job.comes(i, is_fed=not self.fills.is_read(slot))
 
     def _probe_tail(self, job: LookupJob) -> None:
         if job.closed:
@@ -223,7 +224,7 @@ class Lookups:
         self._count("lookup_blocks_hit", num_stored)
         if job.reason:
             self._count(f"lookup_ended_{job.reason}", 1)
-        slots = [job.pinned[i] for i in range(job.read_from, job.end)] if job.load else []
+        slots = job.slots()
         # Everything before each of these is here or in storage.
         kept = job.keys[: job.end if job.head_stored == job.read_from else job.head_stored]
         self._on_met(job.connection, job.namespace, kept, [None, *kept])

@@ -23,7 +23,7 @@ class OpenedNamespace:
     num_rows: int
 
 
-@dataclass(frozen=True, eq=False, slots=True)
+@dataclass(eq=False, slots=True)
 class Filling:
     """A slot that is being filled with the page of a key: from storage, or by an engine."""
 

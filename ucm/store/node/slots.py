@@ -43,6 +43,9 @@ class SlotState(Enum):
     READY = "ready"
     ASIDE = "aside"
 
+    # By identity: Enum's own hashes the name, in Python, twice for each slot that moves.
+    __hash__ = object.__hash__
+
 
 @dataclass(eq=False, slots=True)
 class Slot:
@@ -173,7 +176,7 @@ class SlotTable:
         assert slot.state is SlotState.READY
         slot.pins += 1
         self._pins += 1
-        self._class(slot).evictable.pop(slot.offset, None)
+        self._classes[slot.span.slot_bytes].evictable.pop(slot.offset, None)
 
     def unpin(self, slot: Slot) -> None:
         """Gives back one pin. Unpin the tail of a prompt before its head: it is evicted first."""
@@ -195,8 +198,11 @@ class SlotTable:
     def _may_be_evicted(self, slot: Slot) -> None:
         """As the last one; a tail as the first: it serves one prompt, which has had it."""
         evictable = self._class(slot).evictable
+        evictable.pop(slot.offset, None)
         evictable[slot.offset] = slot
-        evictable.move_to_end(slot.offset, last=not isinstance(slot.key, TailKey))
+        is_tail = isinstance(slot.key, TailKey)
+        if is_tail:
+            evictable.move_to_end(slot.offset, last=False)
 
     # -- making room -----------------------------------------------------------------------
 

@@ -77,7 +77,7 @@ class PageReads:
         """A slot for block `i`, if need be at the cost of this lookup's own tail: of a prompt that
         is longer than the memory, the head is worth more."""
         filling = self._fills.begin_read(job.keys[i], job.namespace)
-        while filling is None and job.pinned and (last := max(job.pinned)) > i:
+        while filling is None and (last := job.last_pinned()) is not None and last > i:
             job.lose(last, Outcome.NO_ROOM)
             filling = self._fills.begin_read(job.keys[i], job.namespace)
         return filling
@@ -94,29 +94,28 @@ class PageReads:
 
     def _on_read(self, job: LookupJob, pool: Pool, fillings: list[Filling], result: object) -> None:
         job.reads_running[pool] -= 1
+        ends: list[ReadStatus | Outcome] = [error_reason(result)] * len(fillings)
         if isinstance(result, list):
-            outcomes = [page_read.status.value for page_read in result]
+            ends = [page_read.status for page_read in result]
             for page_read in result:
                 if page_read.detail:
                     self._notices.warn(f"read_{page_read.status.value}", page_read.detail)
-        else:
-            outcomes = [error_reason(result).value] * len(fillings)
-        for filling, outcome in zip(fillings, outcomes, strict=True):
+        for filling, end in zip(fillings, ends, strict=True):
             if filling.slot.state is SlotState.ASIDE:
                 self._fills.unused(filling.slot)
             else:
-                self._on_page_read(filling, outcome)
+                self._on_page_read(filling, end)
         if not job.closed:
             self._go_on(job)
 
-    def _on_page_read(self, filling: Filling, outcome: str) -> None:
-        self._count(f"read_{outcome}", 1)
-        if outcome == ReadStatus.HIT.value:
+    def _on_page_read(self, filling: Filling, end: ReadStatus | Outcome) -> None:
+        if end is ReadStatus.HIT:
+            self._count("read_hit")
             self._fills.whole(filling)
-        elif outcome == ReadStatus.ABSENT.value:
-            self._fills.gone(filling, Outcome.NEVER_STORED)
-        else:
-            self._fills.gone(filling, Outcome(outcome))
+            return
+        self._count(f"read_{end.value}")
+        is_absent = end is ReadStatus.ABSENT
+        self._fills.gone(filling, Outcome.NEVER_STORED if is_absent else Outcome(end.value))
 
     def _on_read_overdue(self, pool: Pool, fillings: list[Filling]) -> None:
         name = self._lanes.name_of(pool)
