@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import os
-import subprocess
-import sys
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
+from tests.store.strangers import STRANGER, run_as_stranger
 from tests.store.tier_contract import (
     BLOCK_TOKENS,
     SMALL,
@@ -27,7 +26,6 @@ from ucm.store.tiers.posix.tier import PosixTier
 as_root = pytest.mark.skipif(os.geteuid() != 0, reason="only root can become somebody else")
 KEYS = [make_key(i) for i in range(4)]
 PAGE = make_page(SMALL, "a")
-STRANGER = 65534
 
 
 @pytest.fixture
@@ -50,21 +48,8 @@ def block(store: Path, i: int) -> Path:
 
 def as_stranger(what: str, store: Path) -> str:
     """Runs a function of this module as that user. Returns what it has logged."""
-    code = (
-        "import logging, os, sys; from pathlib import Path; logging.basicConfig(); "
-        "from tests.faults import test_unreadable_pages as here; "
-        f"os.setgroups([]); os.setgid({STRANGER}); os.setuid({STRANGER}); "
-        f"here.{what}(Path(sys.argv[1]))"
-    )
-    done = subprocess.run(
-        [sys.executable, "-c", code, str(store)],
-        cwd=Path(__file__).parents[2],
-        capture_output=True,
-        text=True,
-        timeout=60,
-    )
-    assert done.returncode == 0, done.stderr
-    return done.stderr
+    imports = "from pathlib import Path; from tests.faults import test_unreadable_pages as here"
+    return run_as_stranger(imports, f"here.{what}(Path(sys.argv[1]))", store)
 
 
 def replace_own(store: Path) -> None:

@@ -17,6 +17,8 @@ import asyncio
 import json
 import sys
 import zlib
+from collections.abc import Iterator
+from contextlib import contextmanager
 from enum import Enum
 from pathlib import Path
 from typing import Any
@@ -28,6 +30,7 @@ from examples.cluster.processes import HttpServer, free_port
 
 MARK = "|"
 PATH = "/v1/completions"
+START_TIMEOUT_S = 30.0
 WORD_S = 0.005
 # Of those that are to be held in the middle.
 WORDS_BEFORE_HOLD = 3
@@ -95,6 +98,19 @@ class EngineServer(HttpServer):
     @property
     def url(self) -> URL:
         return URL(f"http://127.0.0.1:{self.port}")
+
+
+@contextmanager
+def engines_that_serve(folder: Path, count: int) -> Iterator[list[EngineServer]]:
+    """Started together; gone when the block ends."""
+    servers = [EngineServer(folder) for _ in range(count)]
+    try:
+        for server in servers:
+            server.wait_ready(START_TIMEOUT_S)
+        yield servers
+    finally:
+        for server in servers:
+            server.kill()
 
 
 class Engine:

@@ -14,11 +14,19 @@ import aiohttp
 import pytest
 
 from tests.pd.conftest import Fleet
-from tests.pd.engine_process import MARK, PATH, SLOW, EngineServer, Fault, text_of, words
+from tests.pd.engine_process import (
+    MARK,
+    PATH,
+    SLOW,
+    EngineServer,
+    Fault,
+    engines_that_serve,
+    text_of,
+    words,
+)
 
 pytestmark = pytest.mark.process
 
-START_TIMEOUT_S = 30.0
 NUM_REQUESTS = 200
 NUM_CLIENTS = 8
 MAX_TOKENS = 4
@@ -28,15 +36,8 @@ SILENT_AFTER_S = 0.5
 @pytest.fixture(scope="module")
 def engines(tmp_path_factory: pytest.TempPathFactory) -> Iterator[list[EngineServer]]:
     """One that fails, one that is well, and one of the other role."""
-    folder = tmp_path_factory.mktemp("engines")
-    servers = [EngineServer(folder) for _ in range(3)]
-    try:
-        for server in servers:
-            server.wait_ready(START_TIMEOUT_S)
+    with engines_that_serve(tmp_path_factory.mktemp("engines"), 3) as servers:
         yield servers
-    finally:
-        for server in servers:
-            server.kill()
 
 
 async def set_fault(engine: EngineServer, fault: str) -> None:

@@ -15,9 +15,11 @@ from tests.pd.conftest import Fleet, until
 from tests.pd.engine_process import (
     MARK,
     PATH,
+    START_TIMEOUT_S,
     WORDS_BEFORE_HOLD,
     EngineServer,
     Stage,
+    engines_that_serve,
     said,
     text_of,
     text_of_event,
@@ -26,7 +28,6 @@ from tests.pd.engine_process import (
 
 pytestmark = pytest.mark.process
 
-START_TIMEOUT_S = 30.0
 NUM_CLIENTS = 4
 MAX_TOKENS = 8
 # Nothing runs there, but connections are kept for what may come.
@@ -37,15 +38,8 @@ STAGES = (IDLE, *Stage)
 @pytest.fixture(scope="module")
 def well(tmp_path_factory: pytest.TempPathFactory) -> Iterator[list[EngineServer]]:
     """Three engines that nobody kills, for all tests."""
-    folder = tmp_path_factory.mktemp("engines")
-    servers = [EngineServer(folder) for _ in range(3)]
-    try:
-        for server in servers:
-            server.wait_ready(START_TIMEOUT_S)
+    with engines_that_serve(tmp_path_factory.mktemp("engines"), 3) as servers:
         yield servers
-    finally:
-        for server in servers:
-            server.kill()
 
 
 @pytest.fixture

@@ -4,13 +4,12 @@ from __future__ import annotations
 
 import os
 import stat
-import subprocess
-import sys
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
+from tests.store.strangers import run_as_stranger
 from tests.store.tier_contract import SMALL, content_of, dump, load, make_key, make_page
 from ucm.errors import ConfigError
 from ucm.store.blocks.page_key import PageKey
@@ -53,21 +52,13 @@ def test_who_may_only_read_is_told_so_and_reads(tmp_path: Path) -> None:
     for path in [tmp_path, *tmp_path.parents]:
         if path.stat().st_uid == 0 and path != Path("/") and path != Path("/tmp"):
             path.chmod(path.stat().st_mode | 0o055)
-    code = (
-        "import logging, os, sys; logging.basicConfig(level=logging.WARNING); "
-        "from tests.store.test_rights import *; os.setgid(65534); os.setuid(65534); "
+    said = run_as_stranger(
+        "from tests.store.test_rights import *",
         "tier = PosixTier([sys.argv[1]]); tier.open_namespace(SMALL); "
-        "assert load(tier, SMALL, KEY) == content_of(SMALL, PAGE)"
+        "assert load(tier, SMALL, KEY) == content_of(SMALL, PAGE)",
+        store,
     )
-    done = subprocess.run(
-        [sys.executable, "-c", code, str(store)],
-        cwd=Path(__file__).parents[2],
-        capture_output=True,
-        text=True,
-        timeout=60,
-    )
-    assert done.returncode == 0, done.stderr
-    assert "uid 65534 may not write here" in done.stderr
+    assert "uid 65534 may not write here" in said
 
 
 # -- of what this node makes ------------------------------------------------------------------
