@@ -61,7 +61,7 @@ class StoreSettings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fi
         default=1024, name="posix_write_queue_pages"
     )
     io_timeout_ms: _Milliseconds = msgspec.field(default=10_000, name="posix_io_timeout_ms")
-    # None: a share of the filesystem, see ucm/store/space.py.
+    # None: a share of the filesystem, see ucm/store/tiers/posix/space.py.
     min_free_gb: Annotated[float, Meta(ge=0, le=1 << 20)] | None = None
     file_mode: Annotated[str, Meta(pattern=r"^0?[67][0-7]{2}$")] | None = None
     file_group: Annotated[str, Meta(min_length=1)] | None = None

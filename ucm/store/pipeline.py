@@ -26,7 +26,6 @@ import uuid
 import weakref
 from collections.abc import Iterator, Mapping, Sequence
 from functools import partial
-from types import TracebackType
 from typing import TYPE_CHECKING, Final
 
 from ucm.config.settings import CONNECTOR_NAME, StoreSettings, load_settings
@@ -232,12 +231,7 @@ class UcmPipelineStore:
     def __enter__(self) -> Self:
         return self
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
+    def __exit__(self, *error: object) -> None:
         self.close()
 
     # -- parts -----------------------------------------------------------------------------

@@ -5,7 +5,7 @@ as long as the object lives, so a copy that is still running when its node cache
 memory that nobody else uses any more.
 
 Where there is an accelerator, the parts in use are pinned (`prepare`), in the background and piece
-by piece (`preparing`), because pinning touches every page. What isn't pinned yet, or can't be (no
+by piece (`pinning.py`), because pinning touches every page. What isn't pinned yet, or can't be (no
 such call on this accelerator, a refusal), is copied by way of a small pinned ring; the copy engine
 asks `pieces` or `whole` which is which. Where there is none, `prepare` only fills the page table,
 so that the first copies don't: a first touch costs 0.5 to 1 us per 4 KiB, as much as the copy

@@ -1,6 +1,6 @@
 """The memory that a rank copies from and to: that of the current node cache, and of earlier ones.
 
-Filled by the link's thread, used by the rank's. Making it fast is a third thread's (`preparing`).
+Filled by the link's thread, used by the rank's. Making it fast is a third thread's (`pinning.py`).
 """
 
 from __future__ import annotations

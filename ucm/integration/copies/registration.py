@@ -3,7 +3,7 @@
 Torch has no generic one; CUDA and ROCm share this. A registration is a call into the driver that
 may take a while and keeps other calls of the process out meanwhile, and one that CUDA refuses
 (error 900) while any thread of the process captures a graph. So who registers does it in small
-pieces and tries again (`preparing`). Nothing here launches a kernel: that would disturb a capture
+pieces and tries again (`pinning.py`). Nothing here launches a kernel: that would disturb a capture
 more than the registration does.
 """
 

@@ -5,7 +5,7 @@
 Slots are asked for one step ahead of the computation, so a long prompt holds no more memory than
 its next step can fill, and a step hardly ever waits for the answer. Blocks are copied and committed
 in prompt order. vLLM keeps a finished request's device blocks until its copies have ended; whose
-blocks may be read is asked of the ledger (`block_ledger.py`).
+blocks may be read is asked of the ledger (`device_blocks.py`).
 """
 
 from __future__ import annotations

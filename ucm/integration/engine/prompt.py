@@ -74,10 +74,6 @@ class RequestState:
             return len(self.keys)
         return num_tokens // block_tokens
 
-    def tokens_in(self, num_blocks: int, block_tokens: int) -> int:
-        """How many tokens of the prompt are in so many leading blocks."""
-        return min(num_blocks * block_tokens, self.num_prompt)
-
     def tail_at(self, end_block: int) -> int:
         """`tail_tokens` if the tail is the last of the blocks before `end_block`, else 0."""
         return self.tail_tokens if end_block == len(self.keys) else 0

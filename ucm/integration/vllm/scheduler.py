@@ -7,7 +7,6 @@ while nothing is computed.
 
 from __future__ import annotations
 
-import logging
 from typing import Any
 
 from vllm.v1.request import RequestStatus
@@ -34,8 +33,6 @@ from ucm.store.blocks.namespace import Manifest
 from ucm.store.client.link import NodeLink
 from ucm.store.client.session import NodeSession
 from ucm.store.client.start import log_path
-
-logger = logging.getLogger(__name__)
 
 
 class SchedulerSide:

@@ -1,8 +1,8 @@
 """From the pipeline in the settings to the tier behind the node cache.
 
 `Cache` is the node cache itself, which is always there: it is how pages reach storage without file
-I/O in an engine. The stage behind it is a tier. ucm/config.py reads `store_pipeline` and refuses
-what it doesn't know; a new kind of tier is named there and built here.
+I/O in an engine. The stage behind it is a tier. ucm/config/settings.py reads `store_pipeline` and
+refuses what it doesn't know; a new kind of tier is named there and built here.
 """
 
 from __future__ import annotations

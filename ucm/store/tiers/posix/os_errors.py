@@ -9,7 +9,6 @@ TierError.
 from __future__ import annotations
 
 import errno
-from types import TracebackType
 
 from ucm.errors import TierError
 from ucm.outcome import Outcome
@@ -47,12 +46,7 @@ class translated:  # noqa: N801 read as a statement
 
     def __enter__(self) -> None: ...
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
+    def __exit__(self, kind: object, error: object, trace: object) -> None:
         if isinstance(error, OSError):
             raise tier_error(self._path, self._doing, error) from error
 
@@ -64,10 +58,5 @@ class unless_gone:  # noqa: N801 read as a statement
 
     def __enter__(self) -> None: ...
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> bool:
+    def __exit__(self, kind: object, error: object, trace: object) -> bool:
         return isinstance(error, OSError) and is_gone(error)

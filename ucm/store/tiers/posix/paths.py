@@ -1,7 +1,7 @@
 """Every file and directory name of the Posix tier is built and parsed here.
 
     <backend>/
-      ucm-backend-id                          only where there are several backends
+      ucm-backend-id                          16 hex digits: `docs/backends.md`
       <namespace fingerprint>/                or <namespace fingerprint>-<id of the page key>/
         manifest.json
         <hh>/<hh>/<key>.kv                    hh: first and second byte of the key
