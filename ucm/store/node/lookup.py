@@ -266,6 +266,7 @@ class LookupJob:
     def close(self, *, keep: int) -> None:
         """Answered, or withdrawn: has and waits for nothing from block `keep` on."""
         self.closed = True
+        self.end = min(self.end, keep)
         # Tail first: the head of a prompt is shared by more prompts and should be evicted last.
         for i in range(len(self._states) - 1, keep - 1, -1):
             if self._states[i] is not _OUT:
