@@ -193,12 +193,12 @@ class SlotTable:
 
     def touch(self, slot: Slot) -> None:
         if slot.state is SlotState.READY and slot.pins == 0:
+            del self._class(slot).evictable[slot.offset]
             self._may_be_evicted(slot)
 
     def _may_be_evicted(self, slot: Slot) -> None:
         """As the last one; a tail as the first: it serves one prompt, which has had it."""
-        evictable = self._class(slot).evictable
-        evictable.pop(slot.offset, None)
+        evictable = self._classes[slot.span.slot_bytes].evictable
         evictable[slot.offset] = slot
         is_tail = isinstance(slot.key, TailKey)
         if is_tail:
