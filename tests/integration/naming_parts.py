@@ -90,7 +90,7 @@ def keys(engine: Engine | None = None, **more: Any) -> list[bytes]:
     engine = engine or Engine(Loopback())
     request = engine.add(f"r{len(engine.requests)}", PROMPT, **more)
     named(engine, request)
-    return list(engine.side._states[request.request_id].keys)
+    return list(engine.side._states[request.request_id].prompt.keys)
 
 
 def common(one: list[bytes], other: list[bytes]) -> int:

@@ -8,6 +8,7 @@ Clients come and leave at any step, blocks are too few, storage is slow and forg
 from __future__ import annotations
 
 import random
+from collections import deque
 from pathlib import Path
 from typing import Any
 
@@ -42,6 +43,14 @@ class StormConnector(UCMConnector):
         self._stats = UcmStats()
         self._worker = None
         self._scheduler = StormConnector.made_by.make_side(self._stats)
+
+    def request_finished(
+        self, request: Any, block_ids: list[int]
+    ) -> tuple[bool, dict[str, Any] | None]:
+        held, params = super().request_finished(request, block_ids)
+        if (receipt := h.parse(params)) is not None:
+            StormConnector.made_by.receipts.append(receipt)
+        return held, params
 
 
 class Storm:
@@ -82,6 +91,7 @@ class Storm:
         self._truth: dict[str, list[int]] = {}
         self._heads = [self._tokens(length) for length in (1, 31, 48, 100, 160)]
         self._count = 0
+        self.receipts: deque[h.Handoff] = deque(maxlen=4)
         self.answered = 0
 
     def make_side(self, stats: UcmStats) -> SchedulerSide:
@@ -153,18 +163,13 @@ class Storm:
         self._expect_pages(request)
 
     def _receipt(self) -> h.Handoff | None:
-        """What another request was given, or might have been."""
-        states = list(self.side._states.values())
-        if not states:
-            return None
-        state = self.rng.choice(states)
-        params = self.side._promises.receipt(state) if state.wants_receipt else None
-        return h.parse(params)
+        """What one of the last requests was given."""
+        return self.rng.choice(self.receipts) if self.receipts else None
 
     def _expect_pages(self, request: Request) -> None:
         truth = self._truth[request.request_id][: request.num_prompt_tokens]
         size = self.weather.block_tokens
-        keys = self.side._states[request.request_id].keys
+        keys = self.side._states[request.request_id].prompt.keys
         self.node.heads.update(keys[:2])
         for i, key in enumerate(keys):
             self.node.expected[key] = truth[i * size : (i + 1) * size]
@@ -300,7 +305,7 @@ class Storm:
                 break
         self.side._session.poll()
         assert not self.side._states and not len(self.side._ledger)
-        assert not self.side._hits._hits and not self.side._hits._loading
+        assert not self.side._hits._hits and not self.side._loads._loading
         assert not self.side._dumps._dumps and not self.side._acks and not self.side._failed
         slots = self.node.core.slots.counts()
         assert (slots.pins, slots.filling) == (0, 0), slots

@@ -187,7 +187,7 @@ def test_an_adapter_on_a_disk_that_hangs_costs_its_requests_the_store_and_nobody
         assert len(keys(engine)) == NUM_BLOCKS
         assert len(keys(engine, features=[picture(red())])) == NUM_BLOCKS
         named(engine, request)
-        assert engine.side._states["hangs"].keys == []
+        assert engine.side._states["hangs"].prompt.keys == ()
         assert engine.counted("ucm_unnamed_requests", what="timeout") == 1
         engine.admit(request)
         engine.step({"hangs": PROMPT})

@@ -19,7 +19,7 @@ def engine_that_lost_its_head(**more: Any) -> Engine:
     """The first two of six blocks are in vLLM's own prefix cache, and nowhere else."""
     engine = Engine(Loopback(), **more)
     engine.prefill("a", 6 * BLOCK + 4)
-    keys = engine.side._state_of(engine.add("probe", 6 * BLOCK + 4)).keys
+    keys = engine.side._state_of(engine.add("probe", 6 * BLOCK + 4)).prompt.keys
     engine.side.finished(engine.requests["probe"], [])
     engine.link.restart()  # nothing is in memory any more
     for stored in [each for each in engine.link.tier._pages if each[1] in keys[:2]]:

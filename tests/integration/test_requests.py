@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 
 pytest.importorskip("vllm")
 
-from ucm.integration.engine.prompt import part_of_block, parts_of_tokens
+from ucm.integration.engine.ranges import part_of_block, parts_of_tokens
 
 BLOCK = 128
 

@@ -81,8 +81,8 @@ class Arena:
         return self._closed
 
     def typed(self, dtype: torch.dtype) -> Tensor:
-        """All of the memory as one flat tensor of another dtype (a tail that doesn't fit is left
-        out)."""
+        """All of the memory as one flat tensor of another dtype (an item that doesn't fit at the
+        end is left out)."""
         view = self._as_dtype.get(dtype)
         if view is None:
             usable = self.bytes.numel() - self.bytes.numel() % dtype.itemsize

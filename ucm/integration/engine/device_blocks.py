@@ -10,8 +10,8 @@ vLLM waits for writes blocks, a dump reads them:
 
 Rules, which `check` knows as well:
 
-1. While blocks are written nothing of that request is read: its head waits for the load as its
-   tail does.
+1. While blocks are written nothing of that request is read: its head waits for the load as the
+   rest does.
 2. After request_finished vLLM hears of a request exactly once, or never: by its load, if one is
    under way (vLLM itself keeps the blocks until then, whatever it is answered), else by `release`,
    if it was answered that it must keep them, else not at all.

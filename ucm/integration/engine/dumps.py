@@ -5,7 +5,8 @@
 Slots are asked for one step ahead of the computation, so a long prompt holds no more memory than
 its next step can fill, and a step hardly ever waits for the answer. Blocks are copied and committed
 in prompt order. vLLM keeps a finished request's device blocks until its copies have ended; whose
-blocks may be read is asked of the ledger (`device_blocks.py`).
+blocks may be read is asked of the ledger (`device_blocks.py`), and how far a prompt is its cursor
+(`ranges.py`).
 """
 
 from __future__ import annotations
@@ -14,13 +15,14 @@ import logging
 import time
 from collections import deque
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 
 from ucm.integration.copies.jobs import CopyJob
 from ucm.integration.engine.device_blocks import BlockLedger, Ending
 from ucm.integration.engine.facts import EngineFacts
-from ucm.integration.engine.prompt import RequestState, parents, part_of_block
+from ucm.integration.engine.prompt import Prompt
+from ucm.integration.engine.ranges import DumpCursor, part_of_block
 from ucm.store.blocks.keys import Key
 from ucm.store.client.session import NodeSession
 from ucm.store.node import protocol as p
@@ -43,21 +45,28 @@ class DumpJob:
 
 @dataclass(eq=False)
 class Dump:
-    """What of one request's prompt goes into the store. `todo` are the blocks the store lacks, in
-    prompt order; a block leaves it when its copy is on its way, when somebody else has it, or when
-    it is given up. `slots` maps blocks to offsets (or HAVE) once the node cache has answered. From
-    `lost_from` on blocks are missing in the store. All that is said of its blocks is said in the
-    `namespace` that it began in, though the engine may be in another one by then."""
+    """What of one request's prompt goes into the store. `device_blocks` are the request's as vLLM
+    has named them last. All that is said of its blocks is said in the `namespace` that it began
+    in, though the engine may be in another one by then."""
 
-    state: RequestState
+    prompt: Prompt
     namespace: int
-    keys: Sequence[Key]
-    todo: deque[int]
-    lost_from: int
-    asked_to: int = 0
-    slots: dict[int, int] = field(default_factory=dict)
+    cursor: DumpCursor
+    device_blocks: Sequence[int] = ()
     jobs: deque[DumpJob] = field(default_factory=deque)
     closed: bool = False
+
+    def keys_of(self, blocks: Iterable[int]) -> list[bytes]:
+        return [self.prompt.keys[block] for block in blocks]
+
+
+@dataclass(frozen=True)
+class DumpEnd:
+    """Of a request that has ended: `kept_blocks` leading blocks are in the store or on their way
+    there. While it `is_copying` its device blocks are still being copied from."""
+
+    is_copying: bool
+    kept_blocks: int
 
 
 class Dumps:
@@ -69,7 +78,6 @@ class Dumps:
         facts: EngineFacts,
         ledger: BlockLedger,
         *,
-        block_tokens: int,
         timeout_s: float,
     ) -> None:
         # Told of each block that this engine itself is to bring.
@@ -77,70 +85,72 @@ class Dumps:
         self._session = session
         self._ledger = ledger
         self._facts = facts
-        self._block_tokens = block_tokens
         self._timeout_s = timeout_s
         self._dumps: dict[str, Dump] = {}
         self._jobs: dict[int, tuple[Dump, DumpJob]] = {}
         self._planned: list[CopyJob] = []
         self._fence: list[int] = []
-        self._draining: dict[str, tuple[RequestState, float]] = {}
+        self._draining: dict[str, float] = {}
 
     # -- a request's life ------------------------------------------------------------------
 
-    def plan(self, state: RequestState, todo: Iterable[int]) -> None:
+    def plan(self, prompt: Prompt, todo: Iterable[int], *, num_computed: int) -> None:
         """From now on these blocks of the request are dumped as they are computed."""
-        if self._facts.dumps and state.request_id not in self._dumps:
-            dump = self._dumps[state.request_id] = Dump(
-                state,
-                self._session.namespace,
-                state.keys,
-                deque(todo),
-                lost_from=len(state.keys),
-            )
-            self._reserve(dump, state.local_tokens + self._facts.max_step_tokens)
+        if self._facts.dumps and prompt.request_id not in self._dumps:
+            cursor = DumpCursor(todo, len(prompt.keys))
+            dump = Dump(prompt, self._session.namespace, cursor)
+            self._dumps[prompt.request_id] = dump
+            self._reserve(dump, num_computed + self._facts.max_step_tokens)
 
-    def is_planned(self, state: RequestState) -> bool:
-        return state.request_id in self._dumps
+    def is_planned(self, request_id: str) -> bool:
+        return request_id in self._dumps
 
-    def computed(self, state: RequestState, num_tokens: int) -> None:
-        """This step computes the request's tokens up to `num_tokens`."""
-        dump = self._dumps.get(state.request_id)
-        if dump is None or not dump.todo:
+    def allocated(self, request_id: str, device_blocks: Sequence[int]) -> None:
+        """vLLM has given the request these, of which it may have computed some before."""
+        if (dump := self._dumps.get(request_id)) is not None:
+            dump.device_blocks = device_blocks
+
+    def computed(self, request_id: str, num_tokens: int, device_blocks: Sequence[int]) -> None:
+        """This step computes the request's tokens up to `num_tokens`, into these blocks."""
+        dump = self._dumps.get(request_id)
+        if dump is None:
+            return
+        dump.device_blocks = device_blocks
+        cursor = dump.cursor
+        if not cursor.todo:
             return
         self._reserve(dump, num_tokens + self._facts.max_step_tokens)
-        num_blocks = state.blocks_in(num_tokens, self._block_tokens)
-        if dump.todo[0] < min(num_blocks, dump.asked_to) and dump.todo[0] not in dump.slots:
-            # Answers take a tenth of the time; a step that doesn't get one copies in the next.
-            self._session.wait_for(lambda: dump.todo[0] in dump.slots)
-        self._copy(state, dump, num_blocks)
+        num_blocks = dump.prompt.blocks_in(num_tokens)
+        # Answers take a tenth of the time; a step that doesn't get one copies in the next.
+        self._session.wait_for(lambda: not cursor.is_awaited(num_blocks))
+        self._copy(dump, num_blocks)
 
-    def taken_back(self, state: RequestState) -> None:
+    def taken_back(self, request_id: str) -> None:
         """vLLM has the request's device blocks again, or waits for a load into them, and nothing
         more is read; the coming step may write into them. Copies under way are waited for by the
         ranks, the others don't start."""
-        self._fence.extend(self._ledger.take_back(state.request_id))
-        dump = self._dumps.pop(state.request_id, None)
+        self._fence.extend(self._ledger.take_back(request_id))
+        dump = self._dumps.pop(request_id, None)
         if dump is not None:
             self._close(dump)
 
-    def finished(self, state: RequestState) -> bool:
-        """The request has ended, and no load of it is under way. True: its device blocks are still
-        being copied from. Its `kept_blocks` are known now."""
-        dump = self._dumps.get(state.request_id)
+    def finished(self, request_id: str, num_tokens: int, device_blocks: Sequence[int]) -> DumpEnd:
+        """The request has ended with its tokens up to `num_tokens` computed, and no load of it is
+        under way."""
+        dump = self._dumps.get(request_id)
         if dump is None:
-            return False
-        computed = min(state.request.num_computed_tokens, state.num_prompt)
-        num_blocks = state.blocks_in(computed, self._block_tokens)
-        dump.lost_from = min(dump.lost_from, num_blocks)
-        dump.todo = deque(block for block in dump.todo if block < num_blocks)
-        self._reserve(dump, computed)
-        state.kept_blocks = dump.lost_from
-        ending = self._ledger.finish(state.request_id, more_to_dump=bool(dump.todo))
-        if ending is not Ending.HELD:
-            self._close(self._dumps.pop(state.request_id))
-            return False
-        self._draining[state.request_id] = (state, time.monotonic())
-        return True
+            return DumpEnd(is_copying=False, kept_blocks=0)
+        dump.device_blocks = device_blocks
+        cursor = dump.cursor
+        cursor.end_at(dump.prompt.blocks_in(num_tokens))
+        self._reserve(dump, num_tokens)
+        ended = DumpEnd(is_copying=True, kept_blocks=cursor.lost_from)
+        ending = self._ledger.finish(request_id, more_to_dump=bool(cursor.todo))
+        if ending is Ending.HELD:
+            self._draining[request_id] = time.monotonic()
+            return ended
+        self._close(self._dumps.pop(request_id))
+        return replace(ended, is_copying=False)
 
     @property
     def is_draining(self) -> bool:
@@ -152,15 +162,16 @@ class Dumps:
     def drain(self) -> tuple[str, ...]:
         """Goes on with finished requests; those whose copies have all ended are returned."""
         released = []
-        for request_id, (state, since_s) in list(self._draining.items()):
+        for request_id, since_s in list(self._draining.items()):
             dump = self._dumps[request_id]
-            self._copy(state, dump, len(dump.keys))
+            todo = dump.cursor.todo
+            self._copy(dump, len(dump.prompt.keys))
             late = time.monotonic() - since_s > self._timeout_s
-            if dump.todo and (late or not self._session.can_store):
+            if todo and (late or not self._session.can_store):
                 why = "no slots in time" if late else "the node cache doesn't answer"
-                logger.warning("%d blocks of %s not stored: %s", len(dump.todo), request_id, why)
+                logger.warning("%d blocks of %s not stored: %s", len(todo), request_id, why)
                 self._give_up(dump)
-            if not dump.todo and self._ledger.release(request_id):
+            if not todo and self._ledger.release(request_id):
                 del self._draining[request_id]
                 # Slots that were asked for in vain may still be given.
                 self._close(self._dumps.pop(request_id))
@@ -178,63 +189,54 @@ class Dumps:
     def _reserve(self, dump: Dump, to_tokens: int) -> None:
         if not self._session.can_store:
             return
-        to_block = dump.state.blocks_in(to_tokens, self._block_tokens)
-        blocks = [block for block in dump.todo if dump.asked_to <= block < to_block]
+        prompt = dump.prompt
+        blocks = dump.cursor.ask(prompt.blocks_in(to_tokens))
         if not blocks:
             return
-        dump.asked_to = blocks[-1] + 1
         self._session.ask(
             p.Reserve(
                 id=self._session.next_id(),
                 ns=dump.namespace,
-                keys=[dump.keys[block] for block in blocks],
-                parents=parents(dump.keys, blocks),
-                tail_tokens=dump.state.tail_at(blocks[-1] + 1),
+                keys=dump.keys_of(blocks),
+                parents=prompt.parents(blocks),
+                tail_tokens=prompt.tail_at(blocks[-1] + 1),
             ),
             partial(self._on_reply, dump, blocks),
         )
 
     def _on_reply(self, dump: Dump, blocks: list[int], reply: p.ReserveReply) -> None:
         for block, offset in zip(blocks, reply.offsets, strict=True):
-            dump.slots[block] = offset
+            dump.cursor.slots[block] = offset
             if offset >= 0:
-                self.on_slot(dump.keys[block])
+                self.on_slot(dump.prompt.keys[block])
         if dump.closed:
             self._abort_slots(dump)
 
-    def _copy(self, state: RequestState, dump: Dump, num_blocks: int) -> None:
+    def _copy(self, dump: Dump, num_blocks: int) -> None:
         """Plans the copies of leading blocks that are computed and have slots."""
-        blocks: list[int] = []
-        parts = []
-        while dump.todo and dump.todo[0] < num_blocks and dump.todo[0] in dump.slots:
-            block = dump.todo[0]
-            offset = dump.slots.pop(block)
-            if offset == p.NO_ROOM:
-                self._give_up(dump)
-                break
-            dump.todo.popleft()
-            if offset == p.HAVE:
-                continue
-            blocks.append(block)
-            parts.append(
-                part_of_block(
-                    block,
-                    offset,
-                    state.device_blocks,
-                    num_tokens=state.tail_at(block + 1) or self._block_tokens,
-                    block_tokens=self._block_tokens,
-                    unit=self._facts.block_tokens,
-                )
-            )
-        if not blocks:
+        prompt = dump.prompt
+        taken = dump.cursor.take(num_blocks)
+        if not dump.cursor.todo:
+            self._abort_slots(dump)
+        if not taken:
             return
-        job = DumpJob(
-            self._session.next_id(), blocks, state.device_blocks, self._session.generation
+        parts = tuple(
+            part_of_block(
+                each.block,
+                each.offset,
+                dump.device_blocks,
+                num_tokens=prompt.tokens_of(each.block),
+                block_tokens=prompt.block_tokens,
+                unit=self._facts.block_tokens,
+            )
+            for each in taken
         )
+        blocks = [each.block for each in taken]
+        job = DumpJob(self._session.next_id(), blocks, dump.device_blocks, self._session.generation)
         dump.jobs.append(job)
-        self._ledger.dump(state.request_id, job.job_id)
+        self._ledger.dump(prompt.request_id, job.job_id)
         self._jobs[job.job_id] = (dump, job)
-        self._planned.append(CopyJob(job.job_id, state.request_id, job.generation, tuple(parts)))
+        self._planned.append(CopyJob(job.job_id, prompt.request_id, job.generation, parts))
 
     # -- endings ---------------------------------------------------------------------------
 
@@ -247,15 +249,15 @@ class Dumps:
         for dump, job in self._jobs.values():
             if not device_blocks.isdisjoint(job.device_blocks):
                 job.failed = True
-                dump.lost_from = min(dump.lost_from, job.blocks[0])
+                dump.cursor.lose(job.blocks[0])
         for dump in self._dumps.values():
-            if not device_blocks.isdisjoint(dump.state.device_blocks):
+            if not device_blocks.isdisjoint(dump.device_blocks):
                 self._close(dump)
 
-    def state_of(self, job_id: int) -> RequestState | None:
-        """The request whose blocks the job copies."""
+    def prompt_of(self, job_id: int) -> Prompt | None:
+        """The prompt whose blocks the job copies."""
         dump, _ = self._jobs.get(job_id, (None, None))
-        return None if dump is None else dump.state
+        return None if dump is None else dump.prompt
 
     def ended(self, job_id: int, *, failed: bool) -> None:
         """All ranks have copied. Commits what is complete in prompt order."""
@@ -268,23 +270,16 @@ class Dumps:
             done = dump.jobs.popleft()
             if done.generation != self._session.generation:
                 continue
-            keys: list[bytes] = [dump.keys[block] for block in done.blocks]
+            keys = dump.keys_of(done.blocks)
             if done.failed:
-                dump.lost_from = min(dump.lost_from, done.blocks[0])
+                dump.cursor.lose(done.blocks[0])
                 self._session.send(p.Abort(ns=dump.namespace, keys=keys))
             else:
-                self._session.send(
-                    p.Commit(
-                        ns=dump.namespace,
-                        keys=keys,
-                        parents=parents(dump.keys, done.blocks),
-                    )
-                )
+                parents = dump.prompt.parents(done.blocks)
+                self._session.send(p.Commit(ns=dump.namespace, keys=keys, parents=parents))
 
     def _give_up(self, dump: Dump) -> None:
-        if dump.todo:
-            dump.lost_from = min(dump.lost_from, dump.todo[0])
-        dump.todo.clear()
+        dump.cursor.give_up()
         self._abort_slots(dump)
 
     def _close(self, dump: Dump) -> None:
@@ -293,8 +288,7 @@ class Dumps:
 
     def _abort_slots(self, dump: Dump) -> None:
         """Gives back slots that nothing will be copied into."""
-        keys: list[bytes] = [dump.keys[b] for b, offset in dump.slots.items() if offset >= 0]
-        dump.slots.clear()
+        keys = dump.keys_of(dump.cursor.take_unused())
         if keys:
             self._session.send(p.Abort(ns=dump.namespace, keys=keys))
 
@@ -306,13 +300,10 @@ class Dumps:
             for job in dump.jobs:
                 job.failed = True
         for dump in self._dumps.values():
-            dump.lost_from = 0
+            dump.cursor.lose(0)
             self._close(dump)
 
     def node_lost(self) -> None:
         """Slots are gone with the node cache; running copies go into memory nobody reads."""
         for dump in self._dumps.values():
-            # Of what it had, nobody knows what has reached storage.
-            dump.lost_from = 0
-            dump.slots.clear()
-            dump.asked_to = dump.todo[0] if dump.todo else 0
+            dump.cursor.node_lost()

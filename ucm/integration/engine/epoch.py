@@ -18,7 +18,7 @@ from ucm.config.settings import PRIVATE_EPOCH, Settings, read_epoch
 from ucm.errors import ConfigError
 from ucm.integration.engine.facts import EngineFacts
 from ucm.integration.engine.promise import PromiseRules
-from ucm.integration.engine.side_thread import Lane
+from ucm.integration.engine.side_thread import SideThread
 from ucm.store.blocks.namespace import Manifest, fingerprint, to_json
 from ucm.store.node import protocol as p
 
@@ -37,7 +37,7 @@ class Epochs:
         self._settings = settings
         self._facts = facts
         self._number = 1
-        self._disk = Lane("ucm-epoch", limit=1)
+        self._disk = SideThread("ucm-epoch", limit=1)
 
     @property
     def rules(self) -> PromiseRules:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import time
 from collections import OrderedDict
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
@@ -12,8 +13,8 @@ from ucm import handoff as h
 from ucm.errors import UcmError
 from ucm.integration.engine.counts import Counts
 from ucm.integration.engine.epoch import Epochs
-from ucm.integration.engine.promise import promise_of, receipt_for
-from ucm.integration.engine.prompt import RequestState
+from ucm.integration.engine.promise import Promise, promise_of, receipt_for, wants_tail
+from ucm.integration.engine.prompt import Prompt
 from ucm.outcome import Outcome, recomputed_as
 from ucm.store.blocks.keys import Key
 from ucm.store.blocks.namespace import differences, from_json
@@ -27,6 +28,16 @@ _MAX_REFUSED = 1000
 _MAX_UNSAVED = 1 << 16
 
 
+@dataclass(eq=False)
+class _Account:
+    """What was said with one request: `promise`, once its prompt is named, and whether it has been
+    counted what came of it."""
+
+    handoff: h.Handoff
+    promise: Promise | None = None
+    is_closed: bool = False
+
+
 class PromiseBook:
     """Owned by the engine's thread."""
 
@@ -34,67 +45,90 @@ class PromiseBook:
         self._session = session
         self._epochs = epochs
         self._stats = stats
+        self._accounts: dict[str, _Account] = {}
         self._unsaved: OrderedDict[bytes, None] = OrderedDict()
         self._refused: set[tuple[str, bytes]] = set()
         # Anybody who may ask an engine may send words of a hand-off.
         self._notices = Notices(time.monotonic)
 
-    def heard(self, request: Any) -> h.Handoff | None:
-        """What comes with a request. Its words may be anybody's: they are checked in `note`."""
+    def begin(self, request: Any) -> None:
+        """A request has come. Its words may be anybody's: they are checked in `named`."""
         words = request.kv_transfer_params
         handoff = h.parse(words)
-        if handoff is None and isinstance(words, dict) and h.NAME in words:
+        if handoff is not None:
+            self._accounts[request.request_id] = _Account(handoff)
+        elif isinstance(words, dict) and h.NAME in words:
             self._stats.count("ucm_receipts", outcome="unreadable")
             shown = f"{words[h.NAME]!r:.200}"
             self._notices.warn("unreadable_receipt", f"{request.request_id}: {shown}")
-        return handoff
 
-    def note(self, state: RequestState, handoff: h.Handoff | None) -> None:
-        """What is promised of a request that has just come."""
-        state.promise = promise_of(
-            handoff,
-            keys=state.keys,
-            num_prompt=state.num_prompt,
+    def wants_tail(self, request_id: str) -> bool:
+        """Whether the request's keys have one for the tail."""
+        account = self._accounts.get(request_id)
+        return account is not None and wants_tail(account.handoff, self._epochs.rules)
+
+    def named(self, prompt: Prompt) -> None:
+        """What is promised of a prompt is known when its keys are."""
+        account = self._accounts.get(prompt.request_id)
+        if account is None:
+            return
+        promise = account.promise = promise_of(
+            account.handoff,
+            keys=prompt.keys,
+            num_prompt=prompt.num_tokens,
             rules=self._epochs.rules,
             now_s=time.monotonic(),
         )
-        state.wants_receipt = isinstance(handoff, h.Wanted)
-        if state.promise is None or not isinstance(handoff, h.Receipt):
+        if promise is None or not isinstance(account.handoff, h.Receipt):
             return
-        if state.promise.void == Outcome.NAMESPACE:
+        if promise.void is Outcome.NAMESPACE:
             self._stats.count("ucm_receipts", outcome="refused_namespace")
-            self._say_why_refused(handoff.namespace)
+            self._say_why_refused(account.handoff.namespace)
         else:
             self._stats.count("ucm_receipts", outcome="taken")
 
-    def account(self, state: RequestState, had_tokens: int) -> None:
-        """vLLM allocates for the first time, and computes everything behind `had_tokens`."""
-        promise = state.promise
-        if promise is None or state.is_accounted:
+    def promise(self, request_id: str) -> Promise | None:
+        account = self._accounts.get(request_id)
+        return None if account is None else account.promise
+
+    def crowded_out(self, request_id: str) -> None:
+        """It is waited for no more."""
+        account = self._accounts.get(request_id)
+        if account is not None and account.promise is not None:
+            account.promise = replace(account.promise, void=Outcome.CROWDED)
+
+    def close(self, prompt: Prompt, had_tokens: int, reason: Outcome) -> None:
+        """vLLM allocates, for the first time if this is to be counted, and computes everything
+        behind `had_tokens`. `reason`: why the last lookup has brought no more."""
+        account = self._accounts.get(prompt.request_id)
+        if account is None or account.promise is None or account.is_closed:
             return
-        state.is_accounted = True
+        account.is_closed = True
         # One token is left to compute in any case.
-        owed = min(promise.tokens, state.num_prompt - 1)
+        owed = min(account.promise.tokens, prompt.num_tokens - 1)
         kept = min(had_tokens, owed)
         self._stats.count("ucm_handoff_promised_tokens", owed)
         self._stats.count("ucm_handoff_loaded_tokens", kept)
         if kept < owed:
-            reason = promise.void or recomputed_as(state.end_reason)
-            self._stats.count("ucm_handoff_recomputed_tokens", owed - kept, reason=reason)
-            logger.info(
-                "%s: computes %d promised tokens: %s", state.request_id, owed - kept, reason
-            )
+            why = account.promise.void or recomputed_as(reason)
+            self._stats.count("ucm_handoff_recomputed_tokens", owed - kept, reason=why)
+            logger.info("%s: computes %d promised tokens: %s", prompt.request_id, owed - kept, why)
 
-    def receipt(self, state: RequestState) -> dict[str, Any] | None:
-        """The `kv_transfer_params` of a finished request that wanted one."""
-        if not state.wants_receipt or not self._session.can_store:
+    def receipt(self, prompt: Prompt, kept_blocks: int) -> dict[str, Any] | None:
+        """The `kv_transfer_params` of a finished request that wanted one. `kept_blocks` leading
+        blocks are in the store, or on their way there."""
+        account = self._accounts.get(prompt.request_id)
+        wants_one = account is not None and isinstance(account.handoff, h.Wanted)
+        if not wants_one or not self._session.can_store:
             return None
-        # What storage has refused, or will not get, is in this node's memory at best.
-        refused = (i for i in range(state.kept_blocks) if state.keys[i] in self._unsaved)
+        if self._unsaved:
+            # What storage has refused, or will not get, is in this node's memory at best.
+            refused = (i for i in range(kept_blocks) if prompt.keys[i] in self._unsaved)
+            kept_blocks = next(refused, kept_blocks)
         receipt = receipt_for(
-            state.keys,
-            next(refused, state.kept_blocks) if self._unsaved else state.kept_blocks,
-            num_prompt=state.num_prompt,
+            prompt.keys,
+            kept_blocks,
+            num_prompt=prompt.num_tokens,
             rules=self._epochs.rules,
             issued_s=time.time(),
         )
@@ -102,6 +136,10 @@ class PromiseBook:
             return None
         self._stats.count("ucm_receipts", outcome="issued")
         return h.params(receipt)
+
+    def forget(self, request_id: str) -> None:
+        """The request is no more."""
+        self._accounts.pop(request_id, None)
 
     # -- what is not saved -----------------------------------------------------------------
 

@@ -11,15 +11,14 @@ from dataclasses import dataclass
 
 from ucm.integration.engine.dumps import Dumps
 from ucm.integration.engine.naming import Namer
-from ucm.integration.engine.prompt import RequestState
-from ucm.integration.engine.side_thread import Answer
+from ucm.integration.engine.side_thread import Pending
 
 
 @dataclass(frozen=True)
 class _Proof:
     job_id: int
-    state: RequestState
-    answer: Answer[bytes]
+    lora_digest: bytes | None
+    found: Pending[bytes]
     until_s: float
 
 
@@ -34,21 +33,21 @@ class Proofs:
 
     def dump_ended(self, job_id: int, *, failed: bool) -> None:
         """All ranks have copied. Without an adapter there is nothing to prove."""
-        state = self._dumps.state_of(job_id)
-        answer = self._namer.adapter_now(state) if state is not None and not failed else None
-        if state is None or answer is None:
+        prompt = self._dumps.prompt_of(job_id)
+        if prompt is None or prompt.lora_request is None or failed:
             self._dumps.ended(job_id, failed=failed)
         else:
+            found = self._namer.adapter_now(prompt.lora_request)
             until_s = time.monotonic() + self._timeout_s
-            self._waiting.append(_Proof(job_id, state, answer, until_s))
+            self._waiting.append(_Proof(job_id, prompt.lora_digest, found, until_s))
 
     def settle(self) -> None:
         """In each step."""
         now_s, waiting = time.monotonic(), []
         for proof in self._waiting:
-            if proof.answer.is_ready:
-                digest = proof.answer.value
-                is_same = digest is not None and digest == proof.state.lora_digest
+            if proof.found.is_ready:
+                digest = proof.found.value
+                is_same = digest is not None and digest == proof.lora_digest
                 self._dumps.ended(proof.job_id, failed=not is_same)
             elif now_s > proof.until_s:
                 self._dumps.ended(proof.job_id, failed=True)

@@ -1,8 +1,8 @@
 """A thread of its own for what the engine's thread must not wait for.
 
-Adapters lie on disks that may hang, and a video takes a tenth of a second to digest. A lane does
-such work in order, one piece at a time; whoever asked looks at the answer at later steps. It is a
-daemon: one that hangs keeps nobody from ending. At most `limit` pieces wait; more are refused.
+Adapters lie on disks that may hang, and a video takes a tenth of a second to digest. A side thread
+does such work in order, one piece at a time; whoever asked looks at the answer at later steps. It
+is a daemon: one that hangs keeps nobody from ending. At most `limit` pieces wait; more are refused.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ logger = logging.getLogger(__name__)
 _T = TypeVar("_T")
 
 
-class Answer(Generic[_T]):
+class Pending(Generic[_T]):
     """Of a piece of work, when `is_ready`: its `value`, or None where it could not be done."""
 
     def __init__(self, *, is_ready: bool = False, value: _T | None = None) -> None:
@@ -39,7 +39,7 @@ class Answer(Generic[_T]):
         self._event.set()
 
 
-class Lane:
+class SideThread:
     """`ask` is for the engine's thread. The thread starts with the first piece of work."""
 
     def __init__(self, name: str, *, limit: int = 1024) -> None:
@@ -48,9 +48,9 @@ class Lane:
         self._work: SimpleQueue[Callable[[], None] | None] = SimpleQueue()
         self._thread: threading.Thread | None = None
 
-    def ask(self, work: Callable[[], _T | None]) -> Answer[_T]:
+    def ask(self, work: Callable[[], _T | None]) -> Pending[_T]:
         """What `work` returns, later. None at once where too much waits already."""
-        answer: Answer[_T] = Answer()
+        answer: Pending[_T] = Pending()
         if self._work.qsize() >= self._limit:
             answer.give(None)
             return answer
@@ -73,7 +73,7 @@ class Lane:
             work()
 
 
-def _do(work: Callable[[], _T | None], answer: Answer[_T]) -> None:
+def _do(work: Callable[[], _T | None], answer: Pending[_T]) -> None:
     value = None
     try:
         value = work()

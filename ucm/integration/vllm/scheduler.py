@@ -7,23 +7,23 @@ while nothing is computed.
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import Any
 
 from vllm.v1.request import RequestStatus
 
 from ucm.config.settings import Settings
 from ucm.integration.engine.device_blocks import BlockLedger
-from ucm.integration.engine.dumps import Dumps
+from ucm.integration.engine.dumps import DumpEnd, Dumps
 from ucm.integration.engine.epoch import Epochs
 from ucm.integration.engine.facts import EngineFacts
 from ucm.integration.engine.gauges import NodeGauges
 from ucm.integration.engine.handoff import PromiseBook
-from ucm.integration.engine.loads import Hits
+from ucm.integration.engine.hits import Hits
+from ucm.integration.engine.loads import Loads
 from ucm.integration.engine.naming import Namer
-from ucm.integration.engine.promise import wants_tail
-from ucm.integration.engine.prompt import NamedItems, RequestState, request_keys
+from ucm.integration.engine.prompt import NamedItems, Prompt, named_prompt, unnamed_prompt
 from ucm.integration.engine.proofs import Proofs
-from ucm.integration.engine.turns import Turns
 from ucm.integration.engine.waiting import IDLE_WAIT_MAX_S, IDLE_WAIT_S, STEP_WAIT_S
 from ucm.integration.vllm.device_facts import writes_before_hooks
 from ucm.integration.vllm.items import VllmItems
@@ -33,6 +33,16 @@ from ucm.store.blocks.namespace import Manifest
 from ucm.store.client.link import NodeLink
 from ucm.store.client.session import NodeSession
 from ucm.store.client.start import log_path
+
+
+@dataclass(eq=False)
+class _RequestState:
+    """From vLLM's first word of a request to its last. `prompt` has keys once it is named;
+    `local_tokens` is how much of it vLLM had itself when it last asked."""
+
+    request: Any
+    prompt: Prompt
+    local_tokens: int = 0
 
 
 class SchedulerSide:
@@ -52,12 +62,13 @@ class SchedulerSide:
         self._stats = stats
         self._namer = Namer(
             self._named,
+            self._bypassed,
             stats,
             VllmItems(settings.block_tokens),
             timeout_s=settings.lookup_timeout_ms / 1000,
             adapter_rules=facts.adapter_rules,
         )
-        self._states: dict[str, RequestState] = {}
+        self._states: dict[str, _RequestState] = {}
         self._ledger = BlockLedger()
         self._acks: dict[int, int] = {}
         self._failed: set[int] = set()
@@ -73,27 +84,16 @@ class SchedulerSide:
         )
         self._promises = PromiseBook(self._session, self._epochs, stats)
         self._gauges = NodeGauges(self._session, stats)
-        self._hits = Hits(
+        self._hits = Hits(self._session, facts, settings, promises=self._promises, stats=stats)
+        self._loads = Loads(
             self._session,
             facts,
+            self._hits,
             self._ledger,
             layerwise=settings.use_layerwise,
-            block_tokens=settings.block_tokens,
-            timeout_s=settings.lookup_timeout_ms / 1000,
-            turns=Turns(
-                max_lookups=settings.max_lookups,
-                max_handoffs=settings.max_handoffs,
-                timeout_s=settings.lookup_timeout_ms / 1000,
-            ),
             stats=stats,
         )
-        self._dumps = Dumps(
-            self._session,
-            facts,
-            self._ledger,
-            block_tokens=settings.block_tokens,
-            timeout_s=dump_timeout_s,
-        )
+        self._dumps = Dumps(self._session, facts, self._ledger, timeout_s=dump_timeout_s)
         self._proofs = Proofs(self._namer, self._dumps, timeout_s=dump_timeout_s)
         self._session.on_status = self._gauges.on_status
         self._dumps.on_slot = self._promises.on_slot
@@ -111,25 +111,30 @@ class SchedulerSide:
             return 0, False
         state = self._state_of(request)
         self._session.poll()
-        if not self._namer.is_ready(state):
+        name = state.prompt.request_id
+        if not self._namer.is_ready(name):
             return None, False
-        if self._dumps.is_planned(state):
+        if self._dumps.is_planned(name):
             # vLLM asks anew because it has preempted the request.
-            self._dumps.taken_back(state)
+            self._dumps.taken_back(name)
         state.local_tokens = num_computed
-        return self._hits.matched_tokens(state, num_computed)
+        # vLLM asks of requests that may read no cache as well, and drops the answer.
+        may_load = not request.skip_reading_prefix_cache
+        return self._hits.matched_tokens(state.prompt, num_computed, may_load=may_load)
 
     def allocated(self, request: Any, device_blocks: list[int], num_external: int) -> None:
         if RequestStatus.is_finished(request.status):
             return
         state = self._state_of(request)
-        state.device_blocks = device_blocks
-        self._promises.account(state, state.local_tokens + num_external)
+        prompt = state.prompt
+        reason = self._hits.reason(prompt.request_id)
+        self._promises.close(prompt, state.local_tokens + num_external, reason)
         self._plan_dump(state)
+        self._dumps.allocated(prompt.request_id, device_blocks)
         if num_external > 0:
-            self._hits.allocated(state, state.local_tokens, num_external)
+            self._loads.allocated(prompt, device_blocks, state.local_tokens, num_external)
         elif self._facts.loads:
-            self._hits.drop(state)
+            self._hits.drop(prompt.request_id)
 
     def step(self, output: Any) -> StepMetadata:
         """Plans the copies of the step that vLLM has just scheduled."""
@@ -143,15 +148,15 @@ class SchedulerSide:
             if state is None or self._ledger.is_loading(request_id):
                 continue
             self._plan_dump(state)
-            if not self._dumps.is_planned(state):
+            if not self._dumps.is_planned(request_id):
                 continue
-            (state.device_blocks,) = block_state.get_block_ids(request_id)
+            (device_blocks,) = block_state.get_block_ids(request_id)
             computed = state.request.num_computed_tokens + num_tokens
-            self._dumps.computed(state, min(computed, state.request.num_prompt_tokens))
+            self._dumps.computed(request_id, computed, device_blocks)
         released = self._dumps.drain()
         for request_id in released:
-            self._states.pop(request_id, None)
-        loads = self._hits.take_planned()
+            self._forget(request_id)
+        loads = self._loads.take_planned()
         idle = not output.num_scheduled_tokens
         # For what vLLM asks before its next step.
         self._session.may_wait(self._wait_s(idle=idle))
@@ -170,7 +175,7 @@ class SchedulerSide:
     def _wait_s(self, *, idle: bool) -> float:
         """The ranks wait for a load themselves. Nobody else has anything to do in an idle step."""
         has_news = self._session.take_news()
-        if not idle or self._hits.is_loading:
+        if not idle or self._loads.is_loading:
             self._idle_wait_s = IDLE_WAIT_S
             return STEP_WAIT_S
         wait_s = IDLE_WAIT_S if has_news or self._dumps.is_draining else self._idle_wait_s
@@ -184,7 +189,7 @@ class SchedulerSide:
             if self._is_under_way(job_id):
                 self._failed.add(job_id)
                 # Before anything is committed that was computed with it in the same step.
-                self._dumps.spoiled(self._hits.failed(job_id))
+                self._dumps.spoiled(self._loads.failed(job_id))
         for job_id, count in report.ended.items():
             acks = self._acks.pop(job_id, 0) + count
             if not self._is_under_way(job_id):
@@ -194,13 +199,13 @@ class SchedulerSide:
                 continue
             failed = job_id in self._failed
             self._failed.discard(job_id)
-            if self._hits.is_under_way(job_id):
-                self._hits.ended(job_id)
+            if self._loads.is_under_way(job_id):
+                self._loads.ended(job_id)
             else:
                 self._proofs.dump_ended(job_id, failed=failed)
 
     def _is_under_way(self, job_id: int) -> bool:
-        return self._hits.is_under_way(job_id) or self._dumps.is_under_way(job_id)
+        return self._loads.is_under_way(job_id) or self._dumps.is_under_way(job_id)
 
     def finished(
         self, request: Any, device_blocks: list[int]
@@ -210,20 +215,22 @@ class SchedulerSide:
         state = self._states.get(request.request_id)
         if state is None:
             return False, None
-        if self._ledger.is_held(state.request_id):
+        prompt = state.prompt
+        name = prompt.request_id
+        if self._ledger.is_held(name):
             return True, None  # said twice: it is told once
-        if self._ledger.is_loading(state.request_id) or not device_blocks:
+        if self._ledger.is_loading(name) or not device_blocks:
             # vLLM hears of the load, and frees then; or it has preempted the request before.
-            self._dumps.taken_back(state)
-            is_copying = False
+            self._dumps.taken_back(name)
+            ended = DumpEnd(is_copying=False, kept_blocks=0)
         else:
             self._plan_dump(state, is_last_chance=True)
-            state.device_blocks = device_blocks
-            is_copying = self._dumps.finished(state)
-        self._hits.drop(state)
-        if not is_copying:
-            del self._states[request.request_id]
-        return is_copying, self._promises.receipt(state)
+            ended = self._dumps.finished(name, state.request.num_computed_tokens, device_blocks)
+        self._hits.drop(name)
+        receipt = self._promises.receipt(prompt, ended.kept_blocks)
+        if not ended.is_copying:
+            self._forget(name)
+        return ended.is_copying, receipt
 
     def reset(self) -> None:
         """vLLM has thrown its caches away. If the weights may be others now, nothing that was
@@ -235,9 +242,9 @@ class SchedulerSide:
             return
         self._hits.forget_all()
         self._dumps.forget_all()
-        for state in self._states.values():
-            state.keys, state.no_loads = [], True
-            self._namer.forget(state)
+        for request_id in self._states:
+            self._namer.forget(request_id)
+            self._bypassed(request_id)
         self._session.reopen(self._epochs.opening())
         self._stats.count("ucm_epochs")
 
@@ -247,45 +254,60 @@ class SchedulerSide:
 
     # -- dumps follow lookups ----------------------------------------------------------------
 
-    def _plan_dump(self, state: RequestState, *, is_last_chance: bool = False) -> None:
+    def _plan_dump(self, state: _RequestState, *, is_last_chance: bool = False) -> None:
         """Everything that the lookup did not find in the store. A producer's lookup may still be
         under way: then a later step plans it, or the request's end, with every block, of which the
         node cache then takes those it lacks."""
-        if not state.keys or self._dumps.is_planned(state) or not self._facts.dumps:
+        prompt = state.prompt
+        name = prompt.request_id
+        if not prompt.keys or self._dumps.is_planned(name) or not self._facts.dumps:
             return
-        hit = self._hits.known(state)
-        if hit is None or (hit.reply is None and is_last_chance):
-            self._dumps.plan(state, range(len(state.keys)))
-        elif hit.reply is not None:
-            stored_to = hit.read_from + hit.reply.num_stored
-            head = range(hit.reply.head_stored, hit.read_from)
-            self._dumps.plan(state, [*head, *range(stored_to, len(state.keys))])
+        missing = self._hits.missing_blocks(prompt)
+        if missing is None and is_last_chance:
+            missing = list(range(len(prompt.keys)))
+        if missing is not None:
+            self._dumps.plan(prompt, missing, num_computed=state.local_tokens)
 
     def _find_preempted(self) -> None:
-        for state in self._states.values():
-            if state.request.status == RequestStatus.PREEMPTED and self._dumps.is_planned(state):
-                self._dumps.taken_back(state)
+        for request_id, state in self._states.items():
+            is_preempted = state.request.status == RequestStatus.PREEMPTED
+            if is_preempted and self._dumps.is_planned(request_id):
+                self._dumps.taken_back(request_id)
 
     def _node_lost(self) -> None:
         self._hits.node_lost()
         self._dumps.node_lost()
         self._promises.node_lost()
 
-    def _state_of(self, request: Any) -> RequestState:
+    # -- from the first word to the last -----------------------------------------------------
+
+    def _state_of(self, request: Any) -> _RequestState:
         state = self._states.get(request.request_id)
         if state is None:
-            state = RequestState(request, handoff=self._promises.heard(request))
-            self._states[request.request_id] = state
-            self._namer.begin(state)
+            prompt = unnamed_prompt(request, block_tokens=self._settings.block_tokens)
+            state = self._states[request.request_id] = _RequestState(request, prompt)
+            self._promises.begin(request)
+            self._namer.begin(request)
         return state
 
-    def _named(self, state: RequestState, items: NamedItems) -> None:
-        state.keys = request_keys(
-            state.request,
+    def _named(self, request: Any, items: NamedItems, lora_digest: bytes | None) -> None:
+        prompt = named_prompt(
+            request,
             fingerprint=self._epochs.fingerprint,
             block_tokens=self._settings.block_tokens,
             named=items,
-            lora_digest=state.lora_digest,
-            with_tail=wants_tail(state.handoff, self._epochs.rules),
+            lora_digest=lora_digest,
+            with_tail=self._promises.wants_tail(request.request_id),
         )
-        self._promises.note(state, state.handoff)
+        self._states[request.request_id].prompt = prompt
+        self._promises.named(prompt)
+
+    def _bypassed(self, request_id: str) -> None:
+        state = self._states[request_id]
+        state.prompt = state.prompt.without_keys()
+
+    def _forget(self, request_id: str) -> None:
+        self._states.pop(request_id, None)
+        self._namer.forget(request_id)
+        self._promises.forget(request_id)
+        self._hits.forget(request_id)

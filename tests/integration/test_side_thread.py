@@ -7,14 +7,14 @@ import threading
 
 import pytest
 
-from ucm.integration.engine.side_thread import Lane
+from ucm.integration.engine.side_thread import SideThread
 
 
 def test_answers_come_in_order_and_the_asker_does_not_wait() -> None:
     goes_on = threading.Event()
-    lane = Lane("test")
-    first = lane.ask(lambda: goes_on.wait(60))
-    second = lane.ask(lambda: "second")
+    side = SideThread("test")
+    first = side.ask(lambda: goes_on.wait(60))
+    second = side.ask(lambda: "second")
     assert not first.is_ready and not second.is_ready
     goes_on.set()
     assert second.wait(60)
@@ -24,30 +24,30 @@ def test_answers_come_in_order_and_the_asker_does_not_wait() -> None:
 def test_work_that_raises_is_an_answer_without_a_value_and_the_lane_goes_on(
     caplog: pytest.LogCaptureFixture,
 ) -> None:
-    lane = Lane("test")
+    side = SideThread("test")
 
     def broken() -> str:
         raise RuntimeError("of a foreign kind")
 
     with caplog.at_level(logging.ERROR):
-        answer = lane.ask(broken)
+        answer = side.ask(broken)
         assert answer.wait(60) and answer.value is None
     assert "of a foreign kind" in caplog.text
-    after = lane.ask(lambda: 1)
+    after = side.ask(lambda: 1)
     assert after.wait(60) and after.value == 1
 
 
 def test_more_than_its_limit_is_refused_at_once() -> None:
     goes_on, began = threading.Event(), threading.Event()
-    lane = Lane("test", limit=2)
+    side = SideThread("test", limit=2)
 
     def hangs() -> bool:
         began.set()
         return goes_on.wait(60)
 
-    lane.ask(hangs)
+    side.ask(hangs)
     assert began.wait(60)
-    waiting = [lane.ask(lambda: 1) for _ in range(3)]
+    waiting = [side.ask(lambda: 1) for _ in range(3)]
     assert [answer.is_ready for answer in waiting] == [False, False, True]
     assert waiting[2].value is None
     goes_on.set()
@@ -56,16 +56,16 @@ def test_more_than_its_limit_is_refused_at_once() -> None:
 
 def test_a_lane_that_is_closed_ends_and_answers_nothing_that_waited() -> None:
     goes_on, began = threading.Event(), threading.Event()
-    lane = Lane("closing")
+    side = SideThread("closing")
 
     def hangs() -> bool:
         began.set()
         return goes_on.wait(60)
 
-    lane.ask(hangs)
+    side.ask(hangs)
     assert began.wait(60)
-    waiting = lane.ask(lambda: 1)
-    lane.close()
+    waiting = side.ask(lambda: 1)
+    side.close()
     goes_on.set()
     (thread,) = [thread for thread in threading.enumerate() if thread.name == "closing"]
     thread.join(60)
