@@ -25,12 +25,12 @@ import torch
 from torch import Tensor
 
 from ucm.integration.copies.arena import Arena
-from ucm.integration.copies.contract import CopyEngine
+from ucm.integration.copies.copy_engine import CopyEngine
 from ucm.integration.copies.jobs import Direction, PagePart
 from ucm.integration.copies.layout import KV, layer_view
 from ucm.integration.copies.layout_kind import LayoutKind
 from ucm.integration.copies.make import make_copy_engine
-from ucm.store.blocks.page import PageGeometry, rank_share
+from ucm.store.blocks.page_layout import PageGeometry, rank_share
 
 _BLOCK_TOKENS = 128
 

@@ -24,7 +24,7 @@ from tests.integration.kv_layouts import LATENT_LAYOUTS, LAYOUTS, Rank, page_in,
 from ucm.integration.copies.accelerator import BatchedCopy
 from ucm.integration.copies.arena import Arena
 from ucm.integration.copies.jobs import Direction
-from ucm.store.blocks.page import PageGeometry
+from ucm.store.blocks.page_layout import PageGeometry
 
 DUMP, LOAD = Direction.DUMP, Direction.LOAD
 SMALL = PageGeometry(

@@ -17,11 +17,11 @@ from tests.integration.kv_layouts import Rank, make_arena, make_rank
 from tests.integration.simulated_device import SimulatedDevice
 from ucm.integration.copies.accelerator import Accelerator, BatchedCopy
 from ucm.integration.copies.arena import Arena
-from ucm.integration.copies.contract import CopyEngine
+from ucm.integration.copies.copy_engine import CopyEngine
 from ucm.integration.copies.device import DeviceCopyEngine
 from ucm.integration.copies.jobs import Direction, PagePart
 from ucm.integration.copies.make import make_copy_engine
-from ucm.store.blocks.page import PageGeometry
+from ucm.store.blocks.page_layout import PageGeometry
 
 PLACES = ("accelerator", "stand-in", "cpu")
 GOOD, BAD, LOOK, SKIPPED = "good", "BAD", "look", "skipped"

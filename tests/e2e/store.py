@@ -21,7 +21,7 @@ from ucm.store.blocks.blockfile import (
 )
 from ucm.store.blocks.keys import Key, block_keys, root_key
 from ucm.store.blocks.namespace import from_json
-from ucm.store.blocks.page import padded_bytes
+from ucm.store.blocks.page_layout import padded_bytes
 from ucm.store.tiers.posix import paths
 
 BLOCK_TOKENS = 128

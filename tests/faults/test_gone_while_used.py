@@ -14,7 +14,7 @@ import pytest
 from tests.faults.fuse import FuseMount, mount_fuse, needs_fuse
 from tests.store.node.support import FINGERPRINT, PAGE_BYTES, content, make_keys
 from ucm.errors import TierError
-from ucm.store.blocks.page import padded_bytes
+from ucm.store.blocks.page_layout import padded_bytes
 from ucm.store.tiers.posix.tier import PosixTier
 from ucm.store.tiers.tier import ReadStatus, TierNamespace
 

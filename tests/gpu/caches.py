@@ -7,9 +7,9 @@ from collections.abc import Callable
 import torch
 
 from tests.integration.kv_layouts import LATENT_LAYOUTS, Rank, make_rank
-from ucm.integration.copies.contract import CopyEngine
+from ucm.integration.copies.copy_engine import CopyEngine
 from ucm.integration.copies.jobs import Direction
-from ucm.store.blocks.page import PageGeometry
+from ucm.store.blocks.page_layout import PageGeometry
 
 # Runs of a layer are 512 KiB, so the layouts that agree with the page are copied directly.
 HEADS = PageGeometry(

@@ -10,9 +10,9 @@ import torch
 from tests.gpu.caches import PAGES, MakeEngine
 from tests.integration.kv_layouts import Rank, make_arena
 from ucm.integration.copies.arena import Arena
-from ucm.integration.copies.contract import CopyEngine
+from ucm.integration.copies.copy_engine import CopyEngine
 from ucm.integration.copies.device import DeviceCopyEngine
-from ucm.store.blocks.page import PageGeometry
+from ucm.store.blocks.page_layout import PageGeometry
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

@@ -18,7 +18,7 @@ from ucm.integration.copies.jobs import PagePart
 from ucm.integration.copies.layout import layer_view
 from ucm.integration.copies.layout_kind import LayoutKind
 from ucm.integration.copies.make import make_copy_engine
-from ucm.store.blocks.page import PageGeometry, rank_share
+from ucm.store.blocks.page_layout import PageGeometry, rank_share
 
 
 def blocks_of(block_tokens: int) -> list[tuple[int, ...]]:

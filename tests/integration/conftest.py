@@ -8,7 +8,7 @@ import pytest
 
 from tests.integration.copy_engines import ENGINES, MakeEngine
 from tests.integration.kv_layouts import Rank
-from ucm.integration.copies.contract import CopyEngine
+from ucm.integration.copies.copy_engine import CopyEngine
 
 
 @pytest.fixture(params=list(ENGINES))

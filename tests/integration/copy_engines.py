@@ -15,11 +15,11 @@ import torch
 from tests.integration.kv_layouts import LATENT_LAYOUTS, Rank, make_rank, wait_for
 from ucm.integration.copies.accelerator import Accelerator
 from ucm.integration.copies.arena import Arena, Piece
-from ucm.integration.copies.contract import CopyEngine
+from ucm.integration.copies.copy_engine import CopyEngine
 from ucm.integration.copies.device import DeviceCopyEngine
 from ucm.integration.copies.jobs import Direction, PagePart
 from ucm.integration.copies.make import make_copy_engine
-from ucm.store.blocks.page import PageGeometry
+from ucm.store.blocks.page_layout import PageGeometry
 
 HEADS = PageGeometry(
     num_layers=3, num_kv_heads=4, block_tokens=32, k_size=16, v_size=16, item_bytes=2

@@ -16,11 +16,11 @@ import torch
 from torch import Tensor
 
 from ucm.integration.copies.arena import Arena
-from ucm.integration.copies.contract import CopyEngine
+from ucm.integration.copies.copy_engine import CopyEngine
 from ucm.integration.copies.jobs import PagePart
 from ucm.integration.copies.layout import KV, LayerView, layer_view
 from ucm.integration.copies.layout_kind import LayoutKind
-from ucm.store.blocks.page import PageGeometry, RankShare, rank_share
+from ucm.store.blocks.page_layout import PageGeometry, RankShare, rank_share
 
 # vLLM's names: the order of [layer, block, head, token, content] in memory.
 _STRIDE_ORDERS = {

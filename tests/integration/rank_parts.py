@@ -8,7 +8,7 @@ import os
 from ucm.config.settings import StoreSettings
 from ucm.integration.copies.layout_kind import LayoutKind
 from ucm.integration.engine.facts import EngineFacts
-from ucm.store.blocks.page import PageGeometry
+from ucm.store.blocks.page_layout import PageGeometry
 from ucm.store.node import protocol as p
 
 GEOMETRY = PageGeometry(

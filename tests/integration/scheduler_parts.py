@@ -20,7 +20,7 @@ from ucm.integration.vllm.scheduler import SchedulerSide
 from ucm.integration.vllm.stats import UcmStats
 from ucm.metrics import series_key
 from ucm.store.blocks.namespace import Manifest
-from ucm.store.blocks.page import PageGeometry
+from ucm.store.blocks.page_layout import PageGeometry
 from ucm.store.client.answers import Answers
 from ucm.store.node import protocol as p
 from ucm.store.node.core import NodeCore

@@ -28,7 +28,7 @@ from torch import Tensor
 from tests.integration.kv_layouts import Rank
 from ucm.integration.copies.accelerator import Accelerator
 from ucm.integration.copies.arena import Arena
-from ucm.store.blocks.page import PageGeometry
+from ucm.store.blocks.page_layout import PageGeometry
 
 CAPACITY_BYTES = 256 << 20
 _ALIGN = 4096

@@ -30,7 +30,7 @@ from ucm.integration.engine.facts import EngineFacts
 from ucm.integration.vllm.scheduler import SchedulerSide
 from ucm.integration.vllm.stats import UcmStats
 from ucm.integration.vllm.ucm_connector import UCMConnector
-from ucm.store.blocks.page import PageGeometry
+from ucm.store.blocks.page_layout import PageGeometry
 
 
 class StormConnector(UCMConnector):

@@ -11,7 +11,7 @@ from tests.parts.node import node_parts
 from tests.parts.pools import DisorderlyPool, Timers
 from tests.store.memory_tier import MemoryTier
 from ucm.store.blocks.keys import Key
-from ucm.store.blocks.page import PageGeometry
+from ucm.store.blocks.page_layout import PageGeometry
 from ucm.store.client.answers import Answers
 from ucm.store.node import protocol as p
 from ucm.store.node.core import NodeCore

@@ -22,7 +22,7 @@ from tests.integration.kv_layouts import (
 )
 from tests.integration.simulated_device import SimulatedDevice
 from ucm.integration.copies.arena import Arena
-from ucm.integration.copies.contract import CopyEngine
+from ucm.integration.copies.copy_engine import CopyEngine
 from ucm.integration.copies.device import DeviceCopyEngine
 from ucm.integration.copies.jobs import PagePart
 

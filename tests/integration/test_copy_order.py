@@ -27,7 +27,7 @@ from tests.integration.kv_layouts import (
     wait_for,
     whole_pages,
 )
-from ucm.integration.copies.contract import CopyEngine
+from ucm.integration.copies.copy_engine import CopyEngine
 from ucm.integration.copies.host import HostCopyEngine
 from ucm.integration.copies.jobs import Direction, PagePart
 

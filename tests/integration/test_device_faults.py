@@ -15,7 +15,7 @@ from tests.integration.copy_engines import DUMP, HEADS, LOAD, copy_and_wait
 from tests.integration.kv_layouts import page_in, page_of_blocks, wait_for, whole_pages
 from tests.integration.simulated_device import SimulatedDevice
 from tests.integration.test_asynchronous_device import Machine
-from ucm.integration.copies.contract import CopyEngine
+from ucm.integration.copies.copy_engine import CopyEngine
 from ucm.integration.copies.jobs import Direction
 from ucm.integration.copies.ledger import JobLedger
 

@@ -24,7 +24,7 @@ from ucm.integration.vllm import ucm_connector
 from ucm.integration.vllm.engine_facts import _adapter_rules, engine_facts, why_no_hits
 from ucm.integration.vllm.identity import manifest
 from ucm.store.blocks.namespace import Manifest
-from ucm.store.blocks.page import PageGeometry
+from ucm.store.blocks.page_layout import PageGeometry
 
 GEOMETRY = PageGeometry(
     num_layers=1, num_kv_heads=1, block_tokens=128, k_size=8, v_size=8, item_bytes=2

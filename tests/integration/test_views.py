@@ -12,7 +12,7 @@ from ucm.errors import UnsupportedEngine
 from ucm.integration.copies.layout import LayerView, layer_view
 from ucm.integration.copies.layout_kind import LayoutKind
 from ucm.integration.copies.placement import placed_parts
-from ucm.store.blocks.page import PageGeometry, rank_share
+from ucm.store.blocks.page_layout import PageGeometry, rank_share
 
 HEADS = PageGeometry(
     num_layers=3, num_kv_heads=4, block_tokens=32, k_size=16, v_size=16, item_bytes=2

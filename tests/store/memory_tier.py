@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from ucm.errors import TierError
 from ucm.outcome import Outcome
 from ucm.store.blocks.keys import Key
-from ucm.store.blocks.page import PAGE_ALIGNMENT_BYTES, padded_bytes
+from ucm.store.blocks.page_layout import PAGE_ALIGNMENT_BYTES, padded_bytes
 from ucm.store.tiers.tier import ABSENT, HIT, PageRead, ReadStatus, Staged, Tier, TierNamespace
 
 _ZEROS = bytes(PAGE_ALIGNMENT_BYTES)

@@ -14,7 +14,7 @@ from ucm.errors import TierError
 from ucm.store.blocks import blockfile
 from ucm.store.blocks.blockfile import HEADER_BYTES, BlockId, Scratch, decode_header, encode_header
 from ucm.store.blocks.keys import Key
-from ucm.store.blocks.page import padded_bytes
+from ucm.store.blocks.page_layout import padded_bytes
 
 MIB = 1 << 20
 KEY = Key(bytes(range(32)))

@@ -9,7 +9,7 @@ import pytest
 
 from tests.faults.fuse import mount_fuse, needs_fuse
 from tests.faults.mounts import mount_tmpfs, own_mounts
-from ucm.store.tiers.posix.mounts import Mount, choose, mount_of, parse
+from ucm.store.tiers.posix.filesystem import Mount, choose, mount_of, parse
 
 TABLE = """\
 22 1 254:0 / / rw,relatime shared:1 - ext4 /dev/vda rw

@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from ucm.store.blocks.page import PageGeometry, RankShare, Run, rank_share
+from ucm.store.blocks.page_layout import PageGeometry, RankShare, Run, rank_share
 
 sizes = st.integers(1, 5)
 

@@ -19,8 +19,8 @@ from ucm.errors import ConfigError, TierError
 from ucm.store.blocks import blockfile
 from ucm.store.blocks.blockfile import HEADER_BYTES, BlockId, Scratch, encode_header
 from ucm.store.blocks.keys import Key
-from ucm.store.blocks.page import padded_bytes
 from ucm.store.blocks.page_key import PageKey, load_page_key
+from ucm.store.blocks.page_layout import padded_bytes
 
 BLOCK = BlockId(Key(bytes(range(32))), bytes(range(32, 64)), 5000)
 MINE, OTHER = PageKey.of(b"a secret of some length"), PageKey.of(b"another secret, as long")

@@ -15,7 +15,7 @@ import pytest
 
 from ucm.errors import TierError
 from ucm.store.blocks.keys import Key
-from ucm.store.blocks.page import padded_bytes
+from ucm.store.blocks.page_layout import padded_bytes
 from ucm.store.tiers.tier import ReadStatus, Tier, TierNamespace
 
 BLOCK_TOKENS = 128

@@ -23,7 +23,7 @@ from ucm.store.client.rank_link import MemoryTaker, RankLink
 from ucm.store.node import protocol as p
 from ucm.store.node import server
 from ucm.store.node.lock import take_lock
-from ucm.store.node.trust import trust_of
+from ucm.store.node.trusted_users import trust_of
 
 CROWD = 100
 BECOME = "UCM_TEST_BECOME"

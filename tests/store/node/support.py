@@ -23,7 +23,7 @@ from tests.store import tree
 from ucm.config.settings import StoreSettings
 from ucm.store.blocks.blockfile import HEADER_BYTES
 from ucm.store.blocks.keys import Key
-from ucm.store.blocks.page import padded_bytes
+from ucm.store.blocks.page_layout import padded_bytes
 from ucm.store.client.connection import NodeClient
 from ucm.store.client.link import NodeLink
 from ucm.store.client.start import connect_or_start, log_path

@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterator
 import pytest
 
 from ucm.errors import TierError
-from ucm.store.node.pool import IoPool
+from ucm.store.node.io_threads import IoPool
 
 SOON_S = 20.0
 

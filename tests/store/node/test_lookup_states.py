@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 from tests.parts.node import NAMESPACE, PAGE, key
 from ucm.outcome import Outcome
 from ucm.store.node import protocol as p
-from ucm.store.node.lookup import FIRST_PROBE, BlockState, LookupJob, Waiting
+from ucm.store.node.lookup_state import FIRST_PROBE, BlockState, LookupJob, Waiting
 from ucm.store.node.sessions import Connection, OpenedNamespace, Session
 from ucm.store.node.slots import SlotTable
 

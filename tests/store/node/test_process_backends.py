@@ -26,7 +26,7 @@ from tests.store.node.support import (
 )
 from ucm.config.settings import StoreSettings
 from ucm.store.blocks.keys import Key
-from ucm.store.blocks.page import padded_bytes
+from ucm.store.blocks.page_layout import padded_bytes
 from ucm.store.node import protocol as p
 from ucm.store.tiers.posix import paths
 from ucm.store.tiers.posix.tier import PosixTier

@@ -29,7 +29,7 @@ from ucm.store.client.link import NodeLink
 from ucm.store.client.start import log_path
 from ucm.store.node.lock import lock_path, try_lock
 from ucm.store.node.rendezvous import ensure_private_directory, open_own_file
-from ucm.store.node.trust import Trust, trust_of
+from ucm.store.node.trusted_users import Trust, trust_of
 
 pytestmark = [
     pytest.mark.process,

@@ -10,7 +10,7 @@ from tests.parts.node import NAMESPACE, PAGE, Node, key
 from tests.parts.pools import DisorderlyPool
 from ucm.store.blocks.keys import Key, TailKey
 from ucm.store.node import protocol as p
-from ucm.store.node.looks import FED_PAUSE_S, LAST_PAUSE_S, max_looks
+from ucm.store.node.promised_pages import FED_PAUSE_S, LAST_PAUSE_S, max_looks
 from ucm.store.tiers.tier import TierNamespace
 
 KEYS = [key(i) for i in range(20)]

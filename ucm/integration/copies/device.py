@@ -24,12 +24,12 @@ from collections.abc import Iterable, Sequence
 
 from ucm.integration.copies.accelerator import Accelerator, BatchedCopy, Event
 from ucm.integration.copies.arena import Arena
-from ucm.integration.copies.contract import CLOSE_TIMEOUT_S, COPY_TIMEOUT_S, CopyEngine
+from ucm.integration.copies.copy_engine import CLOSE_TIMEOUT_S, COPY_TIMEOUT_S, CopyEngine
 from ucm.integration.copies.jobs import Direction, PagePart
 from ucm.integration.copies.lane import HOLD_S, Lane, Submission
 from ucm.integration.copies.layout import LayerView
 from ucm.integration.copies.routes import plan_routes
-from ucm.store.blocks.page import PageGeometry, RankShare
+from ucm.store.blocks.page_layout import PageGeometry, RankShare
 
 logger = logging.getLogger(__name__)
 

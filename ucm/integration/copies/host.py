@@ -37,7 +37,7 @@ from torch import Tensor
 
 from ucm.errors import UcmError
 from ucm.integration.copies.arena import Arena
-from ucm.integration.copies.contract import (
+from ucm.integration.copies.copy_engine import (
     CLOSE_TIMEOUT_S,
     COPY_TIMEOUT_S,
     CopyEngine,
@@ -47,7 +47,7 @@ from ucm.integration.copies.contract import (
 from ucm.integration.copies.jobs import Direction, PagePart
 from ucm.integration.copies.layout import LayerView
 from ucm.integration.copies.placement import PlacedPart, placed_parts
-from ucm.store.blocks.page import PageGeometry, RankShare
+from ucm.store.blocks.page_layout import PageGeometry, RankShare
 
 logger = logging.getLogger(__name__)
 

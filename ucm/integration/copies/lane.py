@@ -25,7 +25,7 @@ from torch import Tensor
 from ucm.errors import UcmError
 from ucm.integration.copies.accelerator import Accelerator, Event
 from ucm.integration.copies.arena import Arena
-from ucm.integration.copies.contract import check_blocks
+from ucm.integration.copies.copy_engine import check_blocks
 from ucm.integration.copies.jobs import Direction, PagePart
 from ucm.integration.copies.ledger import JobLedger
 from ucm.integration.copies.ring import GivenUpError, Transfers

@@ -31,7 +31,7 @@ from torch import Tensor
 
 from ucm.errors import UnsupportedEngine
 from ucm.integration.copies.layout_kind import LayoutKind
-from ucm.store.blocks.page import PageGeometry
+from ucm.store.blocks.page_layout import PageGeometry
 
 KV: TypeAlias = Tensor | Sequence[Tensor]
 

@@ -5,11 +5,11 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from ucm.integration.copies.accelerator import BatchedCopy
-from ucm.integration.copies.contract import CopyEngine
+from ucm.integration.copies.copy_engine import CopyEngine
 from ucm.integration.copies.device import STAGING_BYTES, DeviceCopyEngine
 from ucm.integration.copies.host import HostCopyEngine
 from ucm.integration.copies.layout import LayerView
-from ucm.store.blocks.page import PageGeometry, RankShare
+from ucm.store.blocks.page_layout import PageGeometry, RankShare
 
 
 def make_copy_engine(

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from torch import Tensor
 
 from ucm.integration.copies.layout import INTEGER_OF_BYTES, LayerView
-from ucm.store.blocks.page import PageGeometry, RankShare
+from ucm.store.blocks.page_layout import PageGeometry, RankShare
 
 
 @dataclass(frozen=True)

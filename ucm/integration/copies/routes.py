@@ -21,12 +21,12 @@ import torch
 from torch import Tensor
 
 from ucm.integration.copies.arena import Arena
-from ucm.integration.copies.contract import first_units
+from ucm.integration.copies.copy_engine import first_units
 from ucm.integration.copies.jobs import Direction, PagePart
 from ucm.integration.copies.layout import LayerView
 from ucm.integration.copies.placement import PlacedPart, placed_parts
 from ucm.integration.copies.ring import Offsets, Transfers
-from ucm.store.blocks.page import PageGeometry, RankShare
+from ucm.store.blocks.page_layout import PageGeometry, RankShare
 
 
 @dataclass(frozen=True)

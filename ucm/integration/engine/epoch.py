@@ -17,7 +17,7 @@ import msgspec
 from ucm.config.settings import PRIVATE_EPOCH, Settings, read_epoch
 from ucm.errors import ConfigError
 from ucm.integration.engine.facts import EngineFacts
-from ucm.integration.engine.promise import PromiseRules
+from ucm.integration.engine.receipt import PromiseRules
 from ucm.integration.engine.side_thread import SideThread
 from ucm.store.blocks.namespace import Manifest, fingerprint, to_json
 from ucm.store.node import protocol as p

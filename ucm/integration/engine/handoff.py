@@ -13,8 +13,8 @@ from ucm import handoff as h
 from ucm.errors import UcmError
 from ucm.integration.engine.counts import Counts
 from ucm.integration.engine.epoch import Epochs
-from ucm.integration.engine.promise import Promise, promise_of, receipt_for, wants_tail
 from ucm.integration.engine.prompt import Prompt
+from ucm.integration.engine.receipt import Promise, promise_of, receipt_for, wants_tail
 from ucm.outcome import Outcome, recomputed_as
 from ucm.store.blocks.keys import Key
 from ucm.store.blocks.namespace import differences, from_json

@@ -19,11 +19,11 @@ from ucm.config.settings import Settings
 from ucm.integration.engine.counts import Counts
 from ucm.integration.engine.facts import EngineFacts
 from ucm.integration.engine.handoff import PromiseBook
-from ucm.integration.engine.promise import Promise
 from ucm.integration.engine.prompt import Prompt
 from ucm.integration.engine.ranges import missing_blocks, offered_tokens
+from ucm.integration.engine.receipt import Promise
+from ucm.integration.engine.step_waits import STEP_WAIT_S
 from ucm.integration.engine.turns import Turn, Turns
-from ucm.integration.engine.waiting import STEP_WAIT_S
 from ucm.outcome import Outcome, missed_as
 from ucm.store.client.session import NodeSession
 from ucm.store.node import protocol as p

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 
 from ucm.integration.copies.jobs import CopyJob, Direction
 from ucm.integration.engine.counts import Counts
-from ucm.store.blocks.page import PageGeometry, RankShare
+from ucm.store.blocks.page_layout import PageGeometry, RankShare
 
 _BYTES = {Direction.LOAD: "ucm_loaded_bytes", Direction.DUMP: "ucm_dumped_bytes"}
 _SECONDS = {Direction.LOAD: "ucm_load_seconds", Direction.DUMP: "ucm_dump_seconds"}

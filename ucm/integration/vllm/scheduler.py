@@ -24,7 +24,7 @@ from ucm.integration.engine.loads import Loads
 from ucm.integration.engine.naming import Namer
 from ucm.integration.engine.prompt import NamedItems, Prompt, named_prompt, unnamed_prompt
 from ucm.integration.engine.proofs import Proofs
-from ucm.integration.engine.waiting import IDLE_WAIT_MAX_S, IDLE_WAIT_S, STEP_WAIT_S
+from ucm.integration.engine.step_waits import IDLE_WAIT_MAX_S, IDLE_WAIT_S, STEP_WAIT_S
 from ucm.integration.vllm.device_facts import writes_before_hooks
 from ucm.integration.vllm.items import VllmItems
 from ucm.integration.vllm.metadata import RankReport, StepMetadata

@@ -21,19 +21,19 @@ import torch
 from ucm.config.settings import Settings
 from ucm.errors import UnsupportedEngine
 from ucm.integration.copies.arena import Arena
-from ucm.integration.copies.contract import CopyEngine
+from ucm.integration.copies.copy_engine import CopyEngine
 from ucm.integration.copies.generations import Memories
 from ucm.integration.copies.jobs import CopyJob, Direction, PagePart
 from ucm.integration.copies.layout import layer_view
 from ucm.integration.copies.make import make_copy_engine
 from ucm.integration.engine.facts import EngineFacts
 from ucm.integration.engine.meter import CopyMeter
-from ucm.integration.engine.waiting import IDLE_WAIT_S
+from ucm.integration.engine.step_waits import IDLE_WAIT_S
 from ucm.integration.vllm.batched_copy import batched_copy
 from ucm.integration.vllm.engine_facts import layer_index
 from ucm.integration.vllm.metadata import RankReport, StepMetadata
 from ucm.integration.vllm.stats import UcmStats
-from ucm.store.blocks.page import RankShare, rank_share
+from ucm.store.blocks.page_layout import RankShare, rank_share
 from ucm.store.client.rank_link import RankLink
 
 logger = logging.getLogger(__name__)

@@ -17,7 +17,7 @@ from weakref import WeakSet
 from ucm.errors import ConfigError, NodeUnavailable, ProtocolError
 from ucm.store.node import protocol as p
 from ucm.store.node.rendezvous import owner_of
-from ucm.store.node.trust import OWN_USER, Trust, peer_of
+from ucm.store.node.trusted_users import OWN_USER, Trust, peer_of
 
 if TYPE_CHECKING:
     from typing_extensions import Self

@@ -26,7 +26,7 @@ from ucm.store.client.greeting import check_pages, ignored_settings
 from ucm.store.node.limits import memory_left, room_for
 from ucm.store.node.lock import Holder, SocketLock, try_lock, why_held_up
 from ucm.store.node.rendezvous import ensure_private_directory, open_own_file
-from ucm.store.node.trust import trust_of
+from ucm.store.node.trusted_users import trust_of
 from ucm.store.tiers.build import build_tier
 
 logger = logging.getLogger(__name__)

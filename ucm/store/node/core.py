@@ -11,10 +11,10 @@ from collections.abc import Callable
 
 from ucm.errors import ProtocolError
 from ucm.store.node import protocol as p
-from ucm.store.node.door import check_hello, check_message, check_namespace, check_open
 from ucm.store.node.dumps import Dumps
 from ucm.store.node.find import Finds
 from ucm.store.node.lookups import Lookups
+from ucm.store.node.message_checks import check_hello, check_message, check_namespace, check_open
 from ucm.store.node.openings import Openings
 from ucm.store.node.parts import NodeParts
 from ucm.store.node.prefault import MemoryAhead

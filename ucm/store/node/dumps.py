@@ -8,7 +8,7 @@ from typing import TypeVar
 from ucm.errors import ProtocolError
 from ucm.outcome import Outcome
 from ucm.store.blocks.keys import Key, TailKey
-from ucm.store.blocks.page import blank_behind
+from ucm.store.blocks.page_layout import blank_behind
 from ucm.store.node import protocol as p
 from ucm.store.node.fills import Fills
 from ucm.store.node.parts import NodeParts

@@ -14,7 +14,7 @@ from typing import Protocol
 
 from ucm.outcome import Outcome
 from ucm.store.blocks.keys import Key
-from ucm.store.node.lookup import BlockState, LookupJob, Waiting
+from ucm.store.node.lookup_state import BlockState, LookupJob, Waiting
 from ucm.store.node.sessions import Filling, OpenedNamespace
 from ucm.store.node.slots import Slot, SlotState, SlotTable
 from ucm.store.node.writeback import WriteBack

@@ -16,8 +16,8 @@ from ucm.errors import ProtocolError
 from ucm.outcome import Outcome
 from ucm.store.blocks.keys import Key
 from ucm.store.node import protocol as p
+from ucm.store.node.io_threads import Pool, error_reason
 from ucm.store.node.parts import NodeParts
-from ucm.store.node.pool import Pool, error_reason
 from ucm.store.node.saved import Saving
 from ucm.store.node.sessions import Connection, OpenedNamespace
 from ucm.store.node.slots import SlotState

@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterable
 from functools import partial
 
 from ucm.store.blocks.keys import Key
-from ucm.store.node.lookup import LookupJob
+from ucm.store.node.lookup_state import LookupJob
 from ucm.store.node.parts import NodeParts
 from ucm.store.node.writeback import WriteBack
 

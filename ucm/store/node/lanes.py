@@ -16,7 +16,7 @@ from collections.abc import Callable, Sequence
 from typing import TypeVar
 
 from ucm.store.blocks.keys import Key
-from ucm.store.node.pool import Pool
+from ucm.store.node.io_threads import Pool
 from ucm.store.tiers.tier import Tier
 
 _T = TypeVar("_T")

@@ -29,7 +29,7 @@ from ucm.store.node.rendezvous import (
     is_file_at,
     open_own_file,
 )
-from ucm.store.node.trust import OWN_USER, Trust
+from ucm.store.node.trusted_users import OWN_USER, Trust
 from ucm.store.processes import num_threads, pid_namespace, state_and_start
 
 _TRIES: Final = 5

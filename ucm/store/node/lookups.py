@@ -3,7 +3,7 @@
 Memory answers at once. Storage is asked about the rest in growing groups, so a cold prompt costs
 one look at storage and a long hit is probed in parallel; reads follow, the earliest block first.
 Of the head only what is stored is counted: nobody reads it. What each block's state may be is said
-in `lookup.py`. Everything here runs on the event loop's thread.
+in `lookup_state.py`. Everything here runs on the event loop's thread.
 """
 
 from __future__ import annotations
@@ -17,10 +17,10 @@ from ucm.store.blocks.keys import Key
 from ucm.store.node import protocol as p
 from ucm.store.node.fills import Fills
 from ucm.store.node.heads import Heads
-from ucm.store.node.looks import Looked, Looks
-from ucm.store.node.lookup import BlockState, LookupJob
+from ucm.store.node.io_threads import error_reason
+from ucm.store.node.lookup_state import BlockState, LookupJob
 from ucm.store.node.parts import NodeParts
-from ucm.store.node.pool import error_reason
+from ucm.store.node.promised_pages import Looked, Looks
 from ucm.store.node.sessions import Connection, OpenedNamespace
 from ucm.store.node.slots import SlotState
 from ucm.store.node.storage import PageReads

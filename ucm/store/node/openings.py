@@ -14,7 +14,7 @@ from functools import partial
 
 from ucm.errors import TierError
 from ucm.outcome import Outcome
-from ucm.store.blocks.page import padded_bytes
+from ucm.store.blocks.page_layout import padded_bytes
 from ucm.store.node import protocol as p
 from ucm.store.node.parts import NodeParts
 from ucm.store.node.sessions import Connection, OpenedNamespace

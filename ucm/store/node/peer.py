@@ -24,7 +24,7 @@ from ucm.store.node.core import NodeCore
 from ucm.store.node.lock import SocketLock
 from ucm.store.node.memory import SharedMemory
 from ucm.store.node.sessions import Connection
-from ucm.store.node.trust import Trust, peer_of
+from ucm.store.node.trusted_users import Trust, peer_of
 
 logger = logging.getLogger(__name__)
 

@@ -13,8 +13,8 @@ from functools import partial
 
 from ucm.outcome import Outcome
 from ucm.store.blocks.keys import Key
+from ucm.store.node.io_threads import Pool, error_reason
 from ucm.store.node.parts import NodeParts
-from ucm.store.node.pool import Pool, error_reason
 from ucm.store.node.saved import Met
 from ucm.store.node.sessions import OpenedNamespace
 from ucm.store.node.slots import SlotState, SlotTable

@@ -3,9 +3,9 @@
 Whoever owns the socket's name can keep a node from its pages. So the directory must belong to this
 user or to root and be writable by nobody else, and files in it are not opened through links.
 
-With a group (`trust.py`), the directory is the group's: its members write to it, and what is made
-in it belongs to the group by the directory's set-group-ID bit. No right is ever given by a file's
-name: a member could have put something else there.
+With a group (`trusted_users.py`), the directory is the group's: its members write to it, and what
+is made in it belongs to the group by the directory's set-group-ID bit. No right is ever given by a
+file's name: a member could have put something else there.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from contextlib import suppress
 from typing import Final
 
 from ucm.errors import ConfigError
-from ucm.store.node.trust import OWN_USER, Trust
+from ucm.store.node.trusted_users import OWN_USER, Trust
 
 _OTHERS_WRITE: Final = stat.S_IWGRP | stat.S_IWOTH
 _FOR_GROUP: Final = stat.S_ISGID | stat.S_IRWXG

@@ -11,7 +11,7 @@ import msgspec
 from ucm.config.settings import StoreSettings
 from ucm.store.node import server
 from ucm.store.node.lock import SocketLock, take_lock
-from ucm.store.node.trust import trust_of
+from ucm.store.node.trusted_users import trust_of
 
 logger = logging.getLogger(__name__)
 

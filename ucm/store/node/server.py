@@ -25,6 +25,7 @@ from ucm.config.settings import StoreSettings
 from ucm.errors import ConfigError
 from ucm.store.node import protocol as p
 from ucm.store.node.core import NodeCore
+from ucm.store.node.io_threads import IoPool
 from ucm.store.node.lanes import Lanes
 from ucm.store.node.limits import GIB, be_taken_first, memory_left, room_for
 from ucm.store.node.lock import SocketLock, this_process
@@ -32,12 +33,11 @@ from ucm.store.node.memory import SharedMemory, give_way
 from ucm.store.node.notices import Notices
 from ucm.store.node.parts import NodeLimits, NodeParts
 from ucm.store.node.peer import Door, Peer
-from ucm.store.node.pool import IoPool
 from ucm.store.node.rendezvous import is_shortage
 from ucm.store.node.saved import SavingRules
 from ucm.store.node.slots import SlotTable
-from ucm.store.node.sweeper import Sweeper
-from ucm.store.node.trust import trust_of
+from ucm.store.node.sweep_threads import Sweeper
+from ucm.store.node.trusted_users import trust_of
 from ucm.store.tiers.build import build_tier, keeps_pages
 from ucm.store.tiers.metered import MeasuredTier
 

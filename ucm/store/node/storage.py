@@ -8,9 +8,9 @@ from functools import partial
 from ucm.outcome import Outcome
 from ucm.store.blocks.keys import Key
 from ucm.store.node.fills import Fills
-from ucm.store.node.lookup import LookupJob
+from ucm.store.node.io_threads import Pool, error_reason
+from ucm.store.node.lookup_state import LookupJob
 from ucm.store.node.parts import NodeParts
-from ucm.store.node.pool import Pool, error_reason
 from ucm.store.node.sessions import Filling
 from ucm.store.node.slots import SlotState
 from ucm.store.tiers.tier import ReadStatus

@@ -10,8 +10,8 @@ from __future__ import annotations
 from collections import Counter
 
 from ucm.store.blocks.keys import Key
+from ucm.store.node.io_threads import Pool
 from ucm.store.node.lanes import Lanes
-from ucm.store.node.pool import Pool
 
 
 class Places:

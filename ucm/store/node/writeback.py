@@ -25,8 +25,8 @@ from functools import partial
 from ucm.errors import TierError
 from ucm.outcome import Outcome
 from ucm.store.blocks.keys import Key, num_tokens_of
+from ucm.store.node.io_threads import Pool
 from ucm.store.node.parts import NodeParts
-from ucm.store.node.pool import Pool
 from ucm.store.node.saved import Met, SavedBook, Saving, Tell
 from ucm.store.node.sessions import OpenedNamespace
 from ucm.store.node.slots import Slot, SlotState

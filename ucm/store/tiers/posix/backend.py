@@ -20,8 +20,8 @@ from ucm.outcome import Outcome
 from ucm.store.blocks.keys import Key
 from ucm.store.blocks.page_key import PageKey
 from ucm.store.tiers.posix import paths
-from ucm.store.tiers.posix.identity import Identity
-from ucm.store.tiers.posix.mounts import Mount, mount_of
+from ucm.store.tiers.posix.filesystem import Mount, mount_of
+from ucm.store.tiers.posix.lost_mount import Identity
 from ucm.store.tiers.posix.os_errors import translated, unless_gone
 from ucm.store.tiers.posix.plain_files import NotPlain, check_directory, read_plain
 from ucm.store.tiers.posix.rights import UMASK_DECIDES, FileRights, may_read, say_problems

@@ -7,7 +7,8 @@ Invariants:
 * A damaged file leaves its place before its absence is reported, so the next dump can fill it.
 * Nothing is fsynced: a block that a crash tears is found by its checksums, one that it loses is
   computed again.
-* Nothing is written to, and nothing found in, what isn't the backend that was opened (identity.py).
+* Nothing is written to, and nothing found in, what isn't the backend that was opened
+  (lost_mount.py).
 """
 
 from __future__ import annotations

@@ -30,7 +30,7 @@ from dataclasses import dataclass
 from ucm.errors import TierError
 from ucm.outcome import Outcome
 from ucm.store.tiers.posix import paths
-from ucm.store.tiers.posix.mounts import mount_of
+from ucm.store.tiers.posix.filesystem import mount_of
 
 _logger = logging.getLogger(__name__)
 

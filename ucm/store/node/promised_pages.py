@@ -20,9 +20,9 @@ from functools import partial
 from ucm.errors import TierError
 from ucm.outcome import Outcome
 from ucm.store.blocks.keys import Key
-from ucm.store.node.lookup import LookupJob
+from ucm.store.node.io_threads import Pool
+from ucm.store.node.lookup_state import LookupJob
 from ucm.store.node.parts import NodeParts
-from ucm.store.node.pool import Pool
 from ucm.store.tiers.tier import Tier
 
 FIRST_PAUSE_S = 0.001

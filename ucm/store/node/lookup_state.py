@@ -28,7 +28,7 @@ from enum import IntEnum
 from ucm.outcome import Outcome
 from ucm.store.blocks.keys import Key
 from ucm.store.node import protocol as p
-from ucm.store.node.pool import Pool
+from ucm.store.node.io_threads import Pool
 from ucm.store.node.sessions import Connection, OpenedNamespace
 from ucm.store.node.slots import Slot, SlotState, SlotTable
 
@@ -83,7 +83,7 @@ class Waiting:
 
 class LookupJob:
     """One lookup, from its message to its answer. `promised`: of so many leading blocks those that
-    storage lacks stay UNKNOWN until the deadline, and are looked for (`looks.py`)."""
+    storage lacks stay UNKNOWN until the deadline, and are looked for (`promised_pages.py`)."""
 
     def __init__(
         self,
