@@ -56,7 +56,11 @@ async def start(fleet: Fleet, engines: list[EngineServer], role: str, **settings
 
 
 async def ask_all(
-    fleet: Fleet, *, stream: bool | None = None, num_requests: int = NUM_REQUESTS
+    fleet: Fleet,
+    *,
+    stream: bool | None = None,
+    num_requests: int = NUM_REQUESTS,
+    max_tokens: int = MAX_TOKENS,
 ) -> list[tuple[int, str, bool]]:
     """Status, path, and whether the answer is the right one, of many requests, some at a time."""
     numbers = iter(range(num_requests))
@@ -67,13 +71,13 @@ async def ask_all(
             prompt = f"question {i} {MARK}"
             fields = {
                 "prompt": prompt,
-                "max_tokens": MAX_TOKENS,
+                "max_tokens": max_tokens,
                 "stream": i % 2 == 0 if stream is None else stream,
             }
             async with await fleet.post(PATH.lstrip("/"), **fields) as response:
                 body = await response.read()
                 path = response.headers["x-ucm-pd-path"]
-                is_right = response.ok and text_of(body) == "".join(words(prompt, MAX_TOKENS))
+                is_right = response.ok and text_of(body) == "".join(words(prompt, max_tokens))
                 found.append((response.status, path, is_right))
 
     await asyncio.gather(*(client() for _ in range(NUM_CLIENTS)))
@@ -113,6 +117,30 @@ async def test_without_any_flag_an_instance_that_hangs_costs_nobody_an_answer(
         await set_fault(engines[0], "")
     assert {(200, "pd", True)} == set(found)
     assert NUM_REQUESTS == len(found)
+
+
+async def test_a_prefiller_that_hangs_is_left_alone_where_decode_does_not_wait_for_it(
+    fleet: Fleet, engines: list[EngineServer]
+):
+    await start(fleet, engines, "prefill", handoff="overlap", breaker_open_s=60.0)
+
+    async def served() -> list[int]:
+        async with fleet.client.get(fleet.proxy / "instances") as response:
+            found = (await response.json())["instances"]
+        return [each["served"] for each in found if each["role"] == "prefill"]
+
+    await set_fault(engines[0], Fault.HANGS.value)
+    try:
+        found = await ask_all(fleet, stream=True, num_requests=40, max_tokens=100)
+        await asyncio.sleep(1.0)  # those that were under way are given up
+        before = await served()
+        found += await ask_all(fleet, stream=True, num_requests=40, max_tokens=100)
+        after = await served()
+    finally:
+        await set_fault(engines[0], "")
+    assert {True} == {is_right for _, _, is_right in found}
+    hanging, well = (now - then for now, then in zip(after, before, strict=True))
+    assert (hanging, well) == (0, 40)
 
 
 @pytest.mark.parametrize(("role", "stream"), [("prefill", True), ("decode", False)])

@@ -158,7 +158,7 @@ class Promise:
             if not self._is_over:
                 self._end()
             loop = asyncio.get_running_loop()
-            self._leaving = loop.call_later(self._linger_s, self._share.leave)
+            self._leaving = loop.call_later(self._linger_s, self._share.leave_outrun)
         return found
 
     def _ended(self, _: asyncio.Task[PrefillOutcome]) -> None:

@@ -68,6 +68,7 @@ class Leg:
 @dataclass(eq=False)
 class _Running:
     task: asyncio.Task[PrefillOutcome]
+    tried: _Tried
     waiters: int = 0
 
 
@@ -79,6 +80,7 @@ class Share:
     task: asyncio.Task[PrefillOutcome]
     is_shared: bool
     on_leave: Callable[[], None]
+    on_outrun: Callable[[], None] = lambda: None
     _has_left: bool = False
 
     @property
@@ -94,6 +96,12 @@ class Share:
             self._has_left = True
             self.on_leave()
 
+    def leave_outrun(self) -> None:
+        """Decode has begun to answer, and this prefill has not ended since."""
+        if not self._has_left and not self.task.done():
+            self.on_outrun()
+        self.leave()
+
 
 @dataclass(eq=False)
 class _Tried:
@@ -104,6 +112,7 @@ class _Tried:
     refused: list[Instance] = field(default_factory=list)
     failure: str = "no_prefiller"
     is_late: bool = False
+    asked_s: float = 0.0
 
 
 def _unanswered(
@@ -124,6 +133,14 @@ def _unanswered(
     may_ask = instance.heard_s < asked_s and not tried.is_late
     tried.is_late = True
     return None if may_ask else PrefillOutcome(tried.failure)
+
+
+def _outrun(tried: _Tried) -> None:
+    """An instance that decode was quicker than, and that has had nothing for anybody meanwhile, may
+    stand still: nobody waits long enough for its prefills to find that out otherwise."""
+    instance = tried.instances[-1] if tried.instances else None
+    if instance is not None and instance.worked_s < tried.asked_s:
+        instance.failed()
 
 
 class Prefills:
@@ -151,10 +168,17 @@ class Prefills:
         running = self._running.get(digest)
         is_shared = running is not None
         if running is None:
-            running = self._running[digest] = _Running(asyncio.create_task(self._send(leg)))
+            tried = _Tried()
+            running = _Running(asyncio.create_task(self._send(leg, tried)), tried)
+            self._running[digest] = running
             running.task.add_done_callback(lambda task: self._forget(digest, task))
         running.waiters += 1
-        return Share(running.task, is_shared, partial(self._leave, digest, running))
+        return Share(
+            running.task,
+            is_shared,
+            on_leave=partial(self._leave, digest, running),
+            on_outrun=partial(_outrun, running.tried),
+        )
 
     def _leave(self, digest: bytes, running: _Running) -> None:
         running.waiters -= 1
@@ -168,8 +192,7 @@ class Prefills:
         if running is not None and running.task is task:
             del self._running[digest]
 
-    async def _send(self, leg: Leg) -> PrefillOutcome:
-        tried = _Tried()
+    async def _send(self, leg: Leg, tried: _Tried) -> PrefillOutcome:
         may_move = partial(self._pool.has_room_at_another, tried.instances)
         with contextlib.closing(Scout(self._pool.patience, "prefill", may_move)) as scout:
             return await self._ask_in_turn(leg, tried, scout)
@@ -199,7 +222,7 @@ class Prefills:
         self, instance: Instance, leg: Leg, tried: _Tried, scout: Scout
     ) -> PrefillOutcome | None:
         """None if another instance is to be asked; `tried` says then why."""
-        asked_s = instance.breaker.clock()
+        asked_s = tried.asked_s = instance.breaker.clock()
         try:
             asking = asyncio.wait_for(self._response(instance, leg), self._timeout_s)
             response, answer = await unless_lost(instance, asking, scout)
