@@ -99,6 +99,12 @@ class Instance:
         """Something came from it that a server does not say whose engine stands still."""
         self.worked_s = self.breaker.clock()
 
+    def was_heard_since(self, at_s: float) -> bool:
+        return self.heard_s >= at_s
+
+    def has_worked_since(self, at_s: float) -> bool:
+        return self.worked_s >= at_s
+
     def is_silent_for(self, time_s: float) -> bool:
         return self.breaker.clock() - self.heard_s >= time_s
 

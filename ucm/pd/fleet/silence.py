@@ -57,7 +57,7 @@ class _Left:
 
     @property
     def is_silent(self) -> bool:
-        return self.instance.worked_s < self.asked_s
+        return not self.instance.has_worked_since(self.asked_s)
 
 
 @dataclass(eq=False)

@@ -16,6 +16,7 @@ from typing import Any
 import aiohttp
 from aiohttp import web
 
+from ucm.pd.errors import RETRY_AFTER_S
 from ucm.pd.fleet.instance import Instance, Role
 from ucm.pd.fleet.silence import InstanceSilent, Scout, unless_lost
 from ucm.pd.legs import upstream, verdict
@@ -24,9 +25,6 @@ from ucm.pd.legs.verdict import Verdict
 from ucm.pd.trace import Journey
 
 logger = logging.getLogger(__name__)
-
-# One that is busy comes after others for so long; a client is told to come back then.
-RETRY_AFTER_S = 1
 
 
 class Asker:
@@ -122,13 +120,18 @@ class Asker:
 def judged(instance: Instance, answer: Answer, *, method: str) -> Verdict:
     """What the answer says about the instance; noted there."""
     what = verdict.of_status(answer.upstream.status, method=method)
+    note(instance, what)
+    return what
+
+
+def note(instance: Instance, what: Verdict) -> None:
+    """Of either leg."""
     if what is Verdict.GOOD:
         instance.succeeded()
     elif what is Verdict.FAILED:
         instance.failed()
     elif what is Verdict.BUSY:
         instance.shun(RETRY_AFTER_S)
-    return what
 
 
 async def _begin(

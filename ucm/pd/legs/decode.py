@@ -236,7 +236,7 @@ class Relay:
             return Problem(text, code=502)
         # A whole answer takes as long elsewhere, and so does the beginning of a stream, unless the
         # instance has had nothing for anybody meanwhile.
-        is_silent = journey.is_streamed and instance.heard_s < asked_s
+        is_silent = journey.is_streamed and not instance.was_heard_since(asked_s)
         may_ask = is_silent and not tries.has_doubted
         tries.has_doubted = True
         return Problem(text, code=504, is_final=not may_ask)

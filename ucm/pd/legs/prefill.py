@@ -21,6 +21,7 @@ from ucm.pd.fleet.instance import Instance
 from ucm.pd.fleet.pool import NoInstance, Pool, QueueFull
 from ucm.pd.fleet.silence import InstanceSilent, Scout, unless_lost
 from ucm.pd.legs import upstream, verdict
+from ucm.pd.legs.asking import note
 from ucm.pd.legs.rewrite import params_of
 from ucm.pd.legs.usage import Found, found_in
 from ucm.pd.legs.verdict import Verdict
@@ -28,8 +29,6 @@ from ucm.pd.legs.verdict import Verdict
 logger = logging.getLogger(__name__)
 
 _SHOWN_BYTES = 500
-# One that is busy comes after others for so long.
-_BUSY_S = 1.0
 
 
 @dataclass(frozen=True)
@@ -112,12 +111,11 @@ class _Tried:
     refused: list[Instance] = field(default_factory=list)
     failure: str = "no_prefiller"
     is_late: bool = False
+    # When the last of them was asked.
     asked_s: float = 0.0
 
 
-def _unanswered(
-    instance: Instance, tried: _Tried, error: BaseException, asked_s: float
-) -> PrefillOutcome | None:
+def _unanswered(instance: Instance, tried: _Tried, error: BaseException) -> PrefillOutcome | None:
     """What the error says about the instance is noted. None if another one is to be asked."""
     tried.failure = upstream.failure_reason(error)
     logger.warning("prefill %s: %s (%s)", instance.url, tried.failure, error)
@@ -130,7 +128,7 @@ def _unanswered(
     if isinstance(error, InstanceSilent):
         return None
     # Another one would take as long, unless this one has had nothing for anybody meanwhile.
-    may_ask = instance.heard_s < asked_s and not tried.is_late
+    may_ask = not instance.was_heard_since(tried.asked_s) and not tried.is_late
     tried.is_late = True
     return None if may_ask else PrefillOutcome(tried.failure)
 
@@ -139,7 +137,7 @@ def _outrun(tried: _Tried) -> None:
     """An instance that decode was quicker than, and that has had nothing for anybody meanwhile, may
     stand still: nobody waits long enough for its prefills to find that out otherwise."""
     instance = tried.instances[-1] if tried.instances else None
-    if instance is not None and instance.worked_s < tried.asked_s:
+    if instance is not None and not instance.has_worked_since(tried.asked_s):
         instance.failed()
 
 
@@ -222,28 +220,24 @@ class Prefills:
         self, instance: Instance, leg: Leg, tried: _Tried, scout: Scout
     ) -> PrefillOutcome | None:
         """None if another instance is to be asked; `tried` says then why."""
-        asked_s = tried.asked_s = instance.breaker.clock()
+        tried.asked_s = instance.breaker.clock()
         try:
             asking = asyncio.wait_for(self._response(instance, leg), self._timeout_s)
             response, answer = await unless_lost(instance, asking, scout)
         except upstream.UNREACHABLE as error:
-            return _unanswered(instance, tried, error, asked_s)
+            return _unanswered(instance, tried, error)
         instance.heard()
         what = verdict.of_status(response.status)
+        note(instance, what)
         if what is Verdict.GOOD:
-            instance.succeeded()
-            scout.answered(instance, instance.breaker.clock() - asked_s)
+            scout.answered(instance, instance.breaker.clock() - tried.asked_s)
             for each in tried.refused:
                 each.lacks(leg.kind)
             return PrefillOutcome(None, params_of(answer), found_in(answer), instance)
         shown = answer[:_SHOWN_BYTES]
         logger.warning("prefill %s answered %d: %s", instance.url, response.status, shown)
         tried.failure = f"{response.status // 100}xx"
-        if what is Verdict.FAILED:
-            instance.failed()
-        elif what is Verdict.BUSY:
-            instance.shun(_BUSY_S)
-        elif what is Verdict.DOUBTED:
+        if what is Verdict.DOUBTED:
             tried.refused.append(instance)
         return PrefillOutcome(tried.failure) if what is Verdict.NO_WORD else None
 
