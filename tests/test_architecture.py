@@ -16,6 +16,7 @@ from tests.unused_names import unused_methods, unused_names
 
 MAX_FILE_LINES = 350
 MAX_FUNCTION_LINES = 70
+MAX_CONSTRUCTOR_ARGUMENTS = 6
 
 # The floors of `ucm`, from the ground up: a module knows those of its own floor and of the ones
 # below. It is on the floor whose name is the longest beginning of its own.
@@ -93,10 +94,9 @@ def test_houses_that_stand_side_by_side_know_nothing_of_each_other() -> None:
                 assert not known, f"{module} imports {known}"
 
 
-def test_no_two_files_need_each_other() -> None:
-    names = {module.name for module in ours()}
-    needed = {module.name: module.needs & names for module in ours()}
-    graphlib.TopologicalSorter(needed).prepare()
+def test_no_two_files_know_each_other() -> None:
+    """Not even for types: who wants to understand one has to read all of a circle."""
+    graphlib.TopologicalSorter({each.name: our_imports(each) for each in ours()}).prepare()
 
 
 @pytest.mark.parametrize("package", FOREIGN)
@@ -132,6 +132,25 @@ def test_only_the_settings_read_the_environment() -> None:
             name = node.attr if isinstance(node, ast.Attribute) else getattr(node, "id", "")
             line = getattr(node, "lineno", 0)
             assert name not in ("environ", "environb", "getenv"), f"{module}:{line} reads {name}"
+
+
+def test_no_two_classes_have_one_name() -> None:
+    """A name that stands twice can't be looked for."""
+    places: dict[str, list[str]] = {}
+    for module in ours():
+        for node in ast.walk(module.tree):
+            if isinstance(node, ast.ClassDef):
+                places.setdefault(node.name, []).append(str(module))
+    assert {} == {name: where for name, where in places.items() if len(where) > 1}
+
+
+def test_constructors_take_few_things() -> None:
+    """What goes together is one value with a name."""
+    for module in ours():
+        for node in ast.walk(module.tree):
+            if isinstance(node, ast.FunctionDef) and node.name == "__init__":
+                count = len(node.args.args) + len(node.args.kwonlyargs) - 1
+                assert count <= MAX_CONSTRUCTOR_ARGUMENTS, f"{module}:{node.lineno}: {count}"
 
 
 def test_files_fit_a_sitting() -> None:

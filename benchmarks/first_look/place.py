@@ -18,7 +18,7 @@ from tests.integration.simulated_device import SimulatedDevice
 from ucm.integration.copies.accelerator import Accelerator, BatchedCopy
 from ucm.integration.copies.arena import Arena
 from ucm.integration.copies.copy_engine import CopyEngine
-from ucm.integration.copies.device import DeviceCopyEngine
+from ucm.integration.copies.device import CopyLimits, DeviceCopyEngine
 from ucm.integration.copies.jobs import Direction, PagePart
 from ucm.integration.copies.make import make_copy_engine
 from ucm.store.blocks.page_layout import PageGeometry
@@ -104,8 +104,7 @@ class Place:
                 geometry=rank.geometry,
                 share=rank.share,
                 accelerator=accelerator or self.accelerator(),
-                fence_grace_s=30.0,
-                **more,
+                limits=CopyLimits(fence_grace_s=30.0, **more),
             )
         self._engines.append(made)
         return made

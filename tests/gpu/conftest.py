@@ -11,7 +11,7 @@ from tests.gpu.caches import PAGES, MakeEngine
 from tests.integration.kv_layouts import Rank, make_arena
 from ucm.integration.copies.arena import Arena
 from ucm.integration.copies.copy_engine import CopyEngine
-from ucm.integration.copies.device import DeviceCopyEngine
+from ucm.integration.copies.device import CopyLimits, DeviceCopyEngine
 from ucm.store.blocks.page_layout import PageGeometry
 
 
@@ -41,7 +41,7 @@ def make(device: torch.device) -> Iterator[MakeEngine]:
                 rank.views(),
                 geometry=rank.geometry,
                 share=rank.share,
-                fence_grace_s=fence_grace_s,
+                limits=CopyLimits(fence_grace_s=fence_grace_s),
             )
         )
         return made[-1]

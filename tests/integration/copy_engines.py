@@ -16,7 +16,7 @@ from tests.integration.kv_layouts import LATENT_LAYOUTS, Rank, make_rank, wait_f
 from ucm.integration.copies.accelerator import Accelerator
 from ucm.integration.copies.arena import Arena, Piece
 from ucm.integration.copies.copy_engine import CopyEngine
-from ucm.integration.copies.device import DeviceCopyEngine
+from ucm.integration.copies.device import CopyLimits, DeviceCopyEngine
 from ucm.integration.copies.jobs import Direction, PagePart
 from ucm.integration.copies.make import make_copy_engine
 from ucm.store.blocks.page_layout import PageGeometry
@@ -119,9 +119,9 @@ def on_device(
         geometry=rank.geometry,
         share=rank.share,
         accelerator=accelerator or MainMemory(),
-        staging_bytes=staging_bytes,
-        direct_run_bytes=direct_run_bytes,
-        fence_grace_s=30.0,
+        limits=CopyLimits(
+            staging_bytes=staging_bytes, direct_run_bytes=direct_run_bytes, fence_grace_s=30.0
+        ),
     )
 
 

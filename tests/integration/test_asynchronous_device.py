@@ -23,7 +23,7 @@ from tests.integration.kv_layouts import (
 from tests.integration.simulated_device import SimulatedDevice
 from ucm.integration.copies.arena import Arena
 from ucm.integration.copies.copy_engine import CopyEngine
-from ucm.integration.copies.device import DeviceCopyEngine
+from ucm.integration.copies.device import CopyLimits, DeviceCopyEngine
 from ucm.integration.copies.jobs import PagePart
 
 WAYS = {
@@ -53,7 +53,7 @@ class Machine:
                 geometry=rank.geometry,
                 share=rank.share,
                 accelerator=self.device,
-                **options,
+                limits=CopyLimits(**options),
             )
         )
         return self.engines[-1]

@@ -28,7 +28,7 @@ from ucm.config.settings import Settings, StoreSettings
 from ucm.errors import UnsupportedEngine
 from ucm.integration.copies import generations as memories_module
 from ucm.integration.copies.arena import Arena
-from ucm.integration.copies.device import DeviceCopyEngine
+from ucm.integration.copies.device import CopyLimits, DeviceCopyEngine
 from ucm.integration.copies.jobs import CopyJob, PagePart
 from ucm.integration.copies.make import make_copy_engine
 from ucm.integration.vllm import worker as worker_module
@@ -67,7 +67,9 @@ class Bench:
             make_arena = functools.partial(Arena, registrar=self.device)
             monkeypatch.setattr(memories_module, "Arena", make_arena)
             make = functools.partial(
-                DeviceCopyEngine, accelerator=self.device, direct_run_bytes=1, fence_grace_s=grace_s
+                DeviceCopyEngine,
+                accelerator=self.device,
+                limits=CopyLimits(direct_run_bytes=1, fence_grace_s=grace_s),
             )
         else:
             make = functools.partial(make_copy_engine, engine_block_tokens=BLOCK_TOKENS)

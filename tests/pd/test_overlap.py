@@ -29,7 +29,7 @@ from tests.pd.handoff_parts import (
 )
 from ucm.handoff import Expected, Handoff, Wanted, Withdrawn, params
 from ucm.pd.legs.delivery import Answer
-from ucm.pd.legs.handoff import Promise
+from ucm.pd.legs.handoff import PrefillPromise
 from ucm.pd.legs.prefill import PrefillOutcome, Share
 from ucm.pd.metrics import ProxyMetrics
 from ucm.pd.trace import Journey
@@ -318,7 +318,7 @@ async def test_an_answer_that_comes_as_its_client_leaves_is_closed():
 
     task = asyncio.create_task(prefill())
     journey = Journey(ProxyMetrics(lambda: ()), route="POST /", request_id=None)
-    promise = Promise(Share(task, is_shared=False, on_leave=task.cancel), journey)
+    promise = PrefillPromise(Share(task, is_shared=False, on_leave=task.cancel), journey)
     keeping = asyncio.create_task(promise.keep(ask, BODY))
     await asyncio.sleep(0)
     await asyncio.sleep(0)

@@ -18,7 +18,7 @@ from tests.pd.protocol_answers import completion, sse
 from tests.pd.test_kept import get
 from tests.pd.usage_parts import PATHS, PROMPT_TOKENS, decoding, events, whole
 from ucm.handoff import Expected
-from ucm.pd.legs.usage import Found, corrected, found_in
+from ucm.pd.legs.usage import FoundCached, corrected, found_in
 
 QUESTION: Any = [{"role": "user", "content": "hi"}]
 HANDOFFS = ["chain", "overlap"]
@@ -233,7 +233,7 @@ async def test_a_response_that_is_only_announced_does_not_end_its_prefill(
 
 @pytest.mark.parametrize("path", PATHS)
 def test_a_prefills_answer_says_what_it_has_found(path: str) -> None:
-    assert Found(16, 1) == found_in(whole(path, 16))
+    assert FoundCached(16, 1) == found_in(whole(path, 16))
     if path != "/v1/responses":
         assert found_in(whole(path, None)) is None
 
@@ -245,13 +245,15 @@ def test_of_an_answer_that_can_not_be_read_nothing_is_known(answer: bytes) -> No
 
 def test_no_more_is_cached_than_the_prompt_has() -> None:
     usage = {"prompt_tokens": 10, "prompt_tokens_details": {"cached_tokens": 9}}
-    assert 10 == corrected(usage, Found(12, None))["prompt_tokens_details"]["cached_tokens"]
+    assert 10 == corrected(usage, FoundCached(12, None))["prompt_tokens_details"]["cached_tokens"]
     usage = {"input_tokens": 1, "cache_read_input_tokens": 9}
-    assert {"input_tokens": 0, "cache_read_input_tokens": 10} == corrected(usage, Found(12, 5))
+    assert {"input_tokens": 0, "cache_read_input_tokens": 10} == corrected(
+        usage, FoundCached(12, 5)
+    )
 
 
 def test_what_later_turns_of_one_response_find_cached_stays() -> None:
     details = {"cached_tokens": 90 + 120, "cached_tokens_per_turn": [90, 120]}
     usage = {"input_tokens": 230, "input_tokens_details": details}
-    got = corrected(usage, Found(16, None))["input_tokens_details"]
+    got = corrected(usage, FoundCached(16, None))["input_tokens_details"]
     assert {"cached_tokens": 16 + 120, "cached_tokens_per_turn": [16, 120]} == got

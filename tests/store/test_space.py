@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from tests.faults.mounts import mount_tmpfs, own_mounts
 from tests.store.tier_contract import LARGE, dump, load, make_key, make_page
 from ucm.errors import TierError
-from ucm.store.tiers.posix.space import Reserve, Space, look, reserve_bytes
+from ucm.store.tiers.posix.space import FreeSpace, Space, SpaceReserve, look, reserve_bytes
 from ucm.store.tiers.posix.tier import PosixTier
 from ucm.store.tiers.tier import ReadStatus
 
@@ -65,7 +65,7 @@ def test_nothing_is_written_into_the_reserve_and_writing_goes_on_when_there_is_m
 ) -> None:
     store = tmp_path / "store"
     mount_tmpfs(store, size_bytes=40 * MIB)
-    tier = PosixTier([str(store)], min_free_bytes=20 * MIB)
+    tier = PosixTier([str(store)], free=FreeSpace(min_free_bytes=20 * MIB))
     tier.open_namespace(LARGE)
 
     refused, error = fill(tier, 0)
@@ -76,7 +76,7 @@ def test_nothing_is_written_into_the_reserve_and_writing_goes_on_when_there_is_m
 
     # Somebody else needs space: still nothing is taken.
     (store / "other").write_bytes(bytes(10 * MIB))
-    again, _ = fill(PosixTier([str(store)], min_free_bytes=20 * MIB), refused)
+    again, _ = fill(PosixTier([str(store)], free=FreeSpace(min_free_bytes=20 * MIB)), refused)
     assert again == refused
     (store / "other").unlink()
 
@@ -84,7 +84,7 @@ def test_nothing_is_written_into_the_reserve_and_writing_goes_on_when_there_is_m
     assert not isinstance(load(tier, LARGE, make_key(0)), ReadStatus)
     for path in store.rglob("*.kv"):
         path.unlink()
-    freed = PosixTier([str(store)], min_free_bytes=20 * MIB)
+    freed = PosixTier([str(store)], free=FreeSpace(min_free_bytes=20 * MIB))
     assert fill(freed, refused)[0] > refused
 
 
@@ -93,7 +93,7 @@ def test_what_is_written_between_two_looks_is_taken_off(tmp_path: Path) -> None:
     """A look a second would let a fast writer through."""
     mount_tmpfs(tmp_path / "store", size_bytes=40 * MIB)
     path = str(tmp_path / "store")
-    reserve = Reserve(path, min_free_bytes=10 * MIB, queue_pages=0, clock=lambda: 0.0)
+    reserve = SpaceReserve(path, FreeSpace(min_free_bytes=10 * MIB), clock=lambda: 0.0)
     for _ in range(29):
         reserve.take(MIB)
     # Somebody else has written as much at the same time, which the last look could not see.
@@ -108,7 +108,7 @@ def test_what_is_written_between_two_looks_is_taken_off(tmp_path: Path) -> None:
 
 def test_a_backend_that_is_not_there_is_not_full(tmp_path: Path) -> None:
     """Whoever writes into it says what is wrong."""
-    Reserve(str(tmp_path / "missing"), min_free_bytes=1 << 60, queue_pages=0).take(MIB)
+    SpaceReserve(str(tmp_path / "missing"), FreeSpace(min_free_bytes=1 << 60)).take(MIB)
 
 
 def test_a_filesystem_that_tells_no_size_is_not_full(
@@ -118,4 +118,4 @@ def test_a_filesystem_that_tells_no_size_is_not_full(
     real = os.statvfs(tmp_path)
     told = os.statvfs_result((*real[:2], 0, 0, 0, *real[5:]))
     monkeypatch.setattr(os, "statvfs", lambda path: told)
-    Reserve(str(tmp_path), min_free_bytes=1 << 40, queue_pages=0).take(MIB)
+    SpaceReserve(str(tmp_path), FreeSpace(min_free_bytes=1 << 40)).take(MIB)

@@ -23,11 +23,11 @@ from ucm.pd.health import check_health
 from ucm.pd.legs import bodies, upstream
 from ucm.pd.legs.asking import Asker
 from ucm.pd.legs.decode import Relay
-from ucm.pd.legs.handoff import Promise
+from ucm.pd.legs.handoff import PrefillPromise
 from ucm.pd.legs.keepers import Keepers, named_by
 from ucm.pd.legs.known import Known
 from ucm.pd.legs.prefill import Leg, Prefills
-from ucm.pd.legs.reading import Wanted, answers_at_once, is_invocation, passed_on, read_request
+from ucm.pd.legs.reading import ReadRequest, answers_at_once, is_invocation, passed_on, read_request
 from ucm.pd.legs.resume import Tracker
 from ucm.pd.legs.websocket import pass_through, wants_websocket
 from ucm.pd.metrics import ProxyMetrics
@@ -173,7 +173,7 @@ class Proxy:
         return await self._journey(request, partial(self._generate, request, wanted))
 
     async def _generate(
-        self, request: web.Request, wanted: Wanted, journey: Journey
+        self, request: web.Request, wanted: ReadRequest, journey: Journey
     ) -> web.StreamResponse:
         fields = wanted.fields
         journey.tokens, journey.kind = wanted.tokens, wanted.kind
@@ -271,8 +271,8 @@ class Proxy:
 
     @contextmanager
     def _promised(
-        self, request: web.Request, wanted: Wanted, journey: Journey
-    ) -> Iterator[Promise | None]:
+        self, request: web.Request, wanted: ReadRequest, journey: Journey
+    ) -> Iterator[PrefillPromise | None]:
         """The request's prefill, until the request is over; None where it would be of no use."""
         if self._prefills is None:
             yield None
@@ -293,7 +293,7 @@ class Proxy:
             tokens=journey.tokens,
             kind=journey.kind,
         )
-        promise = Promise(
+        promise = PrefillPromise(
             self._prefills.join(leg),
             journey,
             is_told=wanted.is_all,

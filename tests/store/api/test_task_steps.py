@@ -17,7 +17,7 @@ from ucm.store.api.loads import find, load, prefetch
 from ucm.store.api.open_blocks import OpenBlocks
 from ucm.store.api.pages import Pages, Part
 from ucm.store.api.questions import Questions
-from ucm.store.api.steps import Ask, Hear, Need, NodeLost, Pause, Steps, Tell, Turn, TurnOver
+from ucm.store.api.steps import Ask, Hear, Need, NodeLost, Pause, ReserveTurn, Steps, Tell, TurnOver
 from ucm.store.api.unsaved import Unsaved
 from ucm.store.blocks.keys import Key
 from ucm.store.node import protocol as p
@@ -66,7 +66,7 @@ def go_on(steps: Steps[object], *answers: object) -> list[Need]:
     needs: list[Need] = []
     while True:
         needs.append(need := steps.send(value))
-        if isinstance(need, (Hear, Pause, Turn)):
+        if isinstance(need, (Hear, Pause, ReserveTurn)):
             return needs
         value = need.question.id if isinstance(need, Ask) else None
 
@@ -194,7 +194,7 @@ def test_a_dump_reserves_in_its_turn_commits_what_is_whole_and_verifies_at_last(
     rows = [Seen() for _ in KEYS[:2]]
     of = shared()
     steps = dump(questions(), parts_of(KEYS[:2], rows), batch=8, shared=of)
-    assert go_on(steps) == [Turn()]
+    assert go_on(steps) == [ReserveTurn()]
     go_on(steps)  # it may be its turn already
     assert asked(go_on(steps)) == [KEYS[:2]]
 
@@ -220,7 +220,7 @@ def begun_dump(of: Shared, keys: list[Key], rows: Sequence[Row], shard: int = 0)
 def test_a_dump_that_is_lost_with_the_node_cache_fails_unless_it_had_not_begun() -> None:
     waiting = dump(questions(), parts_of(KEYS[:1], [Seen()]), batch=8, shared=shared())
     go_on(waiting)
-    assert waiting.throw(NodeLost()) == Turn()
+    assert waiting.throw(NodeLost()) == ReserveTurn()
 
     begun = begun_dump(shared(), KEYS[:1], [Seen()])
     go_on(begun)
@@ -246,7 +246,7 @@ def test_a_dump_asks_again_for_the_blocks_that_there_was_no_room_for() -> None:
     assert [row.copies for row in rows] == [1, 0]
     assert isinstance(needs[-1], Pause)
     assert needs[-1].waits_for == "room in the node cache: storage is slow, or the cache is small"
-    assert go_on(steps) == [Turn()]
+    assert go_on(steps) == [ReserveTurn()]
     assert asked(go_on(steps)) == [[KEYS[1]]]
 
 
@@ -279,7 +279,7 @@ def test_a_whole_block_that_nobody_has_completed_is_dumped_once_more() -> None:
 
     absent = p.Found(id=2, places=b"\0", reason=Outcome.FINE)
     assert isinstance(go_on(steps, absent)[-1], Pause)
-    assert go_on(steps) == [Turn()]
+    assert go_on(steps) == [ReserveTurn()]
     assert asked(go_on(steps)) == [[KEYS[0]]]
     go_on(steps, slots(3, 0))
     assert row.copies == 1

@@ -13,8 +13,8 @@ from tests.store.node.test_link import peer
 from tests.store.node.test_session import serving, session_of
 from ucm.errors import TaskFailed
 from ucm.store.api.questions import Questions, abort
-from ucm.store.api.runner import Runner
-from ucm.store.api.steps import Ask, Hear, NodeLost, Pause, Steps, Turn
+from ucm.store.api.runner import TaskRunner
+from ucm.store.api.steps import Ask, Hear, NodeLost, Pause, ReserveTurn, Steps
 from ucm.store.api.tasks import Task
 from ucm.store.node import protocol as p
 
@@ -26,7 +26,7 @@ def task() -> Task:
 
 
 def reserving(questions: Questions) -> Steps[list[int]]:
-    yield Turn()
+    yield ReserveTurn()
     yield Ask(questions.reserve(KEYS), undo=lambda reply: abort(KEYS))
     reply: p.ReserveReply = yield Hear()
     return reply.offsets
@@ -46,7 +46,7 @@ def test_what_a_task_reserves_after_its_end_is_given_back_before_another_reserve
         return []
 
     with peer(place, serving(place, answer)), closing(session_of(place)) as session:
-        runner = Runner(session)
+        runner = TaskRunner(session)
         questions = Questions(session.next_id, time.monotonic() + SOON_S)
         wait_until(lambda: session.poll(0.01) or session.is_met, "it is met")
         late, second = task(), task()
@@ -79,7 +79,7 @@ def test_tasks_wait_for_a_node_cache_and_are_told_when_it_is_another_one(place: 
         return "has not heard"
 
     with peer(place, serving(place, answer)), closing(session_of(place)) as session:
-        runner = Runner(session)
+        runner = TaskRunner(session)
         session.on_lost, session.on_met = runner.node_lost, runner.node_met
         questions = Questions(session.next_id, time.monotonic() + SOON_S)
         stays, fails = task(), task()

@@ -28,7 +28,7 @@ _MIN_IDS = 8192
 _WARM_BUFFERS = 8
 
 
-class Event(Protocol):
+class DeviceEvent(Protocol):
     """A point in the work of a stream: torch.Event, as far as copies need it."""
 
     def query(self) -> bool: ...
@@ -52,11 +52,11 @@ class Accelerator:
         """Gives the calling thread a stream that no other thread uses."""
         torch.accelerator.set_stream(torch.Stream(device=self.device))
 
-    def record(self) -> Event:
+    def record(self) -> DeviceEvent:
         """A point after everything that the current stream holds now."""
         return torch.accelerator.current_stream(self.device).record_event()
 
-    def wait(self, event: Event) -> None:
+    def wait(self, event: DeviceEvent) -> None:
         """Later work on the current stream comes after `event`. The host doesn't wait."""
         assert isinstance(event, torch.Event)
         torch.accelerator.current_stream(self.device).wait_event(event)

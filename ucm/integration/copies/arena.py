@@ -30,7 +30,7 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from ucm.integration.copies.registration import Registrar, registrar_for
+from ucm.integration.copies.registration import MemoryRegistrar, registrar_for
 from ucm.store.node.memory import populate
 
 logger = logging.getLogger(__name__)
@@ -60,7 +60,7 @@ class Arena:
         *,
         device: torch.device | None = None,
         name: str = "",
-        registrar: Registrar | None = None,
+        registrar: MemoryRegistrar | None = None,
     ) -> None:
         self.name = name
         self.bytes: Tensor = torch.frombuffer(mapping, dtype=torch.uint8)

@@ -21,8 +21,9 @@ from __future__ import annotations
 import logging
 import time
 from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
 
-from ucm.integration.copies.accelerator import Accelerator, BatchedCopy, Event
+from ucm.integration.copies.accelerator import Accelerator, BatchedCopy, DeviceEvent
 from ucm.integration.copies.arena import Arena
 from ucm.integration.copies.copy_engine import CLOSE_TIMEOUT_S, COPY_TIMEOUT_S, CopyEngine
 from ucm.integration.copies.jobs import Direction, PagePart
@@ -40,8 +41,23 @@ DIRECT_RUN_BYTES = 64 << 10
 FENCE_GRACE_S = 0.2
 
 
+@dataclass(frozen=True, kw_only=True)
+class CopyLimits:
+    """Smaller numbers than these are for tests. Runs of `direct_run_bytes` and more go straight
+    between device and slots, others by `staging_bytes` of device memory. A fence gives a dump that
+    is not under way `fence_grace_s`; a lane whose device can't be asked holds on for `hold_s`."""
+
+    staging_bytes: int = STAGING_BYTES
+    direct_run_bytes: int = DIRECT_RUN_BYTES
+    fence_grace_s: float = FENCE_GRACE_S
+    hold_s: float = HOLD_S
+
+
+DEFAULT_LIMITS = CopyLimits()
+
+
 class DeviceCopyEngine(CopyEngine):
-    """Copies for one accelerator. Smaller numbers than the defaults are for tests."""
+    """Copies for one accelerator."""
 
     def __init__(
         self,
@@ -51,17 +67,14 @@ class DeviceCopyEngine(CopyEngine):
         share: RankShare,
         accelerator: Accelerator | None = None,
         batched: BatchedCopy | None = None,
-        staging_bytes: int = STAGING_BYTES,
-        direct_run_bytes: int = DIRECT_RUN_BYTES,
-        fence_grace_s: float = FENCE_GRACE_S,
-        hold_s: float = HOLD_S,
+        limits: CopyLimits = DEFAULT_LIMITS,
     ) -> None:
         super().__init__(len(views))
         device = views[0].parts[0].device
         self._accelerator = accelerator or Accelerator(device, batched=batched)
-        self._fence_grace_s = fence_grace_s
-        self._after_forward: Event | None = None
-        self._before_forward: Event | None = None
+        self._fence_grace_s = limits.fence_grace_s
+        self._after_forward: DeviceEvent | None = None
+        self._before_forward: DeviceEvent | None = None
         # The last submission of each open job, and of each layer's loads by layer.
         self._open: dict[int, Submission] = {}
         self._layer_loads: dict[int, Submission] = {}
@@ -69,8 +82,8 @@ class DeviceCopyEngine(CopyEngine):
             views,
             geometry=geometry,
             share=share,
-            staging_bytes=staging_bytes,
-            direct_run_bytes=direct_run_bytes,
+            staging_bytes=limits.staging_bytes,
+            direct_run_bytes=limits.direct_run_bytes,
         )
         self._lanes = {
             direction: Lane(
@@ -78,7 +91,7 @@ class DeviceCopyEngine(CopyEngine):
                 routes,
                 accelerator=self._accelerator,
                 ledger=self._ledger,
-                hold_s=hold_s,
+                hold_s=limits.hold_s,
             )
             for direction in Direction
         }

@@ -23,13 +23,13 @@ import torch
 from torch import Tensor
 
 from ucm.errors import UcmError
-from ucm.integration.copies.accelerator import Accelerator, Event
+from ucm.integration.copies.accelerator import Accelerator, DeviceEvent
 from ucm.integration.copies.arena import Arena
 from ucm.integration.copies.copy_engine import check_blocks
 from ucm.integration.copies.jobs import Direction, PagePart
 from ucm.integration.copies.ledger import JobLedger
 from ucm.integration.copies.ring import GivenUpError, Transfers
-from ucm.integration.copies.routes import Pages, Route
+from ucm.integration.copies.routes import Route, RoutePages
 
 logger = logging.getLogger(__name__)
 
@@ -48,9 +48,9 @@ class Submission:
     layer: int | None
     parts: Sequence[PagePart]
     arena: Arena
-    after: Event
+    after: DeviceEvent
     queued: threading.Event = field(default_factory=threading.Event)
-    event: Event | None = None
+    event: DeviceEvent | None = None
     ok: bool = True
     kept: object = None
 
@@ -156,7 +156,7 @@ class Lane(threading.Thread):
         self._transfers.begin(lambda: self._ledger.is_failing(job_id))
         for part in submission.parts:
             check_blocks(part, num_blocks=self._num_blocks)
-        pages = Pages(submission.parts, submission.arena, self._upload(submission.parts))
+        pages = RoutePages(submission.parts, submission.arena, self._upload(submission.parts))
         self._accelerator.wait(submission.after)
         for route in self._routes:
             layers = route.layers

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 from ucm.integration.copies.accelerator import BatchedCopy
 from ucm.integration.copies.copy_engine import CopyEngine
-from ucm.integration.copies.device import STAGING_BYTES, DeviceCopyEngine
+from ucm.integration.copies.device import STAGING_BYTES, CopyLimits, DeviceCopyEngine
 from ucm.integration.copies.host import HostCopyEngine
 from ucm.integration.copies.layout import LayerView
 from ucm.store.blocks.page_layout import PageGeometry, RankShare
@@ -29,5 +29,9 @@ def make_copy_engine(
     if views[0].parts[0].device.type == "cpu":
         return HostCopyEngine(views, geometry=geometry, share=share)
     return DeviceCopyEngine(
-        views, geometry=geometry, share=share, batched=batched, staging_bytes=staging_bytes
+        views,
+        geometry=geometry,
+        share=share,
+        batched=batched,
+        limits=CopyLimits(staging_bytes=staging_bytes),
     )

@@ -14,7 +14,7 @@ from typing import Any, Protocol
 import torch
 
 
-class Registrar(Protocol):
+class MemoryRegistrar(Protocol):
     """Pins and unpins ranges of this process's memory. Any thread."""
 
     def register(self, address: int, nbytes: int) -> str:
@@ -43,7 +43,7 @@ class CudaRegistrar:
             return _said(_cudart().cudaHostUnregister(address))
 
 
-def registrar_for(device: torch.device | None) -> Registrar | None:
+def registrar_for(device: torch.device | None) -> MemoryRegistrar | None:
     """None: memory can't be registered there, and copies go by the ring."""
     return CudaRegistrar(device) if device is not None and device.type == "cuda" else None
 

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from ucm.errors import UcmError
-from ucm.integration.copies.accelerator import Accelerator, Event
+from ucm.integration.copies.accelerator import Accelerator, DeviceEvent
 from ucm.integration.copies.arena import Arena
 from ucm.integration.copies.jobs import Direction
 
@@ -44,7 +44,7 @@ class _RingBuffer:
 
     memory: Tensor
     used: int = 0
-    event: Event | None = None
+    event: DeviceEvent | None = None
     targets: list[tuple[Tensor, Tensor]] = field(default_factory=list)
 
 
@@ -171,7 +171,7 @@ class Transfers:
             if buffer.event is not None and buffer.event.query():
                 self._free(buffer)
 
-    def forget(self, event: Event | None) -> None:
+    def forget(self, event: DeviceEvent | None) -> None:
         """Drops what the submission in hand has left, after it failed. Its buffers are in use until
         `event`; None: the device can't say, they are not used again."""
         self._batches = []

@@ -30,7 +30,7 @@ from ucm.store.blocks.page_layout import PageGeometry, RankShare
 
 
 @dataclass(frozen=True)
-class Pages:
+class RoutePages:
     """What one submission copies. `ids` are the block ids of all parts in order, on the device;
     None if there are no blocks, or no route has a `staging_bytes`."""
 
@@ -47,7 +47,7 @@ class Route(ABC):
     staging_bytes: int = 0
 
     @abstractmethod
-    def copy(self, pages: Pages, layers: range, transfers: Transfers, staging: Tensor) -> None:
+    def copy(self, pages: RoutePages, layers: range, transfers: Transfers, staging: Tensor) -> None:
         """Puts the copies of `layers`, all of this route's or one of them, on the stream."""
 
 
@@ -118,7 +118,7 @@ class _DirectRoute(Route):
         self._storage = torch.empty(0, dtype=torch.uint8, device=placed.tensor.device)
         self._storage.set_(storage, 0, (storage.nbytes(),), (1,))
 
-    def copy(self, pages: Pages, layers: range, transfers: Transfers, staging: Tensor) -> None:
+    def copy(self, pages: RoutePages, layers: range, transfers: Transfers, staging: Tensor) -> None:
         placed, runs = self._placed[layers], self._runs[layers]
         tensor = placed.tensor
         first = int(tensor.storage_offset()) * tensor.element_size()
@@ -163,7 +163,7 @@ class _StagedRoute(Route):
         # Of whole int64, the widest item of any part.
         self.staging_bytes = -(-pages * layers * self._layer_bytes // 8) * 8
 
-    def copy(self, pages: Pages, layers: range, transfers: Transfers, staging: Tensor) -> None:
+    def copy(self, pages: RoutePages, layers: range, transfers: Transfers, staging: Tensor) -> None:
         if pages.ids is None:
             return  # no blocks
         device = transfers.device

@@ -27,7 +27,7 @@ from dataclasses import dataclass, field
 from enum import Enum
 
 
-class Ending(Enum):
+class BlockReturn(Enum):
     """How vLLM gets the blocks of a request that has finished."""
 
     AT_ONCE = "nothing copies"
@@ -91,16 +91,16 @@ class BlockLedger:
         self._forget_if_over(request_id, loan)
         return fence
 
-    def finish(self, request_id: str, *, more_to_dump: bool) -> Ending:
+    def finish(self, request_id: str, *, more_to_dump: bool) -> BlockReturn:
         """vLLM has finished the request."""
         loan = self._loans.get(request_id)
         if loan is not None and loan.loads:
-            return Ending.BY_LOAD
+            return BlockReturn.BY_LOAD
         if loan is None and not more_to_dump:
-            return Ending.AT_ONCE
+            return BlockReturn.AT_ONCE
         loan = self._loans.setdefault(request_id, _Loan())
         loan.held = True
-        return Ending.HELD
+        return BlockReturn.HELD
 
     def release(self, request_id: str) -> bool:
         """Nothing more of the request will be dumped: whether vLLM is told so now."""

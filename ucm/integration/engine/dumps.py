@@ -19,7 +19,7 @@ from dataclasses import dataclass, field, replace
 from functools import partial
 
 from ucm.integration.copies.jobs import CopyJob
-from ucm.integration.engine.device_blocks import BlockLedger, Ending
+from ucm.integration.engine.device_blocks import BlockLedger, BlockReturn
 from ucm.integration.engine.facts import EngineFacts
 from ucm.integration.engine.prompt import Prompt
 from ucm.integration.engine.ranges import DumpCursor, part_of_block
@@ -146,7 +146,7 @@ class Dumps:
         self._reserve(dump, num_tokens)
         ended = DumpEnd(is_copying=True, kept_blocks=cursor.lost_from)
         ending = self._ledger.finish(request_id, more_to_dump=bool(cursor.todo))
-        if ending is Ending.HELD:
+        if ending is BlockReturn.HELD:
             self._draining[request_id] = time.monotonic()
             return ended
         self._close(self._dumps.pop(request_id))

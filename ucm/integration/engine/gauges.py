@@ -19,7 +19,7 @@ PERIOD_S = 5.0
 _MICROSECOND_S = 1e-6
 
 
-class Asked(Protocol):
+class StatusSource(Protocol):
     """Of a `NodeSession` what is needed here."""
 
     @property
@@ -32,7 +32,7 @@ class NodeGauges:
     """Asks for a status every few seconds while the engine steps; the answer comes later."""
 
     def __init__(
-        self, session: Asked, stats: Counts, *, clock: Callable[[], float] = time.monotonic
+        self, session: StatusSource, stats: Counts, *, clock: Callable[[], float] = time.monotonic
     ) -> None:
         self._session = session
         self._stats = stats

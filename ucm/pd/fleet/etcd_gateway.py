@@ -87,7 +87,7 @@ class _Error(msgspec.Struct):
     error: str = ""
 
 
-class Header(msgspec.Struct):
+class GatewayHeader(msgspec.Struct):
     revision: int = 0
 
 
@@ -105,7 +105,7 @@ class Token(msgspec.Struct):
 
 
 class Range(msgspec.Struct):
-    header: Header
+    header: GatewayHeader
     kvs: tuple[KeyValue, ...] = ()
 
 

@@ -24,11 +24,11 @@ from ucm.pd.fleet.silence import InstanceSilent, Scout
 from ucm.pd.legs import bodies, upstream, verdict
 from ucm.pd.legs.asking import Asker, judged
 from ucm.pd.legs.delivery import Answer, Delivery, Problem, give_up
-from ucm.pd.legs.handoff import Ask, Promise
+from ucm.pd.legs.handoff import Ask, PrefillPromise
 from ucm.pd.legs.keepers import Keepers, Name
 from ucm.pd.legs.kept import KeptRelay
 from ucm.pd.legs.resume import Tracker
-from ucm.pd.legs.usage import Asking, Found, PrefillUsage
+from ucm.pd.legs.usage import Asking, FoundCached, PrefillUsage
 from ucm.pd.legs.verdict import Verdict
 from ucm.pd.protocol import RESPONSES
 from ucm.pd.stopping import go_on
@@ -97,7 +97,7 @@ class Relay:
         body: bytes | None,
         journey: Journey,
         tracker: Tracker | None = None,
-        promise: Promise | None = None,
+        promise: PrefillPromise | None = None,
         name: Name | None = None,
     ) -> web.StreamResponse:
         """The client's response, sent; with a `name` by who keeps what it names. Never raises but
@@ -126,7 +126,7 @@ class Relay:
         request: web.Request,
         body: bytes | None,
         journey: Journey,
-        promise: Promise | None,
+        promise: PrefillPromise | None,
         tries: _Tries,
     ) -> web.StreamResponse:
         problem = Problem("", code=502)
@@ -175,7 +175,7 @@ class Relay:
         return Scout(self._pool.patience, sort, may_move)
 
     def _found(
-        self, request: web.Request, promise: Promise | None, name: Name | None
+        self, request: web.Request, promise: PrefillPromise | None, name: Name | None
     ) -> Asking | None:
         """Who knows what prefill has found for the answer. A response that is asked for later is
         the same one; a request that goes on with one has a prompt of its own, and no prefill."""
@@ -184,13 +184,17 @@ class Relay:
         if name is None or request.path == RESPONSES:
             return None
 
-        async def kept() -> Found | None:
+        async def kept() -> FoundCached | None:
             return self._keepers.found(name)
 
         return kept
 
     async def _noted(
-        self, answer: Answer, request: web.Request, instance: Instance, promise: Promise | None
+        self,
+        answer: Answer,
+        request: web.Request,
+        instance: Instance,
+        promise: PrefillPromise | None,
     ) -> Answer:
         found = None
         if promise is not None and request.path == RESPONSES:
@@ -264,7 +268,7 @@ class Relay:
 
 
 async def _keep(
-    promise: Promise | None, ask: Ask, delivery: Delivery, body: bytes | None
+    promise: PrefillPromise | None, ask: Ask, delivery: Delivery, body: bytes | None
 ) -> Answer | Problem:
     """Who goes on with a stream is asked for more than the promise was about."""
     if promise is None or body is None or delivery.response is not None:

@@ -29,7 +29,7 @@ from ucm.pd.legs import bodies
 from ucm.pd.legs.delivery import Answer, Problem
 from ucm.pd.legs.prefill import PrefillOutcome, Share
 from ucm.pd.legs.rewrite import with_params
-from ucm.pd.legs.usage import Found
+from ucm.pd.legs.usage import FoundCached
 from ucm.pd.trace import Journey
 
 logger = logging.getLogger(__name__)
@@ -62,7 +62,7 @@ def keeps_what_was_expected(outcome: PrefillOutcome) -> bool:
     return not isinstance(words, handoff.Receipt) or words.is_whole
 
 
-class Promise:
+class PrefillPromise:
     """One request's prefill, as far as decode is concerned. Owned by the request's task, which
     leaves it when it is over; `linger_s` after the first byte of decode's answer it is left
     already. A prefill that decode has loaded from has said by then what it had found."""
@@ -98,7 +98,7 @@ class Promise:
             self._leaving.cancel()
         self._share.leave()
 
-    async def found(self) -> Found | None:
+    async def found(self) -> FoundCached | None:
         """What prefill had of the prompt before; None if it isn't known within `linger_s`, or for
         a part of the prompts only."""
         if not self.is_told:

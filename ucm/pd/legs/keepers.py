@@ -17,7 +17,7 @@ from yarl import URL
 
 from ucm.pd.legs.delivery import Answer
 from ucm.pd.legs.resume import Events
-from ucm.pd.legs.usage import Found
+from ucm.pd.legs.usage import FoundCached
 from ucm.pd.protocol import RESPONSES
 
 SESSIONS = "/invocations"
@@ -65,7 +65,7 @@ class Keepers:
     def __init__(self, max_kept: int) -> None:
         self._max_kept = max_kept
         # Those that were asked for or made last are at the end.
-        self._kept: dict[Name, tuple[URL, Found | None]] = {}
+        self._kept: dict[Name, tuple[URL, FoundCached | None]] = {}
 
     def __len__(self) -> int:
         return len(self._kept)
@@ -77,10 +77,10 @@ class Keepers:
         self._kept[name] = kept
         return kept[0]
 
-    def found(self, name: Name) -> Found | None:
+    def found(self, name: Name) -> FoundCached | None:
         return self._kept.get(name, (None, None))[1]
 
-    def note(self, name: Name, url: URL, found: Found | None = None) -> None:
+    def note(self, name: Name, url: URL, found: FoundCached | None = None) -> None:
         if not 0 < len(name.id) <= MAX_ID_CHARS:
             return
         self._kept.pop(name, None)
@@ -88,7 +88,9 @@ class Keepers:
         while len(self._kept) > self._max_kept:
             del self._kept[next(iter(self._kept))]
 
-    def noting(self, answer: Answer, *, path: str, url: URL, found: Found | None = None) -> Answer:
+    def noting(
+        self, answer: Answer, *, path: str, url: URL, found: FoundCached | None = None
+    ) -> Answer:
         """The same answer to a request for `path`. What it says was made is noted before the client
         can ask for it."""
         if not 200 <= answer.upstream.status < 300:
@@ -128,12 +130,12 @@ class _Response(msgspec.Struct):
     id: str = ""
 
 
-class _Event(msgspec.Struct):
+class _KeptEvent(msgspec.Struct):
     response: _Response | None = None
 
 
 _responses = msgspec.json.Decoder(_Response)
-_events = msgspec.json.Decoder(_Event)
+_events = msgspec.json.Decoder(_KeptEvent)
 
 
 def _id_of(body: bytes) -> str:

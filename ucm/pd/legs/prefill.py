@@ -23,7 +23,7 @@ from ucm.pd.fleet.silence import InstanceSilent, Scout, unless_lost
 from ucm.pd.legs import upstream, verdict
 from ucm.pd.legs.asking import note
 from ucm.pd.legs.rewrite import params_of
-from ucm.pd.legs.usage import Found, found_in
+from ucm.pd.legs.usage import FoundCached, found_in
 from ucm.pd.legs.verdict import Verdict
 
 logger = logging.getLogger(__name__)
@@ -39,7 +39,7 @@ class PrefillOutcome:
 
     failure: str | None
     receipt: bytes | None = None
-    found: Found | None = None
+    found: FoundCached | None = None
     by: Instance | None = None
 
 

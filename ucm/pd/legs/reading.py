@@ -26,7 +26,7 @@ from ucm.pd.protocol import CHAT_BATCH, RESPONSES
 
 
 @dataclass(frozen=True)
-class Wanted:
+class ReadRequest:
     """`body` is for decode. `first` is for prefill; without it `why_not` says why there is none.
     It `is_all` if it has all of the prompts, and its receipt is about them. `chain` is that of its
     prompt, where anybody wants to know."""
@@ -43,7 +43,7 @@ class Wanted:
 
 def read_request(
     body: bytes, path: str, *, min_tokens: int, has_prefill: bool, chains: bool = False
-) -> Wanted | None:
+) -> ReadRequest | None:
     """None if it is no JSON object."""
     fields = parse_body(body)
     if fields is None:
@@ -61,7 +61,7 @@ def read_request(
             if chains and is_all:
                 chain = chain_of(prefill_fields(long, path=path), path=path)
     kind = kind_of(path, fields)
-    return Wanted(body, fields, guess_tokens(fields), kind, why_not, first, is_all, chain)
+    return ReadRequest(body, fields, guess_tokens(fields), kind, why_not, first, is_all, chain)
 
 
 def answers_at_once(path: str, fields: Mapping[str, Any]) -> bool:
@@ -70,7 +70,7 @@ def answers_at_once(path: str, fields: Mapping[str, Any]) -> bool:
     return path == RESPONSES and bool(fields.get("stream") or fields.get("background"))
 
 
-def is_invocation(wanted: Wanted | None) -> bool:
+def is_invocation(wanted: ReadRequest | None) -> bool:
     """What vLLM takes for a chat or a completion where anything may be asked."""
     return wanted is not None and ("messages" in wanted.fields or "prompt" in wanted.fields)
 

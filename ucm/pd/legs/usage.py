@@ -32,7 +32,7 @@ _PER_TURN = "cached_tokens_per_turn"
 
 
 @dataclass(frozen=True)
-class Found:
+class FoundCached:
     """In its caches, by the instance that was first asked for the prompt. `created` are the tokens
     that it has put there; None if it does not say."""
 
@@ -53,7 +53,7 @@ class _Outer(msgspec.Struct):
 _outer, _inner = msgspec.json.Decoder(_Outer), msgspec.json.Decoder(_Inner)
 
 
-def found_in(answer: bytes) -> Found | None:
+def found_in(answer: bytes) -> FoundCached | None:
     """Of a prefill's whole answer."""
     usage = _usage(answer)
     if usage is None:
@@ -65,7 +65,7 @@ def found_in(answer: bytes) -> Found | None:
             numbers, names = numbers[details], names_of_details
             break
     cached, created = (_count(numbers.get(name)) for name in names)
-    return None if cached is None else Found(cached, created)
+    return None if cached is None else FoundCached(cached, created)
 
 
 def may_have_cached(data: bytes) -> bool:
@@ -73,7 +73,7 @@ def may_have_cached(data: bytes) -> bool:
     return any(name in data for name in _NAMES)
 
 
-def corrected_body(body: bytes, found: Found) -> bytes:
+def corrected_body(body: bytes, found: FoundCached) -> bytes:
     usage = _usage(body)
     if usage is None:
         return body
@@ -83,7 +83,7 @@ def corrected_body(body: bytes, found: Found) -> bytes:
     return body if changed == numbers else body.replace(raw, bodies.encode(changed))
 
 
-def corrected_events(events: bytes, found: Found) -> bytes:
+def corrected_events(events: bytes, found: FoundCached) -> bytes:
     """Of whole events, with their ends."""
     return b"".join(
         corrected_body(line, found) if may_have_cached(line) else line
@@ -91,14 +91,14 @@ def corrected_events(events: bytes, found: Found) -> bytes:
     )
 
 
-def corrected(usage: dict[str, Any], found: Found) -> dict[str, Any]:
+def corrected(usage: dict[str, Any], found: FoundCached) -> dict[str, Any]:
     """A usage object with these numbers in place of decode's. One without any stays so."""
     for details, (cached, created) in _DETAILS.items():
         given = usage.get(details)
         if isinstance(given, dict) and _count(given.get(cached)) is not None:
             prompt = _count(usage.get("prompt_tokens", usage.get("input_tokens")))
             if prompt is not None:
-                found = Found(min(found.cached, prompt), found.created)
+                found = FoundCached(min(found.cached, prompt), found.created)
             return {**usage, details: _in_details(given, found, cached, created)}
     read = _count(usage.get(_READ))
     if read is None:
@@ -116,7 +116,9 @@ def corrected(usage: dict[str, Any], found: Found) -> dict[str, Any]:
     return changed
 
 
-def _in_details(given: dict[str, Any], found: Found, cached: str, created: str) -> dict[str, Any]:
+def _in_details(
+    given: dict[str, Any], found: FoundCached, cached: str, created: str
+) -> dict[str, Any]:
     changed = dict(given)
     turns = given.get(_PER_TURN)
     if isinstance(turns, list) and turns and all(_count(each) is not None for each in turns):
@@ -152,7 +154,7 @@ def _count(value: object) -> int | None:
 
 
 # What a request's prefill has found, once it has said so; None if it doesn't, or not soon.
-Asking = Callable[[], Awaitable[Found | None]]
+Asking = Callable[[], Awaitable[FoundCached | None]]
 
 
 class PrefillUsage:
@@ -167,7 +169,9 @@ class PrefillUsage:
     async def in_events(self, events: bytes) -> bytes:
         return await self._corrected(events, corrected_events)
 
-    async def _corrected(self, data: bytes, correct: Callable[[bytes, Found], bytes]) -> bytes:
+    async def _corrected(
+        self, data: bytes, correct: Callable[[bytes, FoundCached], bytes]
+    ) -> bytes:
         if not may_have_cached(data):
             return data
         found = await self._found()

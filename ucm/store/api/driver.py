@@ -23,7 +23,7 @@ from ucm.store.api.dumps import Shared
 from ucm.store.api.open_blocks import OpenBlocks
 from ucm.store.api.pages import Pages
 from ucm.store.api.questions import NAMESPACE, Questions, abort
-from ucm.store.api.runner import Runner
+from ucm.store.api.runner import TaskRunner
 from ucm.store.api.shards import BlockShape
 from ucm.store.api.steps import Steps
 from ucm.store.api.tasks import Task
@@ -71,7 +71,7 @@ class Driver:
         self._session.on_lost = self._node_lost
         self._session.on_opened = self._namespace_opened
         self._session.on_saving = self._note_saving
-        self._runner = Runner(self._session)
+        self._runner = TaskRunner(self._session)
         self._new: deque[tuple[Task, Steps[Any]]] = deque()
         self._opened = threading.Event()
         self._ended_by: UcmError | None = None

@@ -20,7 +20,17 @@ from ucm.errors import TaskFailed
 from ucm.store.api.open_blocks import OpenBlock, OpenBlocks
 from ucm.store.api.pages import Pages, Part, by_key, copy_failed
 from ucm.store.api.questions import Questions, abort, batches, commit
-from ucm.store.api.steps import RETRY_S, Ask, Hear, NodeLost, Pause, Steps, Tell, Turn, TurnOver
+from ucm.store.api.steps import (
+    RETRY_S,
+    Ask,
+    Hear,
+    NodeLost,
+    Pause,
+    ReserveTurn,
+    Steps,
+    Tell,
+    TurnOver,
+)
 from ucm.store.api.unsaved import Unsaved
 from ucm.store.blocks.keys import Key
 from ucm.store.node import protocol as p
@@ -56,7 +66,7 @@ class _Dump:
         has_turn = False
         while not has_turn:
             with suppress(NodeLost):  # nothing has been done yet
-                yield Turn()
+                yield ReserveTurn()
                 has_turn = True
         try:
             yield from self._dump()
@@ -68,7 +78,7 @@ class _Dump:
     def _dump(self) -> Steps[None]:
         while True:
             while self._todo:
-                yield Turn()
+                yield ReserveTurn()
                 no_room = yield from self._reserve_and_copy(self._todo.popleft())
                 yield TurnOver()
                 if no_room:

@@ -17,7 +17,7 @@ from functools import partial
 from typing import Any, Final
 
 from ucm.errors import UcmError
-from ucm.store.api.steps import Ask, Need, NodeLost, Pause, Steps, Tell, Turn, TurnOver
+from ucm.store.api.steps import Ask, Need, NodeLost, Pause, ReserveTurn, Steps, Tell, TurnOver
 from ucm.store.api.tasks import Task
 from ucm.store.client.session import NodeSession
 from ucm.store.node import protocol as p
@@ -27,7 +27,7 @@ _LATER: Final = object()
 
 
 @dataclass(eq=False, slots=True)
-class _Running:
+class _RunningTask:
     task: Task
     steps: Steps[object]
     has_begun: bool = False
@@ -36,17 +36,17 @@ class _Running:
     num_unanswered: int = 0
 
 
-class Runner:
+class TaskRunner:
     """Owned by the store's thread, but for `num_tasks`."""
 
     def __init__(self, session: NodeSession) -> None:
         self._session = session
         # The oldest first, which has to end first: all have the same time.
-        self._running: OrderedDict[Task, _Running] = OrderedDict()
-        self._timers: list[tuple[float, int, _Running]] = []
+        self._running: OrderedDict[Task, _RunningTask] = OrderedDict()
+        self._timers: list[tuple[float, int, _RunningTask]] = []
         self._numbers = itertools.count()
-        self._turns: deque[_Running] = deque()
-        self._has_turn: _Running | None = None
+        self._turns: deque[_RunningTask] = deque()
+        self._has_turn: _RunningTask | None = None
 
     @property
     def num_tasks(self) -> int:
@@ -54,7 +54,7 @@ class Runner:
 
     def begin(self, task: Task, steps: Steps[object]) -> None:
         """At once, or when there is a node cache."""
-        running = self._running[task] = _Running(task, steps)
+        running = self._running[task] = _RunningTask(task, steps)
         if self._session.is_met:
             self._go_on(running)
 
@@ -105,7 +105,7 @@ class Runner:
     # -- one task --------------------------------------------------------------------------
 
     def _go_on(
-        self, running: _Running, value: object = None, *, error: NodeLost | None = None
+        self, running: _RunningTask, value: object = None, *, error: NodeLost | None = None
     ) -> None:
         """With what it has yielded for, until it has to wait again, or has ended."""
         if running.task.has_ended:
@@ -121,7 +121,7 @@ class Runner:
         except UcmError as failed:
             self._end(running, partial(running.task.fail, failed))
 
-    def _supply(self, running: _Running, need: Need) -> object:
+    def _supply(self, running: _RunningTask, need: Need) -> object:
         if isinstance(need, Ask):
             running.num_unanswered += 1
             self._session.ask(need.question, partial(self._answered, running, need.undo))
@@ -129,7 +129,7 @@ class Runner:
         if isinstance(need, Tell):
             self._session.send(need.message)
             return None
-        if isinstance(need, Turn):
+        if isinstance(need, ReserveTurn):
             if self._has_turn is running:
                 return None
             self._turns.append(running)
@@ -149,7 +149,7 @@ class Runner:
 
     def _answered(
         self,
-        running: _Running,
+        running: _RunningTask,
         undo: Callable[[Any], p.ClientMessage | None],
         reply: p.NodeMessage,
     ) -> None:
@@ -165,14 +165,14 @@ class Runner:
         else:
             running.heard.append(reply)
 
-    def _end(self, running: _Running, tell: Callable[[], None]) -> None:
+    def _end(self, running: _RunningTask, tell: Callable[[], None]) -> None:
         """`tell` comes last: the user may do anything with the task's memory then."""
         del self._running[running.task]
         running.steps.close()
         self._end_turn(running)
         tell()
 
-    def _end_turn(self, running: _Running) -> None:
+    def _end_turn(self, running: _RunningTask) -> None:
         """Not before it is known what was reserved."""
         if self._has_turn is running and not running.num_unanswered:
             self._has_turn = None

@@ -4,7 +4,7 @@
     reply = yield Hear()           waits for the next answer to what this task has asked
     yield Tell(message)            what has no answer; goes on at once
     yield Pause(delay_s)           waits
-    yield Turn()                   waits until it alone may reserve, which it may until `TurnOver()`
+    yield ReserveTurn()            waits until it alone may reserve, which it may until `TurnOver()`
 
 So a task is read from top to bottom, and needs neither a thread nor a connection: a test can drive
 it by hand. While it waits, others go on (`runner.py`). It returns its result, or raises TaskFailed.
@@ -64,7 +64,7 @@ class Pause:
 
 
 @dataclass(frozen=True, slots=True)
-class Turn:
+class ReserveTurn:
     """Tasks get their turns in the order in which they ask. Who has it already goes on."""
 
 
@@ -73,5 +73,5 @@ class TurnOver:
     """So does the task's end; that of a task which has an unanswered question, its answer."""
 
 
-Need: TypeAlias = Ask | Hear | Tell | Pause | Turn | TurnOver
+Need: TypeAlias = Ask | Hear | Tell | Pause | ReserveTurn | TurnOver
 Steps: TypeAlias = Generator[Need, Any, _T]

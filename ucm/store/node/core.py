@@ -11,7 +11,7 @@ from collections.abc import Callable
 
 from ucm.errors import ProtocolError
 from ucm.store.node import protocol as p
-from ucm.store.node.dumps import Dumps
+from ucm.store.node.dumps import DumpRequests
 from ucm.store.node.find import Finds
 from ucm.store.node.lookups import Lookups
 from ucm.store.node.message_checks import check_hello, check_message, check_namespace, check_open
@@ -41,7 +41,7 @@ class NodeCore:
         self.writeback = storing.writeback
         self.lookups = Lookups(parts, storing)
         self.finds = Finds(parts, storing)
-        self._dumps = Dumps(parts, self.lookups.fills, storing)
+        self._dumps = DumpRequests(parts, self.lookups.fills, storing)
         self._openings = Openings(parts)
         self._ahead = MemoryAhead(
             parts.slots,

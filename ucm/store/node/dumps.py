@@ -1,4 +1,4 @@
-"""Dumps: slots that engines fill, and what happens when they are full or given up."""
+"""What engines dump: slots that they fill, and what happens when these are full or given up."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from ucm.store.node.storing import Storing
 _AnyKey = TypeVar("_AnyKey", bound=bytes)
 
 
-class Dumps:
+class DumpRequests:
     """Owned by the event loop's thread. The sessions know what is theirs."""
 
     def __init__(self, parts: NodeParts, fills: Fills, storing: Storing) -> None:

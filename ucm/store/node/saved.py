@@ -38,7 +38,7 @@ class Saving(Enum):
     REFUSED = "refused"
 
 
-class Tell(Protocol):
+class TellClients(Protocol):
     """Tells the node cache's clients. `reason` is that of the refusals."""
 
     def __call__(self, refused: Sequence[Key], saved: Sequence[Key], reason: Outcome) -> None: ...
@@ -63,7 +63,7 @@ class SavingRules:
 
 
 @dataclass(frozen=True)
-class Refusal:
+class SaveRefusal:
     at_s: float
     reason: Outcome
 
@@ -75,7 +75,7 @@ class SavedBook:
         self._rules = rules
         self._clock = clock
         self._saved_s: OrderedDict[Key, float] = OrderedDict()
-        self._refused: OrderedDict[Key, Refusal] = OrderedDict()
+        self._refused: OrderedDict[Key, SaveRefusal] = OrderedDict()
 
     def note_saved(self, key: Key) -> bool:
         """Whether that is news: it had been refused."""
@@ -84,7 +84,7 @@ class SavedBook:
 
     def note_refused(self, key: Key, reason: Outcome) -> None:
         self._saved_s.pop(key, None)
-        _remember(self._refused, key, Refusal(self._clock(), reason))
+        _remember(self._refused, key, SaveRefusal(self._clock(), reason))
 
     def note_gone(self, key: Key) -> None:
         """Storage was asked, and has it no more."""
@@ -99,7 +99,7 @@ class SavedBook:
         """Seen once, however long ago."""
         return key in self._saved_s
 
-    def refusal(self, key: Key) -> Refusal | None:
+    def refusal(self, key: Key) -> SaveRefusal | None:
         return self._refused.get(key)
 
     def may_retry(self, key: Key) -> bool:

@@ -30,7 +30,7 @@ _OVERFLOW_GID: Final = Path("/proc/sys/kernel/overflowgid")
 
 
 @dataclass(frozen=True)
-class Peer:
+class PeerCredentials:
     """Who is at the other end of a Unix socket, by the kernel's word. `pid` is 0 for a process that
     can't be seen from here."""
 
@@ -48,7 +48,7 @@ class Trust:
     def user(self, uid: int) -> bool:
         return uid in (0, os.getuid())
 
-    def peer(self, peer: Peer) -> bool:
+    def peer(self, peer: PeerCredentials) -> bool:
         return self.user(peer.uid) or (self.gid is not None and self.gid in peer.gids)
 
     def owner(self, info: os.stat_result) -> bool:
@@ -82,7 +82,7 @@ def trust_of(settings: StoreSettings) -> Trust:
     return Trust(gid)
 
 
-def peer_of(sock: socket.socket) -> Peer:
+def peer_of(sock: socket.socket) -> PeerCredentials:
     found = sock.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, struct.calcsize("3i"))
     pid, uid, gid = struct.unpack("iII", found)
     further: tuple[int, ...] = ()
@@ -90,7 +90,7 @@ def peer_of(sock: socket.socket) -> Peer:
     with suppress(OSError):
         groups = sock.getsockopt(socket.SOL_SOCKET, _SO_PEERGROUPS, _MAX_BYTES)
         further = struct.unpack(f"{len(groups) // 4}I", groups)
-    return Peer(pid, uid, frozenset((gid, *further)))
+    return PeerCredentials(pid, uid, frozenset((gid, *further)))
 
 
 def _overflow_gid() -> int:

@@ -25,9 +25,9 @@ from functools import partial
 from ucm.errors import TierError
 from ucm.outcome import Outcome
 from ucm.store.blocks.keys import Key, num_tokens_of
-from ucm.store.node.io_threads import Pool
+from ucm.store.node.io_threads import Threads
 from ucm.store.node.parts import NodeParts
-from ucm.store.node.saved import Met, SavedBook, Saving, Tell
+from ucm.store.node.saved import Met, SavedBook, Saving, TellClients
 from ucm.store.node.sessions import OpenedNamespace
 from ucm.store.node.slots import Slot, SlotState
 from ucm.store.node.write_places import Places
@@ -40,7 +40,7 @@ class _Write:
     key: Key
     parent: Key | None
     slot: Slot
-    pool: Pool
+    pool: Threads
     staged: Staged | None = None
     is_staged: bool = False
     is_waiting: bool = False
@@ -51,7 +51,7 @@ class _Write:
 class WriteBack:
     """Owned by the event loop's thread, like the slot table it pins in."""
 
-    def __init__(self, parts: NodeParts, tell: Tell) -> None:
+    def __init__(self, parts: NodeParts, tell: TellClients) -> None:
         self._tier = parts.tier
         self._lanes = parts.writes
         self._slots = parts.slots

@@ -12,6 +12,7 @@ from collections.abc import Callable
 from ucm.config.settings import StoreSettings
 from ucm.store.blocks.page_key import load_page_key
 from ucm.store.tiers.posix.rights import file_rights
+from ucm.store.tiers.posix.space import FreeSpace
 from ucm.store.tiers.posix.tier import PosixTier
 from ucm.store.tiers.tier import NoTier, Tier
 
@@ -23,8 +24,10 @@ def _posix(settings: StoreSettings) -> Tier:
     return PosixTier(
         settings.storage_backends,
         direct_io=settings.direct_io,
-        min_free_bytes=None if min_free_gb is None else int(min_free_gb * (1 << 30)),
-        queue_pages=settings.write_queue_pages,
+        free=FreeSpace(
+            min_free_bytes=None if min_free_gb is None else int(min_free_gb * (1 << 30)),
+            queue_pages=settings.write_queue_pages,
+        ),
         quarantine_per_minute=settings.quarantine_per_minute,
         page_key=load_page_key(settings.page_key_file) if settings.page_key_file else None,
         rights=file_rights(settings.file_mode, settings.file_group),

@@ -49,20 +49,30 @@ def look(path: str) -> Space:
     return Space(of.f_blocks * of.f_frsize, of.f_bavail * of.f_frsize)
 
 
-class Reserve:
+@dataclass(frozen=True, kw_only=True)
+class FreeSpace:
+    """What stays free: `min_free_bytes`, 0 for nothing, or None for the default (`reserve_bytes`),
+    which is at least what a queue of `queue_pages` may still write."""
+
+    min_free_bytes: int | None = 0
+    queue_pages: int = 0
+
+
+NONE_FREE = FreeSpace()
+
+
+class SpaceReserve:
     """Of the filesystem below one backend. Thread-safe."""
 
     def __init__(
         self,
         path: str,
+        free: FreeSpace,
         *,
-        min_free_bytes: int | None,
-        queue_pages: int,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self._path = path
-        self._min_free_bytes = min_free_bytes
-        self._queue_pages = queue_pages
+        self._free = free
         self._clock = clock
         self._lock = threading.Lock()
         self._space = Space(0, 0)
@@ -72,7 +82,7 @@ class Reserve:
     def take(self, file_bytes: int) -> None:
         """A file of this size is about to be written. Raises TierError if it must not, and OSError
         if the filesystem can't tell."""
-        if self._min_free_bytes == 0:
+        if self._free.min_free_bytes == 0:
             return  # the filesystem itself says when it is full
         with self._lock:
             now_s = self._clock()
@@ -102,6 +112,6 @@ class Reserve:
     def _kept(self, file_bytes: int) -> int:
         return reserve_bytes(
             self._space,
-            min_free_bytes=self._min_free_bytes,
-            queue_bytes=self._queue_pages * file_bytes,
+            min_free_bytes=self._free.min_free_bytes,
+            queue_bytes=self._free.queue_pages * file_bytes,
         )

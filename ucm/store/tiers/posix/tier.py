@@ -32,7 +32,7 @@ from ucm.store.tiers.posix.plain_files import NotPlain, open_plain
 from ucm.store.tiers.posix.quarantine import Quarantine, forget_cached, move_aside
 from ucm.store.tiers.posix.revalidate import doubt, is_there_now
 from ucm.store.tiers.posix.rights import UMASK_DECIDES, FileRights, is_own
-from ucm.store.tiers.posix.space import Reserve
+from ucm.store.tiers.posix.space import NONE_FREE, FreeSpace, SpaceReserve
 from ucm.store.tiers.tier import ABSENT, HIT, PageRead, ReadStatus, Staged, Tier, TierNamespace
 
 # Buffered reads stop often to verify what is still in the CPU's cache. Direct ones don't pass
@@ -52,23 +52,18 @@ class PosixTier(Tier):
         storage_backends: Sequence[str],
         *,
         direct_io: bool = False,
-        min_free_bytes: int | None = 0,
-        queue_pages: int = 0,
+        free: FreeSpace = NONE_FREE,
         quarantine_per_minute: int = 6,
         page_key: PageKey | None = None,
         rights: FileRights = UMASK_DECIDES,
     ) -> None:
-        """`min_free_bytes` and `queue_pages`: what stays free, see `space.py`."""
         assert storage_backends
         self._page_key = page_key
         self._backends = [
             Backend(path, direct_io=direct_io, page_key=page_key, rights=rights)
             for path in storage_backends
         ]
-        self._reserves = {
-            backend: Reserve(backend.path, min_free_bytes=min_free_bytes, queue_pages=queue_pages)
-            for backend in self._backends
-        }
+        self._reserves = {backend: SpaceReserve(backend.path, free) for backend in self._backends}
         self._placement = Placement(self._backends)
         # With the generation of the backend: see Identity.
         self._has_manifest: set[tuple[Backend, int, bytes]] = set()
