@@ -153,6 +153,14 @@ def test_constructors_take_few_things() -> None:
                 assert count <= MAX_CONSTRUCTOR_ARGUMENTS, f"{module}:{node.lineno}: {count}"
 
 
+def test_tests_stand_in_the_rooms_of_what_they_are_about() -> None:
+    """Other folders of tests are about several rooms at once: faults, real vLLM, documents."""
+    for house in ("config", "store", "integration", "pd"):
+        for folder in {path.parent for path in (ROOT / "tests" / house).rglob("*.py")}:
+            room = folder.relative_to(ROOT / "tests")
+            assert (ROOT / "ucm" / room).is_dir(), f"there is no ucm/{room}"
+
+
 def test_files_fit_a_sitting() -> None:
     """A file that grows further is two files."""
     for module in modules():

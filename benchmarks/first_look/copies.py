@@ -20,7 +20,13 @@ from benchmarks.first_look.place import (
     wait_for,
     whole,
 )
-from tests.integration.kv_layouts import LATENT_LAYOUTS, LAYOUTS, Rank, page_in, page_of_blocks
+from tests.integration.copies.kv_layouts import (
+    LATENT_LAYOUTS,
+    LAYOUTS,
+    Rank,
+    page_in,
+    page_of_blocks,
+)
 from ucm.integration.copies.accelerator import BatchedCopy
 from ucm.integration.copies.arena import Arena
 from ucm.integration.copies.jobs import Direction

@@ -13,8 +13,8 @@ from typing import Any
 
 import torch
 
-from tests.integration.kv_layouts import Rank, make_arena, make_rank
-from tests.integration.simulated_device import SimulatedDevice
+from tests.integration.copies.kv_layouts import Rank, make_arena, make_rank
+from tests.integration.copies.simulated_device import SimulatedDevice
 from ucm.integration.copies.accelerator import Accelerator, BatchedCopy
 from ucm.integration.copies.arena import Arena
 from ucm.integration.copies.copy_engine import CopyEngine

@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from tests.store import tree
+from tests.store.tiers.posix import tree
 from ucm.errors import TierError
 from ucm.store.blocks.blockfile import (
     HEADER_BYTES,

@@ -9,7 +9,7 @@ import time
 from pathlib import Path
 from types import FrameType
 
-from tests.store.tier_contract import LARGE, SMALL, dump, make_key, make_namespace, make_page
+from tests.store.tiers.tier_contract import LARGE, SMALL, dump, make_key, make_namespace, make_page
 from ucm.store.tiers.posix.tier import PosixTier
 
 NUM_KEYS = 12

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from tests.faults.fuse import mount_fuse, needs_fuse
-from tests.store.tier_contract import LARGE, content_of, dump, load, make_key, make_page
+from tests.store.tiers.tier_contract import LARGE, content_of, dump, load, make_key, make_page
 from ucm.store.tiers.posix.paths import QUARANTINE
 from ucm.store.tiers.posix.quarantine import Quarantine
 from ucm.store.tiers.posix.tier import PosixTier

@@ -11,8 +11,8 @@ from pathlib import Path
 import pytest
 from xxhash import xxh3_64_intdigest
 
-from tests.store import tree
-from tests.store.tier_contract import (
+from tests.store.tiers.posix import tree
+from tests.store.tiers.tier_contract import (
     LARGE,
     content_of,
     dump,

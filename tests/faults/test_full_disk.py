@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from tests.faults.mounts import mount_tmpfs, own_mounts
-from tests.store.tier_contract import (
+from tests.store.tiers.tier_contract import (
     BLOCK_TOKENS,
     LARGE,
     SMALL,

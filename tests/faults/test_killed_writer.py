@@ -12,8 +12,8 @@ from pathlib import Path
 import pytest
 
 from tests.faults.children import HUGE
-from tests.store import tree
-from tests.store.tier_contract import SMALL, content_of, dump, load, make_key, make_page
+from tests.store.tiers.posix import tree
+from tests.store.tiers.tier_contract import SMALL, content_of, dump, load, make_key, make_page
 from ucm.store.tiers.posix import paths
 from ucm.store.tiers.posix.tier import PosixTier
 from ucm.store.tiers.tier import ReadStatus, TierNamespace

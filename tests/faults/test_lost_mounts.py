@@ -15,7 +15,7 @@ import pytest
 
 from tests.faults.fuse import mount_fuse, needs_fuse
 from tests.faults.mounts import mount_again, mount_tmpfs, own_mounts, take_away, unmount
-from tests.store.tier_contract import (
+from tests.store.tiers.tier_contract import (
     BLOCK_TOKENS,
     SMALL,
     content_of,

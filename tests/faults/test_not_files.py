@@ -14,7 +14,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.store.tier_contract import SMALL, content_of, dump, load, make_key, make_page
+from tests.store.tiers.tier_contract import SMALL, content_of, dump, load, make_key, make_page
 from ucm.errors import TierError
 from ucm.store.tiers.posix import paths
 from ucm.store.tiers.posix.tier import PosixTier

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from tests.faults.mounts import mount_ramfs, mount_read_only, own_mounts, without_privileges
-from tests.store.tier_contract import (
+from tests.store.tiers.tier_contract import (
     BLOCK_TOKENS,
     SMALL,
     content_of,

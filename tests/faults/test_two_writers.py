@@ -8,7 +8,7 @@ from pathlib import Path
 
 from tests.faults.children import NUM_KEYS
 from tests.faults.test_killed_writer import TIMEOUT_S, child
-from tests.store.tier_contract import LARGE, content_of, load, make_key, make_page
+from tests.store.tiers.tier_contract import LARGE, content_of, load, make_key, make_page
 from ucm.store.tiers.posix.tier import PosixTier
 from ucm.store.tiers.tier import ReadStatus
 

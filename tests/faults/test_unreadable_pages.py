@@ -9,8 +9,8 @@ from pathlib import Path
 
 import pytest
 
-from tests.store.strangers import STRANGER, run_as_stranger
-from tests.store.tier_contract import (
+from tests.parts.strangers import STRANGER, run_as_stranger
+from tests.store.tiers.tier_contract import (
     BLOCK_TOKENS,
     SMALL,
     content_of,

@@ -6,7 +6,7 @@ from collections.abc import Callable
 
 import torch
 
-from tests.integration.kv_layouts import LATENT_LAYOUTS, Rank, make_rank
+from tests.integration.copies.kv_layouts import LATENT_LAYOUTS, Rank, make_rank
 from ucm.integration.copies.copy_engine import CopyEngine
 from ucm.integration.copies.jobs import Direction
 from ucm.store.blocks.page_layout import PageGeometry

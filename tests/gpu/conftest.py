@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from tests.gpu.caches import PAGES, MakeEngine
-from tests.integration.kv_layouts import Rank, make_arena
+from tests.integration.copies.kv_layouts import Rank, make_arena
 from ucm.integration.copies.arena import Arena
 from ucm.integration.copies.copy_engine import CopyEngine
 from ucm.integration.copies.device import CopyLimits, DeviceCopyEngine

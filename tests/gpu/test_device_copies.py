@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from tests.gpu.caches import DUMP, HEADS, LOAD, PAGES, MakeEngine, rank_of
-from tests.integration.kv_layouts import (
+from tests.integration.copies.kv_layouts import (
     LATENT_LAYOUTS,
     LAYOUTS,
     page_in,

@@ -11,7 +11,13 @@ import torch
 
 from tests.gpu.caches import DUMP, HEADS, LOAD, PAGES, MakeEngine, rank_of
 from tests.gpu.test_device_order import Busy
-from tests.integration.kv_layouts import make_arena, page_in, page_of_blocks, wait_for, whole_pages
+from tests.integration.copies.kv_layouts import (
+    make_arena,
+    page_in,
+    page_of_blocks,
+    wait_for,
+    whole_pages,
+)
 from ucm.integration.copies.accelerator import Accelerator
 from ucm.integration.copies.jobs import PagePart
 from ucm.integration.copies.pinning import Preparer

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from tests.gpu.caches import DUMP, HEADS, LOAD, PAGES, MakeEngine, rank_of
-from tests.integration.kv_layouts import page_in, page_of_blocks, wait_for, whole_pages
+from tests.integration.copies.kv_layouts import page_in, page_of_blocks, wait_for, whole_pages
 from ucm.integration.copies.jobs import Direction, PagePart
 
 

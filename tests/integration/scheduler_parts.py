@@ -10,7 +10,7 @@ from vllm.v1.request import RequestStatus
 
 from tests.parts.node import node_parts
 from tests.parts.pools import InlinePool, Timers
-from tests.store.memory_tier import MemoryTier
+from tests.store.tiers.memory_tier import MemoryTier
 from ucm import handoff as h
 from ucm.config.settings import Settings, StoreSettings
 from ucm.integration.copies.layout_kind import LayoutKind

@@ -6,7 +6,7 @@ from collections.abc import Callable, Sequence
 
 from tests.parts.node import Node
 from tests.parts.pools import DisorderlyPool, HeldPool
-from tests.store.memory_tier import MemoryTier
+from tests.store.tiers.memory_tier import MemoryTier
 from ucm.store.blocks.keys import Key
 from ucm.store.node.lanes import Lanes
 from ucm.store.tiers.tier import PageRead, Staged, TierNamespace

@@ -11,7 +11,7 @@ from hashlib import sha256
 from typing import Any
 
 from tests.parts.pools import HeldPool, Timers
-from tests.store.memory_tier import MemoryTier
+from tests.store.tiers.memory_tier import MemoryTier
 from ucm.store.blocks.keys import Key
 from ucm.store.node import protocol as p
 from ucm.store.node.core import NodeCore

@@ -19,7 +19,7 @@ from typing import Any, TypeVar
 import msgspec
 from typing_extensions import Self
 
-from tests.store import tree
+from tests.store.tiers.posix import tree
 from ucm.config.settings import StoreSettings
 from ucm.store.blocks.blockfile import HEADER_BYTES
 from ucm.store.blocks.keys import Key

@@ -23,7 +23,7 @@ from hypothesis.stateful import (
 from tests.parts.laned import LanedTier, lanes_of
 from tests.parts.node import node_parts
 from tests.parts.pools import DisorderlyPool, Timers
-from tests.store.memory_tier import MemoryTier
+from tests.store.tiers.memory_tier import MemoryTier
 from ucm.store.blocks.keys import Key, block_keys, root_key
 from ucm.store.node import protocol as p
 from ucm.store.node.core import NodeCore

@@ -5,7 +5,7 @@ from __future__ import annotations
 from itertools import pairwise
 
 from tests.parts.node import Node, key
-from tests.store.memory_tier import MemoryTier
+from tests.store.tiers.memory_tier import MemoryTier
 from ucm.store.blocks.keys import Key
 from ucm.store.node.promised_pages import FIRST_DOUBT_S, LAST_DOUBT_S
 from ucm.store.tiers.tier import TierNamespace

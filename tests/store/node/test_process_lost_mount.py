@@ -12,7 +12,7 @@ import pytest
 
 from tests.faults.fuse import mount_fuse, needs_fuse
 from tests.faults.mounts import mount_again, mount_tmpfs, own_mounts, take_away
-from tests.store.node.api import dump, load, rows, whole_blocks
+from tests.store.api.whole_store import dump, load, rows, whole_blocks
 from tests.store.node.support import Place, log_of, wait_until
 from ucm.errors import TaskFailed, TierError
 from ucm.store.pipeline import UcmPipelineStore

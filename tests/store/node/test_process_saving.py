@@ -9,7 +9,7 @@ import shutil
 import pytest
 
 from tests.faults.mounts import mount_tmpfs, own_mounts
-from tests.store.node.api import IDS, dump, load, rows, whole_blocks
+from tests.store.api.whole_store import IDS, dump, load, rows, whole_blocks
 from tests.store.node.support import Place, engine, make_keys, wait_until
 from ucm.errors import TaskFailed, TierError
 from ucm.store.pipeline import UcmPipelineStore

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from tests.faults.fuse import mount_fuse, needs_fuse
-from tests.store.node.api import IDS, dump, load, rows, whole_blocks
+from tests.store.api.whole_store import IDS, dump, load, rows, whole_blocks
 from tests.store.node.support import Place, engine, make_keys, wait_until
 from ucm.store.blocks.keys import Key
 

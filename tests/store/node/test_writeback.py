@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 from tests.parts.node import node_parts
 from tests.parts.pools import HeldPool, Timers
-from tests.store.memory_tier import MemoryTier
+from tests.store.tiers.memory_tier import MemoryTier
 from ucm.errors import TierError
 from ucm.store.blocks.keys import Key
 from ucm.store.node.lanes import Lanes

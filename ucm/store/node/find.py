@@ -16,7 +16,7 @@ from ucm.errors import ProtocolError
 from ucm.outcome import Outcome
 from ucm.store.blocks.keys import Key
 from ucm.store.node import protocol as p
-from ucm.store.node.io_threads import Threads, error_reason
+from ucm.store.node.io_threads import LanePool, error_reason
 from ucm.store.node.parts import NodeParts
 from ucm.store.node.saved import Saving
 from ucm.store.node.sessions import Connection, OpenedNamespace
@@ -105,7 +105,7 @@ class Finds:
         return place
 
     def _ask_storage(self, job: FindJob, unknown: list[int]) -> None:
-        groups: list[tuple[Threads, list[int]]] = []
+        groups: list[tuple[LanePool, list[int]]] = []
         for pool, blocks in self._reads.split(unknown, lambda i: job.keys[i]):
             if pool.stalled:
                 job.reason = Outcome.TIMEOUT

@@ -26,7 +26,7 @@ class Loop(Protocol):
     def call_soon_threadsafe(self, callback: Callable[..., object], *args: object) -> object: ...
 
 
-class Threads(Protocol):
+class LanePool(Protocol):
     """What the core asks of its threads. See `IoPool` for who calls what where."""
 
     num_threads: int

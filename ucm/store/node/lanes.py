@@ -16,7 +16,7 @@ from collections.abc import Callable, Sequence
 from typing import TypeVar
 
 from ucm.store.blocks.keys import Key
-from ucm.store.node.io_threads import Threads
+from ucm.store.node.io_threads import LanePool
 from ucm.store.tiers.tier import Tier
 
 _T = TypeVar("_T")
@@ -26,7 +26,7 @@ class Lanes:
     """One pool per lane of `tier`, all with as many threads. There is none without storage: then
     nothing can be asked for."""
 
-    def __init__(self, pools: Sequence[Threads], tier: Tier) -> None:
+    def __init__(self, pools: Sequence[LanePool], tier: Tier) -> None:
         assert len(pools) == len(tier.lanes), "one pool per lane"
         self.pools = pools
         self._tier = tier
@@ -63,7 +63,7 @@ class Lanes:
         for pool in self.pools:
             pool.give_back_queue(urgent=urgent)
 
-    def of(self, key: Key) -> Threads:
+    def of(self, key: Key) -> LanePool:
         if len(self.pools) == 1:
             return self.pools[0]
         return self.pools[self._tier.lane_of(key)]
@@ -73,17 +73,17 @@ class Lanes:
 
     def split(
         self, items: Sequence[_T], key_of: Callable[[_T], Key]
-    ) -> list[tuple[Threads, list[_T]]]:
+    ) -> list[tuple[LanePool, list[_T]]]:
         """`items` by lane, in their order; lanes without any are left out."""
         if not items or not self.pools:
             return []
         if len(self.pools) == 1:
             return [(self.pools[0], list(items))]
-        by_pool: dict[Threads, list[_T]] = {}
+        by_pool: dict[LanePool, list[_T]] = {}
         for item in items:
             by_pool.setdefault(self.of(key_of(item)), []).append(item)
         return list(by_pool.items())
 
-    def name_of(self, pool: Threads) -> str:
+    def name_of(self, pool: LanePool) -> str:
         """For people."""
         return self._names[self.pools.index(pool)]

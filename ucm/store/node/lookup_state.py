@@ -28,7 +28,7 @@ from enum import IntEnum
 from ucm.outcome import Outcome
 from ucm.store.blocks.keys import Key
 from ucm.store.node import protocol as p
-from ucm.store.node.io_threads import Threads
+from ucm.store.node.io_threads import LanePool
 from ucm.store.node.sessions import Connection, OpenedNamespace
 from ucm.store.node.slots import Slot, SlotState, SlotTable
 
@@ -113,7 +113,7 @@ class LookupJob:
         self.from_files = 0
         self.probes_running = 0
         # By the pool that has them.
-        self.reads_running: Counter[Threads] = Counter()
+        self.reads_running: Counter[LanePool] = Counter()
         # The last promised block is in storage, so it has them all.
         self.all_there = False
         # An engine of this node brings pages.

@@ -20,7 +20,7 @@ from functools import partial
 from ucm.errors import TierError
 from ucm.outcome import Outcome
 from ucm.store.blocks.keys import Key
-from ucm.store.node.io_threads import Threads
+from ucm.store.node.io_threads import LanePool
 from ucm.store.node.lookup_state import LookupJob
 from ucm.store.node.parts import NodeParts
 from ucm.store.tiers.tier import Tier
@@ -56,7 +56,7 @@ class _Look:
     block is `last`."""
 
     job: LookupJob
-    pool: Threads
+    pool: LanePool
     blocks: Sequence[int]
     last: int
     doubted: Sequence[Key]
@@ -87,8 +87,8 @@ class Looks:
         self._on_looked = on_looked
         self._paces: defaultdict[LookupJob, _Pace] = defaultdict(_Pace)
         # By lane: who waits for a turn to look, the longest first; and who looks.
-        self._turns: defaultdict[Threads, dict[LookupJob, None]] = defaultdict(dict)
-        self._looks: defaultdict[Threads, set[_Look]] = defaultdict(set)
+        self._turns: defaultdict[LanePool, dict[LookupJob, None]] = defaultdict(dict)
+        self._looks: defaultdict[LanePool, set[_Look]] = defaultdict(set)
 
     def forget(self, job: LookupJob) -> None:
         """It has ended."""
@@ -106,7 +106,7 @@ class Looks:
         self._turns[pool][job] = None
         self._take_turns(pool)
 
-    def _take_turns(self, pool: Threads) -> None:
+    def _take_turns(self, pool: LanePool) -> None:
         turns, looks = self._turns[pool], self._looks[pool]
         most = max_looks(pool.num_threads)
         hangs = sum(look.is_overdue for look in looks) >= most
@@ -124,7 +124,7 @@ class Looks:
             else:
                 self._begin(look)
 
-    def _look_of(self, job: LookupJob, pool: Threads) -> _Look | None:
+    def _look_of(self, job: LookupJob, pool: LanePool) -> _Look | None:
         """Only blocks of the first missing one's lane: if that hangs, those of others help nobody.
         None if that isn't the lane of `pool`."""
         missing = job.missing()

@@ -13,7 +13,7 @@ from functools import partial
 
 from ucm.outcome import Outcome
 from ucm.store.blocks.keys import Key
-from ucm.store.node.io_threads import Threads, error_reason
+from ucm.store.node.io_threads import LanePool, error_reason
 from ucm.store.node.parts import NodeParts
 from ucm.store.node.saved import Met
 from ucm.store.node.sessions import OpenedNamespace
@@ -45,7 +45,7 @@ class Rechecks:
         self._count = parts.count
         self._notices = parts.notices
         self._max_pages = parts.limits.max_write_pages
-        self._open: defaultdict[Threads, set[Key]] = defaultdict(set)
+        self._open: defaultdict[LanePool, set[Key]] = defaultdict(set)
 
     def meet(self, namespace: OpenedNamespace, pages: Sequence[Met]) -> list[Key]:
         """Somebody counts on these READY pages. Returns those that are neither saved nor queued."""
@@ -54,7 +54,7 @@ class Rechecks:
             self._ask(namespace, pool, pages_there)
         return unsaved
 
-    def _ask(self, namespace: OpenedNamespace, pool: Threads, pages: list[Met]) -> None:
+    def _ask(self, namespace: OpenedNamespace, pool: LanePool, pages: list[Met]) -> None:
         asked = self._open[pool]
         fresh = [page for page in pages if page.key not in asked]
         del fresh[max(0, self._max_pages - len(asked)) :]
@@ -67,7 +67,7 @@ class Rechecks:
             )
 
     def _on_asked(
-        self, namespace: OpenedNamespace, pool: Threads, group: list[Met], result: object
+        self, namespace: OpenedNamespace, pool: LanePool, group: list[Met], result: object
     ) -> None:
         self._open[pool].difference_update(page.key for page in group)
         if not isinstance(result, list):

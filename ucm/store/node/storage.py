@@ -8,7 +8,7 @@ from functools import partial
 from ucm.outcome import Outcome
 from ucm.store.blocks.keys import Key
 from ucm.store.node.fills import Fills
-from ucm.store.node.io_threads import Threads, error_reason
+from ucm.store.node.io_threads import LanePool, error_reason
 from ucm.store.node.lookup_state import LookupJob
 from ucm.store.node.parts import NodeParts
 from ucm.store.node.sessions import Filling
@@ -47,7 +47,7 @@ class PageReads:
             for each, group in self._lanes.split(self._begin_next(job, most), _key_of):
                 self._read(job, each, group)
 
-    def _next_turn(self, job: LookupJob) -> Threads | None:
+    def _next_turn(self, job: LookupJob) -> LanePool | None:
         """The threads of the next block to read, if this lookup may have more of them."""
         i = job.next_unread()
         if i is None:
@@ -82,7 +82,7 @@ class PageReads:
             filling = self._fills.begin_read(job.keys[i], job.namespace)
         return filling
 
-    def _read(self, job: LookupJob, pool: Threads, fillings: list[Filling]) -> None:
+    def _read(self, job: LookupJob, pool: LanePool, fillings: list[Filling]) -> None:
         keys = [filling.key for filling in fillings]
         pages = [self._page_of(filling.slot) for filling in fillings]
         job.reads_running[pool] += 1
@@ -93,7 +93,7 @@ class PageReads:
         )
 
     def _on_read(
-        self, job: LookupJob, pool: Threads, fillings: list[Filling], result: object
+        self, job: LookupJob, pool: LanePool, fillings: list[Filling], result: object
     ) -> None:
         job.reads_running[pool] -= 1
         ends: list[ReadStatus | Outcome] = [error_reason(result)] * len(fillings)
@@ -119,7 +119,7 @@ class PageReads:
         is_absent = end is ReadStatus.ABSENT
         self._fills.gone(filling, Outcome.NEVER_STORED if is_absent else Outcome(end.value))
 
-    def _on_read_overdue(self, pool: Threads, fillings: list[Filling]) -> None:
+    def _on_read_overdue(self, pool: LanePool, fillings: list[Filling]) -> None:
         name = self._lanes.name_of(pool)
         self._notices.warn(
             "read_overdue", f"{name} hangs; its slots are set aside until it returns", of=name

@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections import Counter
 
 from ucm.store.blocks.keys import Key
-from ucm.store.node.io_threads import Threads
+from ucm.store.node.io_threads import LanePool
 from ucm.store.node.lanes import Lanes
 
 
@@ -20,8 +20,8 @@ class Places:
     def __init__(self, lanes: Lanes, max_pages: int) -> None:
         self._lanes = lanes
         self._max_pages = max_pages
-        self._taken: dict[Key, Threads] = {}
-        self._load: Counter[Threads] = Counter()
+        self._taken: dict[Key, LanePool] = {}
+        self._load: Counter[LanePool] = Counter()
 
     def is_full(self, key: Key) -> bool:
         return self._load[self._lanes.of(key)] >= self._max_pages
@@ -43,7 +43,7 @@ class Places:
             self._load[pool] -= 1
         return pool is not None
 
-    def enter(self, key: Key) -> Threads | None:
+    def enter(self, key: Key) -> LanePool | None:
         """The page is to be queued, at the place that was taken for it or at another one. Returns
         the threads that write it, which it has to `leave`; None if there is no place."""
         if not self.give_back(key) and self.is_full(key):
@@ -52,6 +52,6 @@ class Places:
         self._load[pool] += 1
         return pool
 
-    def leave(self, pool: Threads) -> None:
+    def leave(self, pool: LanePool) -> None:
         """The page is not queued any more."""
         self._load[pool] -= 1

@@ -25,7 +25,7 @@ from functools import partial
 from ucm.errors import TierError
 from ucm.outcome import Outcome
 from ucm.store.blocks.keys import Key, num_tokens_of
-from ucm.store.node.io_threads import Threads
+from ucm.store.node.io_threads import LanePool
 from ucm.store.node.parts import NodeParts
 from ucm.store.node.saved import Met, SavedBook, Saving, TellClients
 from ucm.store.node.sessions import OpenedNamespace
@@ -40,7 +40,7 @@ class _Write:
     key: Key
     parent: Key | None
     slot: Slot
-    pool: Threads
+    pool: LanePool
     staged: Staged | None = None
     is_staged: bool = False
     is_waiting: bool = False

@@ -1,0 +1,191 @@
+"""KV tensors as named views: the right elements, by strides alone."""
+
+from __future__ import annotations
+
+import platform
+
+import pytest
+import torch
+
+from tests.integration.copies.kv_layouts import LATENT_LAYOUTS, LAYOUTS, Rank, make_rank
+from ucm.errors import UnsupportedEngine
+from ucm.integration.copies.layout import LayerView, layer_view
+from ucm.integration.copies.layout_kind import LayoutKind
+from ucm.integration.copies.placement import placed_parts
+from ucm.store.blocks.page_layout import PageGeometry, rank_share
+
+HEADS = PageGeometry(
+    num_layers=3, num_kv_heads=4, block_tokens=32, k_size=16, v_size=16, item_bytes=2
+)
+LATENT = PageGeometry(
+    num_layers=3, num_kv_heads=1, block_tokens=32, k_size=72, v_size=0, item_bytes=2
+)
+
+
+def contents(view: LayerView) -> torch.Tensor:
+    """[block, head, unit, content]"""
+    return torch.cat(view.parts, dim=-1)
+
+
+def rank_of(layout: str) -> Rank:
+    return make_rank(layout, LATENT if layout in LATENT_LAYOUTS else HEADS, seed=1)
+
+
+@pytest.mark.parametrize("layout", [*LAYOUTS, *LATENT_LAYOUTS])
+def test_the_view_of_every_layout_has_the_named_elements(layout: str) -> None:
+    rank = rank_of(layout)
+    expected = rank.cache.read()
+
+    assert torch.equal(expected, torch.stack([contents(view) for view in rank.views()]))
+
+
+@pytest.mark.parametrize("layout", [*LAYOUTS, *LATENT_LAYOUTS])
+def test_a_view_is_the_engine_s_own_memory(layout: str) -> None:
+    rank = rank_of(layout)
+    for view in rank.views():
+        for part in view.parts:
+            part.fill_(7)
+
+    assert bool((rank.cache.read() == 7).all())
+
+
+@pytest.mark.parametrize(
+    ("layout", "parts", "width"),
+    [
+        ("LBHNC", 1, 8),
+        ("LBNHC", 1, 8),
+        ("BLHNC", 1, 8),
+        ("latent_with_head", 1, 8),
+        ("split_tensor", 6, 8),
+        ("split_tuple", 6, 8),
+    ],
+)
+def test_layers_at_one_distance_become_one_tensor_of_wide_items(
+    layout: str, parts: int, width: int
+) -> None:
+    """Six parts: K and V of three layers, each layer in a storage of its own."""
+    rank = rank_of(layout)
+    placed = placed_parts(rank.views(), geometry=rank.geometry, share=rank.share)
+
+    assert parts == len(placed)
+    assert {width} == {part.tensor.element_size() for part in placed}
+
+
+def test_a_transposed_part_keeps_its_items() -> None:
+    rank = rank_of("cpu_vec")
+    keys, values = placed_parts(rank.views(), geometry=rank.geometry, share=rank.share)
+
+    assert torch.int16 == keys.tensor.dtype
+    assert torch.int64 == values.tensor.dtype
+    assert range(3) == keys.layers == values.layers
+
+
+def test_layers_at_uneven_distances_stay_apart() -> None:
+    """The third layer lies farther from the second than the second from the first."""
+    stored = torch.arange(5 * 2 * 4 * 32 * 32, dtype=torch.int32).to(torch.int16)
+    stored = stored.view(5, 2, 4, 32, 32)
+    share = rank_share(HEADS, tp_rank=0, tp_size=1, layers=range(3))
+    views = [
+        layer_view(stored[i], kind=LayoutKind.PACKED, geometry=HEADS, num_heads=4, block_tokens=32)
+        for i in (0, 1, 4)
+    ]
+    placed = placed_parts(views, geometry=HEADS, share=share)
+
+    assert [range(2), range(2, 3)] == [part.layers for part in placed]
+    assert torch.equal(stored[4], placed[1].tensor[0].view(torch.int16))
+
+
+def test_nan_bits_are_seen_as_integers() -> None:
+    bits = torch.tensor([0x7FC1, -1, 0x7F81, 0x0001], dtype=torch.int16).repeat(8 * 4 * 32 * 8)
+    kv = bits.view(8, 4, 32, 32).view(torch.bfloat16)
+    view = layer_view(kv, kind=LayoutKind.PACKED, geometry=HEADS, num_heads=4, block_tokens=32)
+
+    assert torch.equal(bits.view(8, 4, 32, 32), view.parts[0])
+
+
+def test_opaque_blocks_are_their_bytes_whatever_their_order() -> None:
+    """Blocks of [N, H, C], in memory as [C, H, N], with a gap between blocks."""
+    raw = torch.randint(0, 256, (6, 2, 10, 4, 32), dtype=torch.uint8)
+    kv = raw[:, 0].view(torch.int16).permute(0, 3, 2, 1)
+    geometry = PageGeometry(
+        num_layers=1,
+        num_kv_heads=1,
+        block_tokens=128,
+        k_size=10 * 4 * 32,
+        v_size=0,
+        item_bytes=1,
+        unit_tokens=64,
+    )
+    view = layer_view(kv, kind=LayoutKind.OPAQUE, geometry=geometry, num_heads=1, block_tokens=64)
+
+    assert torch.equal(raw[:, 0].reshape(6, 1, 1, -1), view.parts[0])
+    assert raw.data_ptr() == view.parts[0].data_ptr()
+
+
+@pytest.mark.parametrize(
+    ("kv", "kind", "message"),
+    [
+        (torch.zeros(8, 4, 32, 32), LayoutKind.PACKED, "of [4] bytes per item"),
+        (torch.zeros(8, 2, 32, 32).half(), LayoutKind.PACKED, "4 heads"),
+        (torch.zeros(8, 4, 16, 32).half(), LayoutKind.PACKED, "32 units"),
+        (torch.zeros(8, 4, 32, 48).half(), LayoutKind.PACKED, "16 + 16 elements"),
+        (torch.zeros(8, 4, 32).half(), LayoutKind.PACKED, "takes 4 dimensions"),
+        (torch.zeros(8, 4, 32, 32).half(), LayoutKind.SPLIT, "takes 5 dimensions"),
+        (torch.zeros(2, 8, 4, 32, 16).half(), LayoutKind.SPLIT, "4 heads"),
+        ((torch.zeros(8, 32, 4, 16).half(),) * 3, LayoutKind.SPLIT, "16 + 16 elements"),
+        ((torch.zeros(8, 4, 32, 32).half(),) * 2, LayoutKind.PACKED, "takes one"),
+        (torch.zeros(8, 4, 64, 32).half()[:, :, ::2], LayoutKind.CPU_VEC, "dense heads"),
+        (torch.zeros(8, 4, 64, 32).half()[:, :, ::2], LayoutKind.OPAQUE, "not runs of bytes"),
+    ],
+)
+def test_tensors_that_are_not_what_they_are_said_to_be_are_refused(
+    kv: torch.Tensor | tuple[torch.Tensor, ...], kind: LayoutKind, message: str
+) -> None:
+    with pytest.raises(UnsupportedEngine) as refusal:
+        layer_view(kv, kind=kind, geometry=HEADS, num_heads=4, block_tokens=32)
+
+    assert message in str(refusal.value)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+@pytest.mark.parametrize("block_tokens", [16, 32, 64, 128])
+def test_the_view_of_a_cpu_cache_is_what_vllm_s_kernel_wrote(
+    dtype: torch.dtype, block_tokens: int
+) -> None:
+    """Tokens are written by the real kernel, block by block, and read through the view."""
+    ops = pytest.importorskip("vllm._custom_ops")
+    if platform.machine() != "x86_64" or not hasattr(torch.ops._C, "cpu_attn_reshape_and_cache"):
+        pytest.skip("needs vLLM's CPU build for x86-64")
+    heads, size, num_blocks = 2, 64, 3
+    geometry = PageGeometry(
+        num_layers=1,
+        num_kv_heads=heads,
+        block_tokens=block_tokens,
+        k_size=size,
+        v_size=size,
+        item_bytes=dtype.itemsize,
+    )
+    kv = torch.zeros(num_blocks, heads, block_tokens, 2 * size, dtype=dtype)
+    num_tokens = num_blocks * block_tokens
+    keys = torch.randn(num_tokens, heads, size).to(dtype)
+    values = torch.randn(num_tokens, heads, size).to(dtype)
+    rows = kv.view(num_blocks, heads, 2 * block_tokens, size)
+    ops.cpu_attn_reshape_and_cache(
+        keys,
+        values,
+        *rows.chunk(2, dim=2),
+        torch.arange(num_tokens),
+        "vec" if block_tokens % 32 == 0 else "vec16",
+    )
+
+    view = layer_view(
+        kv,
+        kind=LayoutKind.CPU_VEC,
+        geometry=geometry,
+        num_heads=heads,
+        block_tokens=block_tokens,
+    )
+
+    for written, part in zip((keys, values), view.parts, strict=True):
+        by_token = part.view(dtype).transpose(1, 2).reshape(num_tokens, heads, size)
+        assert torch.equal(written, by_token)
