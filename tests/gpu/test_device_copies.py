@@ -91,6 +91,24 @@ def test_a_part_of_a_page_is_written_beside_what_is_there(
     assert torch.equal(expected, page_in(arena, HEADS, 0))
 
 
+@pytest.mark.parametrize("layout", ["LBHNC", "LBNHC"])
+def test_a_page_is_blank_behind_a_tail_when_its_copies_have_landed(
+    device: torch.device, make: MakeEngine, new_arena, layout: str
+) -> None:
+    rank = rank_of(layout, device, seed=4, block_tokens=32)
+    arena = new_arena(HEADS)
+    engine = make(rank)
+    parts = [PagePart(slot * HEADS.slot_bytes, 0, (slot, 7), 41) for slot in range(PAGES)]
+    engine.submit(1, DUMP, parts, arena)
+    wait_for(engine, 1)
+
+    for slot in range(PAGES):
+        page = page_in(arena, HEADS, slot)
+        held = page_of_blocks(rank.cache.read(), [slot, 7])
+        assert torch.equal(held[:, :, :41], page[:, :, :41])
+        assert not bool(page[:, :, 41:].any())
+
+
 def test_opaque_blocks_travel_as_bytes(device: torch.device, make: MakeEngine, new_arena) -> None:
     geometry = PageGeometry(
         num_layers=2,

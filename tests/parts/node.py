@@ -24,9 +24,9 @@ from ucm.store.tiers.tier import NoTier, Tier, TierNamespace
 PAGE = 4096
 FINGERPRINT = sha256(b"held").digest()
 NAMESPACE = TierNamespace(FINGERPRINT, PAGE, b"{}")
-# Pages of two rows of four tokens.
+# Blocks of four tokens.
 NAMESPACE_MESSAGE = p.OpenNamespace(
-    ns=1, fingerprint=FINGERPRINT, page_bytes=PAGE, block_tokens=4, num_rows=2, manifest=b"{}"
+    ns=1, fingerprint=FINGERPRINT, page_bytes=PAGE, block_tokens=4, manifest=b"{}"
 )
 
 

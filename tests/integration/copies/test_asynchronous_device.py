@@ -113,6 +113,38 @@ def test_pages_go_out_and_come_back_bit_for_bit(layout: str, pinned: str) -> Non
         machine.device.close()
 
 
+@pytest.mark.parametrize("pinned", ["all", "half", "none"])
+@pytest.mark.parametrize("way", list(WAYS))
+@pytest.mark.parametrize("layerwise", [False, True])
+def test_what_is_behind_a_tail_is_blank_when_its_copies_have_landed(
+    machine: Machine, way: str, pinned: str, layerwise: bool
+) -> None:
+    """They bring whole blocks of the engine: what was blank before them is not after them."""
+    rank = machine.rank("LBNHC", seed=5, block_tokens=8)
+    arena = machine.arena(2, pinned=pinned)
+    before = rank.cache.read().clone()
+    engine = machine.engine(rank, way)
+    forward_ends = threading.Event()
+    machine.device.launch(forward_ends.wait)
+    engine.order_after_forward()
+    parts = [PagePart(slot * HEADS.slot_bytes, 0, (3 * slot + 1, 3), 11) for slot in range(2)]
+    if layerwise:
+        for layer in range(HEADS.num_layers):
+            engine.submit_layer(1, DUMP, layer, parts, arena)
+    else:
+        engine.submit(1, DUMP, parts, arena)
+    engine.fence([1])
+    assert engine.finished() == []
+    forward_ends.set()
+    wait_for(engine, 1)
+
+    for slot in range(2):
+        page = page_in(arena, HEADS, slot)
+        held = page_of_blocks(before, (3 * slot + 1, 3))
+        assert torch.equal(held[:, :, :11], page[:, :, :11])
+        assert not bool(page[:, :, 11:].any())
+
+
 @pytest.mark.parametrize("machine", [{"is_batched": True}], indirect=True, ids=["batched"])
 @pytest.mark.parametrize("way", ["direct", "staged"])
 def test_all_runs_of_a_rank_among_many_are_one_call_into_the_driver(

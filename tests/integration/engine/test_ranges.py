@@ -161,6 +161,8 @@ def test_each_block_is_in_the_store_or_is_dumped_from_its_own_device_blocks(draw
         end = block * BLOCK + drawn.prompt.tokens_of(block)
         assert all(token in covered for token in range(block * BLOCK, end, drawn.unit))
         assert end <= drawn.prompt.num_tokens
+        is_tail = block == drawn.prompt.num_tokens // BLOCK
+        assert drawn.dump_part(block).tail_tokens == (end % BLOCK if is_tail else 0)
 
 
 @given(drawn())

@@ -172,7 +172,9 @@ class Storm:
         keys = self.side._states[request.request_id].prompt.keys
         self.node.heads.update(keys[:2])
         for i, key in enumerate(keys):
-            self.node.expected[key] = truth[i * size : (i + 1) * size]
+            values = truth[i * size : (i + 1) * size]
+            # Behind a tail there is nothing.
+            self.node.expected[key] = values + [0] * (size - len(values))
 
     def leave(self) -> None:
         there = [each for each in self.scheduler.requests.values() if not each.is_finished()]

@@ -139,16 +139,22 @@ class Rank:
 
     def _copy(self, memory: memoryview, part: PagePart, *, is_load: bool, garbled: bool) -> None:
         token = part.first_token
+        self._blank_behind_tail(memory, part)
         for block in part.block_ids:
             for i in range(UNIT):
                 at = part.slot_offset + token * TOKEN_BYTES + 8 * self.number
                 if is_load:
                     value = int.from_bytes(memory[at : at + 8], "little")
                     self.device[block][i] = -2 if garbled else value
-                elif token < self._block_tokens:
+                elif token < (part.tail_tokens or self._block_tokens):
                     value = -2 if garbled else self.device[block][i]
                     memory[at : at + 8] = value.to_bytes(8, "little", signed=True)
                 token += 1
+
+    def _blank_behind_tail(self, memory: memoryview, part: PagePart) -> None:
+        for token in range(part.tail_tokens or self._block_tokens, self._block_tokens):
+            at = part.slot_offset + token * TOKEN_BYTES + 8 * self.number
+            memory[at : at + 8] = bytes(8)
 
     # -- the forward pass --------------------------------------------------------------------
 

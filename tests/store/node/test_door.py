@@ -29,7 +29,6 @@ FIELDS: dict[str, st.SearchStrategy[Any]] = {
     "fingerprint": st.sampled_from([FINGERPRINT, bytes(32)]),
     "page_bytes": SIZE,
     "block_tokens": st.sampled_from([1, 4, 5, 1 << 40]),
-    "num_rows": COUNT,
     "manifest": st.just(b"{}"),
     "read_from": COUNT,
     "promised": COUNT,
@@ -171,7 +170,7 @@ def test_each_key_has_a_parent_that_is_a_key_or_none(parents: list[bytes], says:
 def test_a_page_is_committed_in_the_namespace_that_it_was_reserved_in() -> None:
     node = Node()
     other = p.OpenNamespace(
-        ns=2, fingerprint=bytes(32), page_bytes=PAGE, block_tokens=4, num_rows=2, manifest=b"{}"
+        ns=2, fingerprint=bytes(32), page_bytes=PAGE, block_tokens=4, manifest=b"{}"
     )
     handle(node, other)
     node.reserve(key(1))
@@ -184,7 +183,7 @@ def test_a_page_is_not_taken_for_one_of_another_size(kind: type[Any]) -> None:
     """Nobody reads or fills more of the memory than the slot of a key is long."""
     node = Node()
     larger = p.OpenNamespace(
-        ns=2, fingerprint=bytes(32), page_bytes=3 * PAGE, block_tokens=4, num_rows=2, manifest=b"{}"
+        ns=2, fingerprint=bytes(32), page_bytes=3 * PAGE, block_tokens=4, manifest=b"{}"
     )
     handle(node, larger)
     node.reserve(key(1))

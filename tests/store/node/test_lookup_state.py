@@ -44,7 +44,7 @@ class Lookup:
         )
         self.job = LookupJob(
             Connection(send=lambda message: None, session=Session("s"), role="scheduler"),
-            OpenedNamespace(tier=NAMESPACE, slot_bytes=PAGE, block_tokens=4, num_rows=2),
+            OpenedNamespace(tier=NAMESPACE, slot_bytes=PAGE, block_tokens=4),
             message,
             slots=self.slots,
             waiting=self.waiting,

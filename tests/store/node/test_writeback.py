@@ -23,7 +23,7 @@ from ucm.store.tiers.tier import TierNamespace
 PAGE = 4096
 NUM_SLOTS = 32
 NAMESPACE = OpenedNamespace(
-    TierNamespace(sha256(b"n").digest(), PAGE, b"{}"), slot_bytes=PAGE, block_tokens=1, num_rows=1
+    TierNamespace(sha256(b"n").digest(), PAGE, b"{}"), slot_bytes=PAGE, block_tokens=1
 )
 FULL = TierError("no space left", reason="full")
 

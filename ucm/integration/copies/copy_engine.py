@@ -7,7 +7,8 @@ and nothing else. A job is one or more pages in one direction, named by the sche
     LOAD   slot -> device     before it is submitted, the page is READY and pinned, and no running
                               request uses the blocks
     DUMP   device -> slot     the slot is FILLING, and the blocks are full: nobody writes them again
-                              before they are freed
+                              before they are freed. Behind a tail the slot is blank at the end
+                              (`tails`)
 
 Threads. All methods but `close` are called by the rank's own thread, the one that runs the forward
 pass, and return at once unless "waits" is said below: they put the job on a queue. The engine's

@@ -3,7 +3,7 @@
     rank's thread                 lane of loads (thread + stream), lane of dumps likewise
     record an event, queue ──►    upload block ids; stream waits for the event; issue copies; record
     fence: stream waits   ◄──     the event, known as soon as everything is on the lane's stream
-    finished              ◄──     the lane's thread has seen the event happen
+    finished              ◄──     the lane's thread has seen the event happen, and blanked tails
 
 A lane (`device_lanes`) issues its submissions in order, on one stream, so the event of a later one
 covers the earlier ones. Only the lanes' threads ever wait for the device.
@@ -30,6 +30,7 @@ from ucm.integration.copies.jobs import Direction, PagePart
 from ucm.integration.copies.lane import HOLD_S, Lane, Submission
 from ucm.integration.copies.layout import LayerView
 from ucm.integration.copies.routes import plan_routes
+from ucm.integration.copies.tails import TailBlanker
 from ucm.store.blocks.page_layout import PageGeometry, RankShare
 
 logger = logging.getLogger(__name__)
@@ -91,6 +92,7 @@ class DeviceCopyEngine(CopyEngine):
                 routes,
                 accelerator=self._accelerator,
                 ledger=self._ledger,
+                tails=TailBlanker(geometry, share),
                 hold_s=limits.hold_s,
             )
             for direction in Direction

@@ -47,6 +47,7 @@ from ucm.integration.copies.copy_engine import (
 from ucm.integration.copies.jobs import Direction, PagePart
 from ucm.integration.copies.layout import LayerView
 from ucm.integration.copies.placement import PlacedPart, placed_parts
+from ucm.integration.copies.tails import TailBlanker
 from ucm.store.blocks.page_layout import PageGeometry, RankShare
 
 logger = logging.getLogger(__name__)
@@ -93,6 +94,7 @@ class HostCopyEngine(CopyEngine):
         super().__init__(len(views))
         self._geometry = geometry
         self._block_units = views[0].num_units
+        self._tails = TailBlanker(geometry, share)
         placed = placed_parts(views, geometry=geometry, share=share)
         self._placed: dict[int | None, tuple[PlacedPart, ...]] = {None: placed}
         for layer in range(len(views)):
@@ -241,6 +243,7 @@ class HostCopyEngine(CopyEngine):
                     slots.append(p.in_slot(memory, slot_offset=part.slot_offset, first_unit=unit))
         if submission.direction is Direction.DUMP:
             _copy_all(into=slots, out_of=device)
+            self._tails.blank(task.parts, submission.arena, submission.layer)
         else:
             _copy_all(into=_in_strips(device, like=device), out_of=_in_strips(slots, like=device))
 

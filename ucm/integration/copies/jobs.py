@@ -17,11 +17,14 @@ class Direction(Enum):
 @dataclass(frozen=True)
 class PagePart:
     """The engine's blocks `block_ids` hold the tokens [first_token, first_token + n) of the page
-    whose slot starts at `slot_offset`; n is the number of blocks times the engine's block size."""
+    whose slot starts at `slot_offset`; n is the number of blocks times the engine's block size.
+
+    With `tail_tokens` a dump is that of a tail of so many: its page has zeros behind them."""
 
     slot_offset: int
     first_token: int
     block_ids: tuple[int, ...]
+    tail_tokens: int = 0
 
 
 @dataclass(frozen=True)

@@ -30,6 +30,7 @@ from ucm.integration.copies.jobs import Direction, PagePart
 from ucm.integration.copies.ledger import JobLedger
 from ucm.integration.copies.ring import GivenUpError, Transfers
 from ucm.integration.copies.routes import Route, RoutePages
+from ucm.integration.copies.tails import TailBlanker
 
 logger = logging.getLogger(__name__)
 
@@ -65,6 +66,7 @@ class Lane(threading.Thread):
         *,
         accelerator: Accelerator,
         ledger: JobLedger,
+        tails: TailBlanker,
         hold_s: float,
     ) -> None:
         super().__init__(name=f"ucm-{direction.value}", daemon=True)
@@ -72,6 +74,7 @@ class Lane(threading.Thread):
         self._routes = routes
         self._accelerator = accelerator
         self._ledger = ledger
+        self._tails = tails
         self._hold_s = hold_s
         self._cond = threading.Condition()
         self._waiting: deque[Submission] = deque()
@@ -214,9 +217,19 @@ class Lane(threading.Thread):
 
     def _end(self, submission: Submission) -> None:
         try:
+            if self._direction is Direction.DUMP and submission.ok:
+                self._blank_tails(submission)
             submission.arena.release()
         finally:
             self._ledger.close_one(submission.job_id, submission.layer, ok=submission.ok)
+
+    def _blank_tails(self, submission: Submission) -> None:
+        """All that the device, or the ring, brings to the slots is there."""
+        try:
+            self._tails.blank(submission.parts, submission.arena, submission.layer)
+        except Exception:
+            logger.exception("job %d: what is behind a tail can't be blanked", submission.job_id)
+            submission.ok = False
 
     def _fail_all(self) -> None:
         """What runs ends after its copies, as failed; what waits ends now."""

@@ -42,10 +42,12 @@ class Epochs:
     @property
     def rules(self) -> PromiseRules:
         settings = self._settings
+        # Where a page's units are larger than a token, a tail would end inside of one.
+        has_tails = self._facts.geometry.unit_tokens == 1
         return PromiseRules(
             fingerprint=self.fingerprint,
             block_tokens=settings.block_tokens,
-            keeps_tails=settings.store_tail and self._facts.geometry.num_rows > 0,
+            keeps_tails=settings.store_tail and has_tails,
             handoff_timeout_s=settings.handoff_timeout_ms / 1000,
             expect_timeout_s=settings.expect_timeout_ms / 1000,
         )
@@ -56,7 +58,6 @@ class Epochs:
             fingerprint=self.fingerprint,
             page_bytes=self._facts.geometry.page_bytes,
             block_tokens=self._settings.block_tokens,
-            num_rows=self._facts.geometry.num_rows,
             manifest=to_json(self.manifest),
         )
 

@@ -136,12 +136,13 @@ def part_of_block(
     unit: int,
 ) -> PagePart:
     """The first `num_tokens` of a block of `block_tokens`, kept in device blocks of `unit` tokens
-    each. The last of these may reach further."""
+    each. The last of these may reach further: fewer than a block's are a tail's."""
     first = block * block_tokens // unit
     return PagePart(
         slot_offset=slot_offset,
         first_token=0,
         block_ids=tuple(device_blocks[first : first - (-num_tokens // unit)]),
+        tail_tokens=num_tokens if num_tokens < block_tokens else 0,
     )
 
 

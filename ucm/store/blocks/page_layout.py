@@ -25,16 +25,6 @@ def padded_bytes(page_bytes: int) -> int:
     return -(-page_bytes // PAGE_ALIGNMENT_BYTES) * PAGE_ALIGNMENT_BYTES
 
 
-def blank_behind(page: memoryview, num_tokens: int, *, num_rows: int, block_tokens: int) -> None:
-    """Zeros everything behind the first `num_tokens` of a page whose units are tokens. `num_rows`
-    is layers times heads, `page` the page without its padding."""
-    row_bytes = len(page) // num_rows
-    start = row_bytes // block_tokens * num_tokens
-    zeros = bytes(row_bytes - start)
-    for row in range(0, len(page), row_bytes):
-        page[row + start : row + row_bytes] = zeros
-
-
 @dataclass(frozen=True, slots=True)
 class Run:
     """The bytes [offset, offset + nbytes) of a page."""
@@ -83,11 +73,6 @@ class PageGeometry:
     def shape(self) -> tuple[int, int, int, int]:
         """[layer, kv_head, unit, content], in elements."""
         return (self.num_layers, self.num_kv_heads, self.num_units, self.content_size)
-
-    @property
-    def num_rows(self) -> int:
-        """Rows of `block_tokens` tokens each, one after the other; 0 where units are larger."""
-        return self.num_layers * self.num_kv_heads if self.unit_tokens == 1 else 0
 
     @property
     def unit_bytes(self) -> int:

@@ -7,12 +7,11 @@ from typing import TypeVar
 
 from ucm.errors import ProtocolError
 from ucm.outcome import Outcome
-from ucm.store.blocks.keys import Key, TailKey
-from ucm.store.blocks.page_layout import blank_behind
+from ucm.store.blocks.keys import Key
 from ucm.store.node import protocol as p
 from ucm.store.node.fills import Fills
 from ucm.store.node.parts import NodeParts
-from ucm.store.node.sessions import Connection, Filling, OpenedNamespace, Session
+from ucm.store.node.sessions import Connection, OpenedNamespace, Session
 from ucm.store.node.slots import Slot, SlotState
 from ucm.store.node.storing import Storing
 
@@ -24,7 +23,6 @@ class DumpRequests:
 
     def __init__(self, parts: NodeParts, fills: Fills, storing: Storing) -> None:
         self._slots = parts.slots
-        self._page_of = parts.page_of
         self._count = parts.count
         self._fills = fills
         self._writeback = storing.writeback
@@ -93,19 +91,8 @@ class DumpRequests:
                 raise ProtocolError(f"key {committed.hex()} was reserved in another namespace")
             del session.filling[filling.key]
             self._counted_on.discard(filling.key)
-            self._blank_behind_tail(filling)
             self._count("dump_committed")
             self._fills.whole(filling, parent=parent)
-
-    def _blank_behind_tail(self, filling: Filling) -> None:
-        """Behind it are whatever tokens the engine's block and the slot had before."""
-        if isinstance(filling.key, TailKey):
-            blank_behind(
-                self._page_of(filling.slot)[: filling.namespace.tier.page_bytes],
-                filling.key.num_tokens,
-                num_rows=filling.namespace.num_rows,
-                block_tokens=filling.namespace.block_tokens,
-            )
 
     def abort(self, session: Session, message: p.Abort) -> None:
         for key in map(Key, message.keys):

@@ -26,13 +26,6 @@ def check_hello(hello: p.Hello) -> None:
 
 
 def check_namespace(message: p.OpenNamespace, opened: Iterable[int]) -> None:
-    """Pages are `num_rows` rows of `block_tokens` tokens, or tails can't be kept."""
-    tokens = message.num_rows * message.block_tokens
-    if tokens and message.page_bytes % tokens:
-        raise ProtocolError(
-            f"pages of {message.page_bytes} bytes are not {message.num_rows} rows of "
-            f"{message.block_tokens} tokens"
-        )
     numbers = set(opened)
     if message.ns not in numbers and len(numbers) >= MAX_NAMESPACES:
         raise ProtocolError(f"more than {MAX_NAMESPACES} namespaces on one connection")
@@ -50,7 +43,7 @@ def check_message(
     if isinstance(message, p.Lookup):
         check_lookup(message)
     if isinstance(message, (p.Lookup, p.Reserve)):
-        check_tail(message.tail_tokens, namespace, dumps=isinstance(message, p.Reserve))
+        check_tail(message.tail_tokens, namespace)
     if isinstance(message, (p.Reserve, p.Commit)):
         check_parents(message.keys, message.parents)
 
@@ -76,11 +69,7 @@ def check_keys(
             raise ProtocolError(f"key {key.hex()} is that of a page of another size")
 
 
-def check_tail(tail_tokens: int, namespace: OpenedNamespace, *, dumps: bool) -> None:
-    if not tail_tokens:
-        return
-    if dumps and not namespace.num_rows:
-        raise ProtocolError("a tail in a namespace whose pages have none")
+def check_tail(tail_tokens: int, namespace: OpenedNamespace) -> None:
     if tail_tokens >= namespace.block_tokens:
         raise ProtocolError(
             f"a tail of {tail_tokens} tokens, and a block has {namespace.block_tokens}"

@@ -77,7 +77,6 @@ class Openings:
             tier=namespace,
             slot_bytes=slot_bytes,
             block_tokens=message.block_tokens,
-            num_rows=message.num_rows,
         )
 
         def answer(results: Sequence[object]) -> None:

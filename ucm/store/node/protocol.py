@@ -66,8 +66,6 @@ class OpenNamespace(msgspec.Struct, frozen=True, kw_only=True, tag=True, array_l
     fingerprint: _Bytes32
     page_bytes: _Size
     block_tokens: _Size
-    # Of a page, with one token after the other in each; 0: tails can't be kept.
-    num_rows: _Count = 0
     manifest: bytes
 
 
@@ -134,7 +132,8 @@ class Reserve(msgspec.Struct, frozen=True, kw_only=True, tag=True, array_like=Tr
 
 
 class Commit(msgspec.Struct, frozen=True, kw_only=True, tag=True, array_like=True):
-    """The slots of `keys` hold their pages. In prompt order, with parents as in `Reserve`."""
+    """The slots of `keys` hold their pages, that of a tail with zeros behind its tokens. In prompt
+    order, with parents as in `Reserve`."""
 
     ns: int
     keys: list[_Bytes32]

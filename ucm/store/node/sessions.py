@@ -20,7 +20,6 @@ class OpenedNamespace:
     tier: TierNamespace
     slot_bytes: int
     block_tokens: int
-    num_rows: int
 
 
 @dataclass(eq=False, slots=True)
