@@ -22,7 +22,7 @@ from ucm.store.blocks.page_key import PageKey
 from ucm.store.tiers.posix import paths
 from ucm.store.tiers.posix.filesystem import Mount, mount_of
 from ucm.store.tiers.posix.lost_mount import Identity
-from ucm.store.tiers.posix.os_errors import translated, unless_gone
+from ucm.store.tiers.posix.os_errors import is_gone, tier_error, translated
 from ucm.store.tiers.posix.plain_files import NotPlain, check_directory, read_plain
 from ucm.store.tiers.posix.rights import UMASK_DECIDES, FileRights, may_read, say_problems
 
@@ -198,13 +198,12 @@ class Backend:
 
     def _locate_id(self) -> os.stat_result | None:
         path = paths.backend_id_path(self.path)
-        with (
-            translated(path, "can't be looked up"),
-            unless_gone(),
-            contextlib.suppress(NotADirectoryError),
-        ):
+        try:
             return os.lstat(path)
-        return None
+        except OSError as error:
+            if is_gone(error) or isinstance(error, NotADirectoryError):
+                return None
+            raise tier_error(path, "can't be looked up", error) from error
 
     def _read_id(self) -> int:
         path = paths.backend_id_path(self.path)

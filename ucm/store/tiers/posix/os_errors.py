@@ -35,8 +35,9 @@ def is_gone(error: OSError) -> bool:
 
 
 class translated:  # noqa: N801 read as a statement
-    """Raises the `tier_error` of an OSError that its block raises, and nothing else. A class, since
-    a lookup enters one for each key."""
+    """Raises the `tier_error` of an OSError that its block raises, and nothing else. What is called
+    for each key of a lookup does the same by hand: this costs a fifth of what asking for an
+    absent key costs."""
 
     __slots__ = ("_doing", "_path")
 

@@ -108,10 +108,13 @@ class PosixTier(Tier):
             if not here[backend]:
                 return i
             path = backend.block_path(namespace.fingerprint, key)
-            with translated(path, _LOOKING_UP), unless_gone():
-                if backend.has_page(path):
-                    continue
-                return i
+            try:
+                if not backend.has_page(path):
+                    return i
+                continue
+            except OSError as error:
+                if not is_gone(error):
+                    raise tier_error(path, _LOOKING_UP, error) from error
             if not (backend.remembers_absences() and self.contains_now(namespace, key)):
                 return i
         return len(keys)
