@@ -51,7 +51,10 @@ def run_nodes(tree: ast.AST) -> Iterator[ast.AST]:
     """All but what stands under `if TYPE_CHECKING`."""
     yield tree
     for child in ast.iter_child_nodes(tree):
-        if not (isinstance(child, ast.If) and ast.unparse(child.test) == "TYPE_CHECKING"):
+        if isinstance(child, ast.If) and ast.unparse(child.test) == "TYPE_CHECKING":
+            for other in child.orelse:
+                yield from run_nodes(other)
+        else:
             yield from run_nodes(child)
 
 

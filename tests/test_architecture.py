@@ -39,6 +39,12 @@ FLOORS = (
 )
 # Houses that stand side by side: neither knows the other, whatever their floors.
 APART = (("ucm.pd", "ucm.store"), ("ucm.pd", "ucm.integration"), ("ucm.cli", "ucm.integration"))
+# What is inside of the process that a room is about; others know its doors alone.
+DOORS = {
+    "ucm.store.node": (
+        *("protocol", "run", "rendezvous", "lock", "trusted_users", "limits", "memory", "notices"),
+    ),
+}
 # Who may import a heavy or foreign package, by the module's name or its package's.
 FOREIGN: dict[str, tuple[str, ...]] = {
     "vllm": ("ucm.integration.vllm",),
@@ -50,11 +56,10 @@ FOREIGN: dict[str, tuple[str, ...]] = {
 # These run, with all that they need, where a package is not installed.
 WITHOUT: dict[str, tuple[str, ...]] = {
     "vllm": ("ucm.store", "ucm.integration.copies", "ucm.integration.engine", "ucm.pd", "ucm.cli"),
-    "torch": (
-        *("ucm.store.blocks", "ucm.store.tiers", "ucm.store.node", "ucm.store.client"),
-        *("ucm.integration.engine", "ucm.pd", "ucm.cli"),
-    ),
+    "torch": ("ucm.store", "ucm.integration.engine", "ucm.pd", "ucm.cli"),
 }
+# The store API takes tensors where there is torch, and knows so when it is given one.
+TENSOR_DOOR = "ucm.store.api.tensors"
 
 ENTRY_POINTS = {
     "ucm.cli.main",
@@ -94,6 +99,16 @@ def test_houses_that_stand_side_by_side_know_nothing_of_each_other() -> None:
                 assert not known, f"{module} imports {known}"
 
 
+@pytest.mark.parametrize("room", DOORS)
+def test_what_is_inside_of_a_process_is_known_by_its_doors(room: str) -> None:
+    doors = {f"{room}.{name}" for name in DOORS[room]}
+    used: set[str] = set()
+    for module in ours():
+        if not within(module.name, room):
+            used |= {name for name in our_imports(module) if within(name, room)}
+    assert used == doors
+
+
 def test_no_two_files_know_each_other() -> None:
     """Not even for types: who wants to understand one has to read all of a circle."""
     graphlib.TopologicalSorter({each.name: our_imports(each) for each in ours()}).prepare()
@@ -103,7 +118,7 @@ def test_no_two_files_know_each_other() -> None:
 def test_foreign_packages_stay_in_their_rooms(package: str) -> None:
     """The store, the node cache and the proxy run without vLLM and torch."""
     for module in ours():
-        if any(within(name, package) for name in module.imports):
+        if any(name.startswith(package) for name in module.imports):
             assert any(within(module.name, room) for room in FOREIGN[package]), (
                 f"{module} imports {package}"
             )
@@ -114,13 +129,28 @@ def test_rooms_run_without_what_they_have_no_business_with(package: str) -> None
     by_name = {module.name: module for module in ours()}
     rooms = WITHOUT[package]
     unread = {name for name in by_name if any(within(name, room) for room in rooms)}
-    unread.discard("ucm.store.api.tensors")
+    unread.discard(TENSOR_DOOR)
     known: set[str] = set()
     while unread:
         module = by_name[unread.pop()]
         known.add(module.name)
-        assert not any(within(name, package) for name in module.needs), f"{module}"
-        unread |= module.needs & by_name.keys() - known - {"ucm.store.api.tensors"}
+        assert not any(name.startswith(package) for name in module.needs), f"{module}"
+        needed = module.needs & by_name.keys()
+        unread |= needed - known - ({TENSOR_DOOR} if within(module.name, "ucm.store") else set())
+
+
+def test_modules_are_imported_by_name_and_by_import_alone() -> None:
+    """What is imported otherwise, or as a package with whatever it has, is seen by no rule here."""
+    packages = {each.name for each in ours() if each.path.name == "__init__.py"}
+    for module in ours():
+        for node in ast.walk(module.tree):
+            if isinstance(node, ast.ImportFrom):
+                for alias in node.names:
+                    name = f"{node.module}.{alias.name}"
+                    assert not node.level and name not in packages, f"{module} imports {name}"
+            name = node.attr if isinstance(node, ast.Attribute) else getattr(node, "id", "")
+            hidden = name in ("importlib", "__import__", "pkgutil")
+            assert not hidden, f"{module}:{getattr(node, 'lineno', 0)} imports by {name}"
 
 
 def test_only_the_settings_read_the_environment() -> None:
@@ -140,7 +170,7 @@ def test_no_two_classes_have_one_name() -> None:
     for module in ours():
         for node in ast.walk(module.tree):
             if isinstance(node, ast.ClassDef):
-                places.setdefault(node.name, []).append(str(module))
+                places.setdefault(node.name.lstrip("_"), []).append(str(module))
     assert {} == {name: where for name, where in places.items() if len(where) > 1}
 
 
@@ -149,7 +179,8 @@ def test_constructors_take_few_things() -> None:
     for module in ours():
         for node in ast.walk(module.tree):
             if isinstance(node, ast.FunctionDef) and node.name == "__init__":
-                count = len(node.args.args) + len(node.args.kwonlyargs) - 1
+                args = node.args
+                count = len([*args.posonlyargs, *args.args, *args.kwonlyargs]) - 1
                 assert count <= MAX_CONSTRUCTOR_ARGUMENTS, f"{module}:{node.lineno}: {count}"
 
 

@@ -15,7 +15,7 @@ from ucm import handoff
 from ucm.pd import access, administration, app, protocol, register
 from ucm.pd.flags import HANDOFFS, ProxySettings, _parser
 from ucm.pd.legs import delivery, prefill, rewrite, upstream
-from ucm.pd.legs import handoff as legs_handoff
+from ucm.pd.legs import prefill_promise as legs_handoff
 from ucm.pd.metrics import ProxyMetrics
 
 TEXT = (Path(__file__).parents[2] / "docs" / "pd.md").read_text()

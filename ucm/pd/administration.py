@@ -29,7 +29,7 @@ from ucm.pd.fleet.pool import Pool
 from ucm.pd.fleet.silence import unless_lost
 from ucm.pd.fleet.urls import instance_url
 from ucm.pd.legs import upstream
-from ucm.pd.trace import Journey
+from ucm.pd.trace import RequestTrace
 
 logger = logging.getLogger(__name__)
 
@@ -114,16 +114,16 @@ async def broadcast(
     request: web.Request,
     body: bytes,
     timeout_s: float,
-    journey: Journey,
+    trace: RequestTrace,
 ) -> web.Response:
     """Asks all of them at once, and waits for none for longer than that, nor for one that is lost.
     The status is 200 if each has done it, otherwise the first one that is none of success."""
-    journey.path = "all-instances"
+    trace.path = "all-instances"
     said = await asyncio.gather(
-        *(_ask(client, each, request, body, timeout_s, journey.request_id) for each in instances)
+        *(_ask(client, each, request, body, timeout_s, trace.request_id) for each in instances)
     )
     bad = [each["status"] for each in said if not 200 <= each["status"] < 300]
-    status = journey.status = bad[0] if bad else 200
+    status = trace.status = bad[0] if bad else 200
     what = f"{request.method} {request.path}"
     logger.info("%s at %d instances: %d of them refused or failed", what, len(said), len(bad))
     if is_for_anybody(request.raw_path):
@@ -132,7 +132,7 @@ async def broadcast(
         response = error_response(status, problem) if bad else web.Response()
     else:
         response = web.json_response({"instances": said}, status=status)
-    response.headers.update(journey.headers())
+    response.headers.update(trace.headers())
     return response
 
 

@@ -23,10 +23,10 @@ from ucm.pd.health import check_health
 from ucm.pd.legs import bodies, upstream
 from ucm.pd.legs.asking import Asker
 from ucm.pd.legs.decode import Relay
-from ucm.pd.legs.handoff import PrefillPromise
 from ucm.pd.legs.keepers import Keepers, named_by
 from ucm.pd.legs.known import Known
 from ucm.pd.legs.prefill import Leg, Prefills
+from ucm.pd.legs.prefill_promise import PrefillPromise
 from ucm.pd.legs.reading import ReadRequest, answers_at_once, is_invocation, passed_on, read_request
 from ucm.pd.legs.resume import Tracker
 from ucm.pd.legs.websocket import pass_through, wants_websocket
@@ -35,7 +35,7 @@ from ucm.pd.protocol import CHAT, GENERATING, INVOCATIONS, RESUMABLE
 from ucm.pd.security import tls
 from ucm.pd.security.followed import start
 from ucm.pd.stopping import Stopping, go_on
-from ucm.pd.trace import Journey
+from ucm.pd.trace import RequestTrace
 
 _NO_ACCESS = "this proxy wants one of its API keys, as a bearer token or as x-api-key"
 
@@ -170,14 +170,14 @@ class Proxy:
             return await self._pass_on(request, body)
         if wanted is None:
             return error_response(400, "the body is not a JSON object", path=request.path)
-        return await self._journey(request, partial(self._generate, request, wanted))
+        return await self._traced(request, partial(self._generate, request, wanted))
 
     async def _generate(
-        self, request: web.Request, wanted: ReadRequest, journey: Journey
+        self, request: web.Request, wanted: ReadRequest, trace: RequestTrace
     ) -> web.StreamResponse:
         fields = wanted.fields
-        journey.tokens, journey.kind = wanted.tokens, wanted.kind
-        journey.is_streamed = bool(fields.get("stream"))
+        trace.tokens, trace.kind = wanted.tokens, wanted.kind
+        trace.is_streamed = bool(fields.get("stream"))
         tracker = None
         if self._settings.resume and request.path in RESUMABLE and fields.get("stream"):
             tracker = Tracker(fields, is_chat=request.path == CHAT)
@@ -187,13 +187,11 @@ class Proxy:
             wanted = replace(wanted, why_not="continued")
         if wanted.why_not is None and self._known.has_nearly_all(wanted.chain):
             wanted = replace(wanted, why_not="known")
-        with self._promised(request, wanted, journey) as promise:
+        with self._promised(request, wanted, trace) as promise:
             waits = self._settings.handoff == "chain" or answers_at_once(request.path, fields)
             if promise is not None and (waits or not promise.is_told):
                 await promise.settled()
-            return await self._relaying.answer(
-                request, wanted.body, journey, tracker, promise, name
-            )
+            return await self._relaying.answer(request, wanted.body, trace, tracker, promise, name)
 
     async def pass_on(self, request: web.Request) -> web.StreamResponse:
         """Everything else is for an instance that answers, but for what is about all of them."""
@@ -208,7 +206,7 @@ class Proxy:
                 request,
                 idle_timeout_s=self._settings.websocket_idle_timeout_s,
             )
-            return await self._journey(request, joined)
+            return await self._traced(request, joined)
         body = await intake.read(request) if request.can_read_body else None
         if isinstance(body, web.Response):
             return body
@@ -220,14 +218,14 @@ class Proxy:
 
         name = named_by(request.method, request.path, request.headers, {})
 
-        async def go(journey: Journey) -> web.StreamResponse:
+        async def go(trace: RequestTrace) -> web.StreamResponse:
             # A response that is made in the background can be read as it comes.
-            journey.is_streamed = request.query.get("stream", "").lower() in ("true", "1")
+            trace.is_streamed = request.query.get("stream", "").lower() in ("true", "1")
             if request.method == "POST" and self._prefills is not None:
-                journey.not_prefilled("route")
-            return await self._relaying.answer(request, body, journey, name=name)
+                trace.not_prefilled("route")
+            return await self._relaying.answer(request, body, trace, name=name)
 
-        return await self._journey(request, go)
+        return await self._traced(request, go)
 
     async def _administer(
         self, request: web.Request, client: upstream.Client
@@ -239,28 +237,28 @@ class Proxy:
         if isinstance(body, web.Response):
             return body
         go = partial(administration.broadcast, client, self._instances(), request, body)
-        return await self._journey(request, partial(go, self._settings.idle_timeout_s))
+        return await self._traced(request, partial(go, self._settings.idle_timeout_s))
 
-    async def _journey(
-        self, request: web.Request, go: Callable[[Journey], Awaitable[web.StreamResponse]]
+    async def _traced(
+        self, request: web.Request, go: Callable[[RequestTrace], Awaitable[web.StreamResponse]]
     ) -> web.StreamResponse:
-        journey = Journey(
+        trace = RequestTrace(
             self._metrics,
             route=f"{request.method} {request.path}",
             request_id=request.headers.get(upstream.REQUEST_ID),
         )
         if self._prefills is None:
-            journey.path = "mixed"
+            trace.path = "mixed"
         try:
-            with self.stopping.running(journey):
-                return await go(journey)
+            with self.stopping.running(trace):
+                return await go(trace)
         except asyncio.CancelledError:
-            if go_on(journey):
-                return _turned_away(journey, request.path)
-            journey.client_left()
+            if go_on(trace):
+                return _turned_away(trace, request.path)
+            trace.client_left()
             raise
         finally:
-            journey.end()
+            trace.end()
 
     async def end_connection(self, request: web.Request, response: web.StreamResponse) -> None:
         """While the proxy stops, a connection that was kept gets no further request."""
@@ -271,18 +269,18 @@ class Proxy:
 
     @contextmanager
     def _promised(
-        self, request: web.Request, wanted: ReadRequest, journey: Journey
+        self, request: web.Request, wanted: ReadRequest, trace: RequestTrace
     ) -> Iterator[PrefillPromise | None]:
         """The request's prefill, until the request is over; None where it would be of no use."""
         if self._prefills is None:
             yield None
             return
         if wanted.why_not is not None:
-            journey.not_prefilled(wanted.why_not)
+            trace.not_prefilled(wanted.why_not)
             yield None
             return
         assert self._client is not None, "requests come after the start"
-        request_id = f"{journey.request_id}-p"
+        request_id = f"{trace.request_id}-p"
         headers = self._client.headers(request.headers, Role.PREFILL, request_id=request_id)
         # The proxy reads this answer, and unpacks nothing.
         headers["Accept-Encoding"] = "identity"
@@ -290,12 +288,12 @@ class Proxy:
             path=request.raw_path,
             headers=headers,
             body=wanted.first,
-            tokens=journey.tokens,
-            kind=journey.kind,
+            tokens=trace.tokens,
+            kind=trace.kind,
         )
         promise = PrefillPromise(
             self._prefills.join(leg),
-            journey,
+            trace,
             is_told=wanted.is_all,
             linger_s=self._settings.usage_wait_s,
         )
@@ -330,10 +328,10 @@ class Proxy:
                 pool.dispatch()
 
 
-def _turned_away(journey: Journey, path: str) -> web.Response:
+def _turned_away(trace: RequestTrace, path: str) -> web.Response:
     """For one that the end of the proxy has interrupted before its answer began."""
-    journey.status = 503
-    journey.failed("stopping")
+    trace.status = 503
+    trace.failed("stopping")
     response = error_response(503, "the proxy is stopping", path=path)
-    response.headers.update(journey.headers())
+    response.headers.update(trace.headers())
     return response

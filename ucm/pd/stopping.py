@@ -11,7 +11,7 @@ import asyncio
 from collections.abc import Iterator
 from contextlib import contextmanager
 
-from ucm.pd.trace import Journey
+from ucm.pd.trace import RequestTrace
 
 
 class Stopping:
@@ -19,16 +19,16 @@ class Stopping:
 
     def __init__(self) -> None:
         self.has_begun = False
-        self._running: dict[asyncio.Task[object], Journey] = {}
+        self._running: dict[asyncio.Task[object], RequestTrace] = {}
         self._is_drained = asyncio.Event()
         self._is_drained.set()
 
     @contextmanager
-    def running(self, journey: Journey) -> Iterator[None]:
+    def running(self, trace: RequestTrace) -> Iterator[None]:
         """Around the request whose task this is."""
         task = asyncio.current_task()
         assert task is not None
-        self._running[task] = journey
+        self._running[task] = trace
         self._is_drained.clear()
         try:
             yield
@@ -42,16 +42,16 @@ class Stopping:
         await self._is_drained.wait()
 
     def tell_all(self) -> None:
-        """Interrupts what runs: each request has then `journey.is_interrupted`, and a last word."""
-        for task, journey in self._running.items():
-            journey.is_interrupted = True
+        """Interrupts what runs: each request has then `trace.is_interrupted`, and a last word."""
+        for task, trace in self._running.items():
+            trace.is_interrupted = True
             task.cancel()
 
 
-def go_on(journey: Journey) -> bool:
+def go_on(trace: RequestTrace) -> bool:
     """In a handler that was cancelled: whether it was by `tell_all`, and has a last word. It is
     then not cancelled any more."""
-    if not journey.is_interrupted:
+    if not trace.is_interrupted:
         return False
     task = asyncio.current_task()
     if task is not None and hasattr(task, "uncancel"):  # Python 3.11 on

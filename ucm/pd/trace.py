@@ -23,7 +23,7 @@ REASON = "x-ucm-pd-reason"
 _MAX_ID_CHARS = 128
 
 
-class Journey:
+class RequestTrace:
     """Made when a request comes, ended (`end`) when its response is out or its client gone."""
 
     def __init__(self, metrics: ProxyMetrics, *, route: str, request_id: str | None) -> None:

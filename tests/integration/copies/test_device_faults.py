@@ -16,8 +16,8 @@ from tests.integration.copies.kv_layouts import page_in, page_of_blocks, wait_fo
 from tests.integration.copies.simulated_device import SimulatedDevice
 from tests.integration.copies.test_asynchronous_device import Machine
 from ucm.integration.copies.copy_engine import CopyEngine
+from ucm.integration.copies.job_ledger import JobLedger
 from ucm.integration.copies.jobs import Direction
-from ucm.integration.copies.ledger import JobLedger
 
 
 @pytest.fixture

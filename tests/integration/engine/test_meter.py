@@ -18,8 +18,8 @@ from tests.integration.rank_parts import (
     facts_of,
 )
 from ucm.config.settings import Settings, StoreSettings
+from ucm.integration.copies.job_ledger import BusyClock, JobLedger
 from ucm.integration.copies.jobs import CopyJob, Direction, PagePart
-from ucm.integration.copies.ledger import BusyClock, JobLedger
 from ucm.integration.vllm import worker as worker_module
 from ucm.integration.vllm.metadata import StepMetadata
 from ucm.integration.vllm.stats import UcmStats

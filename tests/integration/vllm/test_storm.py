@@ -12,7 +12,7 @@ pytest.importorskip("vllm")
 from tests.integration.vllm.storm import Storm
 from tests.integration.vllm.storm_engine import Weather
 from tests.integration.vllm.storm_node import Clock
-from ucm.integration.engine import dumps, handoff, hits
+from ucm.integration.engine import dumps, hits, promise_book
 from ucm.store.client import session
 
 STEPS = 250
@@ -29,7 +29,7 @@ def run_storm(
     folder: Path, seed: int, steps: int, patch: pytest.MonkeyPatch, weather: Weather | None = None
 ) -> Storm:
     clock = Clock()
-    for module in (dumps, hits, handoff, session):
+    for module in (dumps, hits, promise_book, session):
         patch.setattr(module, "time", clock)
     rng = random.Random(seed)
     storm = Storm(folder, weather or Weather.of(rng), seed=seed, clock=clock)

@@ -29,10 +29,10 @@ from tests.pd.legs.handoff_parts import (
 )
 from ucm.handoff import Expected, Handoff, Wanted, Withdrawn, params
 from ucm.pd.legs.delivery import Answer
-from ucm.pd.legs.handoff import PrefillPromise
 from ucm.pd.legs.prefill import PrefillOutcome, Share
+from ucm.pd.legs.prefill_promise import PrefillPromise
 from ucm.pd.metrics import ProxyMetrics
-from ucm.pd.trace import Journey
+from ucm.pd.trace import RequestTrace
 
 
 @pytest_asyncio.fixture
@@ -317,8 +317,8 @@ async def test_an_answer_that_comes_as_its_client_leaves_is_closed():
         raise AssertionError
 
     task = asyncio.create_task(prefill())
-    journey = Journey(ProxyMetrics(lambda: ()), route="POST /", request_id=None)
-    promise = PrefillPromise(Share(task, is_shared=False, on_leave=task.cancel), journey)
+    trace = RequestTrace(ProxyMetrics(lambda: ()), route="POST /", request_id=None)
+    promise = PrefillPromise(Share(task, is_shared=False, on_leave=task.cancel), trace)
     keeping = asyncio.create_task(promise.keep(ask, BODY))
     await asyncio.sleep(0)
     await asyncio.sleep(0)

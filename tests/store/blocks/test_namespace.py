@@ -13,7 +13,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from ucm.errors import UcmError, UnsupportedEngine
-from ucm.store.blocks.canonical import canonical_json
+from ucm.store.blocks.canonical_json import canonical_json
 from ucm.store.blocks.model_shape import model_shape
 from ucm.store.blocks.namespace import Manifest, differences, fingerprint, from_json, to_json
 
@@ -133,7 +133,7 @@ def test_canonical_json_does_not_depend_on_the_order_of_keys(value: dict[str, ob
 def test_fingerprints_do_not_depend_on_the_hash_seed() -> None:
     """PYTHONHASHSEED differs between machines, and changes the order of sets."""
     code = (
-        "from ucm.store.blocks.canonical import canonical_json;"
+        "from ucm.store.blocks.canonical_json import canonical_json;"
         "from ucm.store.blocks.model_shape import model_shape;"
         "print(canonical_json(model_shape({'head_dim': 64, 'rope_theta': 1e4, 'hidden_act': 'x'})))"
     )

@@ -46,8 +46,8 @@ from collections.abc import Iterable, Mapping, Sequence
 
 from ucm.errors import UcmError
 from ucm.integration.copies.arena import Arena
+from ucm.integration.copies.job_ledger import JobLedger
 from ucm.integration.copies.jobs import Direction, PagePart
-from ucm.integration.copies.ledger import JobLedger
 from ucm.store.blocks.page_layout import PageGeometry
 
 logger = logging.getLogger(__name__)

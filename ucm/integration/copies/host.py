@@ -63,7 +63,7 @@ _STRIP_UNITS = 64
 
 
 @dataclass(eq=False)
-class _Submission:
+class _HostJob:
     """One call of `submit` or `submit_layer`. `tasks_left` and `ok` are guarded by the engine."""
 
     job_id: int
@@ -75,8 +75,8 @@ class _Submission:
 
 
 @dataclass(frozen=True)
-class _Task:
-    submission: _Submission
+class _HostTask:
+    submission: _HostJob
     parts: Sequence[PagePart]
 
 
@@ -106,8 +106,8 @@ class HostCopyEngine(CopyEngine):
 
         # Guards the queues, the submissions' counts and `_layer_loads`.
         self._cond = threading.Condition()
-        self._queues: dict[Direction, deque[_Task]] = {d: deque() for d in Direction}
-        self._layer_loads: dict[int, set[_Submission]] = defaultdict(set)
+        self._queues: dict[Direction, deque[_HostTask]] = {d: deque() for d in Direction}
+        self._layer_loads: dict[int, set[_HostJob]] = defaultdict(set)
         self._closing = False
         cpus = _allowed_cpus()
         num_threads = num_threads or max(1, min(_MAX_THREADS, len(cpus)))
@@ -166,13 +166,13 @@ class HostCopyEngine(CopyEngine):
         wanted = -(-len(parts) // (2 * len(self._threads)))
         size = max(1, min(wanted, self._task_pages))
         chunks = [parts[i : i + size] for i in range(0, len(parts), size)] or [()]
-        submission = _Submission(job_id, direction, layer, arena, len(chunks))
+        submission = _HostJob(job_id, direction, layer, arena, len(chunks))
         with self._cond:
             if self._closing:
                 raise UcmError("the copying threads have ended")
             if direction is Direction.LOAD and layer is not None:
                 self._layer_loads[layer].add(submission)
-            self._queues[direction].extend(_Task(submission, chunk) for chunk in chunks)
+            self._queues[direction].extend(_HostTask(submission, chunk) for chunk in chunks)
             self._cond.notify_all()
 
     # -- the copying threads ---------------------------------------------------------------
@@ -185,14 +185,14 @@ class HostCopyEngine(CopyEngine):
             while (task := self._next()) is not None:
                 self._do(task)
 
-    def _do(self, task: _Task) -> None:
+    def _do(self, task: _HostTask) -> None:
         try:
             self._task_ended(task.submission, ok=self._attempt(task))
         except Exception:
             # A thread that ends would take a share of all later jobs with it, unseen.
             logger.exception("job %d: its end failed", task.submission.job_id)
 
-    def _next(self) -> _Task | None:
+    def _next(self) -> _HostTask | None:
         """The next task, loads first; None when closing and nothing is left."""
         with self._cond:
             while True:
@@ -203,7 +203,7 @@ class HostCopyEngine(CopyEngine):
                     return None
                 self._cond.wait()
 
-    def _task_ended(self, submission: _Submission, *, ok: bool) -> None:
+    def _task_ended(self, submission: _HostJob, *, ok: bool) -> None:
         with self._cond:
             submission.ok = submission.ok and ok
             submission.tasks_left -= 1
@@ -217,7 +217,7 @@ class HostCopyEngine(CopyEngine):
         finally:
             self._ledger.close_one(submission.job_id, submission.layer, ok=submission.ok)
 
-    def _attempt(self, task: _Task) -> bool:
+    def _attempt(self, task: _HostTask) -> bool:
         try:
             if self._ledger.is_failing(task.submission.job_id):
                 return False  # its blocks may be others' by now
@@ -227,7 +227,7 @@ class HostCopyEngine(CopyEngine):
             return False
         return True
 
-    def _copy(self, task: _Task) -> None:
+    def _copy(self, task: _HostTask) -> None:
         submission = task.submission
         placed = self._placed[submission.layer]
         memories = [submission.arena.typed(p.tensor.dtype) for p in placed]

@@ -26,8 +26,8 @@ from ucm.errors import UcmError
 from ucm.integration.copies.accelerator import Accelerator, DeviceEvent
 from ucm.integration.copies.arena import Arena
 from ucm.integration.copies.copy_engine import check_blocks
+from ucm.integration.copies.job_ledger import JobLedger
 from ucm.integration.copies.jobs import Direction, PagePart
-from ucm.integration.copies.ledger import JobLedger
 from ucm.integration.copies.ring import GivenUpError, Transfers
 from ucm.integration.copies.routes import Route, RoutePages
 from ucm.integration.copies.tails import TailBlanker

@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import Any
 
 from ucm.errors import UnsupportedEngine
-from ucm.store.blocks.canonical import canonical_json
+from ucm.store.blocks.canonical_json import canonical_json
 from ucm.store.blocks.weights import adapter_files, lora_digest
 
 logger = logging.getLogger(__name__)

@@ -18,7 +18,7 @@ import msgspec
 from ucm.config.settings import Settings
 from ucm.integration.engine.counts import Counts
 from ucm.integration.engine.facts import EngineFacts
-from ucm.integration.engine.handoff import PromiseBook
+from ucm.integration.engine.promise_book import PromiseBook
 from ucm.integration.engine.prompt import Prompt
 from ucm.integration.engine.ranges import missing_blocks, offered_tokens
 from ucm.integration.engine.receipt import Promise

@@ -14,7 +14,7 @@ from ucm.errors import UnsupportedEngine
 from ucm.integration.copies.layout_kind import LayoutKind
 from ucm.integration.engine.facts import EngineFacts
 from ucm.integration.vllm.device_facts import can_sleep, refuse_layerwise_with_micro_batches
-from ucm.store.blocks.canonical import canonical_json
+from ucm.store.blocks.canonical_json import canonical_json
 from ucm.store.blocks.page_layout import PageGeometry
 
 _LAYER_INDEX = re.compile(r"(?:^|\.)(\d+)(?:\.|$)")

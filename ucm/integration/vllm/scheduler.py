@@ -18,10 +18,10 @@ from ucm.integration.engine.dumps import DumpEnd, Dumps
 from ucm.integration.engine.epoch import Epochs
 from ucm.integration.engine.facts import EngineFacts
 from ucm.integration.engine.gauges import NodeGauges
-from ucm.integration.engine.handoff import PromiseBook
 from ucm.integration.engine.hits import Hits
 from ucm.integration.engine.loads import Loads
 from ucm.integration.engine.naming import Namer
+from ucm.integration.engine.promise_book import PromiseBook
 from ucm.integration.engine.prompt import NamedItems, Prompt, named_prompt, unnamed_prompt
 from ucm.integration.engine.proofs import Proofs
 from ucm.integration.engine.step_waits import IDLE_WAIT_MAX_S, IDLE_WAIT_S, STEP_WAIT_S

@@ -50,7 +50,7 @@ class InstanceSilent(asyncio.TimeoutError):
 
 
 @dataclass(frozen=True)
-class _Left:
+class _LeftTry:
     instance: Instance
     asked_s: float
     waited_s: float
@@ -68,7 +68,7 @@ class Scout:
     patience: Patience
     sort: str
     may_move: Callable[[], bool]
-    _left: list[_Left] = field(default_factory=list)
+    _left: list[_LeftTry] = field(default_factory=list)
 
     def pause_s(self, waited_s: float) -> float:
         """When to look again at how long it waits."""
@@ -76,7 +76,7 @@ class Scout:
 
     def leaves(self, instance: Instance, asked_s: float) -> bool:
         """Whether it goes elsewhere now: of those who wait for one instance one at a time does."""
-        left = _Left(instance, asked_s, instance.breaker.clock() - asked_s)
+        left = _LeftTry(instance, asked_s, instance.breaker.clock() - asked_s)
         is_due = left.waited_s >= self.patience.limit_s(self.sort)
         if not is_due or not left.is_silent or instance.has_scout or not self.may_move():
             return False

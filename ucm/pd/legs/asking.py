@@ -22,7 +22,7 @@ from ucm.pd.fleet.silence import InstanceSilent, Scout, unless_lost
 from ucm.pd.legs import upstream, verdict
 from ucm.pd.legs.delivery import Answer
 from ucm.pd.legs.verdict import Verdict
-from ucm.pd.trace import Journey
+from ucm.pd.trace import RequestTrace
 
 logger = logging.getLogger(__name__)
 
@@ -50,14 +50,14 @@ class Asker:
         instance: Instance,
         request: web.Request,
         body: bytes | None,
-        journey: Journey,
+        trace: RequestTrace,
         *,
         suffix: str = "",
         scout: Scout | None = None,
     ) -> Answer:
         """The beginning of its answer. `suffix` goes behind the request's id; with a `scout` it is
         one that an engine has to compute. Raises UNREACHABLE."""
-        request_id = journey.request_id + suffix
+        request_id = trace.request_id + suffix
         headers = self._client.headers(request.headers, instance.role, request_id=request_id)
         url = upstream.target(instance.url, request.raw_path)
 
@@ -77,11 +77,11 @@ class Asker:
             )
             return await _begin(response, heard, self._max_answer_bytes)
 
-        if journey.is_streamed:
+        if trace.is_streamed:
             asking = begin(self._idle_timeout_s)
         else:
             asking = self._answer_in_time(begin(None))
-        with journey.stage("decode_ttft"):
+        with trace.stage("decode_ttft"):
             answer = await unless_lost(instance, asking, scout)
         instance.heard()
         return answer
@@ -93,7 +93,7 @@ class Asker:
         return replace(answer, idle_timeout_s=self._idle_timeout_s)
 
     def unanswered(
-        self, instance: Instance, error: BaseException, journey: Journey
+        self, instance: Instance, error: BaseException, trace: RequestTrace
     ) -> tuple[str, str]:
         """The reason, and a text for the client; what it says about the instance is noted."""
         role = self._role.value
@@ -101,7 +101,7 @@ class Asker:
         what = str(error)
         if isinstance(error, InstanceSilent):
             pass  # it says it
-        elif reason == "timeout" and journey.is_streamed:
+        elif reason == "timeout" and trace.is_streamed:
             what = f"nothing came for --idle-timeout-s, {self._idle_timeout_s:g} s"
         elif reason == "timeout":
             what = f"no whole answer within --answer-timeout-s, {self._answer_timeout_s:g} s"

@@ -24,15 +24,15 @@ from ucm.pd.fleet.silence import InstanceSilent, Scout
 from ucm.pd.legs import bodies, upstream, verdict
 from ucm.pd.legs.asking import Asker, judged
 from ucm.pd.legs.delivery import Answer, Delivery, Problem, give_up
-from ucm.pd.legs.handoff import Ask, PrefillPromise
 from ucm.pd.legs.keepers import Keepers, Name
 from ucm.pd.legs.kept import KeptRelay
+from ucm.pd.legs.prefill_promise import Ask, PrefillPromise
 from ucm.pd.legs.resume import Tracker
 from ucm.pd.legs.usage import Asking, FoundCached, PrefillUsage
 from ucm.pd.legs.verdict import Verdict
 from ucm.pd.protocol import RESPONSES
 from ucm.pd.stopping import go_on
-from ucm.pd.trace import Journey
+from ucm.pd.trace import RequestTrace
 
 logger = logging.getLogger(__name__)
 
@@ -95,7 +95,7 @@ class Relay:
         self,
         request: web.Request,
         body: bytes | None,
-        journey: Journey,
+        trace: RequestTrace,
         tracker: Tracker | None = None,
         promise: PrefillPromise | None = None,
         name: Name | None = None,
@@ -103,19 +103,19 @@ class Relay:
         """The client's response, sent; with a `name` by who keeps what it names. Never raises but
         for a client that has left."""
         found = self._found(request, promise, name)
-        delivery = Delivery(request, journey, tracker, PrefillUsage(found) if found else None)
+        delivery = Delivery(request, trace, tracker, PrefillUsage(found) if found else None)
         tries = _Tries()
-        tries.scout = self._scout(request, journey, tries)
+        tries.scout = self._scout(request, trace, tries)
         try:
             if name is not None:
-                return await self._kept.answer(delivery, body, journey, name)
-            return await self._answer(delivery, request, body, journey, promise, tries)
+                return await self._kept.answer(delivery, body, trace, name)
+            return await self._answer(delivery, request, body, trace, promise, tries)
         except asyncio.CancelledError:
             response = delivery.response
-            if response is None or not response.prepared or not go_on(journey):
+            if response is None or not response.prepared or not go_on(trace):
                 raise
             await delivery.break_off("the proxy is stopping", code=503)
-            journey.failed("stopping")
+            trace.failed("stopping")
             return response
         finally:
             tries.close()
@@ -125,16 +125,16 @@ class Relay:
         delivery: Delivery,
         request: web.Request,
         body: bytes | None,
-        journey: Journey,
+        trace: RequestTrace,
         promise: PrefillPromise | None,
         tries: _Tries,
     ) -> web.StreamResponse:
         problem = Problem("", code=502)
         while True:
             try:
-                with journey.stage("queue"):
+                with trace.stage("queue"):
                     instance = await self._pool.admit(
-                        tokens=journey.tokens, but=tries.instances, kind=journey.kind
+                        tokens=trace.tokens, but=tries.instances, kind=trace.kind
                     )
             except (NoInstance, QueueFull) as error:
                 if tries.held is not None:
@@ -143,13 +143,13 @@ class Relay:
                     return delivery.response
                 is_first = not tries.instances or isinstance(error, QueueFull)
                 problem = Problem(str(error), code=503) if is_first else problem
-                return await give_up(delivery, journey, problem)
+                return await give_up(delivery, trace, problem)
             try:
                 tries.instances.append(instance)
-                ask = partial(self._ask, tries, request, journey, delivery)
+                ask = partial(self._ask, tries, request, trace, delivery)
                 found = await _keep(promise, ask, delivery, body)
                 if isinstance(found, Answer):
-                    answer = tries.better(found, method=request.method, kind=journey.kind)
+                    answer = tries.better(found, method=request.method, kind=trace.kind)
                     answer = await self._noted(answer, request, instance, promise)
                     async with answer.upstream:
                         broken = await delivery.take(answer)
@@ -161,16 +161,16 @@ class Relay:
                         logger.warning("%s; another goes on with it", broken)
                 problem = found
                 if problem.is_final:
-                    return await give_up(delivery, journey, problem)
+                    return await give_up(delivery, trace, problem)
             finally:
-                self._pool.leave(instance, tokens=journey.tokens)
+                self._pool.leave(instance, tokens=trace.tokens)
             if self._pool.has_another(tries.instances):
-                journey.retried(self._pool.role.value)
+                trace.retried(self._pool.role.value)
 
-    def _scout(self, request: web.Request, journey: Journey, tries: _Tries) -> Scout | None:
-        if not journey.kind or request.method != "POST":
+    def _scout(self, request: web.Request, trace: RequestTrace, tries: _Tries) -> Scout | None:
+        if not trace.kind or request.method != "POST":
             return None
-        sort = "streamed" if journey.is_streamed else "whole"
+        sort = "streamed" if trace.is_streamed else "whole"
         may_move = partial(self._pool.has_room_at_another, tries.instances)
         return Scout(self._pool.patience, sort, may_move)
 
@@ -205,7 +205,7 @@ class Relay:
         self,
         tries: _Tries,
         request: web.Request,
-        journey: Journey,
+        trace: RequestTrace,
         delivery: Delivery,
         body: bytes | None,
         suffix: str,
@@ -216,19 +216,19 @@ class Relay:
         asked_s = instance.breaker.clock()
         try:
             answer = await self._asker.ask(
-                instance, request, body, journey, suffix=suffix, scout=tries.scout
+                instance, request, body, trace, suffix=suffix, scout=tries.scout
             )
         except upstream.UNREACHABLE as error:
-            return self._unanswered(tries, error, journey, asked_s)
+            return self._unanswered(tries, error, trace, asked_s)
         if tries.scout is not None and answer.upstream.ok:
             tries.scout.answered(instance, instance.breaker.clock() - asked_s)
         return self._judged(tries, answer, request.method, is_resuming=bool(delivery.response))
 
     def _unanswered(
-        self, tries: _Tries, error: BaseException, journey: Journey, asked_s: float
+        self, tries: _Tries, error: BaseException, trace: RequestTrace, asked_s: float
     ) -> Problem:
         instance = tries.instances[-1]
-        reason, text = self._asker.unanswered(instance, error, journey)
+        reason, text = self._asker.unanswered(instance, error, trace)
         if reason == upstream.OUT_OF_SOCKETS:
             return Problem(text, code=503, is_final=True)
         if isinstance(error, InstanceSilent):
@@ -240,7 +240,7 @@ class Relay:
             return Problem(text, code=502)
         # A whole answer takes as long elsewhere, and so does the beginning of a stream, unless the
         # instance has had nothing for anybody meanwhile.
-        is_silent = journey.is_streamed and not instance.was_heard_since(asked_s)
+        is_silent = trace.is_streamed and not instance.was_heard_since(asked_s)
         may_ask = is_silent and not tries.has_doubted
         tries.has_doubted = True
         return Problem(text, code=504, is_final=not may_ask)

@@ -15,7 +15,7 @@ from ucm.pd.legs import upstream
 from ucm.pd.legs.resume import Events, Tracker
 from ucm.pd.legs.usage import PrefillUsage
 from ucm.pd.protocol import Protocol, protocol_of
-from ucm.pd.trace import Journey
+from ucm.pd.trace import RequestTrace
 
 logger = logging.getLogger(__name__)
 
@@ -82,13 +82,13 @@ class Delivery:
     def __init__(
         self,
         request: web.Request,
-        journey: Journey,
+        trace: RequestTrace,
         tracker: Tracker | None,
         usage: PrefillUsage | None = None,
     ) -> None:
         self.response: web.StreamResponse | None = None
         self.request = request
-        self._journey = journey
+        self._trace = trace
         self._tracker = tracker
         self._usage = usage
         self._is_event_stream = False
@@ -113,9 +113,9 @@ class Delivery:
         if self.response is not None:
             return await self._go_on(answer)
         headers = upstream.response_headers(answer.upstream.headers)
-        headers.update(self._journey.headers())
+        headers.update(self._trace.headers())
         status, reason = answer.upstream.status, answer.upstream.reason
-        self._journey.status = status
+        self._trace.status = status
         if answer.is_whole:
             body = await self._whole(answer)
             if body is not answer.first:
@@ -129,7 +129,7 @@ class Delivery:
         try:
             await self.response.prepare(self.request)
         except ConnectionError:
-            self._journey.client_left()
+            self._trace.client_left()
             return None
         return await self._pump(answer, is_first=True)
 
@@ -142,7 +142,7 @@ class Delivery:
     async def _go_on(self, answer: Answer) -> str | None:
         if answer.upstream.status != web.HTTPOk.status_code or not answer.is_event_stream:
             return f"{answer.upstream.url.origin()} answered {answer.upstream.status}"
-        self._journey.path = "resumed"
+        self._trace.path = "resumed"
         return await self._pump(answer, is_first=False)
 
     async def _pump(self, answer: Answer, *, is_first: bool) -> str | None:
@@ -168,7 +168,7 @@ class Delivery:
                     self._note_end(whole)
         except upstream.UNREACHABLE as error:
             if self.request.transport is None or self.request.transport.is_closing():
-                self._journey.client_left()
+                self._trace.client_left()
                 return None
             if await self._is_whole(tracker):
                 return None  # all that was missing is the end of the connection
@@ -206,7 +206,7 @@ class Delivery:
     def _note_end(self, events: bytes) -> None:
         """Many clients go as soon as they have read the last event."""
         if self._protocol.is_last(events):
-            self._journey.is_delivered = self._has_ended = True
+            self._trace.is_delivered = self._has_ended = True
 
     async def _write_rest(self, rest: bytes) -> None:
         if rest and self.response is not None:
@@ -217,7 +217,7 @@ class Delivery:
         client knows none, the connection ends inside the body."""
         assert self.response is not None
         logger.warning("%s", problem)
-        self._journey.failed("broken_off")
+        self._trace.failed("broken_off")
         event = self._protocol.error_event(code, problem)
         if event is not None:
             await self.response.write(event)
@@ -226,13 +226,13 @@ class Delivery:
             self.request.transport.close()
 
 
-async def give_up(delivery: Delivery, journey: Journey, problem: Problem) -> web.StreamResponse:
+async def give_up(delivery: Delivery, trace: RequestTrace, problem: Problem) -> web.StreamResponse:
     """The client hears the problem: in place of an answer, or behind what it has of one."""
     if delivery.response is not None:
         await delivery.break_off(problem.text)
         return delivery.response
-    journey.status = problem.code
-    journey.failed(_FAILURES[problem.code])
+    trace.status = problem.code
+    trace.failed(_FAILURES[problem.code])
     response = error_response(problem.code, problem.text, path=delivery.request.path)
-    response.headers.update(journey.headers())
+    response.headers.update(trace.headers())
     return response

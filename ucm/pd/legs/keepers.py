@@ -103,11 +103,11 @@ class Keepers:
         if answer.is_whole:
             self.note(Name("response", _id_of(answer.first)), url, found)
             return answer
-        looks = _Looks(partial(self.note, url=url, found=found))
+        looks = _NameReader(partial(self.note, url=url, found=found))
         return replace(answer, looks=looks) if answer.is_event_stream else answer
 
 
-class _Looks:
+class _NameReader:
     """Reads a stream's beginning, up to the event that says what it is."""
 
     def __init__(self, note: Callable[[Name], None]) -> None:

@@ -21,7 +21,7 @@ from ucm.pd.legs.asking import Asker, judged
 from ucm.pd.legs.delivery import Answer, Delivery, Problem, give_up
 from ucm.pd.legs.keepers import Keepers, Name
 from ucm.pd.legs.verdict import Verdict
-from ucm.pd.trace import Journey
+from ucm.pd.trace import RequestTrace
 
 _SHOWN_BYTES = 500
 
@@ -63,7 +63,7 @@ class KeptRelay:
         self._max_searched = max_searched
 
     async def answer(
-        self, delivery: Delivery, body: bytes | None, journey: Journey, name: Name
+        self, delivery: Delivery, body: bytes | None, trace: RequestTrace, name: Name
     ) -> web.StreamResponse:
         """The client's response, sent. Never raises but for a client that has left."""
         keeper = self._keepers.find(name)
@@ -72,13 +72,13 @@ class KeptRelay:
         try:
             for i, instance in enumerate(there[: self._max_searched]):
                 if i > 0:
-                    journey.retried(self._pool.role.value)
-                if await self._is_answered_by(instance, delivery, body, journey, name, search):
+                    trace.retried(self._pool.role.value)
+                if await self._is_answered_by(instance, delivery, body, trace, name, search):
                     assert delivery.response is not None
                     return delivery.response
             found = search.unclear or self._absent(search, name, keeper, len(there))
             if isinstance(found, Problem):
-                return await give_up(delivery, journey, found)
+                return await give_up(delivery, trace, found)
             await delivery.take(found)
             assert delivery.response is not None
             return delivery.response
@@ -97,19 +97,19 @@ class KeptRelay:
         instance: Instance,
         delivery: Delivery,
         body: bytes | None,
-        journey: Journey,
+        trace: RequestTrace,
         name: Name,
         search: _Search,
     ) -> bool:
         """Whether the client has its answer; `search` knows why not."""
         try:
-            with journey.stage("queue"):
-                await self._pool.admit_to(instance, tokens=journey.tokens)
+            with trace.stage("queue"):
+                await self._pool.admit_to(instance, tokens=trace.tokens)
         except QueueFull as error:
             search.keep_unclear(Problem(str(error), code=503))
             return False
         try:
-            answer = await self._asked(instance, delivery, body, journey, search)
+            answer = await self._asked(instance, delivery, body, trace, search)
             if answer is None:
                 return False
             if answer.upstream.status < 400 and self._keepers.find(name) is None:
@@ -122,22 +122,22 @@ class KeptRelay:
                 await delivery.break_off(broken)
             return True
         finally:
-            self._pool.leave(instance, tokens=journey.tokens)
+            self._pool.leave(instance, tokens=trace.tokens)
 
     async def _asked(
         self,
         instance: Instance,
         delivery: Delivery,
         body: bytes | None,
-        journey: Journey,
+        trace: RequestTrace,
         search: _Search,
     ) -> Answer | None:
         """The answer if it is one for the client at once."""
         request = delivery.request
         try:
-            answer = await self._asker.ask(instance, request, body, journey)
+            answer = await self._asker.ask(instance, request, body, trace)
         except upstream.UNREACHABLE as error:
-            reason, text = self._asker.unanswered(instance, error, journey)
+            reason, text = self._asker.unanswered(instance, error, trace)
             if _is_deserted(error):
                 search.deserted.append(instance)
             else:

@@ -81,14 +81,14 @@ class _Choice(msgspec.Struct):
     finish_reason: str | None = None
 
 
-class _Event(msgspec.Struct):
+class _StreamEvent(msgspec.Struct):
     id: str | None = None
     created: int | None = None
     choices: list[_Choice] = []
     error: Any = None
 
 
-_decoder = msgspec.json.Decoder(_Event)
+_decoder = msgspec.json.Decoder(_StreamEvent)
 
 
 class Tracker:

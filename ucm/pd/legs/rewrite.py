@@ -116,11 +116,11 @@ def _one_token(sampling: object) -> object:
     return first | {"max_tokens": 1}
 
 
-class _Answer(msgspec.Struct):
+class _AnswerParams(msgspec.Struct):
     kv_transfer_params: msgspec.Raw = msgspec.Raw()
 
 
-_answers = msgspec.json.Decoder(_Answer)
+_answers = msgspec.json.Decoder(_AnswerParams)
 
 
 def params_of(answer: bytes) -> bytes | None:

@@ -23,7 +23,7 @@ from ucm.pd.fleet.silence import unless_lost
 from ucm.pd.legs import upstream, verdict
 from ucm.pd.legs.verdict import Verdict
 from ucm.pd.stopping import go_on
-from ucm.pd.trace import Journey
+from ucm.pd.trace import RequestTrace
 
 logger = logging.getLogger(__name__)
 
@@ -43,43 +43,43 @@ async def pass_through(
     client: upstream.Client,
     pool: Pool,
     request: web.Request,
-    journey: Journey,
+    trace: RequestTrace,
     *,
     idle_timeout_s: float,
 ) -> web.StreamResponse:
     if pool.role is Role.DECODE:
-        journey.not_prefilled("websocket")
+        trace.not_prefilled("websocket")
     tried: list[Instance] = []
     problem: tuple[int, str] | None = None
     while True:
         try:
-            instance = await pool.admit(tokens=0, but=tried, kind=journey.kind)
+            instance = await pool.admit(tokens=0, but=tried, kind=trace.kind)
         except (NoInstance, QueueFull) as error:
-            return _refused(journey, *(problem or (503, str(error))))
+            return _refused(trace, *(problem or (503, str(error))))
         tried.append(instance)
         try:
-            found = await _connect(client, instance, request, journey)
+            found = await _connect(client, instance, request, trace)
             if isinstance(found, aiohttp.ClientWebSocketResponse):
                 async with found:
-                    return await _joined(found, request, journey, idle_timeout_s)
+                    return await _joined(found, request, trace, idle_timeout_s)
             status, text, is_final = found
             problem = problem or (status, text)
             if is_final:
-                return _refused(journey, *problem)
+                return _refused(trace, *problem)
         finally:
             pool.leave(instance, tokens=0)
         if pool.has_another(tried):
-            journey.retried(pool.role.value)
+            trace.retried(pool.role.value)
 
 
 async def _connect(
-    client: upstream.Client, instance: Instance, request: web.Request, journey: Journey
+    client: upstream.Client, instance: Instance, request: web.Request, trace: RequestTrace
 ) -> aiohttp.ClientWebSocketResponse | tuple[int, str, bool]:
     """The open socket; or status and text for the client, and whether nobody else is asked."""
     where = f"the {instance.role.value} instance at {instance.url}"
     connecting = client.fresh.ws_connect(
         upstream.target(instance.url, request.raw_path),
-        headers=_headers(client, instance, request, journey),
+        headers=_headers(client, instance, request, trace),
         protocols=_protocols(request),
         autoping=False,
         ssl=client.tls.now,
@@ -130,16 +130,16 @@ class _Idle:
 async def _joined(
     engine: aiohttp.ClientWebSocketResponse,
     request: web.Request,
-    journey: Journey,
+    trace: RequestTrace,
     idle_timeout_s: float,
 ) -> web.StreamResponse:
     chosen = (engine.protocol,) if engine.protocol else ()
     client = web.WebSocketResponse(
         autoping=False, max_msg_size=MAX_MESSAGE_BYTES, protocols=chosen, timeout=_CLOSING_S
     )
-    client.headers.update(journey.headers())
+    client.headers.update(trace.headers())
     await client.prepare(request)
-    journey.status = 101
+    trace.status = 101
     idle = _Idle(idle_timeout_s)
     doing = (_pump(client, engine, idle), _pump(engine, client, idle), idle.is_over())
     tasks = [asyncio.create_task(each) for each in doing]
@@ -147,12 +147,12 @@ async def _joined(
     try:
         await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)
         if tasks[-1].done():
-            journey.failed("timeout")
+            trace.failed("timeout")
             why = f"nothing came for --websocket-idle-timeout-s, {idle.limit_s:g} s"
     except asyncio.CancelledError:
-        if not go_on(journey):
+        if not go_on(trace):
             raise
-        journey.failed("stopping")
+        trace.failed("stopping")
         why = "the proxy is stopping"
     finally:
         for task in tasks:
@@ -160,7 +160,7 @@ async def _joined(
         await asyncio.wait(tasks)
     if why is not None:
         # That the client goes then is no other failure.
-        journey.is_delivered = True
+        trace.is_delivered = True
         # At once: neither has to wait for what the other says to it.
         has_ended, _ = await asyncio.gather(_end(client, why), _end(engine, why))
         if not has_ended and request.transport is not None:
@@ -213,10 +213,10 @@ def _reason(message: aiohttp.WSMessage) -> bytes:
 
 
 def _headers(
-    client: upstream.Client, instance: Instance, request: web.Request, journey: Journey
+    client: upstream.Client, instance: Instance, request: web.Request, trace: RequestTrace
 ) -> CIMultiDict[str]:
     """Those of the handshake are made anew."""
-    headers = client.headers(request.headers, instance.role, request_id=journey.request_id)
+    headers = client.headers(request.headers, instance.role, request_id=trace.request_id)
     for name in [name for name in headers if name.lower().startswith("sec-websocket-")]:
         headers.popall(name, None)
     return headers
@@ -227,9 +227,9 @@ def _protocols(request: web.Request) -> list[str]:
     return [name.strip() for name in named if name.strip()]
 
 
-def _refused(journey: Journey, code: int, text: str) -> web.Response:
-    journey.status = code
-    journey.failed("turned_away" if code == 503 else "unreachable")
+def _refused(trace: RequestTrace, code: int, text: str) -> web.Response:
+    trace.status = code
+    trace.failed("turned_away" if code == 503 else "unreachable")
     response = error_response(code, text)
-    response.headers.update(journey.headers())
+    response.headers.update(trace.headers())
     return response

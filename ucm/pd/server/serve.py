@@ -71,7 +71,7 @@ class Runner(web.AppRunner):
 
     async def _make_server(self) -> web.Server:
         made = await super()._make_server()
-        return _Server(
+        return _HttpServer(
             self.connections,
             partial(self._answer, made.request_handler),
             request_factory=made.request_factory,
@@ -90,13 +90,13 @@ class Runner(web.AppRunner):
             return error_response(error.status, error.text or error.reason, path=request.path)
 
 
-class _Server(web.Server):
+class _HttpServer(web.Server):
     def __init__(self, connections: Connections, handler: _Handler, **given: Any) -> None:
         super().__init__(handler, **given)
         self._of_clients = connections
 
     def __call__(self) -> web.RequestHandler:
-        return _Connection(
+        return _ClientConnection(
             self._of_clients,
             self,
             loop=asyncio.get_running_loop(),
@@ -106,7 +106,7 @@ class _Server(web.Server):
         )
 
 
-class _Connection(web.RequestHandler):
+class _ClientConnection(web.RequestHandler):
     __slots__ = ("_of_clients",)
 
     def __init__(self, connections: Connections, server: web.Server, **given: Any) -> None:

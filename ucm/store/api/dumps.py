@@ -47,10 +47,10 @@ class Shared:
 
 def dump(questions: Questions, parts: Sequence[Part], *, batch: int, shared: Shared) -> Steps[None]:
     """The user's memory into pages."""
-    yield from _Dump(questions, by_key(parts), batch, shared).steps()
+    yield from _ShardDump(questions, by_key(parts), batch, shared).steps()
 
 
-class _Dump:
+class _ShardDump:
     def __init__(
         self, questions: Questions, parts: dict[Key, list[Part]], batch: int, shared: Shared
     ) -> None:

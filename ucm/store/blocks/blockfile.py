@@ -92,7 +92,7 @@ class Scratch:
     def __init__(self) -> None:
         memory = memoryview(mmap.mmap(-1, HEADER_BYTES + PAGE_ALIGNMENT_BYTES))
         self.header = memory[:HEADER_BYTES]
-        self.tail = memory[HEADER_BYTES:]
+        self.last_part = memory[HEADER_BYTES:]
 
 
 def bad_block(check: str) -> TierError:
@@ -279,9 +279,9 @@ def write_block(
         # What lies in the padding of a slot is anybody's old data; it must not reach the disk.
         whole = len(page) - PAGE_ALIGNMENT_BYTES
         rest = block.page_bytes - whole
-        scratch.tail[:rest] = page[whole : block.page_bytes]
-        scratch.tail[rest:] = _ZEROS[rest:]
-        parts = [scratch.header, page[:whole], scratch.tail]
+        scratch.last_part[:rest] = page[whole : block.page_bytes]
+        scratch.last_part[rest:] = _ZEROS[rest:]
+        parts = [scratch.header, page[:whole], scratch.last_part]
     _write_all(fd, parts)
 
 

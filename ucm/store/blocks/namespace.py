@@ -18,7 +18,7 @@ import msgspec
 
 from ucm.errors import UcmError
 from ucm.store.blocks.blockfile import VERSION as PAGE_FORMAT
-from ucm.store.blocks.canonical import canonical_json
+from ucm.store.blocks.canonical_json import canonical_json
 
 MANIFEST_FORMAT: Final = 1
 

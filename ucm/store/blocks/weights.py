@@ -24,7 +24,7 @@ from pathlib import Path
 from typing import Any, Final
 
 from ucm.errors import UnsupportedEngine
-from ucm.store.blocks.canonical import canonical_json
+from ucm.store.blocks.canonical_json import canonical_json
 
 # The first family that a folder has any file of is what the engine loads.
 _FAMILIES: Final = ((".safetensors",), (".bin", ".pt", ".pth"), (".gguf",))
@@ -50,7 +50,7 @@ _ADAPTER_PROVENANCE: Final = frozenset(
 
 
 @dataclass(frozen=True)
-class _Span:
+class _FilePart:
     """Bytes [start, start + length) of a file."""
 
     path: Path
@@ -65,14 +65,14 @@ class _Tensor:
     name: str
     dtype: str
     shape: list[int]
-    span: _Span
+    span: _FilePart
 
-    def sample(self) -> _Span:
+    def sample(self) -> _FilePart:
         """At a place that its name decides: not always its first rows."""
         room = max(0, self.span.length - _SAMPLE_BYTES)
         choice = hashlib.sha256(self.name.encode("utf-8", "surrogatepass")).digest()[:8]
         start = self.span.start + int.from_bytes(choice, "little") % (room + 1)
-        return _Span(self.span.path, start, min(_SAMPLE_BYTES, self.span.length))
+        return _FilePart(self.span.path, start, min(_SAMPLE_BYTES, self.span.length))
 
 
 def weights_identity(model_dir: Path, *, load_format: str = "auto") -> str:
@@ -180,7 +180,7 @@ def _json_file(path: Path) -> dict[str, Any]:
 
 def _digest_files(digest: hashlib._Hash, files: Sequence[Path]) -> None:
     tensors: list[_Tensor] = []
-    plain: list[_Span] = []
+    plain: list[_FilePart] = []
     for file in files:
         size = file.stat().st_size
         header = _safetensors_header(file, size)
@@ -202,7 +202,7 @@ def _digest_files(digest: hashlib._Hash, files: Sequence[Path]) -> None:
             digest.update(struct.pack("<Q", len(data)) + data)
 
 
-def _read(span: _Span) -> bytes:
+def _read(span: _FilePart) -> bytes:
     with open(span.path, "rb", buffering=0) as file:
         return os.pread(file.fileno(), span.length, span.start)
 
@@ -211,10 +211,10 @@ def _safetensors_header(file: Path, size: int) -> bytes:
     """The JSON header, or nothing where the file is no safetensors file."""
     if file.suffix != ".safetensors" or size < 8:
         return b""
-    (length,) = struct.unpack("<Q", _read(_Span(file, 0, 8)))
+    (length,) = struct.unpack("<Q", _read(_FilePart(file, 0, 8)))
     if not 0 < length <= min(size - 8, _HEADER_MAX_BYTES):
         return b""
-    return _read(_Span(file, 8, length))
+    return _read(_FilePart(file, 8, length))
 
 
 def _tensors(file: Path, header: bytes) -> list[_Tensor] | None:
@@ -225,7 +225,7 @@ def _tensors(file: Path, header: bytes) -> list[_Tensor] | None:
         for name, tensor in json.loads(header).items():
             if name != "__metadata__":
                 start, end = map(int, tensor["data_offsets"])
-                span = _Span(file, data_start + start, max(0, end - start))
+                span = _FilePart(file, data_start + start, max(0, end - start))
                 shape = [int(size) for size in tensor["shape"]]
                 tensors.append(_Tensor(name, str(tensor["dtype"]), shape, span))
     except (ValueError, TypeError, KeyError, AttributeError):
@@ -233,10 +233,10 @@ def _tensors(file: Path, header: bytes) -> list[_Tensor] | None:
     return tensors
 
 
-def _spread(file: Path, size: int, *, count: int) -> Iterator[_Span]:
+def _spread(file: Path, size: int, *, count: int) -> Iterator[_FilePart]:
     """Both ends, and `count` samples between them."""
-    yield _Span(file, 0, min(size, _END_BYTES))
-    yield _Span(file, max(0, size - _END_BYTES), min(size, _END_BYTES))
+    yield _FilePart(file, 0, min(size, _END_BYTES))
+    yield _FilePart(file, max(0, size - _END_BYTES), min(size, _END_BYTES))
     room = max(0, size - _SAMPLE_BYTES)
     for index in range(count):
-        yield _Span(file, room * index // count, min(size, _SAMPLE_BYTES))
+        yield _FilePart(file, room * index // count, min(size, _SAMPLE_BYTES))

@@ -2,7 +2,7 @@
 
 A lookup starts with its whole prompt and only ever shortens it: `end` falls to the first block that
 turns out to be absent, corrupt, late, or without room. It is settled when every block before `end`
-is there. The head [0, read_from) is the client's own; each block of the tail is in one state:
+is there. The head [0, read_from) is the client's own; each of the others is in one state:
 
     UNKNOWN ──► ASKED ──► STORED ──► COMING ──► HERE
        ▲  └───────┴──────────┴─────────►│└──► OUT
@@ -127,7 +127,7 @@ class LookupJob:
         self._num_stored = 0
         # No block before these is in that state.
         self._first_unknown = self._first_stored = 0
-        # Anything of the tail was found, here or in storage.
+        # Anything behind the head was found, here or in storage.
         self._has_found = False
         # Every block of [read_from, had) is there. Only grows, so that the pages of a long prompt,
         # which come in one by one, are not counted from the start each time.
@@ -182,7 +182,7 @@ class LookupJob:
         return self.unknown(most=FIRST_PROBE, stop=self.promised)
 
     def next_probes(self, max_groups: int) -> list[list[int]]:
-        """The next groups of the tail to ask storage about; none while others are out, or while
+        """The next groups of blocks to ask storage about; none while others are out, or while
         there is plenty to read. Who asks counts `probes_running`."""
         num_unread = self._num_stored if self.load else 0
         if self.probes_running or num_unread >= max_groups * PROBE_GROUP or self.missing():
@@ -302,21 +302,21 @@ class LookupJob:
 
     def check(self) -> None:
         """Raises AssertionError with the broken sentence if an invariant of this module fails."""
-        states, tail = self._states, range(self.read_from, len(self.keys))
-        assert all(states[i] is not _OUT for i in tail if i < self.end), (
+        states, others = self._states, range(self.read_from, len(self.keys))
+        assert all(states[i] is not _OUT for i in others if i < self.end), (
             "every block of the prefix is looked for"
         )
         assert self._num_stored == states.count(_STORED), "the stored are counted"
         for state, first in (_UNKNOWN, self._first_unknown), (_STORED, self._first_stored):
             assert state not in states[: min(first, self.end)], "none of these lies before"
         assert set(states[: self.read_from]) <= {_OUT}, "the head is the client's own"
-        pinned = {i for i in tail if states[i] is _HERE} if self.load else set()
+        pinned = {i for i in others if states[i] is _HERE} if self.load else set()
         assert {i for i, slot in enumerate(self._pinned) if slot is not None} == pinned, (
             "what is here to be loaded is pinned, and nothing else"
         )
-        for i in tail:
+        for i in others:
             slot, pin = self._slots.find(self.keys[i]), self._pinned[i]
             is_filling = slot is not None and slot.state is SlotState.FILLING
             assert states[i] is not _COMING or is_filling, "what comes is being filled"
             assert pin is None or (pin is slot and pin.pins > 0), "a pin is on its block's page"
-        assert not (self.closed and any(map(self.waits, tail))), "who has ended waits for nothing"
+        assert not (self.closed and any(map(self.waits, others))), "who has ended waits for nothing"

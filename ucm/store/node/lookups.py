@@ -19,11 +19,11 @@ from ucm.store.node.fills import Fills
 from ucm.store.node.heads import Heads
 from ucm.store.node.io_threads import error_reason
 from ucm.store.node.lookup_state import BlockState, LookupJob
+from ucm.store.node.page_reads import PageReads
 from ucm.store.node.parts import NodeParts
 from ucm.store.node.promised_pages import Looked, Looks
 from ucm.store.node.sessions import Connection, OpenedNamespace
 from ucm.store.node.slots import SlotState
-from ucm.store.node.storage import PageReads
 from ucm.store.node.storing import Storing
 
 
@@ -119,13 +119,13 @@ class Lookups:
 
     def touch(self, keys: Sequence[Key]) -> None:
         """An engine uses these pages, which it has itself: they are as hot as if they were read.
-        The head last, or it would be evicted before the tail that nobody finds without it."""
+        The head last, or it would be evicted before what nobody finds without it."""
         for key in reversed(keys):
             slot = self._slots.find(key)
             if slot is not None:
                 self._slots.touch(slot)
 
-    # -- the tail: bring it here -----------------------------------------------------------
+    # -- what is behind the head: bring it here ----------------------------------------------
 
     def _look_in_memory(self, job: LookupJob) -> None:
         for i in range(job.read_from, len(job.keys)):
@@ -141,7 +141,7 @@ class Lookups:
             else:
                 job.comes(i, is_fed=not self.fills.is_read(slot))
 
-    def _probe_tail(self, job: LookupJob) -> None:
+    def _probe_storage(self, job: LookupJob) -> None:
         if job.closed:
             return
         groups = job.next_probes(self._reads.num_threads)
@@ -181,7 +181,7 @@ class Lookups:
 
     def _go_on(self, job: LookupJob) -> None:
         self._page_reads.go_on_with(job)
-        self._probe_tail(job)
+        self._probe_storage(job)
         self._looks.look(job)
         self._answer_if_settled(job)
 

@@ -179,7 +179,7 @@ class SlotTable:
         self._classes[slot.span.slot_bytes].evictable.pop(slot.offset, None)
 
     def unpin(self, slot: Slot) -> None:
-        """Gives back one pin. Unpin the tail of a prompt before its head: it is evicted first."""
+        """Gives back one pin. Unpin the end of a prompt before its head: it is evicted first."""
         assert slot.state is SlotState.READY and slot.pins > 0
         slot.pins -= 1
         self._pins -= 1

@@ -42,7 +42,6 @@ class _Write:
     slot: Slot
     pool: LanePool
     staged: Staged | None = None
-    is_staged: bool = False
     is_waiting: bool = False
     doomed: bool = False
     after: list[_Write] = field(default_factory=list)
@@ -208,7 +207,6 @@ class WriteBack:
         if isinstance(result, TierError):
             self._fail_write(write, result)
             return
-        write.is_staged = True
         write.staged = result if isinstance(result, Staged) else None
         if write.doomed:
             # What was given up while it was written must never be seen: nothing leads to it.
@@ -242,7 +240,7 @@ class WriteBack:
             partial(self._tier.publish, staged),
             partial(self._on_published, write),
             on_overdue=partial(self._count, "write_overdue"),
-            # Before more staging: the head of a long prompt is to be had while its tail is written.
+            # Before more staging: the head of a long prompt is to be had while its end is written.
             urgent=True,
         )
 

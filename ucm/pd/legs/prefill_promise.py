@@ -30,7 +30,7 @@ from ucm.pd.legs.delivery import Answer, Problem
 from ucm.pd.legs.prefill import PrefillOutcome, Share
 from ucm.pd.legs.rewrite import with_params
 from ucm.pd.legs.usage import FoundCached
-from ucm.pd.trace import Journey
+from ucm.pd.trace import RequestTrace
 
 logger = logging.getLogger(__name__)
 
@@ -68,17 +68,17 @@ class PrefillPromise:
     already. A prefill that decode has loaded from has said by then what it had found."""
 
     def __init__(
-        self, share: Share, journey: Journey, *, is_told: bool = True, linger_s: float = 0.0
+        self, share: Share, trace: RequestTrace, *, is_told: bool = True, linger_s: float = 0.0
     ) -> None:
         self.is_told = is_told
         self._linger_s = linger_s
         self._leaving: asyncio.TimerHandle | None = None
         self._share = share
-        self._journey = journey
+        self._trace = trace
         self._was_expected = False
         self._is_over = False
         self._began_s = time.monotonic()
-        journey.path = "shared-prefill" if share.is_shared else "pd"
+        trace.path = "shared-prefill" if share.is_shared else "pd"
         share.task.add_done_callback(self._ended)
 
     @property
@@ -135,7 +135,7 @@ class PrefillPromise:
             await _drop(asking)
             raise
         if asking.cancelled():
-            self._journey.withdrawn()
+            self._trace.withdrawn()
             return self._left_if_answered(await ask(await self._body(body), WITHDRAWN_SUFFIX))
         return self._left_if_answered(asking.result())
 
@@ -167,11 +167,11 @@ class PrefillPromise:
         self._end()
         outcome = self._share.outcome
         if outcome is not None and outcome.failure is not None:
-            self._journey.not_prefilled(outcome.failure)
+            self._trace.not_prefilled(outcome.failure)
 
     def _end(self) -> None:
         self._is_over = True
-        self._journey.spent("prefill", time.monotonic() - self._began_s)
+        self._trace.spent("prefill", time.monotonic() - self._began_s)
 
 
 async def _drop(asking: asyncio.Task[Answer | Problem]) -> None:

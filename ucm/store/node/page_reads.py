@@ -74,8 +74,8 @@ class PageReads:
         return begun
 
     def _begin(self, job: LookupJob, i: int) -> Filling | None:
-        """A slot for block `i`, if need be at the cost of this lookup's own tail: of a prompt that
-        is longer than the memory, the head is worth more."""
+        """A slot for block `i`, if need be at the cost of this lookup's last blocks: of a prompt
+        that is longer than the memory, the head is worth more."""
         filling = self._fills.begin_read(job.keys[i], job.namespace)
         while filling is None and (last := job.last_pinned()) is not None and last > i:
             job.lose(last, Outcome.NO_ROOM)
