@@ -11,16 +11,13 @@ from typing import Any
 
 import pytest
 
-from tests.documents.metric_names import shown_as
+from tests.documents.metric_names import labels_of, proxy_metrics, shown_as
 from ucm.metrics import METRICS
-from ucm.pd.metrics import ProxyMetrics
 
 ROOT = Path(__file__).parents[2]
 _LINES = re.MULTILINE | re.DOTALL
 TEXT = (ROOT / "docs" / "metrics.md").read_text()
 DASHBOARD: dict[str, Any] = json.loads((ROOT / "examples" / "grafana" / "ucm.json").read_text())
-# Labels that Prometheus or vLLM adds.
-COMMON_LABELS = {"job", "instance", "le", "model_name", "engine"}
 
 
 def rows(heading: str) -> dict[str, list[str]]:
@@ -40,18 +37,6 @@ def rows(heading: str) -> dict[str, list[str]]:
 
 def named(cell: str) -> set[str]:
     return set(re.findall(r"`([^`]+)`", cell))
-
-
-def proxy_metrics() -> dict[str, tuple[str, tuple[str, ...]]]:
-    """Name on the page -> kind and labels, of everything that the proxy has."""
-    found = {}
-    for collector in ProxyMetrics(lambda: ())._registry._collector_to_names:
-        for family in collector.collect():
-            # A collector of its own makes families that know their labels.
-            labels = getattr(collector, "_labelnames", getattr(family, "_labelnames", ()))
-            name = f"{family.name}_total" if family.type == "counter" else family.name
-            found[name] = (family.type, tuple(labels))
-    return found
 
 
 def test_it_has_every_metric_of_the_engine_and_no_other() -> None:
@@ -99,17 +84,6 @@ def expressions() -> Iterator[str]:
     for variable in DASHBOARD["templating"]["list"]:
         if variable["type"] == "query":
             yield variable["query"]
-
-
-def labels_of() -> dict[str, set[str]]:
-    """Labels of every name that can be asked for."""
-    known: dict[str, set[str]] = {}
-    engine = {shown_as(m): (m.kind, tuple(m.labels)) for m in METRICS.values()}
-    for name, (kind, labels) in {**engine, **proxy_metrics()}.items():
-        ends = ("_bucket", "_sum", "_count") if kind == "histogram" else ("",)
-        for end in ends:
-            known[name + end] = set(labels) | COMMON_LABELS
-    return known
 
 
 def test_the_dashboard_asks_for_metrics_that_exist() -> None:
