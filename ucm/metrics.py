@@ -56,6 +56,7 @@ def _words(table: Sequence[Outcome]) -> tuple[str, ...]:
 
 
 _TIER = {"tier": tuple(stage.lower() for stage in TIERS), "op": ("read", "write")}
+_LIMITS = {"limit": ("capacity", "quota")}
 _OF_THE_NODE = "The node cache's own number, the same at all engines of the node"
 _UNDER_WAY = "under way, waiting for the device included, summed over ranks"
 
@@ -152,6 +153,36 @@ _TABLE = (
         "ucm_node_evictions",
         "gauge",
         f"Pages evicted from memory, ever. {_OF_THE_NODE}",
+    ),
+    Metric(
+        "ucm_node_stored_bytes",
+        "gauge",
+        "Bytes in storage, as far as they were counted, and how many there may be; 0 without a "
+        f"limit. {_OF_THE_NODE}",
+        {"of": ("used", "limit")},
+    ),
+    Metric(
+        "ucm_node_reclaimed_files",
+        "gauge",
+        f"Files that this node has reclaimed, ever, by what their limit was. {_OF_THE_NODE}",
+        _LIMITS,
+    ),
+    Metric(
+        "ucm_node_reclaimed_bytes",
+        "gauge",
+        f"Bytes of these files. {_OF_THE_NODE}",
+        _LIMITS,
+    ),
+    Metric("ucm_node_reclaim_seconds", "gauge", f"Seconds that runs took, ever. {_OF_THE_NODE}"),
+    Metric(
+        "ucm_node_refused_writes",
+        "gauge",
+        f"Attempts to write a page for which a limit left no room, ever. {_OF_THE_NODE}",
+    ),
+    Metric(
+        "ucm_node_reclaim_leases",
+        "gauge",
+        f"Backends that this node is the one to reclaim. {_OF_THE_NODE}",
     ),
     Metric(
         "ucm_node_dropped_clients",

@@ -103,6 +103,7 @@ def test_the_tree_has_the_names_that_the_code_builds() -> None:
     words = {
         "fingerprint": FINGERPRINT.hex(),
         "key": KEY.hex(),
+        "node": "0123456789abcdef",
         "h1": KEY.hex()[:2],
         "h2": KEY.hex()[2:4],
         "tokens": "44",
@@ -120,6 +121,8 @@ def test_the_tree_has_the_names_that_the_code_builds() -> None:
     writer = aside.rpartition(".kv.")[2]
     built = [
         paths.backend_id_path(""),
+        *(f"/{paths.RECLAIM_LEASE}", f"/{paths.RECLAIM_GRANTS}"),
+        "/" + paths.reclaim_node_name("0123456789abcdef"),
         paths.manifest_path("", FINGERPRINT),
         block,
         paths.block_path("", FINGERPRINT, Key(TailKey(KEY, 44))),

@@ -21,6 +21,7 @@ from ucm.config.epoch_file import PRIVATE_EPOCH as PRIVATE_EPOCH
 from ucm.config.epoch_file import read_epoch as read_epoch
 from ucm.config.node_socket import NODE_PROTOCOL as NODE_PROTOCOL
 from ucm.config.node_socket import check_socket_path, default_socket_path
+from ucm.config.reclaim_settings import ReclaimSettings
 from ucm.config.strict_yaml import read_yaml as read_yaml
 from ucm.config.vocabulary import CONFIG_FILE_KEY, Vocabulary, did_you_mean
 from ucm.errors import ConfigError
@@ -39,7 +40,7 @@ _CAPACITY_MAX_GB: Final = 1 << 16
 _Milliseconds = Annotated[int, Meta(ge=1, le=3_600_000)]
 
 
-class StoreSettings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+class StoreSettings(ReclaimSettings, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """What the node cache process needs to know. It travels on its command line as JSON.
 
     Engines whose pipeline and backends are the same share one node cache: the default socket path

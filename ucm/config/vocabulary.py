@@ -64,12 +64,11 @@ UNUSED_KEYS: Final[tuple[UnusedKeys, ...]] = (
     _unused("connector", "there is one store, inside of this package", "ucm_connector_module_path"),
     _unused(
         "store",
-        "nothing is reclaimed: the store grows until its files are deleted",
-        "posix_capacity_gb posix_gc_candidate_extra_percent posix_gc_check_interval_sec"
-        " posix_gc_concurrency posix_gc_cross_instance_lock posix_gc_enable"
-        " posix_gc_heartbeat_interval_sec posix_gc_max_recycle_count_per_shard"
-        " posix_gc_precise_mode posix_gc_recycle_percent posix_gc_shard_sample_ratio"
-        " posix_gc_stale_threshold_sec posix_gc_task_timeout_ms posix_gc_trigger_threshold_ratio",
+        "reclaim looks at as many files as its estimate needs, in one thread for each backend, and"
+        " one node at a time does it anyway",
+        "posix_gc_candidate_extra_percent posix_gc_concurrency posix_gc_cross_instance_lock"
+        " posix_gc_max_recycle_count_per_shard posix_gc_precise_mode posix_gc_shard_sample_ratio"
+        " posix_gc_task_timeout_ms",
     ),
     _unused(
         "store",

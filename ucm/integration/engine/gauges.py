@@ -7,7 +7,7 @@ label.
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Protocol
 
 from ucm.integration.engine.counts import Counts
@@ -58,12 +58,25 @@ class NodeGauges:
             gauge("ucm_node_unwritten_pages", _unwritten(status, reason), reason=reason)
         for op in METRICS["ucm_node_stalled"].labels["op"]:
             gauge("ucm_node_stalled", status.slots[f"{op}s_stalled"], op=op)
+        self._show_reclaim(status.counters)
         if status.tier:  # memory may be all there is
             for op in METRICS["ucm_tier_bytes"].labels["op"]:
                 nbytes = status.counters[f"tier_{op}_bytes"]
                 seconds = status.counters[f"tier_{op}_us"] * _MICROSECOND_S
                 gauge("ucm_tier_bytes", nbytes, tier=status.tier, op=op)
                 gauge("ucm_tier_seconds", seconds, tier=status.tier, op=op)
+
+    def _show_reclaim(self, counters: Mapping[str, int]) -> None:
+        gauge = self._stats.gauge
+        gauge("ucm_node_stored_bytes", counters.get("stored_bytes", 0), of="used")
+        gauge("ucm_node_stored_bytes", counters.get("stored_limit_bytes", 0), of="limit")
+        for limit in METRICS["ucm_node_reclaimed_files"].labels["limit"]:
+            for what in ("files", "bytes"):
+                number = counters.get(f"reclaimed_{what}_{limit}", 0)
+                gauge(f"ucm_node_reclaimed_{what}", number, limit=limit)
+        gauge("ucm_node_reclaim_seconds", counters.get("reclaim_us", 0) * _MICROSECOND_S)
+        gauge("ucm_node_refused_writes", counters.get("reclaim_refused_writes", 0))
+        gauge("ucm_node_reclaim_leases", counters.get("reclaim_leases", 0))
 
 
 def _unwritten(status: p.Status, reason: Outcome) -> int:

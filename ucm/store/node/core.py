@@ -7,9 +7,10 @@ thread. So all of it runs under property tests with pools that answer when the t
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 from ucm.errors import ProtocolError
+from ucm.store.blocks.keys import Key
 from ucm.store.node import protocol as p
 from ucm.store.node.dumps import DumpRequests
 from ucm.store.node.find import Finds
@@ -175,6 +176,12 @@ class NodeCore:
         if namespace is None:
             raise ProtocolError(f"namespace {number} was not opened on this connection")
         return namespace
+
+    def removed_from_storage(self, keys: Sequence[Key]) -> None:
+        """This node has reclaimed these pages. Those in memory stay; they are not saved any more,
+        and who meets one queues it again."""
+        for key in keys:
+            self.writeback.note_gone(key)
 
     # -- what everybody may know -----------------------------------------------------------
 

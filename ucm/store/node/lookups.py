@@ -25,6 +25,7 @@ from ucm.store.node.promised_pages import Looked, Looks
 from ucm.store.node.sessions import Connection, OpenedNamespace
 from ucm.store.node.slots import SlotState
 from ucm.store.node.storing import Storing
+from ucm.store.node.touches import Touches
 
 
 class Lookups:
@@ -38,6 +39,7 @@ class Lookups:
         self._notices = parts.notices
         self._clock = parts.clock
         self._on_met = storing.met
+        self.touches = Touches(parts)
         self._open: dict[tuple[Connection, int], LookupJob] = {}
         self.fills = Fills(parts.slots, storing.writeback, self._on_news)
         self._looks = Looks(parts, self._on_looked)
@@ -97,6 +99,7 @@ class Lookups:
 
     def tick(self) -> None:
         """Settles lookups whose deadline has passed for what is there."""
+        self.touches.tick()
         now_s = self._clock()
         for job in [job for job in self._open.values() if job.deadline_s <= now_s]:
             first_open = job.first_open()
@@ -228,6 +231,8 @@ class Lookups:
         # Everything before each of these is here or in storage.
         kept = job.keys[: job.end if job.head_stored == job.read_from else job.head_stored]
         self._on_met(job.connection, job.namespace, kept, [None, *kept])
+        if job.load:
+            self.touches.use(job.namespace, job.keys[: job.end])
         if slots:
             job.connection.session.pinned[job.connection, job.id] = slots
             job.connection.session.heads[job.connection, job.id] = job.keys[: job.read_from]

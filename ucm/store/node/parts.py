@@ -20,7 +20,8 @@ Populate = Callable[[int, int, Callable[[], None]], None]
 @dataclass(frozen=True)
 class NodeLimits:
     """`ahead_bytes`: how much memory is taken before it is needed. `max_write_pages`: how many
-    pages of a lane may wait to be written."""
+    pages of a lane may wait to be written. `touch_every_s`: how often a page that is used is
+    touched in storage; None for never."""
 
     ahead_bytes: int
     max_write_pages: int
@@ -28,6 +29,7 @@ class NodeLimits:
     max_open_keys: int = 4_194_304
     open_timeout_s: float = 5.0
     saving: SavingRules = field(default_factory=SavingRules)
+    touch_every_s: float | None = None
 
 
 @dataclass(frozen=True, eq=False)

@@ -24,6 +24,7 @@ import msgspec
 from ucm.config.settings import StoreSettings
 from ucm.errors import ConfigError
 from ucm.store.node import protocol as p
+from ucm.store.node.chore_threads import ChoreThreads
 from ucm.store.node.core import NodeCore
 from ucm.store.node.io_threads import IoPool
 from ucm.store.node.lanes import Lanes
@@ -102,10 +103,12 @@ class NodeServer:
                 max_open_keys=settings.max_open_keys,
                 open_timeout_s=min(timeout_s, _OPEN_S),
                 saving=SavingRules(recheck_s=settings.recheck_s, retry_s=settings.retry_ms / 1000),
+                touch_every_s=settings.touch_every_s,
             ),
         )
         self.core = NodeCore(parts)
         self._sweeper = Sweeper(settings)
+        self._chores = ChoreThreads(tier.chores(), loop, self.core.removed_from_storage)
         self.arena = uuid.uuid4().hex
         # Clients that have said Hello. Who doesn't, keeps no node cache from leaving.
         self.num_connections = 0
@@ -131,7 +134,7 @@ class NodeServer:
         status = self.core.status(request_id, pid=os.getpid(), arena=self.arena, check=check)
         if not self.tier.lanes:
             return status
-        counters = {**status.counters, **self.tier.totals()}
+        counters = {**status.counters, **self.tier.totals(), **self._chores.counters()}
         return msgspec.structs.replace(status, counters=counters, tier=self.tier.name)
 
     async def serve(self, lock: SocketLock) -> None:
@@ -199,6 +202,7 @@ class NodeServer:
         """Writes out what is queued. What storage is too slow for is given up, and what was staged
         of it removed, as far as storage still answers."""
         self._sweeper.stop()
+        self._chores.stop()
         await self._until(self._is_written, self.settings.drain_s)
         self.core.writeback.close()
         num_left = self.core.queues()["write_pages"]
@@ -217,7 +221,9 @@ class NodeServer:
         """Nothing that could leave a temporary file is under way, but for what hangs."""
         lanes = self._writes, self._control
         return not (
-            self._sweeper.is_working or any(each.depth > each.num_overdue for each in lanes)
+            self._sweeper.is_working
+            or self._chores.is_working
+            or any(each.depth > each.num_overdue for each in lanes)
         )
 
     async def _until(self, is_done: Callable[[], bool], within_s: float) -> None:

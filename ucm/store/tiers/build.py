@@ -11,6 +11,8 @@ from collections.abc import Callable
 
 from ucm.config.settings import StoreSettings
 from ucm.store.blocks.page_key import load_page_key
+from ucm.store.tiers.posix.quotas import quotas_of
+from ucm.store.tiers.posix.reclaim_plan import ReclaimRules
 from ucm.store.tiers.posix.rights import file_rights
 from ucm.store.tiers.posix.space import FreeSpace
 from ucm.store.tiers.posix.tier import PosixTier
@@ -27,6 +29,20 @@ def _posix(settings: StoreSettings) -> Tier:
         free=FreeSpace(
             min_free_bytes=None if min_free_gb is None else int(min_free_gb * (1 << 30)),
             queue_pages=settings.write_queue_pages,
+            quotas=quotas_of(
+                settings.capacity_gb,
+                settings.quota_gb or {},
+                num_backends=len(settings.storage_backends),
+            ),
+            rules=ReclaimRules(
+                deletes=settings.gc_enable,
+                trigger=settings.gc_trigger_ratio,
+                share=settings.gc_recycle_share,
+                grace_s=settings.gc_grace_s,
+                check_s=settings.gc_check_interval_s,
+                heartbeat_s=settings.heartbeat_s,
+                stale_s=settings.stale_s,
+            ),
         ),
         quarantine_per_minute=settings.quarantine_per_minute,
         page_key=load_page_key(settings.page_key_file) if settings.page_key_file else None,

@@ -19,7 +19,7 @@ page that can't be read is nothing but a shorter prefix.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from enum import Enum
 
@@ -64,6 +64,26 @@ class Staged:
     ticket: str
 
 
+class Chore(ABC):
+    """Work that goes on beside all calls, in a thread of its own that gives way to everybody. It
+    may hang in storage for good, and nobody waits for it."""
+
+    name: str
+
+    @abstractmethod
+    def run(self, on_removed: Callable[[list[Key]], None]) -> None:
+        """Until `stop`. `on_removed` is told, in this thread, the pages that it took out of
+        storage."""
+
+    @abstractmethod
+    def stop(self) -> None:
+        """From any thread."""
+
+    @abstractmethod
+    def counters(self) -> dict[str, int]:
+        """Numbers for people, by the names of the node cache's counters. From any thread."""
+
+
 class Tier(ABC):
     """See the module's text for threads, ownership and errors.
 
@@ -103,6 +123,13 @@ class Tier(ABC):
 
     def look_for_lane(self, lane: int) -> None:  # noqa: B027 few need it
         """Tries to reach a lane that is unknown. Raises TierError when storage can't tell."""
+
+    def chores(self) -> Sequence[Chore]:
+        """What it wants done in the background. Asked for once."""
+        return ()
+
+    def touch(self, namespace: TierNamespace, keys: Sequence[Key]) -> None:  # noqa: B027 few need it
+        """These pages are used, and are to be kept longer than others. Never raises."""
 
     @abstractmethod
     def open_namespace(self, namespace: TierNamespace) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from ucm.store.blocks.keys import Key
-from ucm.store.tiers.tier import PageRead, Staged, Tier, TierNamespace
+from ucm.store.tiers.tier import Chore, PageRead, Staged, Tier, TierNamespace
 
 
 class WrapperTier(Tier):
@@ -37,6 +37,12 @@ class WrapperTier(Tier):
 
     def look_for_lane(self, lane: int) -> None:
         self._tier.look_for_lane(lane)
+
+    def chores(self) -> Sequence[Chore]:
+        return self._tier.chores()
+
+    def touch(self, namespace: TierNamespace, keys: Sequence[Key]) -> None:
+        self._tier.touch(namespace, keys)
 
     def open_namespace(self, namespace: TierNamespace) -> None:
         self._tier.open_namespace(namespace)

@@ -237,6 +237,10 @@ class Backend:
     def block_path(self, fingerprint: bytes, key: Key) -> str:
         return paths.block_path(self.path, fingerprint, key, self._key_id)
 
+    def namespace_name(self, fingerprint: bytes) -> str:
+        """Of its directory."""
+        return os.path.basename(paths.namespace_dir(self.path, fingerprint, self._key_id))
+
     def ensure_manifest(self, fingerprint: bytes, manifest_json: bytes) -> None:
         """Raises TierError if another one is there, or if there is none and it can't be written."""
         path = paths.manifest_path(self.path, fingerprint, self._key_id)

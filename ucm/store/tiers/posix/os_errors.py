@@ -61,3 +61,14 @@ class unless_gone:  # noqa: N801 read as a statement
 
     def __exit__(self, kind: object, error: object, trace: object) -> bool:
         return isinstance(error, OSError) and is_gone(error)
+
+
+class unless_full:  # noqa: N801 read as a statement
+    """Goes on behind its block where the disk, or somebody's quota on it, is full."""
+
+    __slots__ = ()
+
+    def __enter__(self) -> None: ...
+
+    def __exit__(self, kind: object, error: object, trace: object) -> bool:
+        return isinstance(error, OSError) and _OUTCOMES.get(error.errno) is Outcome.FULL

@@ -2,6 +2,9 @@
 
     <backend>/
       ucm-backend-id                          16 hex digits: `docs/backends.md`
+      ucm-reclaim-lease                       who reclaims: lease.py
+      ucm-reclaim-grants                      how much everybody may write: grants.py
+      ucm-reclaim-node-<16 hex digits>        how much a node cache has written
       <namespace fingerprint>/                or <namespace fingerprint>-<id of the page key>/
         manifest.json
         <hh>/<hh>/<key>.kv                    hh: first and second byte of the key
@@ -32,13 +35,20 @@ TEMP_SUFFIX = ".tmp"
 QUARANTINE = "quarantine"
 MANIFEST = "manifest.json"
 BACKEND_ID = "ucm-backend-id"
+RECLAIM_LEASE = "ucm-reclaim-lease"
+RECLAIM_GRANTS = "ucm-reclaim-grants"
+_NODE_PREFIX = "ucm-reclaim-node-"
 
 _RANDOM_BYTES = 8
+_KEY_DIGITS = 64
 LEVELS = 3
 
 _BLOCK = r"[0-9a-f]{64}(\.[1-9]\d{0,4})?\.kv"
+_BLOCK_NAME = re.compile(_BLOCK, re.ASCII)
+_RECLAIM_NODE = re.compile(rf"{_NODE_PREFIX}[0-9a-f]{{16}}", re.ASCII)
+_RECLAIM = rf"{RECLAIM_LEASE}|{RECLAIM_GRANTS}|{_RECLAIM_NODE.pattern}"
 # Nothing else gets one, so that a dot in a host's name is never taken for the target's end.
-_TARGET = rf"(?P<target>{_BLOCK}|{re.escape(MANIFEST)}|{re.escape(BACKEND_ID)})"
+_TARGET = rf"(?P<target>{_BLOCK}|{re.escape(MANIFEST)}|{re.escape(BACKEND_ID)}|{_RECLAIM})"
 _TEMP_NAME = re.compile(rf"\.{_TARGET}\.{writers.PATTERN}{re.escape(TEMP_SUFFIX)}", re.ASCII)
 # Where files of ours may lie: in a backend, its namespaces, and two levels of fan-out below.
 _DIRECTORY = re.compile(r"[0-9a-f]{64}(-[0-9a-f]{16})?", re.ASCII), re.compile("[0-9a-f]{2}")
@@ -97,10 +107,34 @@ def quarantine_path(backend: str, fingerprint: bytes, key: Key) -> str:
     return f"{directory}/{_block_file_name(key)}.{_new_writer()}"
 
 
+def reclaim_node_name(word: str) -> str:
+    """`word`: 16 hex digits that nobody else has."""
+    return f"{_NODE_PREFIX}{word}"
+
+
+def is_reclaim_node(name: str) -> bool:
+    return _RECLAIM_NODE.fullmatch(name) is not None
+
+
 def is_own_directory(name: str, *, level: int) -> bool:
     """Whether a directory of this name, `level` levels below a backend, may hold files of ours or
     other such directories. Level 1: namespaces; 2 and 3: the fan-out of keys."""
     return 1 <= level <= LEVELS and bool(_DIRECTORY[level > 1].fullmatch(name))
+
+
+def is_block_name(name: str) -> bool:
+    """Of a page's file, without its directory."""
+    return _BLOCK_NAME.fullmatch(name) is not None
+
+
+def is_tail_name(name: str) -> bool:
+    """Of a page's file that is a tail's."""
+    return len(name) > _KEY_DIGITS + len(BLOCK_SUFFIX)
+
+
+def key_in(name: str) -> Key:
+    """The key in the name of a page's file."""
+    return Key(bytes.fromhex(name[:_KEY_DIGITS]))
 
 
 def parse_temp_name(name: str) -> TempName | None:

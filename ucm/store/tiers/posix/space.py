@@ -16,10 +16,12 @@ import os
 import threading
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from ucm.errors import TierError
 from ucm.outcome import Outcome
+from ucm.store.tiers.posix.quotas import Quotas
+from ucm.store.tiers.posix.reclaim_plan import ReclaimRules
 
 _DEFAULT_SHARE = 0.05
 _MOST_SHARE = 0.2
@@ -52,10 +54,13 @@ def look(path: str) -> Space:
 @dataclass(frozen=True, kw_only=True)
 class FreeSpace:
     """What stays free: `min_free_bytes`, 0 for nothing, or None for the default (`reserve_bytes`),
-    which is at least what a queue of `queue_pages` may still write."""
+    which is at least what a queue of `queue_pages` may still write; and what is beyond `quotas`,
+    which are kept by `rules`."""
 
     min_free_bytes: int | None = 0
     queue_pages: int = 0
+    quotas: Quotas = field(default_factory=Quotas)
+    rules: ReclaimRules = field(default_factory=ReclaimRules)
 
 
 NONE_FREE = FreeSpace()

@@ -16,29 +16,34 @@ from __future__ import annotations
 import contextlib
 import errno
 import os
-import threading
 from collections.abc import Sequence
 from functools import partial
 
 from ucm.errors import TierError
-from ucm.store.blocks.blockfile import BlockId, Scratch, check_header, read_block, write_block
+from ucm.store.blocks.blockfile import BlockId, write_block
 from ucm.store.blocks.keys import Key
 from ucm.store.blocks.page_key import PageKey
 from ucm.store.tiers.posix import paths
+from ucm.store.tiers.posix.allowance import Allowance
 from ucm.store.tiers.posix.backend import Backend, unlink_if_there
 from ucm.store.tiers.posix.os_errors import is_gone, tier_error, translated, unless_gone
+from ucm.store.tiers.posix.page_files import PageFiles
 from ucm.store.tiers.posix.placement import Placement, for_all, unless_read_only
-from ucm.store.tiers.posix.plain_files import NotPlain, open_plain
-from ucm.store.tiers.posix.quarantine import Quarantine, forget_cached, move_aside
+from ucm.store.tiers.posix.quarantine import Quarantine
+from ucm.store.tiers.posix.reclaim import Reclaimer
 from ucm.store.tiers.posix.revalidate import doubt, is_there_now
-from ucm.store.tiers.posix.rights import UMASK_DECIDES, FileRights, is_own
+from ucm.store.tiers.posix.rights import UMASK_DECIDES, FileRights
 from ucm.store.tiers.posix.space import NONE_FREE, FreeSpace, SpaceReserve
-from ucm.store.tiers.tier import ABSENT, HIT, PageRead, ReadStatus, Staged, Tier, TierNamespace
+from ucm.store.tiers.tier import (
+    ABSENT,
+    Chore,
+    PageRead,
+    ReadStatus,
+    Staged,
+    Tier,
+    TierNamespace,
+)
 
-# Buffered reads stop often to verify what is still in the CPU's cache. Direct ones don't pass
-# through it, and want to be few and large.
-_BUFFERED_CHUNK_BYTES = 1 << 20
-_DIRECT_CHUNK_BYTES = 8 << 20
 _LOOKING_UP = "can't be looked up"
 # A directory may be removed, empty as it is, between being made and being used.
 _MAX_DIRECTORY_TRIES = 3
@@ -64,11 +69,15 @@ class PosixTier(Tier):
             for path in storage_backends
         ]
         self._reserves = {backend: SpaceReserve(backend.path, free) for backend in self._backends}
+        self._allowances = {
+            backend: Allowance(backend.path, free.quotas, free.queue_pages)
+            for backend in self._backends
+        }
+        self._rules = free.rules
         self._placement = Placement(self._backends)
         # With the generation of the backend: see Identity.
         self._has_manifest: set[tuple[Backend, int, bytes]] = set()
-        self._thread = threading.local()
-        self._quarantine = Quarantine(quarantine_per_minute)
+        self._files = PageFiles(page_key, Quarantine(quarantine_per_minute))
 
     @property
     def name(self) -> str:
@@ -148,7 +157,7 @@ class PosixTier(Tier):
         path = backend.block_path(namespace.fingerprint, key)
         block = BlockId(key, namespace.fingerprint, namespace.page_bytes)
         with translated(path, _LOOKING_UP):
-            return self._is_whole(path, backend, block)
+            return self._files.is_whole(path, backend, block)
 
     def read_manifest(self, fingerprint: bytes) -> bytes | None:
         found = (self.read_manifest_in(lane, fingerprint) for lane in range(len(self._backends)))
@@ -167,7 +176,7 @@ class PosixTier(Tier):
             return PageRead(ReadStatus.IO_ERROR, str(error))
         block = BlockId(key, namespace.fingerprint, namespace.page_bytes)
         path = backend.block_path(namespace.fingerprint, key)
-        read = partial(self._read, backend, path, block, page)
+        read = partial(self._files.read, backend, path, block, page)
         try:
             try:
                 return backend.try_direct(read)
@@ -188,11 +197,18 @@ class PosixTier(Tier):
         block = BlockId(key, namespace.fingerprint, namespace.page_bytes)
         target = backend.block_path(namespace.fingerprint, key)
         with translated(target, _LOOKING_UP):
-            if self._is_whole(target, backend, block):
+            if self._files.is_whole(target, backend, block):
                 return None
-        with translated(target, "can't be written"):
-            self._reserves[backend].take(block.file_bytes)
-            temp = self._write(backend, namespace, block, target, page, num_tokens)
+        name = backend.namespace_name(namespace.fingerprint)
+        allowance = self._allowances[backend]
+        allowance.take(name, block.file_bytes, manifest=namespace.manifest_json)
+        try:
+            with translated(target, "can't be written"):
+                self._reserves[backend].take(block.file_bytes)
+                temp = self._write(backend, namespace, block, target, page, num_tokens)
+        except TierError:
+            allowance.give_back(name, block.file_bytes)
+            raise
         return Staged(namespace, key, temp)
 
     def publish(self, staged: Staged) -> None:
@@ -200,7 +216,7 @@ class PosixTier(Tier):
         try:
             self._placement.to_write(staged.key)
         except TierError:
-            unlink_if_there(staged.ticket)
+            self.discard(staged)
             raise
         with translated(target, "can't be published"):
             try:
@@ -211,11 +227,26 @@ class PosixTier(Tier):
                 # rename: what counts is that a file is there.
                 if error.errno == errno.ENOENT and os.path.exists(target):
                     return
-                unlink_if_there(staged.ticket)
+                self.discard(staged)
                 raise
 
     def discard(self, staged: Staged) -> None:
+        """What it took of a limit counts as written until the store is counted anew."""
         unlink_if_there(staged.ticket)
+
+    def chores(self) -> Sequence[Chore]:
+        return [
+            Reclaimer(backend, allowance, self._rules)
+            for backend, allowance in self._allowances.items()
+            if allowance.quotas
+        ]
+
+    def touch(self, namespace: TierNamespace, keys: Sequence[Key]) -> None:
+        for key in keys:
+            with contextlib.suppress(TierError, OSError):
+                backend = self._placement.of(key)
+                if backend is not None and backend.identity.is_here():
+                    os.utime(backend.block_path(namespace.fingerprint, key), follow_symlinks=False)
 
     def close(self) -> None:
         """Nothing is held; scratch buffers go with their threads."""
@@ -227,82 +258,6 @@ class PosixTier(Tier):
             backend.ensure_manifest(namespace.fingerprint, namespace.manifest_json)
             self._has_manifest.add(known)
 
-    # -- files -----------------------------------------------------------------------------
-
-    def _scratch(self) -> Scratch:
-        try:
-            return self._thread.scratch  # type: ignore[no-any-return]
-        except AttributeError:
-            scratch = self._thread.scratch = Scratch()
-            return scratch
-
-    def _read(
-        self, backend: Backend, path: str, block: BlockId, page: memoryview, flags: int
-    ) -> PageRead:
-        chunk_bytes = _DIRECT_CHUNK_BYTES if flags else _BUFFERED_CHUNK_BYTES
-        try:
-            fd = open_plain(path, flags)
-        except NotPlain as bad:
-            moved = move_aside(os.lstat(path), path, backend, block)
-            return PageRead(ReadStatus.CORRUPT, f"{path}: {bad}; {moved}")
-        try:
-            self._verify(fd, block, page, chunk_bytes)
-        except TierError as bad:
-            forget_cached(fd)
-            return self._read_again(bad, backend, path, block, page)
-        finally:
-            # Every byte has been verified by then, or none counts.
-            with contextlib.suppress(OSError):
-                os.close(fd)
-        return HIT
-
-    def _verify(self, fd: int, block: BlockId, page: memoryview, chunk_bytes: int) -> None:
-        scratch, page_key = self._scratch(), self._page_key
-        read_block(fd, block, page, scratch=scratch, chunk_bytes=chunk_bytes, page_key=page_key)
-
-    def _read_again(
-        self, bad: TierError, backend: Backend, path: str, block: BlockId, page: memoryview
-    ) -> PageRead:
-        """Past the page cache as far as the filesystem lets us: is it the file that is damaged, or
-        what this machine has read of it?"""
-        try:
-            fd = open_plain(path, os.O_DIRECT)
-        except OSError as error:
-            if error.errno != errno.EINVAL:
-                raise
-            fd = open_plain(path)
-        try:
-            self._verify(fd, block, page, _DIRECT_CHUNK_BYTES)
-        except TierError as again:
-            done = self._quarantine.move(os.fstat(fd), path, backend, block)
-            return PageRead(ReadStatus.CORRUPT, f"{path}: {again}; {done}")
-        finally:
-            with contextlib.suppress(OSError):
-                os.close(fd)
-        return PageRead(ReadStatus.HIT, f"{path}: {bad}; right when it was read once more")
-
-    def _is_whole(self, path: str, backend: Backend, block: BlockId) -> bool:
-        """By its size and header. What isn't counts as not there, and is replaced."""
-        try:
-            fd = open_plain(path)
-            try:
-                check_header(fd, block, scratch=self._scratch(), page_key=self._page_key)
-            finally:
-                with contextlib.suppress(OSError):
-                    os.close(fd)
-        except NotPlain:
-            # A directory can't be replaced by a file.
-            move_aside(os.lstat(path), path, backend, block)
-            return False
-        except TierError:
-            return False
-        except OSError as error:
-            # One of this user's own that it may not read can as well be replaced.
-            if is_gone(error) or (error.errno == errno.EACCES and is_own(path)):
-                return False
-            raise
-        return True
-
     def _write(
         self,
         backend: Backend,
@@ -313,7 +268,7 @@ class PosixTier(Tier):
         num_tokens: int,
     ) -> str:
         """Writes a temporary file for `target`, making its directories. Returns its path."""
-        scratch, page_key = self._scratch(), self._page_key
+        scratch, page_key = self._files.scratch(), self._page_key
 
         def write(flags: int) -> str:
             temp = paths.temp_path(target)

@@ -1,0 +1,201 @@
+"""What goes when a store is too large: enough and hardly more, never what is young, tails first,
+the lowest score first, and each namespace within its own quota."""
+
+from __future__ import annotations
+
+from hypothesis import given
+from hypothesis import strategies as st
+
+from ucm.store.tiers.posix.grants import NodeAccount, granted
+from ucm.store.tiers.posix.quotas import quotas_of
+from ucm.store.tiers.posix.reclaim_plan import (
+    WHOLE,
+    StoredFile,
+    Want,
+    choose,
+    choose_from_pool,
+    want_of,
+)
+
+NOW_NS = 10**18
+SECOND_NS = 10**9
+GIB = 1 << 30
+
+ages_s = st.integers(0, 1000)
+files = st.lists(
+    st.builds(
+        lambda number, nbytes, used_s, changed_s, is_tail: StoredFile(
+            f"{number}",
+            nbytes,
+            score_ns=NOW_NS - used_s * SECOND_NS,
+            changed_ns=NOW_NS - changed_s * SECOND_NS,
+            is_tail=is_tail,
+        ),
+        st.integers(0, 1 << 60),
+        st.integers(1, 1 << 22),
+        ages_s,
+        ages_s,
+        st.booleans(),
+    ),
+    unique_by=lambda file: file.name,
+    max_size=40,
+)
+
+
+def size(some: list[StoredFile]) -> int:
+    return sum(file.nbytes for file in some)
+
+
+@given(files, st.integers(0, 1 << 26), ages_s)
+def test_enough_goes_and_not_one_file_more_than_is_needed(
+    stored: list[StoredFile], free_bytes: int, grace_s: int
+) -> None:
+    gone = choose(stored, free_bytes=free_bytes, now_ns=NOW_NS, grace_s=grace_s)
+
+    old = [file for file in stored if NOW_NS - file.changed_ns >= grace_s * SECOND_NS]
+    assert size(gone) >= min(free_bytes, size(old))
+    assert not gone or size(gone[:-1]) < free_bytes
+
+
+@given(files, st.integers(0, 1 << 26), ages_s)
+def test_what_is_young_stays_whatever_is_wanted(
+    stored: list[StoredFile], free_bytes: int, grace_s: int
+) -> None:
+    gone = choose(stored, free_bytes=free_bytes, now_ns=NOW_NS, grace_s=grace_s)
+
+    assert all(NOW_NS - file.changed_ns >= grace_s * SECOND_NS for file in gone)
+
+
+@given(files, st.integers(0, 1 << 26))
+def test_tails_go_first_and_then_what_was_used_longest_ago(
+    stored: list[StoredFile], free_bytes: int
+) -> None:
+    gone = choose(stored, free_bytes=free_bytes, now_ns=NOW_NS, grace_s=0)
+
+    kept = [file for file in stored if file not in gone]
+    for went in gone:
+        for stays in kept:
+            assert went.is_tail >= stays.is_tail
+            if went.is_tail == stays.is_tail:
+                assert went.score_ns <= stays.score_ns
+
+
+pools = st.dictionaries(st.sampled_from(["a", "b", "c"]), files)
+wanted = st.dictionaries(
+    st.sampled_from([WHOLE, "a", "b"]),
+    st.builds(Want, st.integers(1, 1 << 26), st.floats(0.01, 1)),
+)
+
+
+@given(pools, pools, wanted, ages_s)
+def test_a_quota_takes_of_its_own_namespace_only_and_each_file_goes_once(
+    pool: dict[str, list[StoredFile]],
+    seen: dict[str, list[StoredFile]],
+    wants: dict[str, Want],
+    grace_s: int,
+) -> None:
+    gone = choose_from_pool(pool, wants, seen=seen, now_ns=NOW_NS, grace_s=grace_s)
+
+    for namespace, chosen in gone.items():
+        assert len({id(file) for file in chosen}) == len(chosen)
+        assert {id(file) for file in chosen} <= {id(file) for file in pool[namespace]}
+        assert all(NOW_NS - file.changed_ns >= grace_s * SECOND_NS for file in chosen)
+        if WHOLE not in wants and namespace not in wants:
+            assert not chosen
+
+
+@given(pools, wanted)
+def test_a_pool_gives_its_share(pool: dict[str, list[StoredFile]], wants: dict[str, Want]) -> None:
+    gone = choose_from_pool(pool, wants, seen={}, now_ns=NOW_NS, grace_s=0)
+
+    for name, want in wants.items():
+        of = list(pool) if name == WHOLE else [name] * (name in pool)
+        everything = sum(size(pool[namespace]) for namespace in of)
+        freed = sum(size(gone[namespace]) for namespace in of)
+        assert freed >= min(want.free_bytes, int(everything * want.share))
+
+
+@given(st.integers(1, 40))
+def test_a_pool_of_few_files_gives_none_that_are_used_more_than_most(num_files: int) -> None:
+    def file(name: str, used_s: int) -> StoredFile:
+        return StoredFile(name, 1, score_ns=NOW_NS - used_s * SECOND_NS, changed_ns=0)
+
+    pool = {"a": [file(f"hot {number}", number) for number in range(num_files)]}
+    seen = {"a": [file(f"cold {number}", 1000 + number) for number in range(40)]}
+    gone = choose_from_pool(pool, {WHOLE: Want(1 << 20, 0.4)}, seen=seen, now_ns=NOW_NS, grace_s=0)
+
+    assert gone == {"a": []}
+
+
+@given(st.integers(0, 1 << 40), st.integers(1, 1 << 40), st.floats(0.05, 1), st.floats(0.05, 1))
+def test_a_run_begins_at_the_trigger_and_ends_below_it(
+    used: int, limit: int, trigger: float, share: float
+) -> None:
+    want = want_of(used_bytes=used, limit_bytes=limit, trigger=trigger, share=share)
+
+    assert (want is not None) == (used > 0 and used >= int(limit * trigger))
+    if want is not None:
+        assert used - want.free_bytes <= limit * trigger
+        assert want.free_bytes >= int(used * share)
+
+
+def test_who_was_refused_is_made_room_for_below_the_trigger_too() -> None:
+    """At a trigger of 1 the last page that would reach it does not fit."""
+    full = {"used_bytes": 99, "limit_bytes": 100, "trigger": 1.0, "share": 0.1}
+
+    assert want_of(**full) is None  # type: ignore[arg-type]
+    assert want_of(**full, is_refused=True) is not None  # type: ignore[arg-type]
+
+
+accounts = st.builds(
+    lambda written, more: NodeAccount(written, None if more is None else written + more),
+    st.integers(0, 1 << 30),
+    st.none() | st.integers(0, 1 << 30),
+)
+
+
+@given(st.integers(0, 1 << 32), st.integers(0, 1 << 32), st.dictionaries(st.text(), accounts))
+def test_what_is_granted_never_exceeds_the_limit_and_is_never_taken_back(
+    limit: int, used: int, nodes: dict[str, NodeAccount]
+) -> None:
+    up_to = granted(limit_bytes=limit, used_bytes=used, nodes=nodes)
+
+    before = {name: max(of.written_bytes, of.up_to_bytes or 0) for name, of in nodes.items()}
+    assert up_to.keys() == nodes.keys()
+    assert all(up_to[name] >= before[name] for name in nodes)
+    new = sum(up_to[name] - before[name] for name in nodes)
+    is_open = sum(before[name] - of.written_bytes for name, of in nodes.items())
+    assert new == 0 or used + is_open + new <= limit
+
+
+@given(st.integers(1, 1 << 40), st.integers(1, 20))
+def test_nodes_that_have_nothing_yet_get_equal_parts_of_all_that_is_left(
+    limit: int, num_nodes: int
+) -> None:
+    nodes = {str(number): NodeAccount(0, None) for number in range(num_nodes)}
+
+    up_to = granted(limit_bytes=limit, used_bytes=0, nodes=nodes)
+
+    assert set(up_to.values()) == {limit // num_nodes}
+
+
+NAME = "3f9a01c2" + "0" * 56
+
+
+def test_a_quota_is_named_by_a_fingerprint_or_by_weights_or_is_for_each_other() -> None:
+    quotas = quotas_of(8, {"3f9a01c2": 1, "model_id:m": 2, "*": 4}, num_backends=2)
+
+    def gib(name: str, manifest: bytes) -> float:
+        limit = quotas.of(name, manifest)
+        return 0 if limit is None else limit.nbytes / GIB
+
+    assert quotas.whole is not None and quotas.whole.nbytes == 4 * GIB
+    assert gib(NAME, b'{"weights": "model_id:m"}') == 0.5, "the directory's name comes first"
+    assert gib("0" * 64, b'{"weights": "model_id:m"}') == 1
+    for manifest in (b'{"weights": "sha256:1"}', b'{"weights": 3}', b"[]", b"\xff", b""):
+        assert gib("0" * 64, manifest) == 2
+
+
+def test_without_limits_there_is_nothing_to_keep_to() -> None:
+    assert not quotas_of(0, {"*": 0}, num_backends=1)
+    assert quotas_of(0, {"3f9a01c2": 1}, num_backends=1).of("0" * 64, b"{}") is None

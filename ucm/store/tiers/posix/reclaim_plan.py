@@ -1,0 +1,130 @@
+"""Which files go when a store is too large. Pure: (files, now, policy) -> files to delete.
+
+A run never knows all files. It looks at the shards of the store (first and second byte of the key)
+in a random order, a pool of them at a time, and deletes of each pool the share that scores lowest:
+keys are digests, so every pool is a fair sample of the whole. What a run costs therefore grows with
+what it deletes, and not with what is kept.
+
+* Tails go first: only a prompt that ends with exactly these tokens can use one.
+* Then what has the lowest score. A file's score is its time of change, which a use moves on.
+* Never what has changed within the grace period, by the filesystem's own word: somebody may have
+  been promised it.
+* Every namespace that has a quota first gives what it has too much, of its own files only; then all
+  give together what the store has too much.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+# The account of the whole store, beside those of namespaces.
+WHOLE = ""
+_SECOND_NS = 1_000_000_000
+# Less of a pool than this is no fair share of so few files.
+_LEAST_SHARE = 1 / 32
+# A page that does not fit is less than the rest.
+_REFUSED_TRIGGER = 0.9
+
+
+@dataclass(frozen=True, slots=True)
+class StoredFile:
+    """One page. `score_ns`: what the policy goes by, the file's time of change. `changed_ns`: when
+    it was last written, named or touched, by the filesystem's own clock."""
+
+    name: str
+    nbytes: int
+    score_ns: int
+    changed_ns: int
+    is_tail: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class Want:
+    """What an account has to give: `free_bytes` in all, and of each pool the lowest `share`."""
+
+    free_bytes: int
+    share: float
+
+
+@dataclass(frozen=True)
+class ReclaimRules:
+    """`deletes`: whether this node may. `trigger` and `share`: of a limit, see
+    `want_of`. The store is counted anew every `check_s`."""
+
+    deletes: bool = True
+    trigger: float = 0.7
+    share: float = 0.1
+    grace_s: float = 120.0
+    check_s: float = 30.0
+    heartbeat_s: float = 7.5
+    stale_s: float = 60.0
+
+
+def choose(
+    files: Sequence[StoredFile], *, free_bytes: int, now_ns: int, grace_s: float
+) -> list[StoredFile]:
+    """The files to delete so that `free_bytes` are free, in the order in which they go. Less than
+    that where the rest is too young."""
+    chosen: list[StoredFile] = []
+    old_ns = now_ns - int(grace_s * _SECOND_NS)
+    for file in sorted(files, key=_order):
+        if free_bytes <= 0:
+            break
+        if file.changed_ns <= old_ns:
+            chosen.append(file)
+            free_bytes -= file.nbytes
+    return chosen
+
+
+def choose_from_pool(
+    pool: Mapping[str, Sequence[StoredFile]],
+    wants: Mapping[str, Want],
+    *,
+    seen: Mapping[str, Sequence[StoredFile]],
+    now_ns: int,
+    grace_s: float,
+) -> dict[str, list[StoredFile]]:
+    """By namespace, what goes of a pool that holds some of each. `wants`: by account, what is
+    still to be freed; those that want nothing may be missing. `seen`: of each namespace, files that
+    were seen before in this run, gone or not: what goes of a pool scores low among these as well,
+    so that a small pool gives nothing that is used."""
+
+    chosen: dict[str, list[StoredFile]] = {name: [] for name in pool}
+
+    def add(namespaces: Sequence[str], want: Want) -> None:
+        """What an account has to give beside what is chosen already."""
+        gone = {id(file): file.nbytes for name in namespaces for file in chosen[name]}
+        here = {id(file): (name, file) for name in namespaces for file in pool[name]}
+        both = [file for _, file in here.values()]
+        both += [file for name in namespaces for file in seen.get(name, ())]
+        share_bytes = int(want.share * sum(file.nbytes for file in both))
+        low = choose(both, free_bytes=share_bytes, now_ns=now_ns, grace_s=grace_s)
+        left_bytes = want.free_bytes - sum(gone.values())
+        for file in low:
+            if left_bytes > 0 and id(file) in here and id(file) not in gone:
+                chosen[here[id(file)][0]].append(file)
+                left_bytes -= file.nbytes
+
+    for name in pool:
+        if name != WHOLE and name in wants:
+            add([name], wants[name])
+    if WHOLE in wants:
+        add(list(pool), wants[WHOLE])
+    return chosen
+
+
+def want_of(
+    *, used_bytes: int, limit_bytes: int, trigger: float, share: float, is_refused: bool = False
+) -> Want | None:
+    """What an account has to give: if it is at its trigger, or so full that a writer was refused, a
+    `share` of what it holds, and at least what is above the trigger."""
+    mark_bytes = int(limit_bytes * (min(trigger, _REFUSED_TRIGGER) if is_refused else trigger))
+    if used_bytes <= 0 or used_bytes < mark_bytes:
+        return None
+    free_bytes = max(int(used_bytes * share), used_bytes - mark_bytes, 1)
+    return Want(free_bytes, min(1.0, max(free_bytes / used_bytes, _LEAST_SHARE)))
+
+
+def _order(file: StoredFile) -> tuple[bool, int, str]:
+    return not file.is_tail, file.score_ns, file.name

@@ -1,0 +1,133 @@
+"""One run of reclaim: looks at one pool of shards after the other, and deletes what
+reclaim_plan.py chooses of each, until enough is free or all was seen."""
+
+from __future__ import annotations
+
+import os
+import time
+from collections import Counter, deque
+from collections.abc import Callable, Mapping
+from contextlib import closing
+from dataclasses import dataclass, field
+
+from ucm.store.blocks.keys import Key
+from ucm.store.tiers.posix import paths
+from ucm.store.tiers.posix.os_errors import is_gone
+from ucm.store.tiers.posix.reclaim_plan import WHOLE, StoredFile, Want, choose_from_pool
+from ucm.store.tiers.posix.shard_walk import Leaf, ShardWalk, close_all
+
+# A pool is a fair sample from some hundred files on. Its directories are open meanwhile.
+_POOL_FILES = 512
+_POOL_LEAVES = 128
+_MAX_SEEN = 1024
+
+
+@dataclass
+class Reclaimed:
+    """`files` and `nbytes` by the account that wanted them gone: the whole store, or a namespace
+    that has a quota. `problem` is the first of `num_problems`, for people."""
+
+    files: Counter[str] = field(default_factory=Counter)
+    nbytes: Counter[str] = field(default_factory=Counter)
+    seconds: float = 0.0
+    is_enough: bool = False
+    num_problems: int = 0
+    problem: str = ""
+
+
+class ReclaimStopped(Exception):
+    """The process is leaving, or somebody else has the lease."""
+
+
+@dataclass
+class ReclaimRun:
+    """`between` is called after each pool with the keys that went and the bytes by namespace; it
+    raises ReclaimStopped when nothing more is to be deleted."""
+
+    path: str
+    grace_s: float
+    now_ns: Callable[[], int]
+    between: Callable[[list[Key], Mapping[str, int]], None]
+    done: Reclaimed = field(default_factory=Reclaimed)
+    _left: dict[str, Want] = field(default_factory=dict)
+    _seen: dict[str, deque[StoredFile]] = field(default_factory=dict)
+
+    def run(self, root: int, wants: Mapping[str, Want]) -> Reclaimed:
+        """Raises OSError where the store can't be looked at."""
+        self._left = dict(wants)
+        started_s = time.monotonic()
+        pool: list[Leaf] = []
+        num_files = 0
+        try:
+            with closing(ShardWalk(root, self.now_ns, self._trouble).shards()) as walk:
+                for leaves, _ in walk:
+                    pool += leaves
+                    num_files += sum(len(leaf.files) for leaf in leaves)
+                    if num_files >= _POOL_FILES or len(pool) >= _POOL_LEAVES:
+                        self._thin_out(pool)
+                        pool, num_files = [], 0
+                        if not self._left:
+                            break
+                else:
+                    self._thin_out(pool)
+                    pool = []
+        except ReclaimStopped:
+            pass
+        finally:
+            close_all(leaf.fd for leaf in pool)
+        self.done.is_enough = not self._left
+        self.done.seconds = time.monotonic() - started_s
+        return self.done
+
+    def _thin_out(self, pool: list[Leaf]) -> None:
+        """Closes its directories."""
+        keys: list[Key] = []
+        freed: Counter[str] = Counter()
+        try:
+            files: dict[str, list[StoredFile]] = {}
+            fd_of = {}
+            for leaf in pool:
+                files.setdefault(leaf.namespace, []).extend(leaf.files)
+                fd_of.update({(leaf.namespace, file.name): leaf.fd for file in leaf.files})
+            chosen = choose_from_pool(
+                files, self._left, seen=self._seen, now_ns=self.now_ns(), grace_s=self.grace_s
+            )
+            for namespace, some in files.items():
+                self._seen.setdefault(namespace, deque(maxlen=_MAX_SEEN)).extend(some)
+            for namespace, goes in chosen.items():
+                for file in goes:
+                    if self._delete(namespace, file, fd_of[namespace, file.name]):
+                        keys.append(paths.key_in(file.name))
+                        freed[namespace] += file.nbytes
+        finally:
+            close_all(leaf.fd for leaf in pool)
+            pool.clear()
+        for name in list(self._left):
+            self._take_off(name, freed)
+        self.between(keys, freed)
+
+    def _delete(self, namespace: str, file: StoredFile, fd: int) -> bool:
+        """Whether it is gone."""
+        try:
+            os.unlink(file.name, dir_fd=fd)
+        except OSError as error:
+            if is_gone(error):
+                return True
+            self._trouble(f"{namespace}/.../{file.name}", error)
+            return False
+        account = namespace if namespace in self._left else WHOLE
+        self.done.files[account] += 1
+        self.done.nbytes[account] += file.nbytes
+        return True
+
+    def _trouble(self, name: str, error: OSError) -> None:
+        self.done.num_problems += 1
+        self.done.problem = self.done.problem or f"{self.path}/{name}: {error.strerror or error}"
+
+    def _take_off(self, name: str, freed: Mapping[str, int]) -> None:
+        want = self._left[name]
+        less = sum(freed.values()) if name == WHOLE else freed.get(name, 0)
+        if less >= want.free_bytes:
+            del self._left[name]
+        elif less:
+            self._left[name] = Want(want.free_bytes - less, want.share)

@@ -1,0 +1,82 @@
+"""Small files in a backend that are replaced as a whole, by a descriptor of its directory.
+
+Who reads one gets an old or a new content, never a part. No link is followed.
+"""
+
+from __future__ import annotations
+
+import errno
+import os
+import stat
+from collections.abc import Callable
+from contextlib import suppress
+
+from ucm.store.tiers.posix import paths
+from ucm.store.tiers.posix.rights import FileRights
+
+# Some hundred nodes in one file.
+_MAX_BYTES = 1 << 20
+_NO_HARD_LINKS = frozenset({errno.EPERM, errno.EOPNOTSUPP, errno.ENOSYS, errno.EMLINK})
+_READ = os.O_RDONLY | os.O_NONBLOCK | os.O_NOFOLLOW | os.O_CLOEXEC
+_WRITE = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC
+
+
+def read_small(root: int, name: str) -> bytes | None:
+    """None if there is none, or what is there is no file. Raises OSError."""
+    try:
+        fd = os.open(name, _READ, dir_fd=root)
+    except FileNotFoundError:
+        return None
+    try:
+        if not stat.S_ISREG(os.fstat(fd).st_mode):
+            return None
+        return os.read(fd, _MAX_BYTES)
+    finally:
+        os.close(fd)
+
+
+def write_small(root: int, name: str, content: bytes, rights: FileRights) -> int:
+    """Puts `content` in the place of what is there. Returns the file's time of change in
+    nanoseconds, which is the filesystem's own. Raises OSError."""
+
+    def rename(temp: str) -> None:
+        os.rename(temp, name, src_dir_fd=root, dst_dir_fd=root)
+
+    _make(root, name, content, rights, rename)
+    return os.stat(name, dir_fd=root, follow_symlinks=False).st_mtime_ns
+
+
+def link_small(root: int, name: str, content: bytes, rights: FileRights) -> bool:
+    """Makes the file. False: there is one. Where the filesystem has no hard links, two that make
+    it in one instant both succeed, and the later one's content stays. Raises OSError."""
+
+    def link(temp: str) -> None:
+        try:
+            os.link(temp, name, src_dir_fd=root, dst_dir_fd=root, follow_symlinks=False)
+        except OSError as error:
+            if error.errno not in _NO_HARD_LINKS:
+                raise
+            os.rename(temp, name, src_dir_fd=root, dst_dir_fd=root)
+
+    try:
+        _make(root, name, content, rights, link)
+    except FileExistsError:
+        return False
+    return True
+
+
+def _make(
+    root: int, name: str, content: bytes, rights: FileRights, put: Callable[[str], None]
+) -> None:
+    temp = os.path.basename(paths.temp_path(f"/{name}"))
+    try:
+        fd = os.open(temp, _WRITE, 0o666, dir_fd=root)
+        try:
+            rights.give_file(fd)
+            os.write(fd, content)
+        finally:
+            os.close(fd)
+        put(temp)
+    finally:
+        with suppress(FileNotFoundError):
+            os.unlink(temp, dir_fd=root)

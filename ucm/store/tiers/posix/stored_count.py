@@ -1,0 +1,130 @@
+"""How much is stored in a backend, by namespace.
+
+A small store is counted exactly. Of a larger one some shards are looked at, until `_ENOUGH_FILES`
+were seen: keys are digests, so the number of files in a sample is off by its square root, and what
+is estimated is taken two such errors higher. With 10,000 files one is 1%.
+"""
+
+from __future__ import annotations
+
+import os
+from collections import Counter
+from collections.abc import Callable, Mapping
+from contextlib import closing, suppress
+from dataclasses import dataclass, field
+
+from ucm.store.tiers.posix import paths
+from ucm.store.tiers.posix.grants import NodeAccount
+from ucm.store.tiers.posix.os_errors import READ_ONLY_ERRNOS
+from ucm.store.tiers.posix.reclaim_plan import WHOLE
+from ucm.store.tiers.posix.shard_walk import ShardWalk, close_all, real_bytes
+
+_ENOUGH_FILES = 10_000
+_ERRORS_ABOVE = 2.0
+
+Nodes = Mapping[str, Mapping[str, NodeAccount]]
+
+
+@dataclass(frozen=True)
+class StoredCount:
+    """`nbytes` by namespace, and of all as `WHOLE`: rather too much than too little. `error` is one
+    standard error as a share; 0 for what was counted whole."""
+
+    nbytes: Mapping[str, int]
+    error: float
+    num_files: int
+
+
+def count_stored(
+    root: int, now_ns: Callable[[], int], tick: Callable[[], None], *, enough: int = _ENOUGH_FILES
+) -> StoredCount:
+    """`tick` is called after each shard. Raises OSError."""
+    seen: Counter[str] = Counter()
+    num_files, part = 0, 0.0
+    with closing(ShardWalk(root, now_ns, _refuse).shards()) as walk:
+        for leaves, share in walk:
+            close_all(leaf.fd for leaf in leaves)
+            for leaf in leaves:
+                seen[leaf.namespace] += leaf.nbytes
+                num_files += len(leaf.files)
+            part += share
+            if num_files >= enough:
+                break
+            tick()
+        else:
+            part = 1.0
+    error = (max(0.0, 1 - part) / max(1, num_files)) ** 0.5
+    factor = (1 + _ERRORS_ABOVE * error) / part
+    nbytes = {namespace: int(of * factor) for namespace, of in seen.items()}
+    nbytes[WHOLE] = sum(nbytes.values()) + _quarantine_bytes(root, now_ns())
+    return StoredCount(nbytes, error, int(num_files / part))
+
+
+def _refuse(name: str, error: OSError) -> None:
+    """What can't be counted may be anything; what this user may not look at is left out."""
+    if error.errno not in READ_ONLY_ERRNOS:
+        raise OSError(error.errno, error.strerror, name) from error
+
+
+def _quarantine_bytes(root: int, now_ns: int) -> int:
+    """They are few, and belong to the store."""
+    total = 0
+    try:
+        top = os.open(paths.QUARANTINE, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW, dir_fd=root)
+    except OSError:
+        return 0
+    try:
+        for _, _, files, fd in os.fwalk(dir_fd=top, follow_symlinks=False):
+            for name in files:
+                with suppress(OSError):
+                    total += real_bytes(os.stat(name, dir_fd=fd, follow_symlinks=False), now_ns)
+    finally:
+        os.close(top)
+    return total
+
+
+@dataclass
+class UsedBook:
+    """What is used of each account: what was counted, what nodes have written since they were
+    counted, less what was deleted. For one thread."""
+
+    _counted: Counter[str] = field(default_factory=Counter)
+    # Of each node and account, what it had written then.
+    _marks: dict[str, dict[str, int]] = field(default_factory=dict)
+    _nodes: dict[str, Mapping[str, NodeAccount]] = field(default_factory=dict)
+
+    def counted(self, count: StoredCount, before: Nodes) -> None:
+        """`before`: the nodes as they were when the count began, so that what was written
+        meanwhile is rather counted twice."""
+        self._counted = Counter(count.nbytes)
+        self._marks = {
+            node: {name: account.written_bytes for name, account in accounts.items()}
+            for node, accounts in before.items()
+        }
+
+    def heard(self, nodes: Nodes) -> None:
+        """All nodes that live. Who is missing may have written all that it was granted."""
+        for node in self._nodes.keys() - nodes.keys():
+            for name, account in self._nodes.pop(node).items():
+                most = max(account.written_bytes, account.up_to_bytes or 0)
+                self._counted[name] += most - self._mark(node, name)
+            self._marks.pop(node, None)
+        self._nodes.update(nodes)
+
+    def deleted(self, namespace: str, nbytes: int) -> None:
+        for name in (WHOLE, namespace):
+            self._counted[name] = max(0, self._counted[name] - nbytes)
+
+    def used_bytes(self, name: str) -> int:
+        since = sum(
+            accounts[name].written_bytes - self._mark(node, name)
+            for node, accounts in self._nodes.items()
+            if name in accounts
+        )
+        return max(0, self._counted[name] + since)
+
+    def names(self) -> set[str]:
+        return {*self._counted, *(name for each in self._nodes.values() for name in each)}
+
+    def _mark(self, node: str, name: str) -> int:
+        return self._marks.get(node, {}).get(name, 0)
