@@ -1,0 +1,345 @@
+"""A store with a limit keeps to it, however fast it is written, and keeps what is used."""
+
+from __future__ import annotations
+
+import logging
+import os
+import threading
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from tests.faults.mounts import mount_tmpfs, own_mounts
+from tests.store.tiers.posix.reclaim_parts import (
+    MIB,
+    RULES,
+    disk_bytes,
+    limited_tier,
+    patient,
+    reclaiming,
+    until,
+    write,
+)
+from tests.store.tiers.tier_contract import (
+    content_of,
+    dump,
+    load,
+    make_key,
+    make_namespace,
+    make_page,
+)
+from ucm.errors import TierError
+from ucm.store.blocks.keys import Key, TailKey
+from ucm.store.tiers.posix import paths
+from ucm.store.tiers.posix.allowance import Allowance
+from ucm.store.tiers.posix.quotas import quotas_of
+from ucm.store.tiers.posix.reclaim_plan import WHOLE
+from ucm.store.tiers.posix.stored_count import count_stored
+
+NS = make_namespace("model", page_bytes=60 << 10)  # 64 KiB a file
+OTHER = make_namespace("another", page_bytes=60 << 10)
+FILE = 64 << 10
+LIMIT = 8 * MIB
+
+
+@pytest.fixture(autouse=True)
+def _own_log(caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level(logging.INFO, logger="ucm")
+
+
+class Watch(threading.Thread):
+    """Notes the most that a disk of the store's own had, as the disk says it."""
+
+    def __init__(self, store: Path) -> None:
+        super().__init__(daemon=True)
+        self.store = store
+        self.most_bytes = 0
+        self.ended = threading.Event()
+        self.start()
+
+    def run(self) -> None:
+        while not self.ended.wait(0.001):
+            disk = os.statvfs(self.store)
+            self.most_bytes = max(self.most_bytes, (disk.f_blocks - disk.f_bfree) * disk.f_frsize)
+
+    def most(self) -> int:
+        self.ended.set()
+        self.join()
+        return self.most_bytes
+
+
+def write_many(write_one: Callable[[int], bool], num_pages: int) -> int:
+    """Numbers from 1000 on, until so many were written. Returns how many were refused."""
+    refused = written = number = 0
+    deadline_s = time.monotonic() + 60
+    while written < num_pages:
+        assert time.monotonic() < deadline_s, f"{written} written, {refused} refused"
+        if write_one(1000 + number):
+            written += 1
+            number += 1
+        else:
+            refused += 1
+            time.sleep(0.002)
+    return refused
+
+
+@own_mounts
+def test_a_writer_at_full_speed_never_exceeds_the_limit_and_what_is_used_is_always_there(
+    tmp_path: Path,
+) -> None:
+    """Ten times the limit goes through. The hot pages are touched as a node does it."""
+    store = tmp_path / "store"
+    mount_tmpfs(store, size_bytes=32 * MIB)
+    tier = limited_tier(store, limit_bytes=LIMIT, queue_pages=16)
+    hot = [make_key(number) for number in range(10)]
+    page = make_page(NS, "hot")
+    for key in hot:
+        dump(tier, NS, key, page)
+    stop = threading.Event()
+    missed: list[Key] = []
+
+    def use() -> None:
+        while not stop.wait(0.02):
+            missed.extend(key for key in hot if load(tier, NS, key) != content_of(NS, page))
+            tier.touch(NS, hot)
+
+    user = threading.Thread(target=use, daemon=True)
+    user.start()
+    watch = Watch(store)
+    with reclaiming(tier) as node:
+        write_many(lambda number: write(tier, NS, number), 10 * LIMIT // FILE)
+        stop.set()
+        user.join()
+        assert not missed
+        assert node["reclaimed_files_capacity"] >= 8 * LIMIT // FILE
+    # Its id, its manifest, and the notes of reclaim are a block each.
+    assert LIMIT // 2 < watch.most() <= LIMIT + 8 * 4096
+
+
+def test_each_namespace_keeps_to_its_own_quota(tmp_path: Path) -> None:
+    """One is written at full speed, and nothing of the other goes."""
+    names = [NS.fingerprint.hex()[:12], OTHER.fingerprint.hex()]
+    tier = limited_tier(tmp_path, quota_bytes={names[0]: 2 * MIB, names[1]: 4 * MIB})
+    with reclaiming(tier) as node:
+        for number in range(30):
+            until(lambda number=number: write(tier, OTHER, number), "there is room")  # type: ignore[misc]
+        write_many(lambda number: write(tier, NS, number), 10 * 2 * MIB // FILE)
+
+        assert disk_bytes(tmp_path / names[1]) >= 30 * FILE
+        ours = disk_bytes(tmp_path / NS.fingerprint.hex())
+        assert MIB < ours <= 2 * MIB + FILE
+        assert node["reclaimed_files_quota"] > 0 == node["reclaimed_files_capacity"]
+
+
+def test_a_namespace_without_a_quota_beside_one_that_has_one_is_left_alone(tmp_path: Path) -> None:
+    tier = limited_tier(tmp_path, quota_bytes={NS.fingerprint.hex(): MIB})
+    with reclaiming(tier):
+        write_many(lambda number: write(tier, NS, number), 100)
+        for number in range(50):
+            assert write(tier, OTHER, number)
+        assert len(stored(tmp_path, OTHER.fingerprint)) == 50
+
+
+def stored(store: Path, fingerprint: bytes = NS.fingerprint) -> set[str]:
+    return {path.name for path in (store / fingerprint.hex()).rglob("*.kv")}
+
+
+def test_what_goes_is_what_was_used_longest_ago(tmp_path: Path) -> None:
+    tier = limited_tier(tmp_path, limit_bytes=LIMIT)
+    now_s = time.time()
+    for number in range(100):
+        write(tier_without_limit(tmp_path), NS, number)
+        path = paths.block_path(str(tmp_path), NS.fingerprint, make_key(number))
+        os.utime(path, (now_s, now_s - 1000 + number))
+    tier.open_namespace(NS)
+    with reclaiming(tier) as node:
+        until(lambda: node["reclaimed_files_capacity"] >= 10, "it is reclaimed")
+        left = {number for number in range(100) if load(tier, NS, make_key(number)) is not None}
+        gone = [n for n in range(100) if f"{make_key(n).hex()}.kv" not in stored(tmp_path)]
+    assert left
+    assert gone == list(range(len(gone))), "the oldest, and no other"
+    assert len(gone) <= 30
+
+
+def tier_without_limit(store: Path):  # type: ignore[no-untyped-def]
+    return limited_tier(store)
+
+
+def test_tails_go_before_blocks(tmp_path: Path) -> None:
+    writer = tier_without_limit(tmp_path)
+    blocks = [make_key(number) for number in range(90)]
+    tails = [Key(TailKey(make_key(f"tail {number}"), 5)) for number in range(10)]
+    for key in [*blocks, *tails]:
+        dump(writer, NS, key, make_page(NS, "a"))
+    tier = limited_tier(tmp_path, limit_bytes=100 * FILE + MIB, rules=patient(trigger=0.85))
+    tier.open_namespace(NS)
+    with reclaiming(tier) as node:
+        until(lambda: node["reclaimed_files_capacity"] >= 10, "it is reclaimed")
+    assert not [name for name in stored(tmp_path) if paths.is_tail_name(name)]
+    assert len(stored(tmp_path)) >= 80
+
+
+def test_what_is_young_stays_and_the_writer_waits(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    tier = limited_tier(tmp_path, limit_bytes=MIB, rules=patient(grace_s=3600))
+
+    def room() -> bool:
+        return len(stored(tmp_path)) >= 14
+
+    with reclaiming(tier):
+        until(lambda: not write(tier, NS, len(stored(tmp_path))) and room(), "it is full")
+        first = stored(tmp_path)
+        until(lambda: "reclaim has freed less than it should" in caplog.text, "it is said")
+        assert not write(tier, NS, 999)
+        assert stored(tmp_path) == first
+        assert disk_bytes(tmp_path) <= MIB + FILE
+
+
+def test_a_full_store_says_which_setting_is_in_the_way(tmp_path: Path) -> None:
+    tier = limited_tier(tmp_path, limit_bytes=MIB)
+    (allowance,) = tier._allowances.values()
+    for number in range(2):
+        dump(tier, NS, make_key(number), make_page(NS, "a"))
+    with pytest.raises(TierError, match="has to be counted first, for posix_capacity_gb"):
+        dump(tier, NS, make_key(2), make_page(NS, "a"))
+
+    allowance.grant({WHOLE: 2 * FILE + 8192})
+    with pytest.raises(TierError, match=r"posix_capacity_gb leaves it 0\.00 GiB") as raised:
+        dump(tier, NS, make_key(2), make_page(NS, "a"))
+
+    assert raised.value.reason == "full"
+    assert len(stored(tmp_path)) == 2
+
+
+def test_without_the_right_to_delete_a_node_keeps_to_the_limit_all_the_same(tmp_path: Path) -> None:
+    tier = limited_tier(tmp_path, limit_bytes=MIB, rules=patient(deletes=False))
+    with reclaiming(tier) as node:
+        until(lambda: not write(tier, NS, len(stored(tmp_path))) and node["reclaim_leases"], "full")
+        until(lambda: len(stored(tmp_path)) > 10 or write(tier, NS, len(stored(tmp_path))), "more")
+        time.sleep(1)
+        assert node["reclaimed_files_capacity"] == 0
+        assert disk_bytes(tmp_path) <= MIB + FILE
+
+
+def test_temporary_files_count_and_strangers_are_never_deleted(tmp_path: Path) -> None:
+    writer = tier_without_limit(tmp_path)
+    for number in range(40):
+        write(writer, NS, number)
+    directory = Path(paths.block_path(str(tmp_path), NS.fingerprint, make_key(0))).parent
+    strangers = [directory / name for name in ("notes.txt", ".nfs000123", "00.kv")]
+    for path in strangers:
+        path.write_bytes(bytes(MIB))
+    (directory / f"{'0' * 64}.kv").symlink_to(strangers[0])
+    tier = limited_tier(tmp_path, limit_bytes=4 * MIB)
+    tier.open_namespace(NS)
+    with reclaiming(tier) as node:
+        until(lambda: node["reclaimed_files_capacity"] > 0, "it is reclaimed")
+        assert node["stored_bytes"] >= 3 * MIB
+    assert all(path.exists() for path in strangers)
+    assert (directory / f"{'0' * 64}.kv").is_symlink()
+
+
+def test_nothing_is_followed_out_of_the_store(tmp_path: Path) -> None:
+    store, outside = tmp_path / "store", tmp_path / "outside"
+    tier = limited_tier(store, limit_bytes=MIB)
+    write(tier, NS, 1)
+    outside.mkdir()
+    key = make_key(2)
+    (outside / key.hex()[2:4]).mkdir()
+    victim = outside / key.hex()[2:4] / f"{key.hex()}.kv"
+    victim.write_bytes(bytes(4 * MIB))
+    (store / NS.fingerprint.hex() / key.hex()[:2]).symlink_to(outside)
+    with reclaiming(tier) as node:
+        write_many(lambda number: key_elsewhere(number, key) or write(tier, NS, number), 50)
+        assert node["reclaimed_files_capacity"] > 0
+    assert victim.exists()
+
+
+def key_elsewhere(number: int, key: Key) -> bool:
+    return make_key(number)[:1] == key[:1]
+
+
+@pytest.mark.parametrize("num_files", [0, 1, 500])
+def test_a_small_store_is_counted_exactly(tmp_path: Path, num_files: int) -> None:
+    for number in range(num_files):
+        write(tier_without_limit(tmp_path), NS, number)
+    root = os.open(tmp_path, os.O_RDONLY)
+    try:
+        count = count_stored(root, time.time_ns, lambda: None)
+    finally:
+        os.close(root)
+    assert (count.error, count.num_files) == (0, num_files)
+    assert count.nbytes[""] == num_files * FILE
+
+
+def test_a_large_store_is_estimated_and_rather_too_high(tmp_path: Path) -> None:
+    """From a part of it that has 1000 files: of 20 estimates hardly one is lower than the truth."""
+    folder = tmp_path / ("0" * 64)
+    num_files = 20_000
+    for number in range(num_files):
+        key = make_key(number).hex()
+        leaf = folder / key[:2] / key[2:4]
+        leaf.mkdir(parents=True, exist_ok=True)
+        (leaf / f"{key}.kv").write_bytes(b"x" * 4096)
+    root = os.open(tmp_path, os.O_RDONLY)
+    try:
+        counts = [count_stored(root, time.time_ns, lambda: None, enough=1000) for _ in range(20)]
+    finally:
+        os.close(root)
+    shares = sorted(count.nbytes[""] / (num_files * 4096) for count in counts)
+    assert all(0.02 < count.error < 0.04 for count in counts)
+    assert 0.9 < shares[0] and shares[2] > 0.98 and shares[-1] < 1.25
+
+
+def test_a_store_that_was_emptied_by_hand_can_be_written_again(tmp_path: Path) -> None:
+    tier = limited_tier(tmp_path, limit_bytes=MIB, rules=patient(grace_s=3600))
+    with reclaiming(tier):
+        until(lambda: not write(tier, NS, len(stored(tmp_path))), "full")
+        for path in (tmp_path / NS.fingerprint.hex()).rglob("*.kv"):
+            path.unlink()
+        until(lambda: write(tier, NS, 999), "it is counted anew")
+
+
+def test_a_node_that_leaves_takes_its_files_with_it(tmp_path: Path) -> None:
+    tier = limited_tier(tmp_path, limit_bytes=LIMIT)
+    with reclaiming(tier) as node:
+        write(tier, NS, 1)
+        until(lambda: node["reclaim_leases"], "it has the lease")
+    left = {path.name for path in tmp_path.iterdir()}
+    assert left <= {paths.BACKEND_ID, paths.RECLAIM_GRANTS, NS.fingerprint.hex()}
+
+
+def test_pages_that_went_are_told(tmp_path: Path) -> None:
+    tier = limited_tier(tmp_path, limit_bytes=MIB)
+    with reclaiming(tier) as node:
+        write_many(lambda number: write(tier, NS, number), 60)
+    there = {key for key in map(make_key, range(1000, 1060)) if tier.contains(NS, [key])}
+    assert node.removed == {make_key(number) for number in range(1000, 1060)} - there
+
+
+def test_a_node_that_is_not_heard_of_writes_no_more(tmp_path: Path) -> None:
+    """Others count what it was granted as written from then on."""
+    now_s = 0.0
+    allowance = Allowance("/store", quotas_of(1, {}, num_backends=1), 8, clock=lambda: now_s)
+    allowance.take("namespace", FILE, manifest=b"")
+    allowance.grant({"": 1 << 30})
+    allowance.keep_until(10.0)
+    allowance.take("namespace", FILE, manifest=b"")
+
+    now_s = 10.1
+    with pytest.raises(TierError):
+        allowance.take("namespace", FILE, manifest=b"")
+    allowance.keep_until(20.0)
+    allowance.take("namespace", FILE, manifest=b"")
+
+
+def test_what_was_not_written_after_all_is_given_back(tmp_path: Path) -> None:
+    allowance = Allowance("/store", quotas_of(1, {"*": 1}, num_backends=1), 1)
+    for _ in range(10):
+        allowance.take("namespace", FILE, manifest=b"")
+        allowance.give_back("namespace", FILE)
+    assert {each.written_bytes for each in allowance.allowed().values()} == {0}
+    assert RULES.deletes
