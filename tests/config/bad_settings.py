@@ -169,6 +169,9 @@ BAD_TOP: list[tuple[dict[str, Any], str]] = [
 ]
 
 
+# Nine of nine of nine ...: twelve short lines that stand for more values than fit into memory.
+LAUGHS = "".join(f"a{i}: &a{i} [{', '.join([f'*a{i - 1}'] * 9)}]\n" for i in range(1, 12))
+
 BAD_FILES: list[tuple[str | bytes, str]] = [
     ("", "is empty"),
     ("\n  \n", "is empty"),
@@ -193,4 +196,10 @@ BAD_FILES: list[tuple[str | bytes, str]] = [
     ("a: \x07\n", "bad YAML"),
     ("true: 1\n", "the key True is not text, quote it"),
     ("? [1, 2]\n: 3\n", "bad YAML"),
+    ("a0: &a0 [x]\n" + LAUGHS, "bad YAML: aliases that stand for more than 100000 values"),
+    ("&a {ucm_connectors: *a}\n", "line 1: bad YAML: aliases that stand for more than"),
+    ("epoch: !!int ''\n", "bad YAML: "),
+    ("use_layerwise: !!bool maybe\n", "bad YAML: "),
+    ("epoch: 0x" + "f" * 5000 + "\n", "line 1: bad YAML: a number with too many digits"),
+    ("#" * (1 << 20) + "\n", "has more than 1048576 characters, is it the right file?"),
 ]
