@@ -183,6 +183,19 @@ def test_what_is_no_manifest_is_an_error_of_ours(text: bytes) -> None:
         from_json(text)
 
 
+@pytest.mark.parametrize(
+    "value", ["NaN", "-1e999", '"\\ud800"', "[" * 40 + "]" * 40], ids=["NaN", "inf", "text", "deep"]
+)
+def test_what_has_no_fingerprint_is_no_manifest(value: str) -> None:
+    """Decode compares with whatever lies there; a comparison must not be what fails."""
+    text = to_json(MANIFEST).replace(
+        b'"model_shape": {', b'"model_shape": {"x": %b,' % value.encode()
+    )
+
+    with pytest.raises(UcmError, match="not the manifest of a namespace"):
+        from_json(text)
+
+
 def test_a_manifest_of_a_newer_format_can_still_be_compared() -> None:
     """`ucm doctor` of an older version has to say what differs, not that it can't read."""
     newer = json.loads(to_json(MANIFEST)) | {"format_version": 9, "something": "new"}

@@ -23,6 +23,8 @@ from ucm.store.blocks.canonical_json import canonical_json
 MANIFEST_FORMAT: Final = 1
 
 _ABSENT: Final = "absent"
+# Of mappings and lists in each other; a model's config has three or four.
+_MAX_DEPTH: Final = 32
 
 
 class Manifest(msgspec.Struct, frozen=True, kw_only=True):
@@ -63,12 +65,24 @@ def to_json(manifest: Manifest) -> bytes:
 
 
 def from_json(text: bytes) -> Manifest:
-    """Raises UcmError for what is no manifest. Fields of a newer format are ignored: its
-    format_version differs anyway."""
+    """Raises UcmError for what is no manifest, which includes what has no fingerprint. Fields of a
+    newer format are ignored: its format_version differs anyway."""
     try:
-        return msgspec.convert(json.loads(text), Manifest)
+        manifest = msgspec.convert(json.loads(text), Manifest)
+        _check_depth(manifest.model_shape, left=_MAX_DEPTH)
+        # NaN and infinity, and text that is not Unicode: JSON can spell them.
+        json.dumps(msgspec.to_builtins(manifest), allow_nan=False, ensure_ascii=False).encode()
     except (ValueError, RecursionError) as error:
         raise UcmError(f"not the manifest of a namespace: {error}") from error
+    return manifest
+
+
+def _check_depth(value: object, *, left: int) -> None:
+    if isinstance(value, (dict, list)):
+        if not left:
+            raise ValueError(f"nested deeper than {_MAX_DEPTH} levels")
+        for each in value.values() if isinstance(value, dict) else value:
+            _check_depth(each, left=left - 1)
 
 
 def differences(
