@@ -51,6 +51,10 @@ WRONG: list[p.NodeMessage] = [
     *(given(0), given(0, 0, 0, 0), given(), given(0, 0, CAPACITY), given(-3, 0, 0)),
     p.Found(id=FIND.id, places=b"\0\1", reason=""),
     p.Found(id=FIND.id, places=b"\0\1\1\1", reason=""),
+    # Of another kind than the question with this id.
+    p.ManifestFound(id=LOOKUP.id, manifest=b"", error=""),
+    p.Found(id=RESERVE.id, places=b"\0\0\0", reason=""),
+    p.ReserveReply(id=FIND.id, offsets=[0, 0, 0]),
     p.MemoryInUse(offset=1, nbytes=CAPACITY),
     p.MemoryInUse(offset=-1, nbytes=1),
     p.MemoryInUse(offset=1, nbytes=-1),

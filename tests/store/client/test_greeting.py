@@ -43,6 +43,9 @@ def test_the_same_settings_are_no_reason_for_words() -> None:
         ({"storage_backends": ("/mnt/b", "/mnt/a")}, "serves Cache|Posix in /mnt/b:/mnt/a,"),
         ({"pipeline": ("Cache",), "storage_backends": ()}, "serves Cache,"),
         ({"pipeline": ("Posix",)}, "serves Posix in /mnt/a:/mnt/b,"),
+        # As no version spells it today.
+        ({"pipeline": "Cache|Posix 2"}, "serves Cache|Posix 2 in /mnt/a:/mnt/b,"),
+        ({"storage_backends": 3}, "serves Cache|Posix in 3,"),
     ],
 )
 def test_other_pages_are_refused_in_a_sentence_that_names_both(

@@ -63,13 +63,15 @@ def welcome(
     *,
     version: int = p.VERSION,
     memory_bytes: int | None = None,
+    unreadable: bool = False,
 ) -> None:
     """As the node cache of `place` does it."""
     memory_fd = os.memfd_create("test")
     os.ftruncate(memory_fd, WELCOME.capacity_bytes if memory_bytes is None else memory_bytes)
     settings = msgspec.to_builtins(place.settings()) if place is not None else {}
     message = replace(WELCOME, version=version, settings=settings)
-    socket.send_fds(sock, [p.encode(message)], [memory_fd])
+    said = p.encode(p.RanksReady(count=1) if unreadable else message)
+    socket.send_fds(sock, [said[:-1] + b"\xc1" if unreadable else said], [memory_fd])
     os.close(memory_fd)
 
 
@@ -102,6 +104,7 @@ ODD_PEERS: dict[str, tuple[Callable[[socket.socket], None], str]] = {
     "speaks another protocol": (lambda sock: sock.sendall(b"HTTP/1.1 400 \r\n\r\n"), "frame of"),
     "sends no memory": (lambda sock: sock.sendall(p.encode(WELCOME)), "did not answer"),
     "has less memory than it says": (lambda sock: welcome(sock, memory_bytes=4095), "other memory"),
+    "greets unreadably": (lambda sock: welcome(sock, unreadable=True), "unreadable message"),
     "is newer": (lambda sock: welcome(sock, version=p.VERSION + 1), "stop it, so that a new one"),
 }
 

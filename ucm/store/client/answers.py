@@ -13,48 +13,49 @@ from ucm.errors import ProtocolError
 from ucm.store.node import protocol as p
 
 _NO_OFFSETS = (p.HAVE, p.NO_ROOM)
+_Question = p.Lookup | p.Reserve | p.Find | p.GetManifest
+_ANSWERS = (p.LookupReply, p.ReserveReply, p.Found, p.ManifestFound)
 
 
 class Answers:
-    """Of one connection. Remembers what is asked and not answered, which its owner bounds."""
+    """Of one connection, whose questions have ids of their own. Remembers what is asked and not
+    answered, which its owner bounds."""
 
     def __init__(self, capacity_bytes: int) -> None:
         self._capacity_bytes = capacity_bytes
         self._page_bytes: dict[int, int] = {}
-        self._lookups: dict[int, p.Lookup] = {}
-        self._reserves: dict[int, p.Reserve] = {}
-        self._finds: dict[int, p.Find] = {}
+        self._asked: dict[int, _Question] = {}
 
     def asked(self, message: p.ClientMessage) -> None:
         """It is about to be sent."""
         if isinstance(message, p.OpenNamespace):
             self._page_bytes[message.ns] = message.page_bytes
-        elif isinstance(message, p.Lookup):
-            self._lookups[message.id] = message
-        elif isinstance(message, p.Reserve):
-            self._reserves[message.id] = message
-        elif isinstance(message, p.Find):
-            self._finds[message.id] = message
+        elif isinstance(message, (p.Lookup, p.Reserve, p.Find, p.GetManifest)):
+            self._asked[message.id] = message
         elif isinstance(message, p.Release):
             for lookup_id in message.lookups:
-                self._lookups.pop(lookup_id, None)
+                self._asked.pop(lookup_id, None)
 
     def check(self, message: p.NodeMessage) -> None:
-        """Raises ProtocolError for an answer that doesn't fit its question."""
+        """Raises ProtocolError for an answer that doesn't fit its question, or is of another
+        kind."""
         fits = True
-        if isinstance(message, p.LookupReply):
-            lookup = self._lookups.pop(message.id, None)
-            fits = lookup is None or self._fits_lookup(lookup, message)
-        elif isinstance(message, p.ReserveReply):
-            reserve = self._reserves.pop(message.id, None)
-            fits = reserve is None or self._fits_reserve(reserve, message)
-        elif isinstance(message, p.Found):
-            find = self._finds.pop(message.id, None)
-            fits = find is None or len(message.places) == len(find.keys)
+        if isinstance(message, _ANSWERS):
+            question = self._asked.pop(message.id, None)
+            fits = question is None or self._fits(question, message)
         elif isinstance(message, p.MemoryInUse):
             fits = 0 <= message.offset <= message.offset + message.nbytes <= self._capacity_bytes
         if not fits:
             raise ProtocolError(f"its {type(message).__name__} doesn't fit what it was asked")
+
+    def _fits(self, question: _Question, answer: p.NodeMessage) -> bool:
+        if isinstance(question, p.Lookup):
+            return isinstance(answer, p.LookupReply) and self._fits_lookup(question, answer)
+        if isinstance(question, p.Reserve):
+            return isinstance(answer, p.ReserveReply) and self._fits_reserve(question, answer)
+        if isinstance(question, p.Find):
+            return isinstance(answer, p.Found) and len(answer.places) == len(question.keys)
+        return isinstance(answer, p.ManifestFound)
 
     def _fits_lookup(self, lookup: p.Lookup, reply: p.LookupReply) -> bool:
         num_asked = len(lookup.keys) - lookup.read_from

@@ -209,28 +209,37 @@ class Ending:
 
 
 def _receive_welcome(sock: socket.socket) -> tuple[p.Welcome, int]:
+    """And the memory that came with it. Whatever it raises, no descriptor stays open: who is
+    refused tries again and again."""
     data, fds, _, _ = socket.recv_fds(sock, _RECEIVE_BYTES, 1)
+    try:
+        welcome = _read_welcome(sock, data, num_fds=len(fds))
+        if os.fstat(fds[0]).st_size != welcome.capacity_bytes:
+            raise ProtocolError(
+                f"the node cache (pid {welcome.pid}) speaks of other memory than it has passed"
+            )
+    except BaseException:
+        for fd in fds:
+            os.close(fd)
+        raise
+    return welcome, fds[0]
+
+
+def _read_welcome(sock: socket.socket, data: bytes, *, num_fds: int) -> p.Welcome:
+    """`data` is its beginning, with which descriptors came."""
     frames = p.FrameBuffer()
     bodies = frames.feed(data)
     while data and not bodies:
         data = sock.recv(_RECEIVE_BYTES)
         bodies = frames.feed(data)
     welcome = p.decode_node(bodies[0]) if bodies else None
-    if not isinstance(welcome, p.Welcome) or len(bodies) > 1 or len(fds) != 1:
-        for fd in fds:
-            os.close(fd)
-        if isinstance(welcome, p.Notice):
-            raise NodeUnavailable(f"the node cache refuses this client: {welcome.text}")
+    if isinstance(welcome, p.Notice):
+        raise NodeUnavailable(f"the node cache refuses this client: {welcome.text}")
+    if not isinstance(welcome, p.Welcome) or len(bodies) > 1 or num_fds != 1:
         raise ProtocolError("the peer on the node cache socket did not answer with its memory")
     if welcome.version != p.VERSION:
-        os.close(fds[0])
         raise ProtocolError(
             f"the node cache (pid {welcome.pid}) speaks protocol {welcome.version}, this process "
             f"{p.VERSION}: stop it, so that a new one is started"
         )
-    if os.fstat(fds[0]).st_size != welcome.capacity_bytes:
-        os.close(fds[0])
-        raise ProtocolError(
-            f"the node cache (pid {welcome.pid}) speaks of other memory than it has passed"
-        )
-    return welcome, fds[0]
+    return welcome

@@ -6,7 +6,7 @@ pages goes away; who only wants other knobs is told which of them have no effect
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 import msgspec
 
@@ -51,10 +51,14 @@ def _as_served(welcome: Welcome) -> Mapping[str, object]:
 
 
 def _pages(settings: Mapping[str, object]) -> str:
-    pipeline, backends = (settings.get(name) or () for name in _WHOSE_PAGES)
-    assert isinstance(pipeline, (list, tuple)) and isinstance(backends, (list, tuple))
+    pipeline, backends = (_listed(settings.get(name)) for name in _WHOSE_PAGES)
     places = f" in {':'.join(map(str, backends))}" if backends else ""
     return f"{'|'.join(map(str, pipeline))}{places}"
+
+
+def _listed(value: object) -> Sequence[object]:
+    """Another version may spell it otherwise, and is then another one, not a defect here."""
+    return value if isinstance(value, (list, tuple)) else [value] if value else []
 
 
 def _name(field: str) -> str:
