@@ -15,7 +15,7 @@ from ucm.errors import ConfigError
 
 # What a node cache and its clients speak (ucm/store/node/protocol.py). Part of a node cache's
 # default name, so that an upgrade doesn't meet one that it can't talk to.
-NODE_PROTOCOL: Final = 6
+NODE_PROTOCOL: Final = 7
 
 # sun_path holds 108 bytes on Linux and 104 elsewhere, with a NUL at its end.
 SOCKET_PATH_MAX_BYTES: Final = 103

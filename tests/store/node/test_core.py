@@ -130,8 +130,9 @@ class NodeMachine(RuleBasedStateMachine):
         load=st.booleans(),
         promised=st.integers(0, 8),
         renewed=st.booleans(),
+        cost=st.sampled_from([0.0, 0.0, 0.4, 1.5]),
     )
-    def look_up(self, pick, prompt, length, read_from, load, promised, renewed) -> None:
+    def look_up(self, pick, prompt, length, read_from, load, promised, renewed, cost) -> None:
         engine, lookup_id = self.engine(pick), next(self.ids)
         keys = prompt[:length]
         read_from = min(read_from, length)
@@ -147,6 +148,7 @@ class NodeMachine(RuleBasedStateMachine):
                 timeout_ms=1000,
                 promised=min(promised, length),
                 renewed=renewed,
+                costs=p.ReadCosts(2 * cost, cost) if cost else None,
             ),
         )
 

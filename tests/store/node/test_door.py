@@ -34,6 +34,7 @@ FIELDS: dict[str, st.SearchStrategy[Any]] = {
     "promised": COUNT,
     "tail_tokens": st.sampled_from([0, 0, 1, 3, 4, 5, 1 << 40]),
     "timeout_ms": COUNT,
+    "costs": st.none() | st.builds(p.ReadCosts, st.floats(), st.floats()),
     "load": st.booleans(),
     "renewed": st.booleans(),
     "storage": st.booleans(),

@@ -19,9 +19,11 @@ NODE_MESSAGES = get_args(p.NodeMessage)
 # Counts, offsets and sizes; what is senseless in a message is for other tests.
 NUMBERS = st.integers(1, 1 << 40)
 COUNTS = st.dictionaries(st.text(max_size=20), NUMBERS, max_size=4)
+COSTS = st.floats(0, allow_nan=False)
 VALUES: dict[Any, st.SearchStrategy[Any]] = {
     Outcome: st.sampled_from(Outcome),
     int: NUMBERS,
+    p.ReadCosts | None: st.none() | st.builds(p.ReadCosts, COSTS, COSTS),
     str: st.text(max_size=50),
     bytes: st.binary(max_size=200),
     bool: st.booleans(),

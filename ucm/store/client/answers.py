@@ -65,6 +65,7 @@ class Answers:
             and len(reply.offsets) == num_offsets
             and 0 <= reply.head_stored <= lookup.read_from
             and 0 <= reply.from_files <= num_asked
+            and 0 <= reply.refused <= num_asked - reply.num_stored
             and self._are_inside(reply.offsets, lookup.ns)
         )
 

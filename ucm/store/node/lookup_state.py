@@ -111,6 +111,13 @@ class LookupJob:
         self.head_stored = 0
         self.head_probes = 0
         self.from_files = 0
+        # Seconds in which storage has worked for it (`read_times.py`).
+        self.read_s = 0.0
+        # What reading costs: None once `weigh.py` has decided what is read, and how many blocks are
+        # not although they are there. Until then what lies before `worth_end` may be.
+        self.costs = message.costs if message.load else None
+        self.refused = 0
+        self.worth_end = self.read_from
         self.probes_running = 0
         # By the pool that has them.
         self.reads_running: Counter[LanePool] = Counter()
@@ -173,7 +180,7 @@ class LookupJob:
         if not self.load or not self._num_stored:
             return None
         i = self._first_stored = self._next(_STORED, self._first_stored, self.end)
-        return i if i < self.end else None
+        return i if i < (self.end if self.costs is None else self.worth_end) else None
 
     def missing(self) -> list[int]:
         """The first promised blocks to look for."""
@@ -184,7 +191,8 @@ class LookupJob:
     def next_probes(self, max_groups: int) -> list[list[int]]:
         """The next groups of blocks to ask storage about; none while others are out, or while
         there is plenty to read. Who asks counts `probes_running`."""
-        num_unread = self._num_stored if self.load else 0
+        # What it is not decided about is not being read, however much there is.
+        num_unread = self._num_stored if self.load and self.costs is None else 0
         if self.probes_running or num_unread >= max_groups * PROBE_GROUP or self.missing():
             return []
         blocks = self.unknown(most=max_groups * PROBE_GROUP if self._has_found else FIRST_PROBE)

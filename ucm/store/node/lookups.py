@@ -26,6 +26,7 @@ from ucm.store.node.sessions import Connection, OpenedNamespace
 from ucm.store.node.slots import SlotState
 from ucm.store.node.storing import Storing
 from ucm.store.node.touches import Touches
+from ucm.store.node.weigh import weigh
 
 
 class Lookups:
@@ -92,6 +93,7 @@ class Lookups:
         if job is not None:
             job.close(keep=job.read_from)
             self._looks.forget(job)
+            self._page_reads.forget(job)
 
     def withdraw_all(self, connection: Connection) -> None:
         for lookup_id in [number for owner, number in self._open if owner is connection]:
@@ -183,6 +185,7 @@ class Lookups:
             job.lose(blocks[0], error_reason(error))
 
     def _go_on(self, job: LookupJob) -> None:
+        weigh(job)
         self._page_reads.go_on_with(job)
         self._probe_storage(job)
         self._looks.look(job)
@@ -222,9 +225,11 @@ class Lookups:
         del self._open[job.connection, job.id]
         job.close(keep=job.end)
         self._looks.forget(job)
+        self._page_reads.forget(job)
         num_stored = job.end - job.read_from
         self._count("lookup_blocks_asked", len(job.keys) - job.read_from)
         self._count("lookup_blocks_hit", num_stored)
+        self._count("lookup_blocks_refused", job.refused)
         if job.reason:
             self._count(f"lookup_ended_{job.reason}", 1)
         slots = job.slots()
@@ -246,6 +251,8 @@ class Lookups:
                 from_files=job.from_files,
                 head_stored=job.head_stored,
                 reason=job.reason,
+                refused=job.refused,
+                read_us=int(job.read_s * 1e6),
             )
         )
 

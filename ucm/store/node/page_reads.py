@@ -11,6 +11,7 @@ from ucm.store.node.fills import Fills
 from ucm.store.node.io_threads import LanePool, error_reason
 from ucm.store.node.lookup_state import LookupJob
 from ucm.store.node.parts import NodeParts
+from ucm.store.node.read_times import ReadTimes
 from ucm.store.node.sessions import Filling
 from ucm.store.node.slots import SlotState
 from ucm.store.tiers.tier import ReadStatus
@@ -33,6 +34,7 @@ class PageReads:
         self._notices = parts.notices
         self._fills = fills
         self._go_on = go_on
+        self._times = ReadTimes(parts.clock)
 
     def go_on_with(self, job: LookupJob) -> None:
         """Keeps the threads busy with this lookup, and no more than that: others get their turn,
@@ -46,6 +48,10 @@ class PageReads:
             most = max(1, _READ_BYTES // slot_bytes) if is_busy else 1
             for each, group in self._lanes.split(self._begin_next(job, most), _key_of):
                 self._read(job, each, group)
+
+    def forget(self, job: LookupJob) -> None:
+        """It has ended. What is still being read for it is read for nobody."""
+        self._times.end(job)
 
     def _next_turn(self, job: LookupJob) -> LanePool | None:
         """The threads of the next block to read, if this lookup may have more of them."""
@@ -86,6 +92,7 @@ class PageReads:
         keys = [filling.key for filling in fillings]
         pages = [self._page_of(filling.slot) for filling in fillings]
         job.reads_running[pool] += 1
+        self._times.begin(job)
         pool.submit(
             partial(self._tier.read_all, job.namespace.tier, keys, pages),
             partial(self._on_read, job, pool, fillings),
@@ -96,6 +103,8 @@ class PageReads:
         self, job: LookupJob, pool: LanePool, fillings: list[Filling], result: object
     ) -> None:
         job.reads_running[pool] -= 1
+        if not job.reads_running.total():
+            self._times.end(job)
         ends: list[ReadStatus | Outcome] = [error_reason(result)] * len(fillings)
         if isinstance(result, list):
             ends = [page_read.status for page_read in result]

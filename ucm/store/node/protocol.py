@@ -36,6 +36,7 @@ _Bytes32 = Annotated[bytes, Meta(min_length=32, max_length=32)]
 _Parent = Annotated[bytes, Meta(max_length=32)]
 _Count = Annotated[int, Meta(ge=0)]
 _Size = Annotated[int, Meta(gt=0, le=1 << 40)]
+_Cost = Annotated[float, Meta(ge=0)]
 
 HAVE: Final = -1
 NO_ROOM: Final = -2
@@ -76,6 +77,14 @@ class GetManifest(msgspec.Struct, frozen=True, kw_only=True, tag=True, array_lik
     fingerprint: _Bytes32
 
 
+class ReadCosts(msgspec.Struct, frozen=True, array_like=True):
+    """How many blocks the client computes while a page is read, and while it waits for the `first`
+    of several more."""
+
+    first: _Cost
+    each: _Cost
+
+
 class Lookup(msgspec.Struct, frozen=True, kw_only=True, tag=True, array_like=True):
     """Which leading blocks can be had?
 
@@ -86,6 +95,8 @@ class Lookup(msgspec.Struct, frozen=True, kw_only=True, tag=True, array_like=Tru
     The first `promised` keys are there or on their way: they are waited for while time is left.
     With `renewed` the time starts anew with each page that comes. The last key is that of a tail of
     `tail_tokens`, unless those are 0.
+
+    With `costs` storage is read only as far as that takes less time than computing the blocks.
     """
 
     id: int
@@ -97,6 +108,7 @@ class Lookup(msgspec.Struct, frozen=True, kw_only=True, tag=True, array_like=Tru
     promised: _Count = 0
     renewed: bool = False
     tail_tokens: _Count = 0
+    costs: ReadCosts | None = None
 
 
 class Find(msgspec.Struct, frozen=True, kw_only=True, tag=True, array_like=True):
@@ -193,7 +205,8 @@ class LookupReply(msgspec.Struct, frozen=True, kw_only=True, tag=True, array_lik
     """`offsets[i]` holds the page of `keys[read_from + i]`, pinned until `Release`. `from_files` of
     them were read for this lookup. Of `keys[:read_from]` the first `head_stored` are in the store.
     Without `load` nothing is pinned and `num_stored` counts what follows `read_from`. `reason` says
-    what ended the prefix (FINE: nothing did)."""
+    what ended the prefix (FINE: nothing did), which has `refused` blocks more than were worth
+    reading. Storage was busy with this lookup for `read_us` microseconds."""
 
     id: int
     offsets: list[int]
@@ -201,6 +214,8 @@ class LookupReply(msgspec.Struct, frozen=True, kw_only=True, tag=True, array_lik
     from_files: int
     head_stored: int
     reason: Outcome
+    refused: int = 0
+    read_us: int = 0
 
 
 class Found(msgspec.Struct, frozen=True, kw_only=True, tag=True, array_like=True):
