@@ -102,6 +102,13 @@ _TABLE = (
         {"reason": _words(MISSED)},
     ),
     Metric(
+        "ucm_estimated_tokens_per_second",
+        "gauge",
+        "What load_policy auto goes by: how fast prompts are computed, and loaded from memory and"
+        " from files",
+        {"of": ("compute", "memory", "files")},
+    ),
+    Metric(
         "ucm_epochs", "counter", "Resets of the cache: what was stored before is not used again"
     ),
     Metric(

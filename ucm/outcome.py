@@ -26,6 +26,7 @@ class Outcome(str, Enum):
     LATE = "late"
     NO_ROOM = "no_room"
     NAMESPACE = "namespace"
+    NOT_WORTH = "not_worth"
     # Of a promise.
     WITHDRAWN = "withdrawn"
     UNSUPPORTED = "unsupported"
@@ -44,12 +45,12 @@ class Outcome(str, Enum):
 MISSED: Final = (
     *(Outcome.NEVER_STORED, Outcome.NAMESPACE, Outcome.CORRUPT, Outcome.IO_ERROR),
     *(Outcome.TIMEOUT, Outcome.NO_ROOM, Outcome.BEING_COMPUTED_HERE, Outcome.LATE),
-    Outcome.EVICTED,
+    *(Outcome.EVICTED, Outcome.NOT_WORTH),
 )
 RECOMPUTED: Final = (
     *(Outcome.LATE, Outcome.EVICTED, Outcome.CORRUPT, Outcome.IO_ERROR, Outcome.TIMEOUT),
     *(Outcome.NO_ROOM, Outcome.NAMESPACE, Outcome.WITHDRAWN, Outcome.UNSUPPORTED),
-    Outcome.CROWDED,
+    *(Outcome.CROWDED, Outcome.NOT_WORTH),
 )
 UNWRITTEN: Final = (
     *(Outcome.FULL, Outcome.IO_ERROR, Outcome.TIMEOUT, Outcome.CORRUPT, Outcome.QUEUE_FULL),

@@ -124,6 +124,7 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=
     max_handoffs: Annotated[int, Meta(ge=1, le=65_536)] = 1_024
     dump_timeout_ms: _Milliseconds = 10_000
     store_tail: bool = True
+    load_policy: Literal["auto", "always"] = "auto"
     handoff_timeout_ms: _Milliseconds = 5_000
     expect_timeout_ms: _Milliseconds = 30_000
     warnings: tuple[str, ...] = ()

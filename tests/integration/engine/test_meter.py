@@ -20,10 +20,13 @@ from tests.integration.rank_parts import (
 from ucm.config.settings import Settings, StoreSettings
 from ucm.integration.copies.job_ledger import BusyClock, JobLedger
 from ucm.integration.copies.jobs import CopyJob, Direction, PagePart
+from ucm.integration.engine.counts import Counts
+from ucm.integration.engine.meter import CopyMeter
 from ucm.integration.vllm import worker as worker_module
-from ucm.integration.vllm.metadata import StepMetadata
+from ucm.integration.vllm.metadata import RankReport, StepMetadata
 from ucm.integration.vllm.stats import UcmStats
 from ucm.integration.vllm.worker import WorkerSide
+from ucm.store.blocks.page_layout import rank_share
 
 
 class Bench:
@@ -151,6 +154,33 @@ def test_a_dump_that_another_rank_does_is_not_counted_here(bench: Bench) -> None
     assert bench.counted() == {}
 
 
+def test_a_rank_reports_how_long_its_loads_took_and_nothing_of_its_dumps(bench: Bench) -> None:
+    bench.step(StepMetadata(loads=(job(1, 0, 1),), dumps=(job(2, 2),)))
+
+    report = bench.side.take_report()
+    assert report is not None
+    assert report.took_s.keys() == {1}
+    assert report.took_s[1] > 0
+
+
+def test_a_rank_reports_the_end_of_a_step_that_is_measured(bench: Bench) -> None:
+    bench.step(StepMetadata(measured=7))
+    report = bench.side.take_report()
+    assert report is not None and report.measured == 7
+
+    bench.step(StepMetadata())
+    assert bench.side.take_report() is None
+
+
+def test_of_several_ranks_the_slowest_says_how_long_a_load_took() -> None:
+    one = RankReport(ended={1: 1, 2: 1}, took_s={1: 0.25, 2: 0.5}, measured=7)
+    other = RankReport(ended={1: 1}, took_s={1: 0.75})
+
+    both = one.aggregate(other)
+
+    assert both == RankReport(ended={1: 2, 2: 1}, took_s={1: 0.75, 2: 0.5}, measured=7)
+
+
 # -- time ----------------------------------------------------------------------------------
 
 
@@ -212,3 +242,21 @@ def test_each_direction_has_its_own_time_from_the_first_submission_to_the_last_e
     clock.pass_(8)
 
     assert ledger.take_busy() == {Direction.LOAD: 7, Direction.DUMP: 2}
+
+
+def test_loads_that_run_at_the_same_time_share_it() -> None:
+    """Ten that are under way together for a second have taken a second."""
+    meter = CopyMeter(
+        Counts(),
+        rank_share(GEOMETRY, tp_rank=0, tp_size=1, layers=range(GEOMETRY.num_layers)),
+        geometry=GEOMETRY,
+        block_tokens=BLOCK_TOKENS,
+    )
+    meter.began(job(1, 0), Direction.LOAD)
+    meter.busy({Direction.LOAD: 1.0, Direction.DUMP: 0.0})
+    meter.began(job(2, 1), Direction.LOAD)
+    meter.began(job(3, 2), Direction.DUMP)
+    meter.busy({Direction.LOAD: 1.0, Direction.DUMP: 4.0})
+
+    assert [meter.ended(1), meter.ended(2), meter.ended(3)] == [1.5, 0.5, 4.0]
+    assert meter.ended(1) == 0.0

@@ -17,7 +17,9 @@ import msgspec
 
 from ucm.config.settings import Settings
 from ucm.integration.engine.counts import Counts
+from ucm.integration.engine.explorer import Explorer
 from ucm.integration.engine.facts import EngineFacts
+from ucm.integration.engine.load_policy import LoadPolicy
 from ucm.integration.engine.promise_book import PromiseBook
 from ucm.integration.engine.prompt import Prompt
 from ucm.integration.engine.ranges import missing_blocks, offered_tokens
@@ -77,11 +79,13 @@ class Hits:
         settings: Settings,
         *,
         promises: PromiseBook,
+        policy: LoadPolicy,
         stats: Counts,
     ) -> None:
         self._session = session
         self._facts = facts
         self._promises = promises
+        self._policy = policy
         self._stats = stats
         self._layerwise = settings.use_layerwise
         self._timeout_s = settings.lookup_timeout_ms / 1000
@@ -90,6 +94,7 @@ class Hits:
             max_handoffs=settings.max_handoffs,
             timeout_s=self._timeout_s,
         )
+        self._explorer = Explorer(session, policy.read, timeout_s=self._timeout_s)
         self._requests: dict[str, RequestLookups] = {}
         self._hits: dict[str, Hit] = {}
 
@@ -197,6 +202,7 @@ class Hits:
                 promised=promise.num_blocks if promise is not None and wait_s > 0 else 0,
                 renewed=renewed,
                 tail_tokens=prompt.tail_tokens,
+                costs=self._policy.read_costs(),
             ),
             partial(self._on_reply, hit),
         )
@@ -209,6 +215,11 @@ class Hits:
             num_prompt=hit.prompt.num_tokens,
             in_step=self._layerwise,
         )
+        if extra and not self._policy.takes(extra):
+            hit.of_request.reason = Outcome.NOT_WORTH
+            refused = -(-extra // hit.prompt.block_tokens)
+            self._stats.count("ucm_lookup_missed_blocks", refused, reason=Outcome.NOT_WORTH)
+            extra = 0
         if not extra:
             self.release(hit)
         return extra, bool(extra) and not self._layerwise
@@ -216,16 +227,23 @@ class Hits:
     def _on_reply(self, hit: Hit, reply: p.LookupReply) -> None:
         self._turns.ended(hit.lookup_id)
         hit.reply = reply
-        hit.of_request.reason = reply.reason
+        hit.of_request.reason = Outcome.NOT_WORTH if reply.refused else reply.reason
         self._count_reply(hit, reply)
+        self._policy.read(reply)
+        if reply.refused:
+            prompt, start = hit.prompt, hit.read_from + reply.num_stored
+            num_full = len(prompt.keys) - bool(prompt.tail_tokens)
+            self._explorer.try_again(prompt.keys[:num_full], start)
 
     def _count_reply(self, hit: Hit, reply: p.LookupReply) -> None:
         if hit.promise is not None and not hit.promise.void:
             self._stats.observe("ucm_handoff_wait_seconds", time.monotonic() - hit.asked_s)
-        elif reply.reason and self._facts.loads:
-            missed = len(hit.prompt.keys) - hit.read_from - reply.num_stored
-            reason = missed_as(reply.reason)
-            self._stats.count("ucm_lookup_missed_blocks", missed, reason=reason)
+        elif self._facts.loads:
+            count = self._stats.count
+            count("ucm_lookup_missed_blocks", reply.refused, reason=Outcome.NOT_WORTH)
+            if reply.reason:
+                missed = len(hit.prompt.keys) - hit.read_from - reply.num_stored - reply.refused
+                count("ucm_lookup_missed_blocks", missed, reason=missed_as(reply.reason))
 
     def missing_blocks(self, prompt: Prompt) -> list[int] | None:
         """What of the prompt its lookup did not find in the store: all of it where there was none.
@@ -273,6 +291,7 @@ class Hits:
 
     def node_lost(self) -> None:
         """What was promised is gone."""
+        self._explorer.node_lost()
         lost = [name for name, hit in self._hits.items() if hit.reply is None or hit.reply.offsets]
         for name in lost:
             self._turns.ended(self._hits.pop(name).lookup_id)

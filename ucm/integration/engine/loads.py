@@ -25,13 +25,15 @@ from ucm.store.client.session import NodeSession
 logger = logging.getLogger(__name__)
 
 
-@dataclass(frozen=True)
+@dataclass(eq=False)
 class Load:
-    """Copies into `device_blocks`. Without a hit they can only fail."""
+    """Copies into `device_blocks`, for which the slowest rank took `took_s`. Without a hit they can
+    only fail."""
 
     of_request: RequestLookups
     hit: Hit | None
     device_blocks: list[int]
+    took_s: float = 0.0
 
 
 class Loads:
@@ -142,9 +144,17 @@ class Loads:
         load.of_request.end(Outcome.IO_ERROR)
         return set(load.device_blocks) if self._layerwise else set()
 
-    def ended(self, job_id: int) -> None:
-        """All ranks have copied: the pins go."""
+    def took(self, job_id: int, seconds: float) -> None:
+        """A rank has copied for so long."""
+        load = self._loading.get(job_id)
+        if load is not None:
+            load.took_s = max(load.took_s, seconds)
+
+    def ended(self, job_id: int) -> Load | None:
+        """All ranks have copied: the pins go. What was copied, if anything could be."""
         load = self._loading.pop(job_id, None)
         self._ledger.ended(job_id)
-        if load is not None and load.hit is not None:
-            self._hits.release(load.hit)
+        if load is None or load.hit is None:
+            return None
+        self._hits.release(load.hit)
+        return load

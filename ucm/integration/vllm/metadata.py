@@ -23,6 +23,7 @@ class StepMetadata(KVConnectorMetadata):
     requests have no copies left: each rank reports them to vLLM as finished. A step that is `idle`
     computes nothing. One that `writes_before_fence` zeroes or copies blocks, which some of vLLM's
     runners do before they call any hook: what is in `fence` then may have read what is there now.
+    A step that is `measured` has a number by which its end is reported.
     """
 
     generation: int = 0
@@ -33,19 +34,32 @@ class StepMetadata(KVConnectorMetadata):
     fence: tuple[int, ...] = ()
     writes_before_fence: bool = False
     released: tuple[str, ...] = ()
+    measured: int = 0
 
 
 @dataclass
 class RankReport(KVConnectorWorkerMetadata):
-    """How many ranks have ended a job, and on how many it failed."""
+    """How many ranks have ended a job, and on how many it failed. `took_s`: for how long the
+    slowest of them has copied; `measured` is the step's, see there."""
 
     ended: dict[int, int] = field(default_factory=dict)
     failed: dict[int, int] = field(default_factory=dict)
+    took_s: dict[int, float] = field(default_factory=dict)
+    measured: int = 0
 
     def aggregate(self, other: KVConnectorWorkerMetadata) -> RankReport:
         assert isinstance(other, RankReport)
-        return RankReport(_sum(self.ended, other.ended), _sum(self.failed, other.failed))
+        return RankReport(
+            _sum(self.ended, other.ended),
+            _sum(self.failed, other.failed),
+            _longest(self.took_s, other.took_s),
+            max(self.measured, other.measured),
+        )
 
 
 def _sum(a: dict[int, int], b: dict[int, int]) -> dict[int, int]:
     return {job_id: a.get(job_id, 0) + b.get(job_id, 0) for job_id in a.keys() | b.keys()}
+
+
+def _longest(a: dict[int, float], b: dict[int, float]) -> dict[int, float]:
+    return {job_id: max(a.get(job_id, 0.0), b.get(job_id, 0.0)) for job_id in a.keys() | b.keys()}

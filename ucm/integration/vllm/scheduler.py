@@ -19,6 +19,7 @@ from ucm.integration.engine.epoch import Epochs
 from ucm.integration.engine.facts import EngineFacts
 from ucm.integration.engine.gauges import NodeGauges
 from ucm.integration.engine.hits import Hits
+from ucm.integration.engine.load_policy import LoadPolicy
 from ucm.integration.engine.loads import Loads
 from ucm.integration.engine.naming import Namer
 from ucm.integration.engine.promise_book import PromiseBook
@@ -84,7 +85,20 @@ class SchedulerSide:
         )
         self._promises = PromiseBook(self._session, self._epochs, stats)
         self._gauges = NodeGauges(self._session, stats)
-        self._hits = Hits(self._session, facts, settings, promises=self._promises, stats=stats)
+        self._policy = LoadPolicy(
+            is_auto=settings.load_policy == "auto",
+            block_tokens=settings.block_tokens,
+            max_step_tokens=facts.max_step_tokens,
+            stats=stats,
+        )
+        self._hits = Hits(
+            self._session,
+            facts,
+            settings,
+            promises=self._promises,
+            policy=self._policy,
+            stats=stats,
+        )
         self._loads = Loads(
             self._session,
             facts,
@@ -170,7 +184,17 @@ class SchedulerSide:
             fence=self._dumps.take_fence(),
             writes_before_fence=writes_before_hooks(output),
             released=released,
+            measured=self._policy.prefill.begin(self._prompt_tokens(output)),
         )
+
+    def _prompt_tokens(self, output: Any) -> int:
+        """How many tokens of prompts the step computes."""
+        total = 0
+        for request_id, num_tokens in output.num_scheduled_tokens.items():
+            if state := self._states.get(request_id):
+                left = state.prompt.num_tokens - state.request.num_computed_tokens
+                total += max(0, min(num_tokens, left))
+        return total
 
     def _wait_s(self, *, idle: bool) -> float:
         """The ranks wait for a load themselves. Nobody else has anything to do in an idle step."""
@@ -185,6 +209,10 @@ class SchedulerSide:
     def ranks_reported(self, report: RankReport) -> None:
         """Adds up acknowledgements; a job has ended when every rank has ended it. Jobs that nobody
         knows are not counted."""
+        if report.measured:
+            self._policy.step_ended(report.measured)
+        for job_id, took_s in report.took_s.items():
+            self._loads.took(job_id, took_s)
         for job_id in report.failed:
             if self._is_under_way(job_id):
                 self._failed.add(job_id)
@@ -200,9 +228,15 @@ class SchedulerSide:
             failed = job_id in self._failed
             self._failed.discard(job_id)
             if self._loads.is_under_way(job_id):
-                self._loads.ended(job_id)
+                self._load_ended(job_id)
             else:
                 self._proofs.dump_ended(job_id, failed=failed)
+
+    def _load_ended(self, job_id: int) -> None:
+        load = self._loads.ended(job_id)
+        if load is not None and load.took_s:
+            num_tokens = len(load.device_blocks) * self._facts.block_tokens
+            self._policy.copied(num_tokens, load.took_s)
 
     def _is_under_way(self, job_id: int) -> bool:
         return self._loads.is_under_way(job_id) or self._dumps.is_under_way(job_id)

@@ -183,13 +183,15 @@ class WorkerSide:
         if self._engine is not None and self._memories is not None:
             if step.idle and self._loads:
                 self._engine.wait_for_news(IDLE_WAIT_S)
+            # First: a job that has ended has had its share.
+            self._meter.busy(self._engine.take_busy())
             ended = self._engine.finished()
             for job_id in self._engine.failed():
                 self._failed(job_id)
             self._memories.ended(ended)
             for job_id in ended:
                 self._ended(job_id)
-            self._meter.busy(self._engine.take_busy())
+        self._report.measured = max(self._report.measured, step.measured)
         received, self._received = self._received, set()
         return set(step.released), received
 
@@ -199,7 +201,7 @@ class WorkerSide:
 
     def take_report(self) -> RankReport | None:
         report, self._report = self._report, RankReport()
-        return report if report.ended else None
+        return report if report.ended or report.measured else None
 
     def close(self) -> None:
         if self._engine is not None and self._memories is not None:
@@ -273,8 +275,10 @@ class WorkerSide:
 
     def _ended(self, job_id: int) -> None:
         self._report.ended[job_id] = 1
-        self._meter.ended(job_id)
         load = self._loads.pop(job_id, None)
+        took_s = self._meter.ended(job_id)
+        if load is not None and took_s:
+            self._report.took_s[job_id] = took_s
         if load is not None and not self._settings.use_layerwise:
             self._received.add(load.request_id)  # vLLM holds the request back until then
 
