@@ -17,6 +17,7 @@ from dataclasses import dataclass
 
 from ucm.store.tiers.posix import paths
 from ucm.store.tiers.posix.reclaim_plan import StoredFile
+from ucm.store.tiers.posix.score import bounded_score_ns
 
 _BYTES = 256
 _DIRECTORY = os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC
@@ -128,7 +129,7 @@ class ShardWalk:
             StoredFile(
                 entry.name,
                 nbytes,
-                score_ns=status.st_mtime_ns,
+                score_ns=bounded_score_ns(status.st_mtime_ns, status.st_ctime_ns),
                 changed_ns=status.st_ctime_ns,
                 is_tail=paths.is_tail_name(entry.name),
             )
@@ -166,6 +167,6 @@ def close_all(fds: Iterable[int]) -> None:
 def real_bytes(status: os.stat_result, now_ns: int) -> int:
     """What a file takes on the disk. What was written just now may have no blocks yet."""
     nbytes = status.st_blocks * 512
-    if not nbytes or now_ns - status.st_mtime_ns < _SETTLED_NS:
+    if not nbytes or now_ns - status.st_ctime_ns < _SETTLED_NS:
         return max(nbytes, status.st_size)
     return nbytes
