@@ -73,6 +73,7 @@ class Node:
         max_write_pages: int = 100,
         max_open_keys: int = 1_000,
         reads: Any = None,
+        touch_every_s: float | None = None,
     ) -> None:
         self.memory = memoryview(bytearray(PAGE * num_slots))
         self.tier = tier or MemoryTier()
@@ -89,6 +90,7 @@ class Node:
             call_later=self.timers,
             max_write_pages=max_write_pages,
             max_open_keys=max_open_keys,
+            touch_every_s=touch_every_s,
         )
         self.core = NodeCore(parts)
         self.inbox: list[p.NodeMessage] = []

@@ -236,7 +236,9 @@ class Lookups:
         # Everything before each of these is here or in storage.
         kept = job.keys[: job.end if job.head_stored == job.read_from else job.head_stored]
         self._on_met(job.connection, job.namespace, kept, [None, *kept])
-        if job.load:
+        # What prefill hands over is used once, though two ask for it.
+        if job.load and not job.promised:
+            self.touches.asked(job.keys)
             self.touches.use(job.namespace, job.keys[: job.end])
         if slots:
             job.connection.session.pinned[job.connection, job.id] = slots

@@ -7,7 +7,7 @@ go where threads are idle: reads and questions come first.
 
 from __future__ import annotations
 
-from collections import OrderedDict
+from collections import OrderedDict, deque
 from collections.abc import Sequence
 from functools import partial
 
@@ -20,6 +20,9 @@ from ucm.store.node.sessions import OpenedNamespace
 _MAX_REMEMBERED = 1 << 18
 _MAX_WAITING = 1 << 13
 _MAX_GROUP = 64
+# Prompts whose blocks are still to be counted, and how many blocks are at a time.
+_MAX_PROMPTS = 1024
+_MAX_COUNTED = 2048
 
 
 class Touches:
@@ -34,6 +37,12 @@ class Touches:
         self._touched_s: OrderedDict[Key, float] = OrderedDict()
         self._waiting: OrderedDict[Key, OpenedNamespace] = OrderedDict()
         self._running: set[LanePool] = set()
+        self._prompts: deque[Sequence[Key]] = deque(maxlen=_MAX_PROMPTS)
+
+    def asked(self, keys: Sequence[Key]) -> None:
+        """Somebody asks for this prompt. The tier hears of it a little later: an answer waits."""
+        if self._every_s is not None:
+            self._prompts.append(keys)
 
     def use(self, namespace: OpenedNamespace, keys: Sequence[Key]) -> None:
         """Somebody uses these pages, in the order of their prompt."""
@@ -56,6 +65,11 @@ class Touches:
 
     def tick(self) -> None:
         """Hands some to threads that have nothing else to do."""
+        num_counted = 0
+        while self._prompts and num_counted < _MAX_COUNTED:
+            keys = self._prompts.popleft()
+            self._tier.asked(keys)
+            num_counted += len(keys)
         for pool in self._lanes.pools:
             if self._waiting and pool not in self._running and pool.depth < pool.num_threads:
                 self._begin(pool)

@@ -128,6 +128,10 @@ class Tier(ABC):
         """What it wants done in the background. Asked for once."""
         return ()
 
+    def asked(self, keys: Sequence[Key]) -> None:  # noqa: B027 few need it
+        """Somebody asks for a prompt of these blocks, in its order, whether they are there or not.
+        Asks no storage, and never raises."""
+
     def touch(self, namespace: TierNamespace, keys: Sequence[Key]) -> None:  # noqa: B027 few need it
         """These pages are used, and are to be kept longer than others. Never raises."""
 

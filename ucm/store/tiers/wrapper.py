@@ -41,6 +41,9 @@ class WrapperTier(Tier):
     def chores(self) -> Sequence[Chore]:
         return self._tier.chores()
 
+    def asked(self, keys: Sequence[Key]) -> None:
+        self._tier.asked(keys)
+
     def touch(self, namespace: TierNamespace, keys: Sequence[Key]) -> None:
         self._tier.touch(namespace, keys)
 

@@ -28,6 +28,7 @@ from ucm.store.tiers.posix.allowance import Allowance
 from ucm.store.tiers.posix.backend import Backend, unlink_if_there
 from ucm.store.tiers.posix.os_errors import is_gone, tier_error, translated, unless_gone
 from ucm.store.tiers.posix.page_files import PageFiles
+from ucm.store.tiers.posix.page_times import PageTimes
 from ucm.store.tiers.posix.placement import Placement, for_all, unless_read_only
 from ucm.store.tiers.posix.quarantine import Quarantine
 from ucm.store.tiers.posix.reclaim import Reclaimer
@@ -74,6 +75,8 @@ class PosixTier(Tier):
             for backend in self._backends
         }
         self._rules = free.rules
+        # Without a limit nobody looks at them.
+        self._times = PageTimes() if free.quotas else None
         self._placement = Placement(self._backends)
         # With the generation of the backend: see Identity.
         self._has_manifest: set[tuple[Backend, int, bytes]] = set()
@@ -241,12 +244,16 @@ class PosixTier(Tier):
             if allowance.quotas
         ]
 
+    def asked(self, keys: Sequence[Key]) -> None:
+        if self._times is not None:
+            self._times.asked(keys)
+
     def touch(self, namespace: TierNamespace, keys: Sequence[Key]) -> None:
         for key in keys:
             with contextlib.suppress(TierError, OSError):
                 backend = self._placement.of(key)
-                if backend is not None and backend.identity.is_here():
-                    os.utime(backend.block_path(namespace.fingerprint, key), follow_symlinks=False)
+                if self._times and backend is not None and backend.identity.is_here():
+                    self._times.touch(backend.block_path(namespace.fingerprint, key), key)
 
     def close(self) -> None:
         """Nothing is held; scratch buffers go with their threads."""
@@ -279,6 +286,8 @@ class PosixTier(Tier):
                     write_block(
                         fd, block, page, num_tokens=num_tokens, scratch=scratch, page_key=page_key
                     )
+                    if self._times is not None:
+                        self._times.give_first(fd, block.key)
                 finally:
                     os.close(fd)  # NFS says only here that the disk is full
             except OSError:
