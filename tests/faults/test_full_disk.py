@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.faults.mounts import mount_tmpfs, own_mounts
+from tests.faults.mounts import mount_tmpfs, own_mounts, unmount
 from tests.store.tiers.tier_contract import (
     BLOCK_TOKENS,
     LARGE,
@@ -129,3 +129,57 @@ def test_no_file_descriptors_left_is_an_io_error_and_harms_no_file(tmp_path: Pat
 
     assert found is ReadStatus.IO_ERROR
     assert load(tier, SMALL, make_key(1)) == content_of(SMALL, make_page(SMALL, "a"))
+
+
+def fill_inodes(store: Path) -> list[Path]:
+    files: list[Path] = []
+    try:
+        while True:
+            files.append(store / f"filler {len(files)}")
+            files[-1].touch()
+    except OSError:
+        return files[:-1]
+
+
+def write_page(tier: Tier, page: memoryview) -> None:
+    """Without opening the namespace once more."""
+    staged = tier.stage(SMALL, make_key(1), page, num_tokens=BLOCK_TOKENS)
+    assert staged is not None
+    tier.publish(staged)
+
+
+@own_mounts
+def test_a_new_backend_on_a_disk_that_was_full_is_made_once_there_is_room(tmp_path: Path) -> None:
+    """And not at the next start only."""
+    store, page = tmp_path / "store", make_page(SMALL, "a")
+    mount_tmpfs(store, size_bytes=20 * MIB, max_inodes=32)
+    fillers = fill_inodes(store)
+    tier = PosixTier([str(store)])
+    for act in (
+        lambda: tier.open_namespace(SMALL),
+        lambda: write_page(tier, page),
+    ):
+        with pytest.raises(TierError, match="No space left on device") as raised:
+            act()
+        assert raised.value.reason == "full"
+
+    for each in fillers:
+        each.unlink()
+
+    write_page(tier, page)
+    assert load(PosixTier([str(store)]), SMALL, make_key(1)) == content_of(SMALL, page)
+
+
+@own_mounts
+def test_what_has_taken_the_place_of_a_full_disk_is_not_made_a_backend(tmp_path: Path) -> None:
+    store = tmp_path / "store"
+    mount_tmpfs(store, size_bytes=20 * MIB, max_inodes=32)
+    fill_inodes(store)
+    tier = PosixTier([str(store)])
+    with pytest.raises(TierError):
+        tier.open_namespace(SMALL)
+    unmount(store)
+
+    with pytest.raises(TierError, match="has no id, so it may be a mount point"):
+        write_page(tier, make_page(SMALL, "a"))
+    assert list(store.iterdir()) == []

@@ -60,6 +60,8 @@ class Backend:
         self._direct_refusals = 0
         self._has_said_rights = False
         self._said_unreadable_s = -_SAY_EVERY_S
+        # The directory that was to be a backend, and has no id yet.
+        self._unmade: tuple[int, int] | None = None
         # Looked at, and directories indeed.
         self._known_dirs: set[str] = set()
         self._dirs_generation = 0
@@ -149,14 +151,28 @@ class Backend:
         if self.identity.look() is not None:
             return False
         self._make()
+        self._unmade = self._directory()
         path = paths.backend_id_path(self.path)
         new_id = secrets.token_hex(_ID_BYTES) if wanted_id is None else f"{wanted_id:016x}"
         mine = new_id.encode() + b"\n"
         found = self._write_once(path, mine)
+        self._unmade = None
         self.identity.check()
         if found == mine:
             self._say_made()
         return found == mine
+
+    def open_again(self) -> None:
+        """Makes the id that `open` could not make, as where the disk was full: a start at a bad
+        moment must not need another start. Only in the very directory that was opened; what has
+        taken its place may be a mount point without its mount. Raises as `open` does."""
+        if self._unmade is not None and self._unmade == self._directory():
+            self.open()
+
+    def _directory(self) -> tuple[int, int]:
+        with translated(self.path, "can't be looked up"):
+            status = os.stat(self.path)
+        return status.st_dev, status.st_ino
 
     def _make(self) -> None:
         with translated(self.path, "can't be made"):

@@ -66,6 +66,8 @@ class Placement:
                 f"it, or make it with `ucm init`, or take it off storage_backends",
                 reason=Outcome.IO_ERROR,
             )
+        if backend.identity.id is None:
+            self.look_for(self._backends.index(backend))
         backend.identity.check()
         return backend
 
@@ -84,11 +86,13 @@ class Placement:
         self._checked()
 
     def look_for(self, lane: int) -> None:
-        """Whether the backend's id can be known by now. Makes nothing. Raises TierError."""
-        identity = self._backends[lane].identity
-        if identity.id is None and self._looking[lane].acquire(blocking=False):
+        """Whether the backend's id can be known by now. Makes nothing but what `open` was to make
+        and could not. Raises TierError."""
+        backend = self._backends[lane]
+        if backend.identity.id is None and self._looking[lane].acquire(blocking=False):
             try:
-                identity.look()
+                if backend.identity.look() is None:
+                    unless_read_only(backend.open_again)
             finally:
                 self._looking[lane].release()
 
