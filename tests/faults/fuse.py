@@ -89,8 +89,25 @@ class FuseMount:
         """The next `times` reads give a flipped bit in their middle; the file below is good."""
         self._ask("corrupt", str(times))
 
+    def slow(self, operation: str, delay_s: float) -> None:
+        """Such operations take so much longer."""
+        assert operation in OPERATIONS.values(), operation
+        self._ask("slow", operation, str(delay_s))
+
+    def short_reads(self) -> None:
+        """Reads bring the first half of what was asked for."""
+        self._ask("cut", "short_reads")
+
+    def short_writes(self) -> None:
+        """Writes take the first half, and say so."""
+        self._ask("cut", "short_writes")
+
+    def lost_ends(self) -> None:
+        """Writes take the first half, and say that it was all: what is written is cut short."""
+        self._ask("cut", "lost_ends")
+
     def release(self) -> None:
-        """Ends every hang, failure and flipped bit, of those that wait and of those to come."""
+        """Ends every fault that was asked for here, of those that wait and of those to come."""
         self._ask("release")
 
     def kill_server(self) -> None:

@@ -59,6 +59,8 @@ _COUNTED_AS = {"batch_forget": "forget", "rename2": "rename"}
 
 _IN_HEADER = struct.Struct("<IIQQIIIHH")
 _OUT_HEADER = struct.Struct("<IiQ")
+# The beginning of a read's or write's body: handle, offset, size.
+_IO = struct.Struct("<QQI")
 _BUFFER_BYTES = MAX_WRITE + 4096
 _MNT_DETACH, _UMOUNT_NOFOLLOW, _PR_SET_PDEATHSIG = 2, 8, 1
 
@@ -87,6 +89,8 @@ class Faults:
         self._hung_files: set[tuple[str, int]] = set()
         self._failing: dict[str, list[int]] = {}
         self._num_corrupt = 0
+        self._slow_s: dict[str, float] = {}
+        self._cut: set[str] = set()
         self._calls: Counter[str] = Counter()
         self._changed = threading.Condition()
 
@@ -95,7 +99,7 @@ class Faults:
         comes, not when it goes."""
         with self._changed:
             self._calls[operation] += 1
-        time.sleep(self._delays_s.get(operation, 0.0))
+        time.sleep(self._delays_s.get(operation, 0.0) + self._slow_s.get(operation, 0.0))
         with self._changed:
             self._changed.wait_for(
                 lambda: operation not in self._hung and (operation, file) not in self._hung_files
@@ -108,8 +112,26 @@ class Faults:
         with self._changed:
             self._calls[what] += 1
 
-    def as_read(self, body: bytes) -> bytes:
-        """What the kernel gets of what was read."""
+    def as_asked(self, operation: str, body: memoryview) -> memoryview:
+        """The request that is carried out: of a read or write that is cut, the first half."""
+        kind = {"read": "short_reads", "write": "short_writes"}.get(operation)
+        with self._changed:
+            cuts = kind in self._cut or (operation == "write" and "lost_ends" in self._cut)
+        if not cuts:
+            return body
+        fd, offset, size = _IO.unpack_from(body)
+        return memoryview(_IO.pack(fd, offset, max(1, size // 2)) + bytes(body[_IO.size :]))
+
+    def as_answered(self, operation: str, body: memoryview, answer: bytes) -> bytes:
+        """What the kernel gets to know of it."""
+        if operation == "read":
+            return self._as_read(answer)
+        with self._changed:
+            if operation == "write" and "lost_ends" in self._cut:
+                return struct.pack("<II", _IO.unpack_from(body)[2], 0)
+        return answer
+
+    def _as_read(self, body: bytes) -> bytes:
         with self._changed:
             if not body or self._num_corrupt == 0:
                 return body
@@ -127,8 +149,14 @@ class Faults:
                 self._failing[words[0]] = [int(words[1])] * int(words[2])
             elif command == "corrupt":
                 self._num_corrupt = int(words[0])
+            elif command == "slow":
+                self._slow_s[words[0]] = float(words[1])
+            elif command == "cut":
+                self._cut.add(words[0])
             elif command == "release":
                 self._num_corrupt = 0
+                self._slow_s.clear()
+                self._cut.clear()
                 self._failing.clear()
                 self._hung.clear()
                 self._hung_files.clear()
@@ -180,8 +208,10 @@ class Connection:
                 if name == "open" and opens_past_the_page_cache(request[_IN_HEADER.size :]):
                     self._faults.count("open_direct")
                 self._faults.pass_through(counted_as, self._folder.inode(node))
-                body, error = getattr(self._folder, name)(node, request[_IN_HEADER.size :]), 0
-                body = self._faults.as_read(body) if name == "read" else body
+                asked = request[_IN_HEADER.size :]
+                act = getattr(self._folder, name)
+                body, error = act(node, self._faults.as_asked(name, asked)), 0
+                body = self._faults.as_answered(name, asked, body)
             except OSError as failed:
                 error = failed.errno or errno.EIO
         if name in _NO_ANSWER:

@@ -225,6 +225,42 @@ def test_delayed_operations_are_done_in_the_end_and_hold_up_no_others(tmp_path: 
     assert (tmp_path / "source" / "file").read_bytes() == b""
 
 
+def test_slowness_ends_with_a_release(mount: FuseMount) -> None:
+    (mount.path / "file").touch()
+    mount.slow("open", FOREVER_S)
+    with in_background((mount.path / "file").read_bytes):
+        wait_until(lambda: mount.calls["open"] == 1)
+        mount.release()
+        assert (mount.path / "file").read_bytes() == b""
+        # Who waits already waits on.
+        mount.kill_server()
+
+
+def test_cut_reads_and_writes_say_how_much_they_did_and_lost_ends_do_not(mount: FuseMount) -> None:
+    page = memoryview(mmap.mmap(-1, MIB))
+    page[:] = os.urandom(MIB)
+    # The kernel makes an error of a direct write that is cut.
+    fd = os.open(mount.path / "file", os.O_RDWR | os.O_CREAT)
+    try:
+        mount.short_writes()
+        assert os.pwrite(fd, page, 0) == MIB // 2
+        mount.release()
+        assert os.pwrite(fd, page, 0) == MIB
+        mount.short_reads()
+        direct = os.open(mount.path / "file", os.O_RDONLY | os.O_DIRECT)
+        # The kernel may ask for it in several parts, each of which is cut.
+        assert 0 < os.preadv(direct, [mmap.mmap(-1, MIB)], 0) < MIB
+        mount.release()
+        assert os.preadv(direct, [mmap.mmap(-1, MIB)], 0) == MIB
+        os.close(direct)
+        os.ftruncate(fd, 0)
+        mount.lost_ends()
+        assert os.pwrite(fd, page, 0) == MIB
+    finally:
+        os.close(fd)
+    assert (mount.source / "file").read_bytes() == page[: MIB // 2]
+
+
 def test_a_killed_server_is_an_error_for_everybody(mount: FuseMount) -> None:
     mount.hang("create")
     with in_background((mount.path / "file").touch) as creating:
