@@ -26,7 +26,7 @@ FLOORS = (
     *("ucm.store.processes", "ucm.store.blocks"),
     *("ucm.store.tiers.tier", "ucm.store.tiers.wrapper", "ucm.store.tiers.metered"),
     *("ucm.store.tiers.posix", "ucm.store.tiers"),
-    *("ucm.store.node", "ucm.store.client", "ucm.store.api"),
+    *("ucm.store.node", "ucm.store.client", "ucm.store.api", "ucm.store.inspect"),
     "ucm.store.pipeline",
     # Engines: the copies of any, the scheduler half of any, and vLLM.
     *("ucm.integration.copies", "ucm.integration.engine", "ucm.integration.vllm"),

@@ -7,9 +7,14 @@ import sys
 
 import typer
 
+from ucm.cli.du import du
 from ucm.cli.init import init
+from ucm.cli.inspect import inspect
+from ucm.cli.ls import ls
 from ucm.cli.node_cache import node_cache
 from ucm.cli.proxy import proxy
+from ucm.cli.stat import stat
+from ucm.cli.verify import verify
 
 app = typer.Typer(
     help="UCM: a KV cache for vLLM on storage that every node can mount.",
@@ -17,13 +22,20 @@ app = typer.Typer(
     add_completion=False,
     pretty_exceptions_enable=False,
 )
-app.command("node-cache")(node_cache)
-app.command("init")(init)
+# In this order, and each in one line: all of `ucm --help` is to fit a screen.
+app.command("node-cache", short_help="Run this node's cache in the foreground.")(node_cache)
+app.command("init", short_help="Make a directory a storage backend.")(init)
 app.command(
     "proxy",
+    short_help="Run the proxy between prefill and decode.",
     context_settings={"allow_extra_args": True, "ignore_unknown_options": True},
     add_help_option=False,
 )(proxy)
+app.command("ls", short_help="What is in a store.")(ls)
+app.command("du", short_help="How much a store takes, by namespace and age.")(du)
+app.command("inspect", short_help="What one page is, and whether it is whole.")(inspect)
+app.command("verify", short_help="Check every byte of every page.")(verify)
+app.command("stat", short_help="Watch this machine's node cache, like top.")(stat)
 
 if __name__ == "__main__":
     sys.exit(app())

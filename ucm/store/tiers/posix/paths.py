@@ -137,6 +137,14 @@ def key_in(name: str) -> Key:
     return Key(bytes.fromhex(name[:_KEY_DIGITS]))
 
 
+def parse_block_name(name: str) -> Key | None:
+    """The whole key, a TailKey for a tail's, of a page's file. None: it is no page's."""
+    if not is_block_name(name):
+        return None
+    key = key_in(name)
+    return Key(TailKey(key, int(name.split(".")[1]))) if is_tail_name(name) else key
+
+
 def parse_temp_name(name: str) -> TempName | None:
     """`name` is a file name without its directory."""
     match = _TEMP_NAME.fullmatch(name)

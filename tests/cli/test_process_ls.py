@@ -1,0 +1,116 @@
+"""`ucm ls` and `ucm du`: what is in a store, counted without touching it."""
+
+from __future__ import annotations
+
+import os
+import re
+import time
+from pathlib import Path
+
+import msgspec
+import pytest
+import yaml
+
+from tests.cli.conftest import PROMPT
+from tests.cli.parts import Store, keys_of, manifest, ucm
+from ucm.store.blocks.namespace import fingerprint
+from ucm.store.inspect.contents import BackendContents, PageEntry
+
+pytestmark = pytest.mark.process
+
+A, B = manifest("a"), manifest("b", kv_dtype="fp8")
+
+
+def contents(text: str) -> BackendContents:
+    (backend,) = msgspec.json.decode(text, type=list[BackendContents])
+    return backend
+
+
+def test_ls_names_each_namespace_with_its_model_and_pages(filled: Store) -> None:
+    before = filled.names()
+    done = ucm("ls", filled.path)
+
+    assert done.returncode == 0, done.stderr
+    (a_line,) = [line for line in done.stdout.splitlines() if fingerprint(A).hex()[:12] in line]
+    (b_line,) = [line for line in done.stdout.splitlines() if fingerprint(B).hex()[:12] in line]
+    assert re.search(r"\ba +bfloat16 +16 +12 +0 ", a_line)
+    assert re.search(r"\bb +fp8 +16 +6 +0 ", b_line)
+    assert done.stdout.splitlines()[-1] == "18 pages in 2 namespaces."
+    assert filled.names() == before
+
+
+def test_ls_of_one_namespace_has_each_page_once(filled: Store) -> None:
+    name = fingerprint(B).hex()
+    done = ucm("ls", filled.path, "--namespace", name[:10], "--json")
+
+    entries = [msgspec.json.decode(line, type=PageEntry) for line in done.stdout.splitlines()]
+    assert [each.key for each in entries] == sorted(key.hex() for key in keys_of(B, PROMPT))
+    assert {each.namespace for each in entries} == {name}
+    shown = ucm("ls", filled.path, "-n", name)
+    assert all(key.hex() in shown.stdout for key in keys_of(B, PROMPT))
+
+
+def test_du_counts_bytes_by_namespace_and_age(filled: Store) -> None:
+    old = filled.file(B, keys_of(B, PROMPT)[0])
+    os.utime(old, (time.time() - 3 * 86_400,) * 2)
+
+    done = ucm("du", filled.path, "--json")
+    assert done.returncode == 0, done.stderr
+    by_name = {each.namespace: each for each in contents(done.stdout).namespaces}
+    a, b = (by_name[fingerprint(each).hex()].sizes for each in (A, B))
+    assert a is not None and b is not None
+    assert a.nbytes == 2 * b.nbytes == 12 * old.stat().st_size
+    assert a.allocated_bytes >= a.nbytes
+    assert {use.age: use.num_pages for use in b.by_age if use.num_pages} == {"hour": 5, "week": 1}
+
+    assert "18 pages on 1 storage backend." in ucm("du", filled.path).stdout
+    assert "week" in ucm("du", "--age", filled.path).stdout
+
+
+def test_a_settings_file_is_as_good_as_the_directory(filled: Store, tmp_path: Path) -> None:
+    config = tmp_path / "ucm.yaml"
+    store = {"storage_backends": str(filled.path)}
+    connector = {"ucm_connector_name": "UcmPipelineStore", "ucm_connector_config": store}
+    config.write_text(yaml.safe_dump({"ucm_connectors": [connector]}))
+
+    assert ucm("ls", config).stdout == ucm("ls", filled.path).stdout
+
+
+def test_what_is_no_store_is_one_line(tmp_path: Path) -> None:
+    for command in ("ls", "du", "verify"):
+        for what in (tmp_path, tmp_path / "nowhere"):
+            done = ucm(command, what)
+            assert done.returncode == 1
+            assert done.stderr.startswith(f"ucm {command}: {what}: ")
+            assert done.stderr.count("\n") == 1 and done.stdout == ""
+
+
+def test_another_versions_namespace_is_counted_and_named_unknown(filled: Store) -> None:
+    path = filled.path / fingerprint(A).hex() / "manifest.json"
+    path.write_bytes(b'{"format_version": 9}')
+
+    done = ucm("ls", filled.path)
+    assert done.returncode == 0
+    assert "? (another version's manifest)" in done.stdout and "18 pages" in done.stdout
+
+
+def test_links_are_not_followed_and_strange_names_are_told(filled: Store, tmp_path: Path) -> None:
+    """Whoever can write into a backend can put a link there."""
+    outside = tmp_path / "outside"
+    (filled.path / fingerprint(A).hex()).rename(outside)
+    (filled.path / fingerprint(A).hex()).symlink_to(outside)
+    page = filled.file(B, keys_of(B, PROMPT)[0])
+    page.with_name("notes.txt").write_text("mine")
+
+    done = ucm("ls", filled.path)
+    assert done.stdout.splitlines()[-1] == ("6 pages in 1 namespace; 1 name that nobody looks for.")
+
+
+def test_what_may_not_be_listed_is_told_and_the_rest_is_counted(filled: Store) -> None:
+    if os.geteuid() == 0:
+        pytest.skip("root may list everything")
+    os.chmod(filled.file(B, keys_of(B, PROMPT)[0]).parent, 0)
+
+    done = ucm("ls", filled.path)
+    assert done.returncode == 3
+    assert "17 pages" in done.stdout and "Permission denied" in done.stderr

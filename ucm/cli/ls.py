@@ -1,0 +1,127 @@
+"""`ucm ls`: what is in a store."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from ucm.cli.ending import end, one_line_for_errors
+from ucm.cli.printing import (
+    STATUS_WRONG,
+    AsJson,
+    StoreArgument,
+    ago,
+    count,
+    print_json,
+    print_table,
+    progress,
+    short,
+    size,
+)
+
+if TYPE_CHECKING:
+    from ucm.store.inspect.contents import BackendContents
+    from ucm.store.inspect.given import GivenStore
+
+
+def ls(
+    store: StoreArgument,
+    namespace: Annotated[
+        str,
+        typer.Option(
+            "--namespace", "-n", help="list the pages of the one whose name begins so, one a line"
+        ),
+    ] = "",
+    as_json: AsJson = False,
+) -> None:
+    """What is in a store: its namespaces, or the pages of one.
+
+    Only names are read. `ucm du` looks at sizes and ages as well.
+    """
+    from ucm.store.inspect.given import given_store
+
+    with one_line_for_errors("ucm ls"):
+        given = given_store(store)
+        if namespace:
+            _list_pages(given, namespace, as_json=as_json)
+        else:
+            _list_namespaces(given, as_json=as_json)
+
+
+def _list_namespaces(given: GivenStore, *, as_json: bool) -> None:
+    from ucm.store.inspect.contents import backend_contents
+
+    with progress("counting") as on_progress:
+        backends = [
+            backend_contents(backend, with_sizes=False, on_progress=on_progress)
+            for backend in given.backends
+        ]
+    namespaces = [each for backend in backends for each in backend.namespaces]
+    if as_json:
+        print_json(backends)
+    else:
+        print_table(
+            ("namespace", "model", "kv dtype", "tokens", "pages", "tails", "backend"),
+            [
+                (
+                    *(short(each.namespace) + ("+key" if each.is_sealed else ""), each.model),
+                    *(each.kv_dtype, each.block_tokens, each.num_pages, each.num_tails),
+                    each.backend,
+                )
+                for each in namespaces
+            ],
+            right=("tokens", "pages", "tails"),
+        )
+        typer.echo(_sentence(backends))
+    for each in namespaces:
+        if each.problem:
+            typer.echo(f"not all of it could be counted: {each.problem}", err=True)
+    if any(each.num_problems for each in namespaces):
+        raise typer.Exit(STATUS_WRONG)
+
+
+def _sentence(backends: list[BackendContents]) -> str:
+    namespaces = [each for backend in backends for each in backend.namespaces]
+    pages = sum(each.num_pages for each in namespaces)
+    text = f"{count(pages, 'page')} in {count(len(namespaces), 'namespace')}"
+    writing = sum(each.num_temporary for each in namespaces)
+    strange = sum(each.num_strange for each in namespaces)
+    aside = sum(backend.num_quarantined for backend in backends)
+    more = [
+        *([f"{count(writing, 'file')} being written, or left by a dead writer"] * bool(writing)),
+        *([f"{count(strange, 'name')} that nobody looks for"] * bool(strange)),
+        *([f"{count(aside, 'file')} in quarantine"] * bool(aside)),
+    ]
+    return "; ".join([text, *more]) + "."
+
+
+def _list_pages(given: GivenStore, beginning: str, *, as_json: bool) -> None:
+    from ucm.store.inspect.contents import page_entries
+    from ucm.store.inspect.walk import namespace_folders
+
+    folders = [
+        folder
+        for backend in given.backends
+        for folder in namespace_folders(backend)
+        if folder.name.startswith(beginning)
+    ]
+    if len({folder.name for folder in folders}) != 1:
+        end(
+            f"ucm ls: --namespace {beginning}: {len({folder.name for folder in folders})} "
+            f"namespaces begin so: take a name of `ucm ls`, with more digits"
+        )
+    number = 0
+    for folder in folders:
+        try:
+            for entry in page_entries(folder):
+                number += 1
+                if as_json:
+                    print_json(entry)
+                    continue
+                tail = f"tail of {entry.num_tokens}" if entry.num_tokens else ""
+                typer.echo(f"{entry.key}  {size(entry.nbytes):>10}  {ago(entry.used_s):>7}  {tail}")
+        except OSError as error:
+            end(f"ucm ls: {folder.path}: can't be listed: {error.strerror or error}")
+    if not as_json:
+        typer.echo(f"{count(number, 'page')}; the age is since a page was written or used last.")

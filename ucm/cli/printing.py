@@ -1,0 +1,95 @@
+"""How subcommands print: JSON or a table for people, and a bar on a terminal while they work."""
+
+from __future__ import annotations
+
+import sys
+import time
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import Annotated, Final
+
+import msgspec
+import typer
+from rich.box import SIMPLE_HEAD
+from rich.console import Console
+from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.table import Table
+
+AsJson = Annotated[bool, typer.Option("--json", help="print JSON instead of a table")]
+StoreArgument = Annotated[
+    str,
+    typer.Argument(metavar="STORE", help="a storage backend's directory, or a settings file"),
+]
+
+# What was asked was done, and something is wrong with what was looked at.
+STATUS_WRONG: Final = 3
+
+_UNITS: Final = ("B", "KiB", "MiB", "GiB", "TiB", "PiB")
+_SHORT_DIGITS: Final = 12
+_MAX_WIDTH: Final = 10_000
+_TIMES: Final = ((86_400.0, "d"), (3_600.0, "h"), (60.0, "min"), (1.0, "s"))
+
+
+def print_json(value: object) -> None:
+    """One line."""
+    sys.stdout.write(msgspec.json.encode(value).decode() + "\n")
+
+
+def print_table(
+    columns: Sequence[str], rows: Iterable[Sequence[object]], *, right: Sequence[str] = ()
+) -> None:
+    """Columns named in `right` are numbers. Nothing is cut off, whatever the terminal's width."""
+    table = Table(box=SIMPLE_HEAD, pad_edge=False, show_edge=False)
+    for column in columns:
+        table.add_column(column, justify="right" if column in right else "left", no_wrap=True)
+    for row in rows:
+        table.add_row(*(f"{cell:,}" if isinstance(cell, int) else str(cell) for cell in row))
+    width = max(_console(_MAX_WIDTH).measure(table).maximum, _console(None).width)
+    _console(width).print(table)
+
+
+def _console(width: int | None) -> Console:
+    return Console(markup=False, highlight=False, emoji=False, width=width)
+
+
+@contextmanager
+def progress(what: str) -> Iterator[Callable[[int, int], None]]:
+    """Gives what is told `(done, total)`. Shown on standard error, if that is a terminal."""
+    bar = Progress(
+        TextColumn(what),
+        BarColumn(),
+        TextColumn("{task.percentage:>3.0f}%"),
+        TimeRemainingColumn(),
+        console=Console(stderr=True),
+        transient=True,
+        disable=not sys.stderr.isatty(),
+    )
+    with bar:
+        task = bar.add_task("", total=None)
+        yield lambda done, total: bar.update(task, completed=done, total=total)
+
+
+def short(digest: str) -> str:
+    """The beginning of a name in hex, enough for people to tell it from others."""
+    return digest[:_SHORT_DIGITS]
+
+
+def size(nbytes: float) -> str:
+    """In the largest unit of which it has one."""
+    for unit in _UNITS:
+        if nbytes < 1024 or unit == _UNITS[-1]:
+            break
+        nbytes /= 1024
+    return f"{nbytes:.0f} {unit}" if unit == "B" else f"{nbytes:.1f} {unit}"
+
+
+def ago(since_s: float) -> str:
+    """How long a time of the past (seconds since 1970) is ago."""
+    age_s = max(0.0, time.time() - since_s)
+    unit_s, unit = next((each for each in _TIMES if age_s >= each[0]), _TIMES[-1])
+    return f"{age_s / unit_s:.0f} {unit}"
+
+
+def count(number: int, one: str, many: str = "") -> str:
+    """Like "1 page" or "1,234 pages"."""
+    return f"{number:,} {one if number == 1 else many or one + 's'}"

@@ -1,0 +1,75 @@
+"""`ucm verify`: is every page whole?"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from ucm.cli.ending import one_line_for_errors
+from ucm.cli.printing import STATUS_WRONG, AsJson, StoreArgument, count, print_json, progress, size
+
+if TYPE_CHECKING:
+    from ucm.store.inspect.verify import Verified
+
+_MAX_SHOWN = 50
+
+
+def verify(
+    store: StoreArgument,
+    quarantine: Annotated[
+        bool, typer.Option("--quarantine", help="move damaged files aside, so they are made anew")
+    ] = False,
+    threads: Annotated[
+        int, typer.Option("--threads", min=1, max=64, help="how many files to read at a time")
+    ] = 2,
+    as_json: AsJson = False,
+) -> None:
+    """Read every page and check every byte, while the store is used.
+
+    With a settings file that names a page_key_file, seals are checked as well. Ends with 0 if all
+    is whole, and with 3 if a file is damaged or can't be read.
+    """
+    from ucm.store.inspect.given import given_store
+    from ucm.store.inspect.verify import Verifier, VerifyRules
+
+    with one_line_for_errors("ucm verify"), progress("verifying") as on_progress:
+        given = given_store(store)
+        verifier = Verifier(
+            VerifyRules(page_key=given.page_key(), quarantine=quarantine, num_threads=threads)
+        )
+        for backend in given.backends:
+            verifier.run(backend, lambda done, total, _: on_progress(done, total))
+    found = verifier.found
+    if as_json:
+        print_json(found)
+    else:
+        for bad in found.files[:_MAX_SHOWN]:
+            typer.echo(f"{bad.condition}: {bad.path}: {bad.why}" + (bad.done and f"; {bad.done}"))
+        hidden = found.num_damaged + found.num_unreadable - len(found.files[:_MAX_SHOWN])
+        if hidden:
+            typer.echo(f"... and {count(hidden, 'file')} more")
+        typer.echo(_sentence(found))
+    if found.num_damaged or found.num_unreadable:
+        raise typer.Exit(STATUS_WRONG)
+
+
+def _sentence(found: Verified) -> str:
+    whole = f"{count(found.num_whole, 'page is', 'pages are')} whole"
+    rate = found.num_bytes / found.seconds if found.seconds else 0
+    parts = [
+        *([f"{count(found.num_damaged, 'is', 'are')} damaged"] * bool(found.num_damaged)),
+        *([f"{found.num_quarantined:,} of them moved aside"] * bool(found.num_quarantined)),
+        *([f"{found.num_unreadable:,} could not be read"] * bool(found.num_unreadable)),
+        *(
+            [f"{found.num_sealed_by_another_key:,} right but for the seal, whose key is not here"]
+            * bool(found.num_sealed_by_another_key)
+        ),
+        *(
+            [f"{found.num_other_version:,} of another version, not checked"]
+            * bool(found.num_other_version)
+        ),
+        *([f"{found.num_misplaced:,} where nobody looks for them"] * bool(found.num_misplaced)),
+    ]
+    read = f"{size(found.num_bytes)} read at {size(rate)}/s"
+    return f"{', '.join([whole, *parts])}; {read}."

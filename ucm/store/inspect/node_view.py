@@ -1,0 +1,209 @@
+"""What a node cache does at the moment: two of its statuses, made into numbers that people read."""
+
+from __future__ import annotations
+
+import os
+import stat
+import time
+import uuid
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Final
+
+import msgspec
+
+from ucm.config.node_socket import default_socket_path
+from ucm.config.settings import PIPELINES, StoreSettings, load_settings_file
+from ucm.errors import ConfigError, NodeUnavailable
+from ucm.outcome import MISSED, UNWRITTEN
+from ucm.store.client.connection import NodeClient
+from ucm.store.node import protocol as p
+from ucm.store.node.trusted_users import trust_of
+
+_CONNECT_S: Final = 5.0
+_ANSWER_S: Final = 10.0
+
+
+@dataclass(frozen=True)
+class StatusSample:
+    """A status, and when it came (time.monotonic())."""
+
+    status: p.Status
+    at_s: float
+
+
+class Rates(msgspec.Struct, frozen=True, kw_only=True):
+    """Per second, over `seconds`. Of blocks that lookups asked for, `hit_memory` were in memory and
+    `hit_files` were read from storage."""
+
+    seconds: float
+    lookups: float
+    blocks_asked: float
+    hit_memory: float
+    hit_files: float
+    pages_dumped: float
+    pages_read: float
+    pages_written: float
+    bytes_read: float
+    bytes_written: float
+    evictions: float
+
+
+class NodeView(msgspec.Struct, frozen=True, kw_only=True):
+    """`slots` are by state, `queues` by what waits there. `missed` and `unwritten` count blocks and
+    pages by reason, since the node cache was started; without those that never occurred.
+    `read_ms` and `write_ms` are what a page took lately, None if there was none."""
+
+    socket: str
+    pid: int
+    backends: list[str]
+    capacity_bytes: int
+    num_clients: int
+    slots: dict[str, int]
+    pins: int
+    queues: dict[str, int]
+    stalled: dict[str, int]
+    missed: dict[str, int]
+    unwritten: dict[str, int]
+    rates: Rates
+    read_ms: float | None
+    write_ms: float | None
+
+
+def settings_to_ask(argument: str) -> StoreSettings:
+    """Of the node cache that is meant by a settings file, a storage backend's directory (as this
+    user's engines have it by default) or a socket. Raises ConfigError."""
+    try:
+        mode = os.stat(argument).st_mode
+    except OSError as error:
+        raise ConfigError(
+            f"{argument}: {error.strerror}: name a settings file, a storage backend or the socket "
+            f"of a node cache"
+        ) from error
+    path = os.path.abspath(argument)
+    if stat.S_ISSOCK(mode):
+        return StoreSettings(socket_path=path)
+    if stat.S_ISDIR(mode):
+        pipeline = tuple(PIPELINES[0].split("|"))
+        return StoreSettings(
+            storage_backends=(path,), socket_path=default_socket_path(pipeline, (path,))
+        )
+    return load_settings_file(argument).store
+
+
+class NodeWatch:
+    """A connection that only asks. It keeps the node cache from leaving because it is idle."""
+
+    def __init__(self, settings: StoreSettings) -> None:
+        """Raises NodeUnavailable, ConfigError or ProtocolError."""
+        self._socket = settings.socket_path
+        self._client = NodeClient.connect(
+            settings.socket_path,
+            session=f"tool-{os.getpid()}-{uuid.uuid4().hex}",
+            role="tool",
+            timeout_s=_CONNECT_S,
+            trust=trust_of(settings),
+        )
+        self._asked = 0
+
+    def sample(self) -> StatusSample:
+        """Raises NodeUnavailable."""
+        self._asked += 1
+        self._client.send(p.GetStatus(id=self._asked))
+        deadline_s = time.monotonic() + _ANSWER_S
+        while (left_s := deadline_s - time.monotonic()) > 0:
+            for message in self._client.poll(left_s):
+                if isinstance(message, p.Status) and message.id == self._asked:
+                    return StatusSample(message, time.monotonic())
+        raise NodeUnavailable(
+            f"the node cache at {self._socket} has not answered for {_ANSWER_S:.0f} s: it may be "
+            f"stopped, or have too little CPU"
+        )
+
+    def view(self, before: StatusSample, after: StatusSample) -> NodeView:
+        welcome = self._client.welcome
+        backends = welcome.settings.get("storage_backends") or ()
+        return node_view(
+            before,
+            after,
+            socket=self._socket,
+            backends=[str(each) for each in backends],
+        )
+
+    def close(self) -> None:
+        self._client.close()
+
+
+def node_view(
+    before: StatusSample, after: StatusSample, *, socket: str, backends: list[str]
+) -> NodeView:
+    """Pure."""
+    status = after.status
+    slots, counters = status.slots, status.counters
+    change = _Change(before, after)
+    own = 1  # whoever asks
+    return NodeView(
+        socket=socket,
+        pid=status.pid,
+        backends=backends,
+        capacity_bytes=slots["capacity_bytes"],
+        num_clients=sum(each["connections"] for each in status.sessions.values()) - own,
+        slots={state: slots[state] for state in ("free", "filling", "ready", "aside")},
+        pins=slots["pins"],
+        queues=dict(status.queues),
+        stalled={op: slots[f"{op}_stalled"] for op in ("reads", "writes")},
+        missed=_by_reason(counters, [f"lookup_ended_{reason}" for reason in MISSED]),
+        unwritten=_by_reason(
+            counters,
+            [
+                f"{start}_{reason}"
+                for start in ("write_failed", "dump_dropped", "dump")
+                for reason in UNWRITTEN
+            ],
+        ),
+        rates=change.rates(),
+        read_ms=change.ms_for_each("tier_read"),
+        write_ms=change.ms_for_each("tier_write"),
+    )
+
+
+def _by_reason(counters: Mapping[str, int], names: list[str]) -> dict[str, int]:
+    return {name: counters[name] for name in names if counters.get(name)}
+
+
+class _Change:
+    """Between two statuses."""
+
+    def __init__(self, before: StatusSample, after: StatusSample) -> None:
+        self._before, self._after = before.status, after.status
+        self._seconds = max(1e-3, after.at_s - before.at_s)
+
+    def of(self, counter: str) -> int:
+        is_same = self._before.arena == self._after.arena
+        earlier = self._before.counters.get(counter, 0) if is_same else 0
+        return max(0, self._after.counters.get(counter, 0) - earlier)
+
+    def per_s(self, counter: str) -> float:
+        return round(self.of(counter) / self._seconds, 3)
+
+    def ms_for_each(self, kind: str) -> float | None:
+        pages = self.of(f"{kind}_pages")
+        return round(self.of(f"{kind}_us") / pages / 1000, 3) if pages else None
+
+    def rates(self) -> Rates:
+        hits, from_files = self.per_s("lookup_blocks_hit"), self.per_s("read_hit")
+        evicted = self._after.slots["evictions"] - self._before.slots["evictions"]
+        return Rates(
+            seconds=round(self._seconds, 3),
+            lookups=self.per_s("lookups"),
+            blocks_asked=self.per_s("lookup_blocks_asked"),
+            # What was read ahead may be asked for later.
+            hit_memory=max(0.0, round(hits - from_files, 3)),
+            hit_files=min(hits, from_files),
+            pages_dumped=self.per_s("dump_committed"),
+            pages_read=self.per_s("tier_read_pages"),
+            pages_written=self.per_s("tier_write_pages"),
+            bytes_read=self.per_s("tier_read_bytes"),
+            bytes_written=self.per_s("tier_write_bytes"),
+            evictions=round(max(0, evicted) / self._seconds, 3),
+        )

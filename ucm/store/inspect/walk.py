@@ -1,0 +1,168 @@
+"""Goes through a backend while others use it: which namespaces, directories and files there are.
+
+Read-only. Each directory is opened below the one above it and never through a link; what has gone
+meanwhile is left out. Memory is bounded by one directory's names.
+"""
+
+from __future__ import annotations
+
+import errno
+import os
+import stat
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from enum import Enum
+
+from ucm.errors import UcmError
+from ucm.store.blocks.keys import Key
+from ucm.store.blocks.namespace import Manifest, from_json
+from ucm.store.tiers.posix import paths
+from ucm.store.tiers.posix.os_errors import tier_error
+from ucm.store.tiers.posix.plain_files import NotPlain, read_plain
+
+_DIRECTORY_FLAGS = os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC
+_NOT_THERE = frozenset({errno.ENOENT, errno.ESTALE, errno.ENOTDIR, errno.ELOOP})
+_MAX_MANIFEST_BYTES = 1 << 20
+
+
+@dataclass(frozen=True)
+class NamespaceFolder:
+    """`name` is that of the directory; `key_id` that of the page key, empty if pages are plain."""
+
+    backend: str
+    name: str
+
+    @property
+    def path(self) -> str:
+        return f"{self.backend}/{self.name}"
+
+    @property
+    def fingerprint(self) -> bytes:
+        return bytes.fromhex(self.name.partition("-")[0])
+
+    @property
+    def key_id(self) -> bytes:
+        return bytes.fromhex(self.name.partition("-")[2])
+
+
+class Kind(Enum):
+    PAGE = "page"
+    TEMPORARY = "temporary"
+    # A page's name on a link, a FIFO or a directory.
+    NO_FILE = "no_file"
+    # A page's name where nobody looks for it.
+    MISPLACED = "misplaced"
+    STRANGE = "strange"
+
+
+@dataclass(frozen=True)
+class FoundName:
+    """One name of a directory of pages."""
+
+    name: str
+    kind: Kind
+    key: Key | None = None
+
+
+def namespace_folders(backend: str) -> list[NamespaceFolder]:
+    """Sorted by name. Raises TierError if the backend can't be listed."""
+    try:
+        with os.scandir(backend) as entries:
+            names = [
+                entry.name
+                for entry in entries
+                if paths.is_own_directory(entry.name, level=1)
+                and entry.is_dir(follow_symlinks=False)
+            ]
+    except OSError as error:
+        raise tier_error(backend, "can't be listed", error) from error
+    return [NamespaceFolder(backend, name) for name in sorted(names)]
+
+
+def read_manifest(folder: NamespaceFolder) -> tuple[Manifest | None, str]:
+    """The manifest, or None and why."""
+    path = f"{folder.path}/{paths.MANIFEST}"
+    try:
+        content = read_plain(path, max_bytes=_MAX_MANIFEST_BYTES)
+        if content is None:
+            return None, "no manifest"
+        return from_json(content), ""
+    except NotPlain as error:
+        return None, f"the manifest {error}"
+    except OSError as error:
+        return None, f"the manifest can't be read: {error.strerror or error}"
+    except UcmError:
+        return None, "another version's manifest"
+
+
+def first_levels(folder: NamespaceFolder) -> list[str]:
+    """The first level of the fan-out: a unit of progress. Raises OSError."""
+    with opened(folder) as fd:
+        return _directories(fd, level=2) if fd is not None else []
+
+
+def second_levels(folder: NamespaceFolder, first: str) -> list[str]:
+    """Raises OSError."""
+    with opened(folder, first) as fd:
+        return _directories(fd, level=3) if fd is not None else []
+
+
+def files_in(fd: int, first: str, second: str) -> Iterator[FoundName]:
+    """All names of one directory of pages, which is open as `fd`. Raises OSError."""
+    with os.scandir(fd) as entries:
+        for entry in entries:
+            key = paths.parse_block_name(entry.name)
+            if key is None:
+                is_temporary = paths.parse_temp_name(entry.name) is not None
+                yield FoundName(entry.name, Kind.TEMPORARY if is_temporary else Kind.STRANGE)
+            elif not entry.is_file(follow_symlinks=False):
+                yield FoundName(entry.name, Kind.NO_FILE, key)
+            else:
+                is_at_home = entry.name[:4] == first + second
+                yield FoundName(entry.name, Kind.PAGE if is_at_home else Kind.MISPLACED, key)
+
+
+@contextmanager
+def opened(folder: NamespaceFolder, *below: str) -> Iterator[int | None]:
+    """A descriptor of the namespace's directory, or of one below it; None if it isn't there (any
+    more). The backend itself may be a link. Raises OSError."""
+    fd: int | None = None
+    try:
+        try:
+            fd = os.open(folder.backend, _DIRECTORY_FLAGS & ~os.O_NOFOLLOW)
+            for name in (folder.name, *below):
+                above, fd = fd, os.open(name, _DIRECTORY_FLAGS, dir_fd=fd)
+                os.close(above)
+        except OSError as error:
+            if error.errno not in _NOT_THERE:
+                raise
+            if fd is not None:
+                os.close(fd)
+            fd = None
+        yield fd
+    finally:
+        if fd is not None:
+            os.close(fd)
+
+
+def _directories(fd: int, *, level: int) -> list[str]:
+    with os.scandir(fd) as entries:
+        return sorted(
+            entry.name
+            for entry in entries
+            if paths.is_own_directory(entry.name, level=level)
+            and entry.is_dir(follow_symlinks=False)
+        )
+
+
+def look_at(fd: int, name: str) -> os.stat_result | None:
+    """A plain file's status; None for what has gone, or has become something else. Raises
+    OSError."""
+    try:
+        status = os.stat(name, dir_fd=fd, follow_symlinks=False)
+    except OSError as error:
+        if error.errno in _NOT_THERE:
+            return None
+        raise
+    return status if stat.S_ISREG(status.st_mode) else None
