@@ -63,6 +63,7 @@ TENSOR_DOOR = "ucm.store.api.tensors"
 
 ENTRY_POINTS = {
     "ucm.cli.main",
+    "ucm.integration.vllm.describe",
     "ucm.integration.vllm.ucm_connector",
     "ucm.pd.register",
     "ucm.pd.toy_proxy_server",

@@ -8,6 +8,7 @@ import sys
 import typer
 
 from ucm.cli.du import du
+from ucm.cli.explain import explain
 from ucm.cli.init import init
 from ucm.cli.inspect import inspect
 from ucm.cli.ls import ls
@@ -35,6 +36,7 @@ app.command("ls", short_help="What is in a store.")(ls)
 app.command("du", short_help="How much a store takes, by namespace and age.")(du)
 app.command("inspect", short_help="What one page is, and whether it is whole.")(inspect)
 app.command("verify", short_help="Check every byte of every page.")(verify)
+app.command("explain", short_help="Why a prompt hits or misses, block by block.")(explain)
 app.command("stat", short_help="Watch this machine's node cache, like top.")(stat)
 
 if __name__ == "__main__":

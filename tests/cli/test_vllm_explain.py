@@ -1,0 +1,98 @@
+"""`ucm explain` of what a real engine has stored."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import msgspec
+import pytest
+
+pytest.importorskip("vllm")
+
+from examples.cluster.models import make_model
+from examples.cluster.processes import VllmServer, ucm_connector
+from tests.cli.parts import ucm
+from tests.e2e.node import Node
+from ucm.store.inspect.explain import Explanation
+from ucm.store.inspect.page_report import files_of
+
+pytestmark = [pytest.mark.vllm, pytest.mark.timeout(600)]
+
+TEXT = "A page that one machine has computed need not be computed by another machine again. "
+# As the server is started.
+FLAGS = ("--", "--dtype", "float32", "--max-model-len", "4096")
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("explain")
+
+
+@pytest.fixture(scope="module")
+def model(place: Path) -> Path:
+    return make_model(place, "tiny")
+
+
+@pytest.fixture(scope="module")
+def prompt_file(place: Path) -> Path:
+    file = place / "prompt.txt"
+    file.write_text(TEXT * 40)
+    return file
+
+
+@pytest.fixture(scope="module")
+def store(place: Path, model: Path, prompt_file: Path) -> Iterator[Path]:
+    """What an engine has stored of the prompt, once without a salt and once with one."""
+    import yaml
+
+    folder = place / "store"
+    node = Node("explain")
+    settings = {"storage_backends": str(folder), **node.settings()}
+    connector = {"ucm_connector_name": "UcmPipelineStore", "ucm_connector_config": settings}
+    config = place / "ucm.yaml"
+    config.write_text(yaml.safe_dump({"ucm_connectors": [connector]}))
+    with VllmServer(model, log=place / "log", kv_transfer=ucm_connector(str(config))) as server:
+        server.wait_ready()
+        server.client.complete(prompt_file.read_text(), max_tokens=1, cache_salt="tenant")
+        deadline_s = time.monotonic() + 60
+        while len(list(folder.glob("*/??/??/*.kv"))) < 5:
+            assert time.monotonic() < deadline_s
+            time.sleep(0.05)
+        yield folder
+
+
+def explained(store: Path, model: Path, *args: object) -> Explanation:
+    done = ucm("explain", store, "--model", model, "--json", *args)
+    assert done.returncode == 0, done.stderr
+    return msgspec.json.decode(done.stdout, type=Explanation)
+
+
+def test_the_engines_pages_are_found_by_its_flags_alone(
+    store: Path, model: Path, prompt_file: Path
+) -> None:
+    found = explained(store, model, "--prompt-file", prompt_file, "--cache-salt", "tenant", *FLAGS)
+    assert found.is_known and found.num_loadable == len(found.blocks) == 5
+    for block in found.blocks:
+        assert files_of([str(store)], block.key) == [block.where]
+
+
+def test_another_salt_and_another_dtype_are_told(
+    store: Path, model: Path, prompt_file: Path
+) -> None:
+    prompt = ("--prompt-file", prompt_file, "--try-salt", "tenant")
+    found = explained(store, model, *prompt, *FLAGS)
+    assert {block.state for block in found.blocks} == {"other_salt"}
+
+    bfloat16 = (*FLAGS[:2], "bfloat16", *FLAGS[3:])
+    found = explained(store, model, *prompt, *bfloat16)
+    assert {block.state for block in found.blocks} == {"other_dtype"}
+    assert not found.is_known and len(found.differences) == 2
+
+
+def test_what_vllm_says_no_to_is_one_line(store: Path, prompt_file: Path) -> None:
+    done = ucm("explain", store, "--model", store / "none", "--prompt-file", prompt_file)
+    assert done.returncode == 1
+    assert done.stderr.startswith("ucm explain: vLLM could not be asked about ")
+    assert done.stderr.count("\n") == 1

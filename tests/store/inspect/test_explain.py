@@ -1,0 +1,154 @@
+"""Where each block of a prompt is, or why it is not there."""
+
+from __future__ import annotations
+
+import mmap
+from typing import Any
+
+import pytest
+
+from tests.cli.conftest import PROMPT
+from tests.cli.conftest import store as store
+from tests.cli.parts import PAGE_BYTES, Store, flip_bit, keys_of, manifest
+from ucm.store.blocks.namespace import Manifest, fingerprint
+from ucm.store.blocks.page_key import PageKey
+from ucm.store.blocks.page_layout import padded_bytes
+from ucm.store.inspect.explain import AskedPrompt, ExplainedBlock, Explanation, explain
+from ucm.store.tiers.posix.tier import PosixTier
+from ucm.store.tiers.tier import TierNamespace
+
+MINE = manifest("a")
+NUM_BLOCKS = len(PROMPT) // MINE.block_tokens
+ADAPTER = b"\x01" * 32
+
+
+def explained(store: Store, mine: Manifest = MINE, **asked: Any) -> Explanation:
+    page_key = asked.pop("page_key", None)
+    return explain(
+        [str(store.path)],
+        AskedPrompt(manifest=mine, tokens=PROMPT, **asked),
+        page_key,
+        on_progress=lambda done, total: None,
+    )
+
+
+def only(found: Explanation) -> tuple[str, str]:
+    """The state of all blocks, which is one and the same, and why."""
+    (state,) = {(block.state, block.why) for block in found.blocks}
+    return state
+
+
+def test_what_is_stored_is_named_by_its_file(store: Store) -> None:
+    keys = keys_of(MINE, PROMPT)
+    store.put(MINE, keys[:4])
+
+    found = explained(store)
+
+    assert (found.num_loadable, found.is_known, found.num_tokens) == (4, True, len(PROMPT))
+    assert [block.state for block in found.blocks] == ["stored"] * 4 + ["not_stored"] * 2
+    assert [block.where for block in found.blocks[:4]] == [
+        str(store.file(MINE, key)) for key in keys[:4]
+    ]
+    assert found.blocks[5].why == "never stored, or reclaimed"
+
+
+def test_a_damaged_page_ends_the_prefix_and_says_what_is_wrong(store: Store) -> None:
+    keys = keys_of(MINE, PROMPT)
+    store.put(MINE, keys)
+    flip_bit(store.file(MINE, keys[2]))
+
+    found = explained(store)
+    assert found.num_loadable == 2
+    assert found.blocks[2].state == "corrupt" and "checksum" in found.blocks[2].why
+
+
+def test_one_that_a_reader_has_moved_aside_is_found_in_quarantine(store: Store) -> None:
+    keys = keys_of(MINE, PROMPT)
+    store.put(MINE, keys)
+    flip_bit(store.file(MINE, keys[2]))
+    tier = PosixTier([str(store.path)])
+    page = memoryview(mmap.mmap(-1, padded_bytes(PAGE_BYTES)))
+    tier.read(TierNamespace(fingerprint(MINE), PAGE_BYTES, b""), keys[2], page)
+
+    block = explained(store).blocks[2]
+    assert (block.state, block.why) == ("corrupt", "was found damaged and moved aside")
+    assert "/quarantine/" in block.where
+
+
+@pytest.mark.parametrize("field", ["kv_dtype", "model_dtype"])
+def test_what_an_engine_of_another_dtype_has_stored_is_named_so(store: Store, field: str) -> None:
+    other = manifest("a", **{field: "float16"})
+    store.put(other, keys_of(other, PROMPT))
+
+    found = explained(store)
+    why = f"{field}: float16 (the store) / bfloat16 (this engine)"
+    assert only(found) == ("other_dtype", why)
+    assert (found.is_known, found.differences, found.num_loadable) == (False, [why], 0)
+
+
+def test_what_another_model_has_stored_is_named_so(store: Store) -> None:
+    other = manifest("b")
+    store.put(other, keys_of(other, PROMPT))
+
+    state, why = only(explained(store))
+    assert state == "other_namespace"
+    assert why == "weights: model_id:b (the store) / model_id:a (this engine)"
+
+
+def test_another_salt_is_named_if_it_is_one_of_those_to_try(store: Store) -> None:
+    store.put(MINE, keys_of(MINE, PROMPT, salt="tenant"))
+
+    tried = explained(store, other_salts=(None, "nobody", "tenant"))
+    assert only(tried) == ("other_salt", "stored with the salt 'tenant', asked for with no salt")
+    assert only(explained(store, salt="tenant"))[0] == "stored"
+    assert only(explained(store))[0] == "not_stored"
+
+
+def test_no_salt_is_always_tried(store: Store) -> None:
+    store.put(MINE, keys_of(MINE, PROMPT))
+
+    why = "stored with no salt, asked for with the salt 'tenant'"
+    assert only(explained(store, salt="tenant")) == ("other_salt", why)
+
+
+def test_another_adapter_is_named_so_and_none_is_always_tried(store: Store) -> None:
+    store.put(MINE, keys_of(MINE, PROMPT))
+    why = "stored with no adapter, asked for with the adapter 01010101"
+    assert only(explained(store, adapter=ADAPTER)) == ("other_adapter", why)
+
+    adapted = keys_of(MINE, PROMPT[::-1], lora=ADAPTER)
+    store.put(MINE, adapted)
+    found = explain(
+        [str(store.path)],
+        AskedPrompt(manifest=MINE, tokens=PROMPT[::-1], other_adapters=(None, ADAPTER)),
+        None,
+        on_progress=lambda done, total: None,
+    )
+    assert only(found)[0] == "other_adapter"
+
+
+def test_pages_of_another_page_key_are_named_so(store: Store) -> None:
+    theirs = PageKey.of(b"a secret of theirs")
+    store.put(MINE, keys_of(MINE, PROMPT), tier=PosixTier([str(store.path)], page_key=theirs))
+
+    assert only(explained(store))[0] == "other_page_key"
+    assert only(explained(store, page_key=theirs))[0] == "stored"
+
+
+def test_what_nobody_has_stored_is_not_stored(store: Store) -> None:
+    store.put(MINE, keys_of(MINE, PROMPT[::-1]))
+
+    found = explained(store)
+    assert only(found) == ("not_stored", "never stored, or reclaimed")
+    assert len(found.blocks) == NUM_BLOCKS and found.is_known
+
+
+def test_a_prompt_that_fills_no_block_has_nothing_to_explain(store: Store) -> None:
+    store.put(MINE, [])
+    found = explain(
+        [str(store.path)],
+        AskedPrompt(manifest=MINE, tokens=[1, 2]),
+        None,
+        on_progress=lambda done, total: None,
+    )
+    assert found.blocks == list[ExplainedBlock]()

@@ -1,0 +1,149 @@
+"""`ucm explain`: why a prompt hits or misses, block by block."""
+
+from __future__ import annotations
+
+import itertools
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from ucm.cli.ending import one_line_for_errors
+from ucm.cli.printing import (
+    STATUS_WRONG,
+    AsJson,
+    StoreArgument,
+    count,
+    print_json,
+    print_table,
+    progress,
+)
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from ucm.store.inspect.explain import AskedPrompt, ExplainedBlock, Explanation
+    from ucm.store.inspect.given import GivenStore
+
+
+def explain(
+    store: StoreArgument,
+    model: Annotated[str, typer.Option("--model", help="as `vllm serve` is given it")],
+    prompt_file: Annotated[
+        str,
+        typer.Option(
+            "--prompt-file",
+            help="the prompt's text; a .json file: its tokens, or the messages of a chat",
+        ),
+    ],
+    salt: Annotated[
+        str | None, typer.Option("--cache-salt", help="the request's cache_salt")
+    ] = None,
+    adapter: Annotated[
+        str | None, typer.Option("--adapter", help="the folder of the request's LoRA adapter")
+    ] = None,
+    other_salts: Annotated[
+        list[str] | None, typer.Option("--try-salt", help="a salt that it may be stored with")
+    ] = None,
+    other_adapters: Annotated[
+        list[str] | None,
+        typer.Option("--try-adapter", help="an adapter that it may be stored with"),
+    ] = None,
+    vllm_args: Annotated[
+        list[str] | None,
+        typer.Argument(
+            metavar="[-- FLAGS]", help="the engine's flags, as in -- --kv-cache-dtype fp8"
+        ),
+    ] = None,
+    as_json: AsJson = False,
+) -> None:
+    """Say for each block of a prompt where it is, or why it is not there.
+
+    Needs vLLM, for the tokens and for what an engine with these flags would store. Ends with 3 if a
+    block is damaged or can't be read.
+    """
+    from ucm.store.inspect.explain import explain as explained
+    from ucm.store.inspect.given import given_store
+
+    with one_line_for_errors("ucm explain"):
+        given = given_store(store)
+        asked = _asked(
+            given,
+            store,
+            (model, prompt_file, vllm_args or []),
+            (salt, other_salts or []),
+            [*([adapter] if adapter is not None else []), *(other_adapters or [])],
+            has_adapter=adapter is not None,
+        )
+        with progress("reading") as on_progress:
+            found = explained(given.backends, asked, given.page_key(), on_progress=on_progress)
+    if as_json:
+        print_json(found)
+    else:
+        _print(found)
+    if any(block.state in ("corrupt", "unreadable") for block in found.blocks):
+        raise typer.Exit(STATUS_WRONG)
+
+
+def _asked(
+    given: GivenStore,
+    store: str,
+    engine: tuple[str, str, list[str]],
+    salts: tuple[str | None, list[str]],
+    adapters: list[str],
+    *,
+    has_adapter: bool,
+) -> AskedPrompt:
+    """The first of `adapters` is the request's, if it has one."""
+    from ucm.store.blocks.namespace import from_json
+    from ucm.store.inspect.engine_identity import EngineQuestion, ask_vllm
+    from ucm.store.inspect.explain import AskedPrompt
+
+    model, prompt_file, vllm_args = engine
+    identity = ask_vllm(
+        EngineQuestion(
+            model=model,
+            vllm_args=vllm_args,
+            config_file=store if given.settings is not None else "",
+            prompt_file=prompt_file,
+            adapters=adapters,
+        )
+    )
+    digests = [bytes.fromhex(digest) for digest in identity.adapters]
+    return AskedPrompt(
+        manifest=from_json(identity.manifest_json.encode()),
+        tokens=identity.tokens,
+        salt=salts[0],
+        adapter=digests[0] if has_adapter else None,
+        other_salts=[None, *salts[1]],
+        other_adapters=[None, *digests],
+    )
+
+
+def _print(found: Explanation) -> None:
+    if not found.is_known:
+        typer.echo(f"The store has nothing of this engine's namespace {found.namespace[:12]}.")
+        for line in found.differences:
+            typer.echo(f"  the nearest one differs in {line}")
+    print_table(
+        ("blocks", "tokens", "state", "why"),
+        [_row(list(run)) for _, run in itertools.groupby(found.blocks, _sort)],
+    )
+    tokens = found.blocks[found.num_loadable - 1].end_token if found.num_loadable else 0
+    rest = found.num_tokens - (found.blocks[-1].end_token if found.blocks else 0)
+    behind = f"; the {count(rest, 'token')} behind the last full block have no page of their own"
+    typer.echo(
+        f"{found.num_loadable} of {count(len(found.blocks), 'block')} can be loaded, {tokens:,} of "
+        f"{count(found.num_tokens, 'token')}" + (behind if rest else "") + "."
+    )
+
+
+def _sort(block: ExplainedBlock) -> tuple[str, str]:
+    return block.state, block.why
+
+
+def _row(run: Sequence[ExplainedBlock]) -> tuple[str, str, str, str]:
+    """Of neighbouring blocks that have the same to be said of them."""
+    first, last = run[0], run[-1]
+    blocks = f"{first.block}" if first is last else f"{first.block}-{last.block}"
+    tokens = f"{first.first_token}-{last.end_token - 1}"
+    return blocks, tokens, first.state.replace("_", " "), first.why

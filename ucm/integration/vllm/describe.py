@@ -1,0 +1,123 @@
+"""Tells tools what an engine with these flags would be, and what it would make of a prompt:
+`python -m ucm.integration.vllm.describe QUESTION DESCRIPTOR`.
+
+No model is loaded and no engine started: what an engine learns from its layers is put together here
+from the model's configuration.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import msgspec
+from vllm.config import KVTransferConfig
+from vllm.engine.arg_utils import EngineArgs
+from vllm.utils.argparse_utils import FlexibleArgumentParser
+from vllm.utils.torch_utils import kv_cache_dtype_str_to_dtype
+from vllm.v1.kv_cache_interface import FullAttentionSpec, MLAAttentionSpec
+
+from ucm.config.settings import Settings, StoreSettings, load_settings_file, start_epoch
+from ucm.errors import UcmError, UnsupportedEngine
+from ucm.integration.engine.adapters import AdapterNames
+from ucm.integration.vllm.engine_facts import engine_facts
+from ucm.integration.vllm.identity import manifest
+from ucm.store.blocks.namespace import to_json
+from ucm.store.inspect.engine_identity import EngineIdentity, EngineQuestion
+
+
+def describe(question: EngineQuestion) -> EngineIdentity:
+    """Raises UcmError, and whatever vLLM raises for a model or flags that it doesn't like."""
+    settings = Settings(store=StoreSettings(socket_path=""))
+    if question.config_file:
+        settings = load_settings_file(question.config_file)
+    parser = EngineArgs.add_cli_args(FlexibleArgumentParser(prog="vllm"))
+    # As `vllm serve` has it, whose first argument is the model.
+    given = parser.parse_args(["--model", question.model, *question.vllm_args])
+    vllm_config = EngineArgs.from_cli_args(given).create_engine_config()
+    vllm_config.kv_transfer_config = KVTransferConfig(
+        kv_connector="UCMConnector", kv_role="kv_both"
+    )
+    facts = engine_facts(vllm_config, _kv_cache_config(vllm_config), settings)
+    made = manifest(vllm_config, facts, settings, epoch=start_epoch(settings))
+    return EngineIdentity(
+        manifest_json=to_json(made).decode(),
+        tokens=_tokens(vllm_config.model_config, question.prompt_file),
+        adapters=[_adapter(path, facts.adapter_rules) for path in question.adapters],
+    )
+
+
+def _kv_cache_config(vllm_config: Any) -> Any:
+    """As an engine makes it of its layers, for models with one kind of them: others are refused by
+    UCM anyway."""
+    model, cache = vllm_config.model_config, vllm_config.cache_config
+    if model.is_hybrid:
+        raise UnsupportedEngine("this model has layers of several kinds, and UCM serves one")
+    common = {
+        "block_size": cache.block_size,
+        "head_size": model.get_head_size(),
+        "dtype": kv_cache_dtype_str_to_dtype(cache.cache_dtype, model),
+    }
+    if model.use_mla:
+        spec = MLAAttentionSpec(num_kv_heads=1, **common)
+    else:
+        heads = model.get_num_kv_heads(vllm_config.parallel_config)
+        spec = FullAttentionSpec(num_kv_heads=heads, head_size_v=common["head_size"], **common)
+    num_layers = int(model.hf_text_config.num_hidden_layers)
+    names = [f"model.layers.{number}.self_attn.attn" for number in range(num_layers)]
+    group = SimpleNamespace(kv_cache_spec=spec, layer_names=names)
+    return SimpleNamespace(kv_cache_groups=[group], num_blocks=1)
+
+
+def _tokens(model_config: Any, prompt_file: str) -> list[int]:
+    """As `/v1/completions` makes them of a text. A file that ends in `.json` may hold the tokens
+    themselves, or the messages of a chat."""
+    if not prompt_file:
+        return []
+    from vllm.tokenizers import cached_tokenizer_from_config
+
+    try:
+        text = Path(prompt_file).read_text()
+        given = json.loads(text) if prompt_file.endswith(".json") else text
+    except (OSError, ValueError) as error:
+        raise UcmError(f"{prompt_file}: no prompt can be read from it: {error}") from error
+    if isinstance(given, list) and all(isinstance(each, int) for each in given):
+        return given
+    tokenizer = cached_tokenizer_from_config(model_config)
+    if isinstance(given, list):
+        chat = tokenizer.apply_chat_template(given, add_generation_prompt=True, tokenize=False)
+        return list(tokenizer.encode(chat, add_special_tokens=False))
+    if not isinstance(given, str):
+        raise UcmError(f"{prompt_file}: expected a text, a list of tokens, or messages of a chat")
+    return list(tokenizer.encode(given))
+
+
+def _adapter(path: str, rules: str) -> str:
+    request = SimpleNamespace(lora_int_id=1, lora_path=path)
+    digest = AdapterNames(rules).digest(request)
+    if digest is None:
+        raise UcmError(f"{path}: is no LoRA adapter that can be named")
+    return digest.hex()
+
+
+def main(question: str, descriptor: int) -> None:
+    """Answers on the descriptor, and ends."""
+    try:
+        answer = describe(msgspec.json.decode(question, type=EngineQuestion))
+    except UcmError as error:
+        answer = EngineIdentity(problem=str(error))
+    except Exception as error:  # noqa: BLE001 - vLLM's own words are what people need
+        answer = EngineIdentity(problem=" ".join(f"{error}".split()))
+    with open(descriptor, "wb") as file:
+        file.write(msgspec.json.encode(answer))
+    sys.stdout.flush()
+    # Whatever vLLM has started for an engine that never comes.
+    os._exit(0)
+
+
+if __name__ == "__main__":
+    main(sys.argv[1], int(sys.argv[2]))

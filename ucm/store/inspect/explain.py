@@ -1,0 +1,253 @@
+"""Why a prompt hits or misses: where each of its blocks is, or why it is not there.
+
+A block that is missing under its own name is looked for under the names that it would have with
+another salt, another adapter, or in the other namespaces of the store. Only names that somebody can
+think of can be tried: a key tells nothing of the salt that it was made with.
+"""
+
+from __future__ import annotations
+
+import itertools
+import os
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from enum import Enum
+
+import msgspec
+
+from ucm.store.blocks.keys import Key, block_keys, root_key
+from ucm.store.blocks.namespace import Manifest, differences, fingerprint
+from ucm.store.blocks.page_key import PageKey
+from ucm.store.inspect.contents import model_label
+from ucm.store.inspect.page_check import Condition, ExpectedPage, PageChecker
+from ucm.store.inspect.walk import NamespaceFolder, namespace_folders, read_manifest
+from ucm.store.tiers.posix import paths
+
+_DTYPES = frozenset({"kv_dtype", "model_dtype", "kv_scales"})
+
+
+class Whereabouts(str, Enum):
+    """Of one block of the prompt."""
+
+    STORED = "stored"
+    # There, and not whole: a reader would move it aside; or it lies in quarantine already.
+    CORRUPT = "corrupt"
+    UNREADABLE = "unreadable"
+    OTHER_DTYPE = "other_dtype"
+    OTHER_NAMESPACE = "other_namespace"
+    OTHER_SALT = "other_salt"
+    OTHER_ADAPTER = "other_adapter"
+    OTHER_PAGE_KEY = "other_page_key"
+    # Never stored, or reclaimed: nothing remembers which.
+    NOT_STORED = "not_stored"
+
+
+class ExplainedBlock(msgspec.Struct, frozen=True, kw_only=True):
+    """Tokens [first_token, end_token). `where` is a file, empty if there is none; `why` is for what
+    is not stored as asked."""
+
+    block: int
+    first_token: int
+    end_token: int
+    key: str
+    state: str
+    where: str
+    why: str
+
+
+class Explanation(msgspec.Struct, frozen=True, kw_only=True):
+    """`num_loadable` leading blocks can be loaded. `is_known`: whether the store has the namespace
+    at all; if not, `differences` are those to the nearest one."""
+
+    namespace: str
+    model: str
+    is_known: bool
+    differences: list[str]
+    num_tokens: int
+    num_loadable: int
+    blocks: list[ExplainedBlock]
+
+
+@dataclass(frozen=True)
+class AskedPrompt:
+    """What a prompt's keys are made of, and what else may be tried in its place. Salts and adapters
+    are None for none."""
+
+    manifest: Manifest
+    tokens: Sequence[int]
+    salt: str | None = None
+    adapter: bytes | None = None
+    other_salts: Sequence[str | None] = (None,)
+    other_adapters: Sequence[bytes | None] = (None,)
+
+
+@dataclass(frozen=True)
+class _Guess:
+    """Keys that the prompt would have had otherwise. `folders` are the namespace's."""
+
+    state: Whereabouts
+    why: str
+    folders: Sequence[NamespaceFolder]
+    keys: Sequence[Key]
+
+
+def explain(
+    backends: Sequence[str],
+    asked: AskedPrompt,
+    page_key: PageKey | None,
+    *,
+    on_progress: Callable[[int, int], None],
+) -> Explanation:
+    """Reads every page of the prompt that is there. `on_progress(done, total)` counts blocks.
+    Raises TierError where a backend can't be listed."""
+    folders = [folder for backend in backends for folder in namespace_folders(backend)]
+    name = fingerprint(asked.manifest)
+    key_id = page_key.id if page_key is not None else b""
+    own = [NamespaceFolder(backend, _name(name, key_id)) for backend in backends]
+    keys = _keys(asked.manifest, asked, asked.salt, asked.adapter)
+    guesses = list(_guesses(asked, folders, own))
+    checker = PageChecker(page_key)
+    blocks: list[ExplainedBlock] = []
+    for block, key in enumerate(keys):
+        state, where, why = _own_state(own, key, checker)
+        if state is Whereabouts.NOT_STORED:
+            state, where, why = _guessed(guesses, block)
+        blocks.append(_explained(asked, block, key, state, where, why))
+        on_progress(block + 1, len(keys))
+    is_known = any(folder in folders for folder in own)
+    return Explanation(
+        namespace=_name(name, key_id),
+        model=model_label(asked.manifest),
+        is_known=is_known,
+        differences=[] if is_known else nearest_differences(asked.manifest, folders),
+        num_tokens=len(asked.tokens),
+        num_loadable=sum(1 for _ in itertools.takewhile(_is_stored, blocks)),
+        blocks=blocks,
+    )
+
+
+def nearest_differences(mine: Manifest, folders: Sequence[NamespaceFolder]) -> list[str]:
+    """In what `mine` differs from the namespace of the store that is most like it: one line for
+    each field. Empty where there is none."""
+    manifests = [manifest for folder in folders if (manifest := read_manifest(folder)[0])]
+    found = [_differences(manifest, mine) for manifest in manifests]
+    return min(found, key=len, default=[])
+
+
+def _differences(there: Manifest, mine: Manifest) -> list[str]:
+    return differences(there, mine, there_label="the store", here_label="this engine")
+
+
+def _name(of: bytes, key_id: bytes) -> str:
+    return os.path.basename(paths.namespace_dir("", of, key_id))
+
+
+def _is_stored(block: ExplainedBlock) -> bool:
+    return block.state == Whereabouts.STORED.value
+
+
+def _explained(
+    asked: AskedPrompt, block: int, key: Key, state: Whereabouts, where: str, why: str
+) -> ExplainedBlock:
+    size = asked.manifest.block_tokens
+    return ExplainedBlock(
+        block=block,
+        first_token=block * size,
+        end_token=(block + 1) * size,
+        key=key.hex(),
+        state=state.value,
+        where=where,
+        why=why,
+    )
+
+
+def _keys(of: Manifest, asked: AskedPrompt, salt: str | None, adapter: bytes | None) -> list[Key]:
+    root = root_key(fingerprint(of), lora_digest=adapter, cache_salt=salt)
+    return block_keys(root, asked.tokens, block_tokens=of.block_tokens)
+
+
+def _own_state(
+    folders: Sequence[NamespaceFolder], key: Key, checker: PageChecker
+) -> tuple[Whereabouts, str, str]:
+    """Of the block under its own name."""
+    for folder in folders:
+        path = paths.block_path(folder.backend, folder.fingerprint, key, folder.key_id)
+        expected = ExpectedPage(key, folder.fingerprint, folder.key_id)
+        check = checker.check(path, expected)
+        if check.condition is Condition.WHOLE:
+            return Whereabouts.STORED, path, ""
+        if check.condition is Condition.UNREADABLE:
+            return Whereabouts.UNREADABLE, path, check.why
+        if check.condition is not Condition.GONE:
+            return Whereabouts.CORRUPT, path, check.why
+    for folder in folders:
+        aside = _in_quarantine(folder, key)
+        if aside:
+            return Whereabouts.CORRUPT, aside, "was found damaged and moved aside"
+    return Whereabouts.NOT_STORED, "", ""
+
+
+def _in_quarantine(folder: NamespaceFolder, key: Key) -> str:
+    directory = f"{folder.backend}/{paths.QUARANTINE}/{folder.fingerprint.hex()}"
+    try:
+        with os.scandir(directory) as entries:
+            return next((each.path for each in entries if each.name.startswith(key.hex())), "")
+    except OSError:
+        return ""
+
+
+def _guessed(guesses: Sequence[_Guess], block: int) -> tuple[Whereabouts, str, str]:
+    """The first guess that leads to a file."""
+    for guess in guesses:
+        for folder in guess.folders:
+            key = guess.keys[block]
+            path = paths.block_path(folder.backend, folder.fingerprint, key, folder.key_id)
+            if os.path.lexists(path):
+                return guess.state, path, guess.why
+    return Whereabouts.NOT_STORED, "", "never stored, or reclaimed"
+
+
+def _guesses(
+    asked: AskedPrompt, folders: Sequence[NamespaceFolder], own: Sequence[NamespaceFolder]
+) -> Iterator[_Guess]:
+    """What differs in one thing comes first."""
+    mine = asked.manifest
+    name = fingerprint(mine)
+    keys = _keys(mine, asked, asked.salt, asked.adapter)
+    for folder in folders:
+        if folder.fingerprint == name and folder not in own:
+            sealed = (
+                f"sealed by the page key {folder.key_id.hex()}" if folder.key_id else "unsealed"
+            )
+            yield _Guess(Whereabouts.OTHER_PAGE_KEY, f"it is there {sealed}", [folder], keys)
+    salts = [salt for salt in asked.other_salts if salt != asked.salt]
+    adapters = [each for each in asked.other_adapters if each != asked.adapter]
+    ours = [folder for folder in folders if folder.fingerprint == name]
+    for salt in salts:
+        why = f"stored with {_salt(salt)}, asked for with {_salt(asked.salt)}"
+        yield _Guess(Whereabouts.OTHER_SALT, why, ours, _keys(mine, asked, salt, asked.adapter))
+    for adapter in adapters:
+        why = f"stored with {_adapter(adapter)}, asked for with {_adapter(asked.adapter)}"
+        yield _Guess(Whereabouts.OTHER_ADAPTER, why, ours, _keys(mine, asked, asked.salt, adapter))
+    for folder in folders:
+        manifest, _ = read_manifest(folder)
+        if manifest is None or folder.fingerprint == name or _unlike(manifest, mine):
+            continue
+        why = "; ".join(_differences(manifest, mine))
+        only_dtype = {line.partition(":")[0] for line in _differences(manifest, mine)} <= _DTYPES
+        state = Whereabouts.OTHER_DTYPE if only_dtype else Whereabouts.OTHER_NAMESPACE
+        for salt, adapter in itertools.product((asked.salt, *salts), (asked.adapter, *adapters)):
+            yield _Guess(state, why, [folder], _keys(manifest, asked, salt, adapter))
+
+
+def _unlike(there: Manifest, mine: Manifest) -> bool:
+    """Whether their blocks can't be compared one by one."""
+    return there.block_tokens != mine.block_tokens
+
+
+def _salt(salt: str | None) -> str:
+    return "no salt" if salt is None else f"the salt {salt!r}"
+
+
+def _adapter(digest: bytes | None) -> str:
+    return "no adapter" if digest is None else f"the adapter {digest.hex()[:8]}"
