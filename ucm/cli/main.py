@@ -7,6 +7,8 @@ import sys
 
 import typer
 
+from ucm.cli.bench import bench
+from ucm.cli.doctor import doctor
 from ucm.cli.du import du
 from ucm.cli.explain import explain
 from ucm.cli.init import init
@@ -38,6 +40,8 @@ app.command("inspect", short_help="What one page is, and whether it is whole.")(
 app.command("verify", short_help="Check every byte of every page.")(verify)
 app.command("explain", short_help="Why a prompt hits or misses, block by block.")(explain)
 app.command("stat", short_help="Watch this machine's node cache, like top.")(stat)
+app.command("bench", short_help="What a mount gives, in pages per second.")(bench)
+app.command("doctor", short_help="Is a mount fit for a store, and what to change.")(doctor)
 
 if __name__ == "__main__":
     sys.exit(app())

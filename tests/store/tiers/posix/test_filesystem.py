@@ -25,7 +25,8 @@ def test_a_line_is_a_place_a_kind_and_a_device() -> None:
     """Blanks in names are octal; a line that is none is passed over."""
     mounts = parse(TABLE.splitlines())
     assert [mount.kind for mount in mounts] == ["ext4", "nfs4", "fuse.sshfs", "xfs", "btrfs"]
-    assert mounts[1] == Mount("/mnt/kv one", "nfs4", os.makedev(0, 40))
+    options = frozenset(("rw", "vers=4.2"))
+    assert mounts[1] == Mount("/mnt/kv one", "nfs4", os.makedev(0, 40), options)
 
 
 @pytest.mark.parametrize(

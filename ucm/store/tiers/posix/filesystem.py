@@ -21,11 +21,13 @@ _OCTAL = re.compile(r"\\([0-7]{3})")
 
 @dataclass(frozen=True)
 class Mount:
-    """One line of the mount table. `device` as in st_dev; `kind` is "nfs4", "fuse.sshfs", ..."""
+    """One line of the mount table. `device` as in st_dev; `kind` is "nfs4", "fuse.sshfs", ...;
+    `options` are those of the mount and of its filesystem."""
 
     point: str
     kind: str
     device: int
+    options: frozenset[str] = frozenset()
 
     @property
     def is_local(self) -> bool:
@@ -51,11 +53,12 @@ def parse(lines: Iterable[str]) -> list[Mount]:
     for line in lines:
         before, _, after = line.partition(" - ")
         fields, kinds = before.split(), after.split()
-        if len(fields) < 5 or not kinds:
+        if len(fields) < 6 or not kinds:
             continue
         major, _, minor = fields[2].partition(":")
         point = _OCTAL.sub(lambda found: chr(int(found[1], 8)), fields[4])
-        mounts.append(Mount(point, kinds[0], os.makedev(int(major), int(minor))))
+        options = frozenset(",".join((fields[5], *kinds[2:3])).split(","))
+        mounts.append(Mount(point, kinds[0], os.makedev(int(major), int(minor)), options))
     return mounts
 
 

@@ -1,0 +1,169 @@
+"""`ucm doctor` and `ucm bench`: what a mount can do, tried out and cleared away."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import msgspec
+import pytest
+import yaml
+
+from tests.cli.conftest import PROMPT
+from tests.cli.parts import ROOT, Store, keys_of, manifest, ucm
+from tests.faults.fuse import mount_fuse, needs_fuse
+from tests.faults.mounts import mount_again, mount_ramfs, mount_read_only, mount_tmpfs, own_mounts
+from ucm.store.inspect.examine import Diagnosis
+from ucm.store.inspect.speed import Measured
+from ucm.store.inspect.verdicts import Finding
+from ucm.store.tiers.posix.tier import PosixTier
+
+pytestmark = pytest.mark.process
+
+A = manifest("a")
+
+
+def findings(*args: object, status: int = 0) -> dict[str, Finding]:
+    done = ucm("doctor", *args, "--json")
+    assert done.returncode == status, done.stdout + done.stderr
+    diagnosis = msgspec.json.decode(done.stdout, type=Diagnosis)
+    (examined,) = diagnosis.backends
+    return {finding.check: finding for finding in examined.findings}
+
+
+def test_a_store_is_tried_out_and_left_as_it_was(filled: Store) -> None:
+    before = filled.names()
+    found = findings(filled.path)
+
+    assert {"mount", "id", "rights", "space", "clock", "calls", "latency", "write", "read"} <= set(
+        found
+    )
+    assert found["mount"].verdict == "warning"  # a disk of this machine's own
+    assert "tokens/s" in found["read"].found
+    assert filled.names() == before
+    shown = ucm("doctor", filled.path)
+    assert shown.stdout.splitlines()[-1].startswith("Fit for a store")
+    assert "namespace" in shown.stdout and " a\n" in shown.stdout
+
+
+def test_a_settings_file_says_what_is_wished_for(store: Store, tmp_path: Path) -> None:
+    store.put(A, keys_of(A, PROMPT))
+    config = tmp_path / "ucm.yaml"
+    of_store = {"storage_backends": str(store.path), "min_free_gb": 1_000_000}
+    connector = {"ucm_connector_name": "UcmPipelineStore", "ucm_connector_config": of_store}
+    config.write_text(yaml.safe_dump({"ucm_connectors": [connector]}))
+
+    found = findings(config, status=3)
+    assert found["space"].verdict == "wrong" and "min_free_gb" in found["space"].fix
+
+
+def test_storage_that_is_not_there_is_wrong_and_the_line_says_what_to_do(tmp_path: Path) -> None:
+    config = tmp_path / "ucm.yaml"
+    of_store = {"storage_backends": str(tmp_path / "nowhere")}
+    connector = {"ucm_connector_name": "UcmPipelineStore", "ucm_connector_config": of_store}
+    config.write_text(yaml.safe_dump({"ucm_connectors": [connector]}))
+
+    found = findings(config, status=3)
+    assert "ucm init" in found["storage"].fix
+
+
+@own_mounts
+def test_a_read_only_mount_is_looked_at_and_not_written_to(filled: Store, tmp_path: Path) -> None:
+    mount_read_only(filled.path, tmp_path / "mnt")
+
+    found = findings(tmp_path / "mnt")
+    assert found["rights"].verdict == "warning" and "may not write" in found["rights"].fix
+    assert "write" not in found
+
+
+@own_mounts
+def test_too_few_inodes_no_direct_io_and_memory_are_told(tmp_path: Path) -> None:
+    mount_tmpfs(tmp_path / "small", size_bytes=1 << 28, max_inodes=500)
+    found = findings(tmp_path / "small", "--page-kib", 64)
+    assert found["inodes"].verdict == "warning"
+    assert "goes with this machine" in found["mount"].fix
+    assert found["id"].verdict == "warning"
+
+    mount_ramfs(tmp_path / "ram")
+    done = ucm("doctor", tmp_path / "ram", "--page-kib", 64)
+    assert "O_DIRECT: " in done.stdout and "io_direct has no effect here" in done.stdout
+
+
+@own_mounts
+def test_a_peers_mount_of_the_same_directory_sees_all_of_it(filled: Store, tmp_path: Path) -> None:
+    mount_again(filled.path, tmp_path / "peer")
+
+    found = findings(filled.path, "--peer-mount", tmp_path / "peer")
+    for check in ("peer id", "new file", "after a miss", "asked again", "one-tick race"):
+        assert found[check].verdict == "fine", found[check]
+
+
+@needs_fuse
+def test_a_peer_that_remembers_absences_is_told_and_ucm_asks_past_that(
+    filled: Store, tmp_path: Path
+) -> None:
+    with mount_fuse(filled.path, tmp_path / "peer", negative_timeout_s=30.0) as peer:
+        found = findings(filled.path, "--peer-mount", peer.path)
+    assert found["after a miss"].verdict == "warning"
+    assert "not within 1 s" in found["after a miss"].found
+    assert found["asked again"].verdict == "fine"
+
+
+def test_a_peer_of_another_store_is_wrong(filled: Store, tmp_path: Path) -> None:
+    other = Store(tmp_path / "other")
+    other.put(A, keys_of(A, PROMPT))
+
+    found = findings(filled.path, "--peer-mount", other.path, status=3)
+    assert found["peer id"].verdict == "wrong"
+
+
+def test_damaged_files_and_what_a_killed_tool_has_left_are_told(filled: Store) -> None:
+    (filled.path / "ucm-probe-old").mkdir()
+    aside = filled.path / "quarantine" / "ab"
+    aside.mkdir(parents=True)
+    (aside / "one").write_text("bad")
+
+    found = findings(filled.path)
+    assert "ucm-probe-old" in found["leftovers"].found
+    assert found["quarantine"].verdict == "warning"
+
+
+def test_bench_measures_each_way_and_clears_up(tmp_path: Path) -> None:
+    done = ucm("bench", tmp_path, "--mib", 8, "--page-kib", 64, "--seconds", 0.2, "--json")
+
+    (measured,) = msgspec.json.decode(done.stdout, type=list[Measured])
+    assert len(measured.speeds) == 12
+    assert {speed.num_threads for speed in measured.speeds} == {1, 4, 16}
+    assert all(speed.problem or speed.pages_per_s > 0 for speed in measured.speeds)
+    assert measured.dd_write is None or measured.dd_write > 0
+    assert (measured.dd_write is None) == (shutil.which("dd") is None)
+    assert os.listdir(tmp_path) == []
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_bench_that_is_stopped_leaves_nothing(tmp_path: Path, number: signal.Signals) -> None:
+    command = [sys.executable, "-m", "ucm.cli.main", "bench", str(tmp_path), "--seconds", "60"]
+    with subprocess.Popen(
+        [*command, "--mib", "4096"], cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE
+    ) as process:
+        deadline_s = time.monotonic() + 20
+        while not any(tmp_path.glob("*/*")):
+            assert time.monotonic() < deadline_s
+            time.sleep(0.01)
+        process.send_signal(number)
+        process.communicate(timeout=60)
+    assert process.returncode != 0
+    assert os.listdir(tmp_path) == []
+
+
+def test_a_page_key_lets_anybody_write(store: Store) -> None:
+    """Rights are about forging pages, which a seal rules out."""
+    store.put(A, keys_of(A, PROMPT), tier=PosixTier([str(store.path)]))
+    os.chmod(store.path, 0o777)
+
+    assert "page_key_file" in findings(store.path)["rights"].fix

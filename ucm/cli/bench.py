@@ -1,0 +1,80 @@
+"""`ucm bench`: what a mount gives, in pages per second."""
+
+from __future__ import annotations
+
+import signal
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from ucm.cli.ending import one_line_for_errors
+from ucm.cli.printing import AsJson, print_json, print_table, progress, size
+
+if TYPE_CHECKING:
+    from ucm.store.inspect.speed import Measured, Speed
+
+
+def bench(
+    place: Annotated[
+        str, typer.Argument(metavar="DIR", help="a directory, or a settings file for its backends")
+    ],
+    page_kib: Annotated[
+        int,
+        typer.Option("--page-kib", min=4, max=1 << 20, help="the size of a page (`ucm ls` -n)"),
+    ] = 4096,
+    total_mib: Annotated[
+        int, typer.Option("--mib", min=8, max=1 << 20, help="how much to write each time")
+    ] = 256,
+    seconds: Annotated[
+        float, typer.Option("--seconds", min=0.1, max=600, help="at most so long each time")
+    ] = 5.0,
+    as_json: AsJson = False,
+) -> None:
+    """Measure pages per second with 1, 4 and 16 threads, and with and without O_DIRECT.
+
+    Writes files of the store's own kind into a folder of its own, which it removes. `dd` beside it
+    is one thread without checksums.
+    """
+    from ucm.store.inspect.given import given_place
+    from ucm.store.inspect.speed import ProbeLoad, measure_all
+
+    load = ProbeLoad(page_kib << 10, total_mib << 20, seconds)
+    # So that its folder goes, however it is ended.
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
+    with one_line_for_errors("ucm bench"), progress("measuring") as on_progress:
+        found = [
+            measure_all(directory, load, on_progress=on_progress)
+            for directory in given_place(place).backends
+        ]
+    if as_json:
+        print_json(found)
+        return
+    for measured in found:
+        _print(measured)
+
+
+def _print(found: Measured) -> None:
+    typer.echo(f"{found.directory}, pages of {size(found.page_bytes)}:")
+    rows = [_row(speed) for speed in found.speeds]
+    for op, rate in (("write", found.dd_write), ("read", found.dd_read)):
+        if rate is not None:
+            pages = f"{rate / found.page_bytes:,.0f}"
+            rows.append((op, "dd", "1", pages, f"{size(rate)}/s"))
+    print_table(
+        ("op", "how", "threads", "pages/s", "bytes"), rows, right=("threads", "pages/s", "bytes")
+    )
+    reads = [speed for speed in found.speeds if speed.op == "read" and not speed.problem]
+    best = max(reads, key=lambda speed: speed.pages_per_s, default=None)
+    if best is not None:
+        direct = "true" if best.is_direct else "false"
+        typer.echo(
+            f"Reads are fastest with io_direct: {direct} and posix_read_threads: "
+            f"{best.num_threads}, {best.pages_per_s:,.0f} pages/s."
+        )
+
+
+def _row(speed: Speed) -> tuple[str, str, str, str, str]:
+    how = "direct" if speed.is_direct else "buffered"
+    pages = speed.problem or f"{speed.pages_per_s:,.0f}"
+    rate = "" if speed.problem else f"{size(speed.bytes_per_s)}/s"
+    return speed.op, how, str(speed.num_threads), pages, rate

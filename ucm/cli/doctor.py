@@ -1,0 +1,125 @@
+"""`ucm doctor`: is this mount fit for a store, and what should be changed?"""
+
+from __future__ import annotations
+
+import os
+import signal
+import sys
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from ucm.cli.ending import one_line_for_errors
+from ucm.cli.printing import STATUS_WRONG, AsJson, count, print_json
+
+if TYPE_CHECKING:
+    from ucm.store.inspect.examine import Examined
+    from ucm.store.inspect.given import GivenStore
+    from ucm.store.inspect.verdicts import Finding
+
+_MARKS = {"fine": " ", "note": "i", "warning": "!", "wrong": "X"}
+
+
+def doctor(
+    store: Annotated[
+        str,
+        typer.Argument(metavar="CONFIG|DIR", help="a settings file, or a directory for a store"),
+    ],
+    peer_mounts: Annotated[
+        list[str] | None,
+        typer.Option("--peer-mount", help="the same directory by a second mount, as a peer has it"),
+    ] = None,
+    model: Annotated[
+        str, typer.Option("--model", help="has the store pages of it? Starts vLLM")
+    ] = "",
+    page_kib: Annotated[
+        int, typer.Option("--page-kib", min=0, help="page size, if not the store's largest")
+    ] = 0,
+    prefill: Annotated[
+        float, typer.Option("--prefill-tokens-per-s", min=0, help="what the engine computes")
+    ] = 0.0,
+    slow: Annotated[
+        bool, typer.Option("--slow", help="measure longer, and wait for what mounts remember")
+    ] = False,
+    vllm_args: Annotated[
+        list[str] | None,
+        typer.Argument(metavar="[-- FLAGS]", help="the engine's flags, with --model"),
+    ] = None,
+    as_json: AsJson = False,
+) -> None:
+    """Try out what a store needs of its storage, and say what to change.
+
+    Works in a folder of its own in each storage backend, and removes it. Ends with 3 if something
+    is wrong.
+    """
+    from ucm.store.inspect.examine import Diagnosis, Examination
+    from ucm.store.inspect.given import given_place
+
+    # So that its folder goes, however it is ended.
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
+    with one_line_for_errors("ucm doctor"):
+        given = given_place(store)
+        peers = [*map(os.path.abspath, peer_mounts or [])]
+        examination = Examination(
+            given, is_slow=slow, page_bytes=page_kib << 10, prefill_tokens_per_s=prefill
+        )
+        found = [
+            examination.of(backend, peers[number] if number < len(peers) else "")
+            for number, backend in enumerate(given.backends)
+        ]
+        of_model = _of_model(given, store, model, vllm_args or []) if model else []
+    findings = [finding for each in found for finding in each.findings] + of_model
+    if as_json:
+        print_json(Diagnosis(backends=found, model=of_model))
+    else:
+        _print(found, of_model)
+        typer.echo(_sentence(findings))
+    is_wrong = any(finding.verdict == "wrong" for finding in findings)
+    sys.stdout.flush()
+    if is_wrong:
+        raise typer.Exit(STATUS_WRONG)
+
+
+def _of_model(given: GivenStore, store: str, model: str, vllm_args: list[str]) -> list[Finding]:
+    from ucm.store.blocks.namespace import from_json
+    from ucm.store.inspect.engine_identity import EngineQuestion, ask_vllm
+    from ucm.store.inspect.examine import examine_model
+
+    identity = ask_vllm(
+        EngineQuestion(
+            model=model,
+            vllm_args=vllm_args,
+            config_file=store if given.settings is not None else "",
+            prompt_file="",
+            adapters=[],
+        )
+    )
+    return examine_model(given, model, from_json(identity.manifest_json.encode()))
+
+
+def _print(found: list[Examined], of_model: list[Finding]) -> None:
+    for examined in found:
+        typer.echo(f"{examined.backend}:")
+        for finding in examined.findings:
+            _print_finding(finding)
+        if examined.facts is not None:
+            for name, label in examined.facts.namespaces.items():
+                typer.echo(f"    {'namespace':<13} {name[:12]}  {label}")
+    for finding in of_model:
+        _print_finding(finding)
+
+
+def _print_finding(finding: Finding) -> None:
+    typer.echo(f"  {_MARKS[finding.verdict]} {finding.check:<13} {finding.found}")
+    if finding.fix:
+        typer.echo(f"  {'':<15} -> {finding.fix}")
+
+
+def _sentence(findings: list[Finding]) -> str:
+    wrong = sum(finding.verdict == "wrong" for finding in findings)
+    warnings = sum(finding.verdict == "warning" for finding in findings)
+    if wrong:
+        return f"Not fit for a store: {count(wrong, 'thing is', 'things are')} wrong (X)."
+    if warnings:
+        return f"Fit for a store, with {count(warnings, 'warning')} (!)."
+    return "Fit for a store."
