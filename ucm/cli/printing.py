@@ -45,7 +45,11 @@ def print_table(
     for row in rows:
         table.add_row(*(f"{cell:,}" if isinstance(cell, int) else str(cell) for cell in row))
     width = max(_console(_MAX_WIDTH).measure(table).maximum, _console(None).width)
-    _console(width).print(table)
+    console = _console(width)
+    with console.capture() as shown:
+        console.print(table)
+    for line in shown.get().splitlines():
+        sys.stdout.write(line.rstrip() + "\n")
 
 
 def _console(width: int | None) -> Console:

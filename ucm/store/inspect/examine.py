@@ -30,6 +30,7 @@ from ucm.store.tiers.posix import paths
 _T = TypeVar("_T")
 _DEFAULT_PAGE_BYTES: Final = 4 << 20
 _QUICK_BYTES: Final = 32 << 20
+_QUICK_FILES: Final = 32
 _SLOW_BYTES: Final = 1 << 30
 # Of quick ones, an absence that is remembered is seen to be, and no more.
 _QUICK_S: Final = 1.0
@@ -68,7 +69,8 @@ class Examination:
         load = ProbeLoad(
             self.page_bytes or self._page_bytes(backend),
             _SLOW_BYTES if self.is_slow else _QUICK_BYTES,
-            5.0 if self.is_slow else 0.15,
+            5.0 if self.is_slow else 0.1,
+            max_files=1 << 20 if self.is_slow else _QUICK_FILES,
         )
         facts = peer_facts = None
         wishes = self._wishes()

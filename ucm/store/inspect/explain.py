@@ -229,20 +229,27 @@ def _guesses(
     for adapter in adapters:
         why = f"stored with {_adapter(adapter)}, asked for with {_adapter(asked.adapter)}"
         yield _Guess(Whereabouts.OTHER_ADAPTER, why, ours, _keys(mine, asked, asked.salt, adapter))
-    for folder in folders:
-        manifest, _ = read_manifest(folder)
-        if manifest is None or folder.fingerprint == name or _unlike(manifest, mine):
-            continue
-        why = "; ".join(_differences(manifest, mine))
-        only_dtype = {line.partition(":")[0] for line in _differences(manifest, mine)} <= _DTYPES
+    for folder, manifest in _others(mine, folders):
+        lines = _differences(manifest, mine)
+        only_dtype = {line.partition(":")[0] for line in lines} <= _DTYPES
         state = Whereabouts.OTHER_DTYPE if only_dtype else Whereabouts.OTHER_NAMESPACE
         for salt, adapter in itertools.product((asked.salt, *salts), (asked.adapter, *adapters)):
-            yield _Guess(state, why, [folder], _keys(manifest, asked, salt, adapter))
+            keys = _keys(manifest, asked, salt, adapter)
+            yield _Guess(state, "; ".join(lines), [folder], keys)
 
 
-def _unlike(there: Manifest, mine: Manifest) -> bool:
-    """Whether their blocks can't be compared one by one."""
-    return there.block_tokens != mine.block_tokens
+def _others(
+    mine: Manifest, folders: Sequence[NamespaceFolder]
+) -> list[tuple[NamespaceFolder, Manifest]]:
+    """Namespaces whose blocks can be compared with ours one by one, those most like it first."""
+    found = [
+        (folder, manifest)
+        for folder in folders
+        if folder.fingerprint != fingerprint(mine)
+        and (manifest := read_manifest(folder)[0]) is not None
+        and manifest.block_tokens == mine.block_tokens
+    ]
+    return sorted(found, key=lambda each: len(_differences(each[1], mine)))
 
 
 def _salt(salt: str | None) -> str:

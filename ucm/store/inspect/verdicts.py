@@ -181,8 +181,8 @@ def _calls(facts: BackendFacts, wishes: Wishes) -> Iterator[Finding]:
         yield Finding(check="calls", verdict=verdict, found=f"{name}: {why}", fix=fix)
     hit_s = _PROMPT_BLOCKS * calls.stat_hit_ms / 1000
     found = (
-        f"stat {calls.stat_hit_ms:.2f} ms, of a missing name {calls.stat_miss_ms:.2f}, mkdir "
-        f"{calls.mkdir_ms:.2f}, create and rename {calls.create_rename_ms:.2f}; a lookup of "
+        f"stat {calls.stat_hit_ms:.3f} ms, of a missing name {calls.stat_miss_ms:.3f}, mkdir "
+        f"{calls.mkdir_ms:.3f}, create and rename {calls.create_rename_ms:.3f}; a lookup of "
         f"{_PROMPT_BLOCKS} blocks {1000 * hit_s:.0f} ms"
     )
     is_slow = hit_s > wishes.lookup_timeout_s
