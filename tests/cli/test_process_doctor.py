@@ -146,10 +146,13 @@ def test_bench_measures_each_way_and_clears_up(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
-def test_bench_that_is_stopped_leaves_nothing(tmp_path: Path, number: signal.Signals) -> None:
-    command = [sys.executable, "-m", "ucm.cli.main", "bench", str(tmp_path), "--seconds", "60"]
+@pytest.mark.parametrize("args", [("bench", "--seconds", "60"), ("doctor", "--slow")])
+def test_what_is_stopped_leaves_nothing(
+    tmp_path: Path, args: tuple[str, ...], number: signal.Signals
+) -> None:
+    command = [sys.executable, "-m", "ucm.cli.main", *args, str(tmp_path)]
     with subprocess.Popen(
-        [*command, "--mib", "4096"], cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE
+        command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE
     ) as process:
         deadline_s = time.monotonic() + 20
         while not any(tmp_path.glob("*/*")):

@@ -5,6 +5,8 @@ from __future__ import annotations
 import threading
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
+from threading import Event
 from typing import Final, TypeVar
 
 import msgspec
@@ -36,6 +38,7 @@ _SLOW_BYTES: Final = 1 << 30
 _QUICK_S: Final = 1.0
 _SLOW_S: Final = 70.0
 _GIVEN_UP_S: Final = 20.0
+_CLEAR_UP_S: Final = 10.0
 _DEFAULTS: Final = Settings(store=StoreSettings(socket_path=""))
 
 
@@ -76,14 +79,13 @@ class Examination:
         wishes = self._wishes()
         try:
             within_s = _GIVEN_UP_S + (_SLOW_S if self.is_slow else 0)
-            facts = _within(within_s, lambda: look_at_backend(backend, load, NUM_THREADS))
+            look = partial(look_at_backend, backend, load, NUM_THREADS)
+            facts = _within(within_s, look, load.stop)
             findings = backend_findings(facts, wishes)
             if peer:
                 limit_s = _SLOW_S if self.is_slow else _QUICK_S
-                peer_facts = _within(
-                    5 * limit_s + _GIVEN_UP_S,
-                    lambda: look_from_peer(backend, peer, limit_s=limit_s),
-                )
+                look_again = partial(look_from_peer, backend, peer, limit_s=limit_s, stop=load.stop)
+                peer_facts = _within(5 * limit_s + _GIVEN_UP_S, look_again, load.stop)
                 findings += peer_findings(peer_facts, facts.id, wishes)
         except (UcmError, OSError) as error:
             findings = [_unusable(backend, error)]
@@ -91,7 +93,7 @@ class Examination:
 
     def _page_bytes(self, backend: str) -> int:
         try:
-            found = _within(_GIVEN_UP_S, lambda: largest_page_bytes((backend,)))
+            found = _within(_GIVEN_UP_S, lambda: largest_page_bytes((backend,)), Event())
         except (UcmError, OSError):
             found = 0
         return found or _DEFAULT_PAGE_BYTES
@@ -133,22 +135,31 @@ def _unusable(backend: str, error: UcmError | OSError) -> Finding:
     return Finding(check="storage", verdict="wrong", found=found, fix=fix)
 
 
-def _within(seconds: float, act: Callable[[], _T]) -> _T:
-    """Raises TimeoutError if storage hangs; the thread that hangs in it is left behind."""
-    done: list[_T] = []
+def _within(seconds: float, act: Callable[[], _T], stop: Event) -> _T:
+    """Raises TimeoutError if storage hangs; the thread that hangs in it is left behind. What is
+    interrupted is stopped, and has a moment to clear up."""
+    values: list[_T] = []
     raised: list[UcmError | OSError] = []
+    # Not the thread's own end: a join that was interrupted takes it for ended (Python 3.11).
+    has_ended = Event()
 
     def run() -> None:
         try:
-            done.append(act())
+            values.append(act())
         except (UcmError, OSError) as error:
             raised.append(error)
+        finally:
+            has_ended.set()
 
-    thread = threading.Thread(target=run, daemon=True)
-    thread.start()
-    thread.join(seconds)
+    threading.Thread(target=run, daemon=True).start()
+    try:
+        has_ended.wait(seconds)
+    except KeyboardInterrupt:
+        stop.set()
+        has_ended.wait(_CLEAR_UP_S)
+        raise
     if raised:
         raise raised[0]
-    if not done:
+    if not values:
         raise TimeoutError(0, f"storage has not answered for {seconds:.0f} s: it hangs")
-    return done[0]
+    return values[0]

@@ -18,7 +18,8 @@ import tempfile
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
+from threading import Event
 from typing import Final
 
 import msgspec
@@ -61,12 +62,13 @@ class Measured(msgspec.Struct, frozen=True, kw_only=True):
 @dataclass(frozen=True)
 class ProbeLoad:
     """How much is measured: so many bytes in files of pages, or what gets done in `seconds`, each
-    time."""
+    time. Whoever sets `stop` ends it at once."""
 
     page_bytes: int
     max_bytes: int
     seconds: float
     max_files: int = 1 << 20
+    stop: Event = field(default_factory=Event)
 
     @property
     def num_files(self) -> int:
@@ -146,7 +148,8 @@ class SpeedTest:
     def read(self, num_threads: int, *, is_direct: bool = False) -> Speed:
         """Each file once, verified, as far as storage has to be asked."""
         for path in self._written:
-            _forget(path)
+            if not self._load.stop.is_set():
+                _forget(path)
         left = list(self._written)
 
         def read_one(buffer: _Buffer) -> None:
@@ -166,9 +169,13 @@ class SpeedTest:
         deadline_s = started_s + self._load.seconds
 
         def work(buffer: _Buffer) -> tuple[int, str]:
-            num_done = 0
+            num_done, stop = 0, self._load.stop
             try:
-                while time.monotonic() < deadline_s and next(turns, None) is not None:
+                while (
+                    not stop.is_set()
+                    and time.monotonic() < deadline_s
+                    and next(turns, None) is not None
+                ):
                     act(buffer)
                     num_done += 1
             except (OSError, TierError) as error:
@@ -176,7 +183,11 @@ class SpeedTest:
             return num_done, ""
 
         with ThreadPoolExecutor(num_threads) as threads:
-            ends = list(threads.map(work, self._buffers[:num_threads]))
+            try:
+                ends = list(threads.map(work, self._buffers[:num_threads]))
+            except KeyboardInterrupt:
+                self._load.stop.set()
+                raise
         num_done = sum(number for number, _ in ends)
         per_s = num_done / max(1e-6, time.monotonic() - started_s)
         return Speed(
