@@ -21,6 +21,8 @@ from ucm.cli.printing import (
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
+    from ucm.store.blocks.keys import Key
+    from ucm.store.inspect.engine_identity import EngineIdentity
     from ucm.store.inspect.explain import AskedPrompt, ExplainedBlock, Explanation
     from ucm.store.inspect.given import GivenStore
 
@@ -61,21 +63,30 @@ def explain(
     Needs vLLM, for the tokens and for what an engine with these flags would store. Ends with 3 if a
     block is damaged or can't be read.
     """
+    from ucm.store.inspect.engine_identity import EngineQuestion, ask_vllm
     from ucm.store.inspect.explain import explain as explained
     from ucm.store.inspect.given import given_store
 
     with one_line_for_errors("ucm explain"):
         given = given_store(store)
-        asked = _asked(
-            given,
-            store,
-            (model, prompt_file, vllm_args or []),
-            (salt, other_salts or []),
-            [*([adapter] if adapter is not None else []), *(other_adapters or [])],
-            has_adapter=adapter is not None,
+        identity = ask_vllm(
+            EngineQuestion(
+                model=model,
+                vllm_args=vllm_args or [],
+                config_file=store if given.settings is not None else "",
+                prompt_file=prompt_file,
+                adapters=[*([adapter] if adapter is not None else []), *(other_adapters or [])],
+            )
         )
+        asked = _asked(identity, salt, other_salts or [], has_adapter=adapter is not None)
         with progress("reading") as on_progress:
-            found = explained(given.backends, asked, given.page_key(), on_progress=on_progress)
+            found = explained(
+                given.backends,
+                asked,
+                given.page_key(),
+                in_memory=_in_memory(given, identity, asked),
+                on_progress=on_progress,
+            )
     if as_json:
         print_json(found)
     else:
@@ -85,38 +96,31 @@ def explain(
 
 
 def _asked(
-    given: GivenStore,
-    store: str,
-    engine: tuple[str, str, list[str]],
-    salts: tuple[str | None, list[str]],
-    adapters: list[str],
-    *,
-    has_adapter: bool,
+    identity: EngineIdentity, salt: str | None, other_salts: list[str], *, has_adapter: bool
 ) -> AskedPrompt:
-    """The first of `adapters` is the request's, if it has one."""
+    """The first adapter is the request's, if it has one."""
     from ucm.store.blocks.namespace import from_json
-    from ucm.store.inspect.engine_identity import EngineQuestion, ask_vllm
     from ucm.store.inspect.explain import AskedPrompt
 
-    model, prompt_file, vllm_args = engine
-    identity = ask_vllm(
-        EngineQuestion(
-            model=model,
-            vllm_args=vllm_args,
-            config_file=store if given.settings is not None else "",
-            prompt_file=prompt_file,
-            adapters=adapters,
-        )
-    )
     digests = [bytes.fromhex(digest) for digest in identity.adapters]
     return AskedPrompt(
         manifest=from_json(identity.manifest_json.encode()),
         tokens=identity.tokens,
-        salt=salts[0],
+        salt=salt,
         adapter=digests[0] if has_adapter else None,
-        other_salts=[None, *salts[1]],
+        other_salts=[None, *other_salts],
         other_adapters=[None, *digests],
     )
+
+
+def _in_memory(given: GivenStore, identity: EngineIdentity, asked: AskedPrompt) -> frozenset[Key]:
+    """What the node cache of a settings file has; none where it doesn't know the namespace."""
+    from ucm.store.inspect.node_memory import keys_in_memory
+
+    if given.settings is None:
+        return frozenset()
+    store, manifest = given.settings.store, asked.manifest
+    return keys_in_memory(store, manifest, asked.keys(), page_bytes=identity.page_bytes)
 
 
 def _print(found: Explanation) -> None:

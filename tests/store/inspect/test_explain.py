@@ -23,11 +23,12 @@ ADAPTER = b"\x01" * 32
 
 
 def explained(store: Store, mine: Manifest = MINE, **asked: Any) -> Explanation:
-    page_key = asked.pop("page_key", None)
+    page_key, in_memory = asked.pop("page_key", None), asked.pop("in_memory", ())
     return explain(
         [str(store.path)],
         AskedPrompt(manifest=mine, tokens=PROMPT, **asked),
         page_key,
+        in_memory=in_memory,
         on_progress=lambda done, total: None,
     )
 
@@ -141,6 +142,17 @@ def test_what_nobody_has_stored_is_not_stored(store: Store) -> None:
     found = explained(store)
     assert only(found) == ("not_stored", "never stored, or reclaimed")
     assert len(found.blocks) == NUM_BLOCKS and found.is_known
+
+
+def test_what_only_a_node_cache_has_can_be_loaded_here(store: Store) -> None:
+    keys = keys_of(MINE, PROMPT)
+    store.put(MINE, keys[:2])
+
+    found = explained(store, in_memory=keys[1:4])
+    assert [block.state for block in found.blocks] == (
+        ["stored"] * 2 + ["in_memory"] * 2 + ["not_stored"] * 2
+    )
+    assert found.num_loadable == 4
 
 
 def test_a_prompt_that_fills_no_block_has_nothing_to_explain(store: Store) -> None:

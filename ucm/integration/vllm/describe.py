@@ -46,6 +46,7 @@ def describe(question: EngineQuestion) -> EngineIdentity:
     made = manifest(vllm_config, facts, settings, epoch=start_epoch(settings))
     return EngineIdentity(
         manifest_json=to_json(made).decode(),
+        page_bytes=facts.geometry.page_bytes,
         tokens=_tokens(vllm_config.model_config, question.prompt_file),
         adapters=[_adapter(path, facts.adapter_rules) for path in question.adapters],
     )

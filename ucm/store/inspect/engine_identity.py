@@ -37,6 +37,7 @@ class EngineIdentity(msgspec.Struct, frozen=True, kw_only=True):
     in hex. `problem`, where there is one, is all there is."""
 
     manifest_json: str = ""
+    page_bytes: int = 0
     tokens: list[int] = []
     adapters: list[str] = []
     problem: str = ""

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import itertools
 import os
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import dataclass
 from enum import Enum
 
@@ -30,6 +30,8 @@ class Whereabouts(str, Enum):
     """Of one block of the prompt."""
 
     STORED = "stored"
+    # In the memory of this machine's node cache, and not in storage (yet).
+    IN_MEMORY = "in_memory"
     # There, and not whole: a reader would move it aside; or it lies in quarantine already.
     CORRUPT = "corrupt"
     UNREADABLE = "unreadable"
@@ -56,8 +58,8 @@ class ExplainedBlock(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class Explanation(msgspec.Struct, frozen=True, kw_only=True):
-    """`num_loadable` leading blocks can be loaded. `is_known`: whether the store has the namespace
-    at all; if not, `differences` are those to the nearest one."""
+    """`num_loadable` leading blocks can be loaded here. `is_known`: whether the store has the
+    namespace at all; if not, `differences` are those to the nearest one."""
 
     namespace: str
     model: str
@@ -80,6 +82,10 @@ class AskedPrompt:
     other_salts: Sequence[str | None] = (None,)
     other_adapters: Sequence[bytes | None] = (None,)
 
+    def keys(self) -> list[Key]:
+        """Of the prompt's full blocks, under their own names."""
+        return _keys(self.manifest, self, self.salt, self.adapter)
+
 
 @dataclass(frozen=True)
 class _Guess:
@@ -96,21 +102,24 @@ def explain(
     asked: AskedPrompt,
     page_key: PageKey | None,
     *,
+    in_memory: Collection[Key] = (),
     on_progress: Callable[[int, int], None],
 ) -> Explanation:
-    """Reads every page of the prompt that is there. `on_progress(done, total)` counts blocks.
-    Raises TierError where a backend can't be listed."""
+    """Reads every page of the prompt that is there. `in_memory` are blocks that a node cache has.
+    `on_progress(done, total)` counts blocks. Raises TierError where a backend can't be listed."""
     folders = [folder for backend in backends for folder in namespace_folders(backend)]
     name = fingerprint(asked.manifest)
     key_id = page_key.id if page_key is not None else b""
     own = [NamespaceFolder(backend, _name(name, key_id)) for backend in backends]
-    keys = _keys(asked.manifest, asked, asked.salt, asked.adapter)
+    keys = asked.keys()
     guesses = list(_guesses(asked, folders, own))
     checker = PageChecker(page_key)
     blocks: list[ExplainedBlock] = []
     for block, key in enumerate(keys):
         state, where, why = _own_state(own, key, checker)
-        if state is Whereabouts.NOT_STORED:
+        if state is Whereabouts.NOT_STORED and key in in_memory:
+            state, why = Whereabouts.IN_MEMORY, "only in this machine's node cache"
+        elif state is Whereabouts.NOT_STORED:
             state, where, why = _guessed(guesses, block)
         blocks.append(_explained(asked, block, key, state, where, why))
         on_progress(block + 1, len(keys))
@@ -121,7 +130,7 @@ def explain(
         is_known=is_known,
         differences=[] if is_known else nearest_differences(asked.manifest, folders),
         num_tokens=len(asked.tokens),
-        num_loadable=sum(1 for _ in itertools.takewhile(_is_stored, blocks)),
+        num_loadable=sum(1 for _ in itertools.takewhile(_can_be_loaded, blocks)),
         blocks=blocks,
     )
 
@@ -142,8 +151,8 @@ def _name(of: bytes, key_id: bytes) -> str:
     return os.path.basename(paths.namespace_dir("", of, key_id))
 
 
-def _is_stored(block: ExplainedBlock) -> bool:
-    return block.state == Whereabouts.STORED.value
+def _can_be_loaded(block: ExplainedBlock) -> bool:
+    return block.state in (Whereabouts.STORED.value, Whereabouts.IN_MEMORY.value)
 
 
 def _explained(

@@ -1,0 +1,79 @@
+"""Which blocks this machine's node cache has in memory, asked as a client that only asks."""
+
+from __future__ import annotations
+
+import os
+import time
+import uuid
+from collections.abc import Sequence
+from typing import Final, TypeVar
+
+from ucm.config.settings import StoreSettings
+from ucm.errors import NodeUnavailable
+from ucm.store.blocks.keys import Key
+from ucm.store.blocks.namespace import Manifest, fingerprint, to_json
+from ucm.store.blocks.page_key import load_page_key
+from ucm.store.client.connection import NodeClient
+from ucm.store.node import protocol as p
+from ucm.store.node.trusted_users import trust_of
+from ucm.store.tiers.posix import paths
+
+_ANSWER_S: Final = 10.0
+_MAX_KEYS: Final = 1 << 14
+_Answer = TypeVar("_Answer", p.NamespaceOpened, p.Found)
+
+
+def keys_in_memory(
+    settings: StoreSettings, manifest: Manifest, keys: Sequence[Key], *, page_bytes: int
+) -> frozenset[Key]:
+    """Of `keys`, those that are in the memory of the node cache of these settings; none where there
+    is no node cache, or where a backend has nothing of the namespace: a node cache would write a
+    manifest. Raises ConfigError, ProtocolError, or NodeUnavailable
+    where it doesn't answer."""
+    name = fingerprint(manifest)
+    page_key = load_page_key(settings.page_key_file) if settings.page_key_file else None
+    key_id = page_key.id if page_key is not None else b""
+    homes = [paths.manifest_path(each, name, key_id) for each in settings.storage_backends]
+    if not all(map(os.path.exists, homes)):
+        return frozenset()
+    namespace = p.OpenNamespace(
+        ns=1,
+        fingerprint=name,
+        page_bytes=page_bytes,
+        block_tokens=manifest.block_tokens,
+        manifest=to_json(manifest),
+    )
+    try:
+        client = NodeClient.connect(
+            settings.socket_path,
+            session=f"tool-{os.getpid()}-{uuid.uuid4().hex}",
+            role="tool",
+            timeout_s=_ANSWER_S,
+            trust=trust_of(settings),
+        )
+    except NodeUnavailable:
+        return frozenset()
+    with client:
+        client.send(namespace)
+        if _answer(client, p.NamespaceOpened).refused:
+            return frozenset()
+        found: set[Key] = set()
+        for start in range(0, len(keys), _MAX_KEYS):
+            asked: list[bytes] = list(keys[start : start + _MAX_KEYS])
+            timeout_ms = int(_ANSWER_S * 500)
+            question = p.Find(
+                id=start, ns=namespace.ns, keys=asked, storage=False, timeout_ms=timeout_ms
+            )
+            client.send(question)
+            places = _answer(client, p.Found).places
+            found |= {Key(key) for key, at in zip(asked, places, strict=True) if at & p.IN_MEMORY}
+        return frozenset(found)
+
+
+def _answer(client: NodeClient, kind: type[_Answer]) -> _Answer:
+    deadline_s = time.monotonic() + _ANSWER_S
+    while (left_s := deadline_s - time.monotonic()) > 0:
+        for message in client.poll(left_s):
+            if isinstance(message, kind):
+                return message
+    raise NodeUnavailable(f"the node cache (pid {client.welcome.pid}) does not answer")
