@@ -135,6 +135,17 @@ def backend_contents(
     )
 
 
+def used_s(status: os.stat_result) -> float:
+    """When a page was written or touched last. Not its time of modification: that is its score, in
+    a store with a limit."""
+    return status.st_ctime
+
+
+def age_of(age_s: float) -> str:
+    """The first of AGES that it is within."""
+    return next(name for name, limit_s in AGES if age_s <= limit_s)
+
+
 def page_entries(folder: NamespaceFolder) -> Iterator[PageEntry]:
     """Every page of a namespace, sorted by key. Raises OSError."""
     for first in first_levels(folder):
@@ -156,7 +167,7 @@ def _entry(folder: NamespaceFolder, found: FoundName, status: os.stat_result) ->
         key=key.hex(),
         num_tokens=key.num_tokens if isinstance(key, TailKey) else 0,
         nbytes=status.st_size,
-        used_s=status.st_mtime,
+        used_s=used_s(status),
     )
 
 
@@ -228,13 +239,12 @@ class _Count:
 
     def _measure(self, status: os.stat_result) -> None:
         allocated_bytes = status.st_blocks * _SECTOR_BYTES
-        age_s = max(0.0, self._now_s - status.st_mtime)
-        age = next(name for name, limit_s in AGES if age_s <= limit_s)
+        age = age_of(self._now_s - used_s(status))
         self._pages[age] += 1
         self._allocated[age] += allocated_bytes
         self._nbytes += status.st_size
-        self._oldest_s = min(self._oldest_s, status.st_mtime)
-        self._newest_s = max(self._newest_s, status.st_mtime)
+        self._oldest_s = min(self._oldest_s, used_s(status))
+        self._newest_s = max(self._newest_s, used_s(status))
 
     def of(self, folder: NamespaceFolder) -> NamespaceContents:
         manifest, why_unknown = read_manifest(folder)

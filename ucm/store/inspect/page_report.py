@@ -12,7 +12,7 @@ from ucm.errors import ConfigError, TierError
 from ucm.store.blocks.blockfile import HEADER_BYTES, Header, decode_header
 from ucm.store.blocks.keys import Key, TailKey
 from ucm.store.blocks.page_key import NO_KEY_ID, PageKey
-from ucm.store.inspect.contents import model_label
+from ucm.store.inspect.contents import model_label, used_s
 from ucm.store.inspect.page_check import Condition, ExpectedPage, PageCheck, PageChecker
 from ucm.store.inspect.walk import NamespaceFolder, namespace_folders, read_manifest
 from ucm.store.tiers.posix import paths
@@ -105,7 +105,7 @@ def _report(
         sealed_by=header.key_id.hex() if header is not None and is_sealed else "",
         mode=f"{status.st_mode & 0o7777:04o}",
         uid=status.st_uid,
-        used_s=status.st_mtime,
+        used_s=used_s(status),
     )
 
 
