@@ -111,6 +111,7 @@ def test_the_dashboard_takes_rates_of_counters_only_and_no_sums_of_what_a_node_s
     counters = {name for name in labels_of() if name.endswith(("_total", "_bucket", "_sum"))}
     counters |= {name for name in labels_of() if name.endswith("_count")}
     totals = {"ucm_tier_bytes", "ucm_tier_seconds", "ucm_node_evictions"}
+    totals |= {"ucm_node_reclaimed_bytes", "ucm_node_refused_writes"}
     text = "\n".join(expressions())
     rated = set(re.findall(r"\b(?:rate|increase)\((ucm_\w+)", text))
     summed = set(re.findall(r"\bsum(?: by \([^)]*\))? \((?:rate\()?(ucm_\w+)", text))

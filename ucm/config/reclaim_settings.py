@@ -11,6 +11,7 @@ import msgspec
 from msgspec import Meta
 
 _Share = Annotated[float, Meta(gt=0, le=1)]
+_LEAST_TOUCH_S = 0.1
 _Gigabytes = Annotated[float, Meta(ge=0, le=1 << 30)]
 
 
@@ -56,4 +57,4 @@ class ReclaimSettings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_
         """How often a page that is used is touched, so that it is never older than the grace
         period while it is. None: nothing is reclaimed, so nobody looks at its age."""
         has_limit = bool(self.capacity_gb or any((self.quota_gb or {}).values()))
-        return max(1.0, self.gc_grace_s / 2) if has_limit else None
+        return max(_LEAST_TOUCH_S, self.gc_grace_s / 2) if has_limit else None

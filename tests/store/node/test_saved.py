@@ -264,3 +264,22 @@ def test_the_memory_of_what_was_seen_is_bounded_in_number_and_in_time() -> None:
     now_s = 10.1
     assert book.was_saved(key(1))
     assert not book.is_saved(key(1))
+
+
+@pytest.mark.parametrize("meet", [by_lookup, by_lookup_of_what_the_device_has, by_dump])
+def test_what_this_node_has_reclaimed_is_served_from_memory_and_written_again_when_it_is_met(
+    meet: Callable[[Node], None],
+) -> None:
+    """At once: nobody waits until it would be looked at again, and no receipt promises it."""
+    node = Node()
+    dump(node, KEYS)
+    node.writes.end_all()
+    for each in KEYS:
+        del node.tier._pages[NAMESPACE.fingerprint, each]
+    node.core.removed_from_storage(KEYS)
+
+    meet(node)
+    node.writes.end_all()
+
+    assert is_in_storage(node, *KEYS) == [True] * 4
+    assert node.told() == {}

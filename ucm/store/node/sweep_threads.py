@@ -1,13 +1,14 @@
-"""The threads in which a node cache clears up, at its start, what dead writers have left behind.
+"""The threads in which a node cache clears up what dead writers have left behind.
 
 One for each backend and of its own, so that nothing waits behind it: it may hang in storage for
-good. It goes through its backend once. One that isn't there yet, or was never opened, is looked for
-again until it is there.
+good. It goes through its backend at the node cache's start, and about once a day. One that isn't
+there yet, or was never opened, is looked for again until it is there.
 """
 
 from __future__ import annotations
 
 import logging
+import random
 from threading import Event, Thread
 
 from ucm.config.settings import StoreSettings
@@ -18,6 +19,7 @@ logger = logging.getLogger(__name__)
 
 _LOOK_AGAIN_S = 10.0
 _HOUR_S = 3600.0
+_AGAIN_S = (18 * _HOUR_S, 30 * _HOUR_S)
 
 
 class Sweeper:
@@ -42,8 +44,10 @@ class Sweeper:
 
     def _work(self, path: str) -> None:
         give_way()
-        while not self._stop.is_set() and not self._sweep(path):
-            self._stop.wait(_LOOK_AGAIN_S)
+        while not self._stop.is_set():
+            is_there = self._sweep(path)
+            # Nodes that were started together need not all sweep at the same time.
+            self._stop.wait(random.uniform(*_AGAIN_S) if is_there else _LOOK_AGAIN_S)
 
     def _sweep(self, path: str) -> bool:
         """False: there is no backend."""
@@ -53,6 +57,7 @@ class Sweeper:
             stale_s=settings.stale_temp_hours * _HOUR_S,
             dirs_per_s=settings.sweep_dirs_per_s,
             stop=self._stop,
+            quarantine_s=settings.quarantine_hours * _HOUR_S,
         )
         swept = sweep.run()
         if swept is not None:
@@ -69,6 +74,12 @@ def say(path: str, swept: Swept) -> None:
             swept.num_files,
             swept.num_bytes / (1 << 20),
             swept.num_directories,
+        )
+    if swept.num_quarantined:
+        logger.info(
+            "%s: removed %d damaged files that had been in quarantine for posix_quarantine_hours",
+            path,
+            swept.num_quarantined,
         )
     if swept.problem:
         logger.warning(

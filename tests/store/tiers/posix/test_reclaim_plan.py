@@ -6,7 +6,7 @@ from __future__ import annotations
 from hypothesis import given
 from hypothesis import strategies as st
 
-from ucm.store.tiers.posix.grants import NodeAccount, granted
+from ucm.store.tiers.posix.grants import NodeAccount, granted, with_grants
 from ucm.store.tiers.posix.quotas import quotas_of
 from ucm.store.tiers.posix.reclaim_plan import (
     WHOLE,
@@ -199,3 +199,11 @@ def test_a_quota_is_named_by_a_fingerprint_or_by_weights_or_is_for_each_other() 
 def test_without_limits_there_is_nothing_to_keep_to() -> None:
     assert not quotas_of(0, {"*": 0}, num_backends=1)
     assert quotas_of(0, {"3f9a01c2": 1}, num_backends=1).of("0" * 64, b"{}") is None
+
+
+def test_what_was_granted_counts_though_its_node_has_not_said_that_it_heard() -> None:
+    said = {WHOLE: NodeAccount(10, 20), "other": NodeAccount(1, None)}
+
+    assert with_grants(said, {WHOLE: 50}) == {WHOLE: NodeAccount(10, 50), "other": said["other"]}
+    assert with_grants(said, {WHOLE: 5}) == said
+    assert with_grants(said, {}) == said

@@ -324,3 +324,25 @@ def test_descriptors_are_given_back(store: Store) -> None:
     store.leave(dead_writer())
     swept(store)
     assert os.listdir("/proc/self/fd") == before
+
+
+def test_what_has_been_in_quarantine_for_long_goes_and_what_is_new_there_stays(
+    store: Store, changed_long_ago: Callable[[float], None]
+) -> None:
+    """A link goes itself, a directory stays, and nobody's own files are looked at."""
+    folder = store.directory / "quarantine" / SMALL.fingerprint.hex()
+    folder.mkdir(parents=True)
+    (folder / "damaged").write_bytes(b"x")
+    (folder / "link").symlink_to(store.directory)
+    (folder / "directory").mkdir()
+    (folder.parent / "notes").mkdir()
+    (folder.parent / "notes" / "mine").write_bytes(b"x")
+
+    assert swept(store, quarantine_s=HOUR_S).num_quarantined == 0
+    changed_long_ago(2 * HOUR_S)
+    assert swept(store, quarantine_s=0).num_quarantined == 0
+    assert swept(store, quarantine_s=HOUR_S).num_quarantined == 2
+
+    assert [path.name for path in folder.iterdir()] == ["directory"]
+    assert (folder.parent / "notes" / "mine").exists()
+    assert store.good <= store.files()

@@ -26,10 +26,12 @@ class NodeAccount(msgspec.Struct, frozen=True, array_like=True):
 
 
 class NodeNote(msgspec.Struct, frozen=True):
-    """What a node says. `beat` grows while it lives."""
+    """What a node says. `beat` grows while it lives. `refused`: the accounts that its writers were
+    refused for since the beat before."""
 
     beat: int
     accounts: dict[str, NodeAccount]
+    refused: list[str] = []
 
 
 class GrantsNote(msgspec.Struct, frozen=True):
@@ -56,6 +58,18 @@ def granted(
         up_to[node] += more_bytes
         left_bytes -= more_bytes
     return up_to
+
+
+def with_grants(
+    accounts: Mapping[str, NodeAccount], up_to_bytes: Mapping[str, int]
+) -> dict[str, NodeAccount]:
+    """What a node says, and what it was granted since: it may have read of that, and used it."""
+    return {
+        name: NodeAccount(account.written_bytes, max(_up_to(account), up_to_bytes.get(name, 0)))
+        if name in up_to_bytes
+        else account
+        for name, account in accounts.items()
+    }
 
 
 def _up_to(account: NodeAccount) -> int:

@@ -13,12 +13,11 @@ the lease over, and what this node was granted ends (`Allowance.keep_until`).
 
 from __future__ import annotations
 
-import logging
 import os
 import secrets
 import threading
 import time
-from collections import Counter
+from collections import Counter, deque
 from collections.abc import Callable, Mapping
 
 import msgspec
@@ -28,28 +27,32 @@ from ucm.store.blocks.keys import Key
 from ucm.store.tiers.posix import paths
 from ucm.store.tiers.posix.allowance import Allowance
 from ucm.store.tiers.posix.backend import Backend
-from ucm.store.tiers.posix.grants import GrantsNote, NodeAccount, NodeNote, granted
+from ucm.store.tiers.posix.grants import (
+    GrantsNote,
+    NodeAccount,
+    NodeNote,
+    granted,
+    with_grants,
+)
 from ucm.store.tiers.posix.lease import ReclaimLease
-from ucm.store.tiers.posix.os_errors import READ_ONLY_ERRNOS, unless_full
+from ucm.store.tiers.posix.os_errors import unless_full
 from ucm.store.tiers.posix.quotas import Limit
 from ucm.store.tiers.posix.reclaim_nodes import Neighbours
 from ucm.store.tiers.posix.reclaim_plan import WHOLE, ReclaimRules, Want, want_of
-from ucm.store.tiers.posix.reclaim_run import Reclaimed, ReclaimRun, ReclaimStopped
+from ucm.store.tiers.posix.reclaim_run import ReclaimRun, ReclaimStopped
+from ucm.store.tiers.posix.reclaim_says import ReclaimSays
 from ucm.store.tiers.posix.small_files import read_small, write_small
 from ucm.store.tiers.posix.stored_count import UsedBook, count_stored
 from ucm.store.tiers.tier import Chore
 
-_logger = logging.getLogger(__name__)
-
 _LEAST_GAP_S = 0.05
+_MAX_CLOCK_READINGS = 16
 # After a run that could not free what it should, because all is young or storage refuses.
 _FRUITLESS_GAP_S = 1.0
-_SAY_EVERY_S = 60.0
 # Of the time that it works, how long it rests: while writers can wait for it, and while they can't.
 _REST_PER_WORK = 1.0
 _PRESSED_SHARE = 0.9
 _DIRECTORY = os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC
-_GIB = 1 << 30
 
 
 class Reclaimer(Chore):
@@ -67,13 +70,19 @@ class Reclaimer(Chore):
         self._stop = threading.Event()
         self._on_removed: Callable[[list[Key]], None] = lambda keys: None
         self._counts: Counter[str] = Counter()
-        self._clock = time.time_ns(), time.monotonic_ns()
+        # Of the filesystem's clock before this process's, each rather too little.
+        self._ahead_ns: deque[int] = deque(maxlen=_MAX_CLOCK_READINGS)
         self._beat = 0
-        self._said: tuple[dict[str, NodeAccount], float] = {}, float("-inf")
+        self._said: tuple[dict[str, NodeAccount], list[str]] = {}, []
+        self._said_s = float("-inf")
+        self._refused: set[str] = set()
         self._counted_s = self._beaten_s = self._published_s = float("-inf")
-        self._count_took_s = 0.0
+        self._heard_s, self._count_took_s = float("-inf"), 0.0
+        self._others: dict[str, Mapping[str, NodeAccount]] = {}
+        # By whoever had the lease: nodes may have read of it and not have said so yet.
+        self._granted: dict[str, dict[str, int]] = {}
         self._quiet_until_s = 0.0
-        self._told_s: dict[str, float] = {}
+        self._says = ReclaimSays(backend.path)
         self._limits: dict[str, Limit | None] = {}
 
     # -- the thread ------------------------------------------------------------------------
@@ -88,10 +97,7 @@ class Reclaimer(Chore):
                 pass
             except (OSError, TierError) as error:
                 self._lease.is_held = False
-                # Who may only read writes nothing, so needs no limit.
-                is_fault = getattr(error, "errno", None) not in READ_ONLY_ERRNOS
-                if is_fault and self._may_tell("trouble"):
-                    _logger.warning("%s: reclaim has to wait: %s", self.name, error)
+                self._says.trouble(error)
             self._wait()
         try:
             if self._backend.identity.id is not None:
@@ -135,8 +141,11 @@ class Reclaimer(Chore):
 
     def _beat_once(self, root: int) -> None:
         self._say(root)
+        was_held = self._lease.is_held
         if self._lease.hold(root):
             self._beaten_s = time.monotonic()
+            if not was_held:
+                self._obey(root)  # what another one has granted last
             self._govern(root)
         else:
             self._counted_s = float("-inf")
@@ -145,17 +154,17 @@ class Reclaimer(Chore):
     def _say(self, root: int) -> None:
         """What this node has written, and that it lives. On a full disk it goes unsaid: what is to
         make room must not need some."""
-        accounts = self._own_accounts()
+        self._refused |= self._allowance.take_refusals()
+        news = self._own_accounts(), sorted(self._refused)
         now_s = time.monotonic()
-        said, said_s = self._said
-        if accounts != said or now_s - said_s >= self._rules.stale_s / 3:
+        if news != self._said or now_s - self._said_s >= self._rules.stale_s / 3:
             self._beat += 1
-            note = msgspec.json.encode(NodeNote(self._beat, accounts))
+            note = msgspec.json.encode(NodeNote(self._beat, *news))
             with unless_full():
                 mtime_ns = write_small(root, self._node, note, self._backend.rights)
-                self._clock = mtime_ns, time.monotonic_ns()
-                self._said = accounts, now_s
-        self._allowance.keep_until(self._said[1] + self._rules.stale_s / 2)
+                self._ahead_ns.append(mtime_ns - time.monotonic_ns())
+                self._said, self._said_s = news, now_s
+        self._allowance.keep_until(self._said_s + self._rules.stale_s / 2)
 
     def _own_accounts(self) -> dict[str, NodeAccount]:
         return {
@@ -172,12 +181,14 @@ class Reclaimer(Chore):
         except msgspec.DecodeError:
             return  # of a version to come
         self._counts["stored_bytes"] = note.used_bytes.get(WHOLE, 0)
-        self._allowance.grant(note.up_to_bytes.get(self._node, {}))
+        self._granted = note.up_to_bytes
+        self._refused.clear()
+        self._allowance.grant(self._granted.get(self._node, {}))
 
     def _now_ns(self) -> int:
-        """By the filesystem's own clock, once it was asked."""
-        mtime_ns, at_ns = self._clock
-        return mtime_ns + time.monotonic_ns() - at_ns
+        """By the filesystem's own clock, once it was asked; never later than it is."""
+        ahead_ns = max(self._ahead_ns, default=time.time_ns() - time.monotonic_ns())
+        return ahead_ns + time.monotonic_ns()
 
     # -- with the lease --------------------------------------------------------------------
 
@@ -194,9 +205,16 @@ class Reclaimer(Chore):
             self._grant(root, self._hear(root))
 
     def _hear(self, root: int) -> dict[str, Mapping[str, NodeAccount]]:
-        nodes: dict[str, Mapping[str, NodeAccount]] = {
-            name: note.accounts for name, note in self._neighbours.alive(root).items()
-        }
+        now_s = time.monotonic()
+        if now_s - self._heard_s >= self._rules.heartbeat_s / 4:
+            notes, self._heard_s = self._neighbours.alive(root), now_s
+            self._refused.update(*(note.refused for note in notes.values()))
+            self._others = {
+                name: with_grants(note.accounts, self._granted.get(name, {}))
+                for name, note in notes.items()
+            }
+        self._refused |= self._allowance.take_refusals()
+        nodes = dict(self._others)
         nodes[self._node] = self._own_accounts()
         self._book.heard(nodes)
         return nodes
@@ -242,6 +260,7 @@ class Reclaimer(Chore):
             for node, nbytes in shares.items():
                 up_to[node][name] = nbytes
         self._counts["stored_bytes"] = self._book.used_bytes(WHOLE)
+        self._granted = up_to
         self._allowance.grant(up_to[self._node])
         note = GrantsNote(self._beat, used, up_to)
         now_s = time.monotonic()
@@ -253,7 +272,7 @@ class Reclaimer(Chore):
                 write_small(root, paths.RECLAIM_GRANTS, content, self._backend.rights)
 
     def _wants(self, root: int) -> dict[str, Want]:
-        refused = self._allowance.take_refusals()
+        refused, self._refused = self._refused, set()
         wants = {}
         for name in {WHOLE, *self._book.names()}:
             limit = self._limit(root, name)
@@ -286,7 +305,8 @@ class Reclaimer(Chore):
 
         run = ReclaimRun(self.name, self._rules.grace_s, self._now_ns, between)
         done = run.run(root, wants)
-        self._note(done)
+        self._counts.update(done.counters())
+        self._says.done(done, self._rules.grace_s, self._book.used_bytes(WHOLE))
         if not done.is_enough:
             # All that is left is young, or refuses to go.
             gap_s = max(_FRUITLESS_GAP_S, 2 * done.seconds)
@@ -300,42 +320,3 @@ class Reclaimer(Chore):
             for name, limit in limits
             if limit is not None
         )
-
-    def _note(self, done: Reclaimed) -> None:
-        whole, quotas = done.files[WHOLE], done.files.total() - done.files[WHOLE]
-        self._counts["reclaimed_files_capacity"] += whole
-        self._counts["reclaimed_files_quota"] += quotas
-        self._counts["reclaimed_bytes_capacity"] += done.nbytes[WHOLE]
-        self._counts["reclaimed_bytes_quota"] += done.nbytes.total() - done.nbytes[WHOLE]
-        self._counts["reclaim_us"] += int(done.seconds * 1e6)
-        if done.files:
-            _logger.info(
-                "%s: reclaimed %d files, %.2f GiB, in %.1f s; about %.2f GiB are used",
-                self.name,
-                done.files.total(),
-                done.nbytes.total() / _GIB,
-                done.seconds,
-                self._book.used_bytes(WHOLE) / _GIB,
-            )
-        if done.problem and self._may_tell("not removed"):
-            _logger.warning(
-                "%s: reclaim could not remove %d files, the first is %s",
-                self.name,
-                done.num_problems,
-                done.problem,
-            )
-        if not done.is_enough and self._may_tell("not enough"):
-            _logger.warning(
-                "%s: reclaim has freed less than it should: what is left is younger than "
-                "posix_gc_grace_sec (%g s), or can't be removed",
-                self.name,
-                self._rules.grace_s,
-            )
-
-    def _may_tell(self, what: str) -> bool:
-        """Once a minute."""
-        now_s = time.monotonic()
-        if now_s - self._told_s.get(what, float("-inf")) < _SAY_EVERY_S:
-            return False
-        self._told_s[what] = now_s
-        return True

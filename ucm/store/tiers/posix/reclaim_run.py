@@ -16,10 +16,11 @@ from ucm.store.tiers.posix.os_errors import is_gone
 from ucm.store.tiers.posix.reclaim_plan import WHOLE, StoredFile, Want, choose_from_pool
 from ucm.store.tiers.posix.shard_walk import Leaf, ShardWalk, close_all
 
-# A pool is a fair sample from some hundred files on. Its directories are open meanwhile.
-_POOL_FILES = 512
+# What goes of a pool scores low among its files and those that were seen before. Few, because
+# nothing else of the process runs while they are sorted. Their directories are open meanwhile.
+_POOL_FILES = 256
 _POOL_LEAVES = 128
-_MAX_SEEN = 1024
+_MAX_SEEN = 512
 
 
 @dataclass
@@ -33,6 +34,16 @@ class Reclaimed:
     is_enough: bool = False
     num_problems: int = 0
     problem: str = ""
+
+    def counters(self) -> dict[str, int]:
+        """By the names of the node cache's counters."""
+        of_whole = {"files": self.files[WHOLE], "bytes": self.nbytes[WHOLE]}
+        total = {"files": self.files.total(), "bytes": self.nbytes.total()}
+        return {
+            **{f"reclaimed_{what}_capacity": number for what, number in of_whole.items()},
+            **{f"reclaimed_{what}_quota": total[what] - of_whole[what] for what in total},
+            "reclaim_us": int(self.seconds * 1e6),
+        }
 
 
 class ReclaimStopped(Exception):

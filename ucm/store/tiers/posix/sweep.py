@@ -1,4 +1,5 @@
-"""Removes what writers that died have left under temporary names in one storage backend.
+"""Removes what writers that died have left under temporary names in one storage backend, and what
+has been in quarantine for long.
 
 Such a file lies beside the page that it was to become, so the sweep walks the whole tree. It does
 that slowly: at most `dirs_per_s` directories a second, and no longer than a fifth of its time in
@@ -48,6 +49,7 @@ class Swept:
 
     num_files: int = 0
     num_bytes: int = 0
+    num_quarantined: int = 0
     num_directories: int = 0
     num_problems: int = 0
     problem: str = ""
@@ -82,6 +84,8 @@ class Sweep:
     dirs_per_s: float
     stop: Event
     settle_s: float = _SETTLE_S
+    # How long what is in quarantine stays there; 0: for ever.
+    quarantine_s: float = 0.0
     here: Process = field(default_factory=this_process)
     is_running: Callable[[int, int], bool | None] = is_running
     swept: Swept = field(default_factory=Swept)
@@ -104,6 +108,7 @@ class Sweep:
             self._worked_since_s = time.monotonic()
             # Who may only read needs no word of it each time.
             if os.access(".", os.W_OK, dir_fd=root, effective_ids=True):
+                self._clear_quarantine(root)
                 self._walk(root, root, ())
                 self._remove_settled(root)
             self.swept.is_whole = True
@@ -194,6 +199,28 @@ class Sweep:
         os.unlink(name, dir_fd=fd)
         self.swept.num_files += 1
         self.swept.num_bytes += found.st_size
+
+    def _clear_quarantine(self, root: int) -> None:
+        """Of what was moved aside so long ago that people have seen it, or never will."""
+        if not self.quarantine_s:
+            return
+        try:
+            with _opened(root, (paths.QUARANTINE,)) as top:
+                names = [name for name in os.listdir(top) if paths.is_own_directory(name, level=1)]
+            for name in names[:_MAX_FOUND]:
+                with _opened(root, (paths.QUARANTINE, name)) as fd:
+                    self._clear_old(root, fd)
+                self._rest()
+        except OSError as error:
+            self.swept.note(self._name((paths.QUARANTINE,)), error)
+
+    def _clear_old(self, root: int, fd: int) -> None:
+        for name in os.listdir(fd)[:_MAX_FOUND]:
+            found = os.stat(name, dir_fd=fd, follow_symlinks=False)
+            is_old = is_stale(self._age_s(root, found), stale_s=self.quarantine_s)
+            if is_old and not stat.S_ISDIR(found.st_mode):
+                os.unlink(name, dir_fd=fd)
+                self.swept.num_quarantined += 1
 
     def _age_s(self, root: int, found: os.stat_result) -> float | None:
         """By the filesystem's clock; None where it can't be told. A file that is made is the only

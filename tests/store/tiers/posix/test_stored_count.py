@@ -1,0 +1,76 @@
+"""How much is stored is counted, or estimated rather too high; and nobody writes more than it was
+granted of what a limit leaves."""
+
+from __future__ import annotations
+
+import os
+import time
+from pathlib import Path
+
+import pytest
+
+from tests.store.tiers.posix.reclaim_parts import limited_tier, write
+from tests.store.tiers.tier_contract import make_key, make_namespace
+from ucm.errors import TierError
+from ucm.store.tiers.posix.allowance import Allowance
+from ucm.store.tiers.posix.quotas import quotas_of
+from ucm.store.tiers.posix.stored_count import count_stored
+
+NS = make_namespace("model", page_bytes=60 << 10)  # 64 KiB a file
+FILE = 64 << 10
+
+
+@pytest.mark.parametrize("num_files", [0, 1, 500])
+def test_a_small_store_is_counted_exactly(tmp_path: Path, num_files: int) -> None:
+    for number in range(num_files):
+        write(limited_tier(tmp_path), NS, number)
+    root = os.open(tmp_path, os.O_RDONLY)
+    try:
+        count = count_stored(root, time.time_ns, lambda: None)
+    finally:
+        os.close(root)
+    assert (count.error, count.num_files) == (0, num_files)
+    assert count.nbytes[""] == num_files * FILE
+
+
+def test_a_large_store_is_estimated_and_rather_too_high(tmp_path: Path) -> None:
+    """From a part of it that has 1000 files: of 20 estimates hardly one is lower than the truth."""
+    folder = tmp_path / ("0" * 64)
+    num_files = 20_000
+    for number in range(num_files):
+        key = make_key(number).hex()
+        leaf = folder / key[:2] / key[2:4]
+        leaf.mkdir(parents=True, exist_ok=True)
+        (leaf / f"{key}.kv").write_bytes(b"x" * 4096)
+    root = os.open(tmp_path, os.O_RDONLY)
+    try:
+        counts = [count_stored(root, time.time_ns, lambda: None, enough=1000) for _ in range(20)]
+    finally:
+        os.close(root)
+    shares = sorted(count.nbytes[""] / (num_files * 4096) for count in counts)
+    assert all(0.02 < count.error < 0.04 for count in counts)
+    assert 0.9 < shares[0] and shares[2] > 0.98 and shares[-1] < 1.25
+
+
+def test_a_node_that_is_not_heard_of_writes_no_more(tmp_path: Path) -> None:
+    """Others count what it was granted as written from then on."""
+    now_s = 0.0
+    allowance = Allowance("/store", quotas_of(1, {}, num_backends=1), 8, clock=lambda: now_s)
+    allowance.take("namespace", FILE, manifest=b"")
+    allowance.grant({"": 1 << 30})
+    allowance.keep_until(10.0)
+    allowance.take("namespace", FILE, manifest=b"")
+
+    now_s = 10.1
+    with pytest.raises(TierError):
+        allowance.take("namespace", FILE, manifest=b"")
+    allowance.keep_until(20.0)
+    allowance.take("namespace", FILE, manifest=b"")
+
+
+def test_what_was_not_written_after_all_is_given_back(tmp_path: Path) -> None:
+    allowance = Allowance("/store", quotas_of(1, {"*": 1}, num_backends=1), 1)
+    for _ in range(10):
+        allowance.take("namespace", FILE, manifest=b"")
+        allowance.give_back("namespace", FILE)
+    assert {each.written_bytes for each in allowance.allowed().values()} == {0}
