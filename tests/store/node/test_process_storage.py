@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import signal
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -128,6 +130,30 @@ def test_a_node_cache_leaves_in_spite_of_a_hung_read(place: Place, mount: FuseMo
         client.client.send(p.Shutdown())
 
         wait_until(lambda: has_ended(client.pid), "it has left")
+
+
+@needs_fuse
+@pytest.mark.parametrize("how", ["told", "by a signal"])
+def test_a_node_cache_leaves_though_everything_that_it_does_in_storage_hangs(
+    place: Place, mount: FuseMount, how: str
+) -> None:
+    """Reads, writes, questions, who sweeps and who reclaims."""
+    place.write(KEYS)
+    limits = {"capacity_gb": 1.0, "gc_check_interval_s": 0.1, "gc_heartbeat_s": 0.1}
+    with engine(place.settings(drain_s=0.5, **limits)) as client:
+        wait_until(lambda: client.status().counters["reclaim_leases"] == 1, "it reclaims")
+        for operation in ("lookup", "getattr", "open", "read", "write", "create", "readdir"):
+            mount.hang(operation)
+        client.ask(KEYS)
+        client.dump(OTHERS)
+        wait_until(lambda: client.status().queues["writes"], "a write hangs")
+        if how == "told":
+            client.client.send(p.Shutdown())
+        else:
+            os.kill(client.pid, signal.SIGTERM)
+
+        wait_until(lambda: has_ended(client.pid), "it has left")
+        mount.release()
 
 
 @own_mounts
