@@ -114,6 +114,17 @@ def test_a_peer_that_remembers_absences_is_told_and_ucm_asks_past_that(
     assert found["asked again"].verdict == "fine"
 
 
+@needs_fuse
+def test_storage_that_hangs_is_said_to_hang_and_nobody_waits_for_it(
+    filled: Store, tmp_path: Path
+) -> None:
+    with mount_fuse(filled.path, tmp_path / "mnt") as mount:
+        mount.hang("write")
+        found = findings(mount.path, status=3)
+        mount.release()
+    assert "it hangs" in found["storage"].found
+
+
 def test_a_peer_of_another_store_is_wrong(filled: Store, tmp_path: Path) -> None:
     other = Store(tmp_path / "other")
     other.put(A, keys_of(A, PROMPT))

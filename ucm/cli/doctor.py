@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import signal
-import sys
 from typing import TYPE_CHECKING, Annotated
 
 import typer
@@ -52,7 +51,8 @@ def doctor(
     Works in a folder of its own in each storage backend, and removes it. Ends with 3 if something
     is wrong.
     """
-    from ucm.store.inspect.examine import Diagnosis, Examination
+    from ucm.store.inspect.child import in_a_child
+    from ucm.store.inspect.examine import Diagnosis, Examination, Examined
     from ucm.store.inspect.given import given_place
 
     # So that its folder goes, however it is ended.
@@ -63,10 +63,14 @@ def doctor(
         examination = Examination(
             given, is_slow=slow, page_bytes=page_kib << 10, prefill_tokens_per_s=prefill
         )
-        found = [
-            examination.of(backend, peers[number] if number < len(peers) else "")
-            for number, backend in enumerate(given.backends)
-        ]
+
+        def examined() -> list[Examined]:
+            return [
+                examination.of(backend, peers[number] if number < len(peers) else "")
+                for number, backend in enumerate(given.backends)
+            ]
+
+        found = in_a_child(examined, list[Examined])
         of_model = _of_model(given, store, model, vllm_args or []) if model else []
     findings = [finding for each in found for finding in each.findings] + of_model
     if as_json:
@@ -74,9 +78,7 @@ def doctor(
     else:
         _print(found, of_model)
         typer.echo(_sentence(findings))
-    is_wrong = any(finding.verdict == "wrong" for finding in findings)
-    sys.stdout.flush()
-    if is_wrong:
+    if any(finding.verdict == "wrong" for finding in findings):
         raise typer.Exit(STATUS_WRONG)
 
 

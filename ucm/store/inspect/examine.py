@@ -127,11 +127,12 @@ def examine_model(given: GivenStore, model: str, manifest: Manifest) -> list[Fin
 
 
 def _unusable(backend: str, error: UcmError | OSError) -> Finding:
-    if isinstance(error, OSError):
+    found, fix = str(error), f"mount it, or make it with `ucm init {backend}`"
+    if isinstance(error, TimeoutError):
+        found = error.strerror or str(error)
+        fix = "look at its server and at the network; engines go on without it"
+    elif isinstance(error, OSError):
         found = f"{error.filename or backend}: {error.strerror or error}"
-    else:
-        found = str(error)
-    fix = f"mount it, or make it with `ucm init {backend}`"
     return Finding(check="storage", verdict="wrong", found=found, fix=fix)
 
 
