@@ -16,6 +16,7 @@ from ucm.cli.inspect import inspect
 from ucm.cli.ls import ls
 from ucm.cli.node_cache import node_cache
 from ucm.cli.proxy import proxy
+from ucm.cli.reclaim import reclaim
 from ucm.cli.stat import stat
 from ucm.cli.verify import verify
 
@@ -38,6 +39,7 @@ app.command("ls", short_help="What is in a store.")(ls)
 app.command("du", short_help="How much a store takes, by namespace and age.")(du)
 app.command("inspect", short_help="What one page is, and whether it is whole.")(inspect)
 app.command("verify", short_help="Check every byte of every page.")(verify)
+app.command("reclaim", short_help="Free room now, or tell what would go.")(reclaim)
 app.command("explain", short_help="Why a prompt hits or misses, block by block.")(explain)
 app.command("stat", short_help="Watch this machine's node cache, like top.")(stat)
 app.command("bench", short_help="What a mount gives, in pages per second.")(bench)

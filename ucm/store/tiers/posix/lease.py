@@ -128,6 +128,12 @@ class ReclaimLease:
         )
 
 
+def holder_in(content: bytes | None) -> str:
+    """Who holds a lease by its file's content, for people."""
+    note = _parse(content) if content is not None else None
+    return "somebody else" if note is None else f"process {note.pid} on {note.host}"
+
+
 def _parse(content: bytes) -> LeaseNote | None:
     try:
         return msgspec.json.decode(content, type=LeaseNote)

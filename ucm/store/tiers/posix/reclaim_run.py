@@ -53,12 +53,14 @@ class ReclaimStopped(Exception):
 @dataclass
 class ReclaimRun:
     """`between` is called after each pool with the keys that went and the bytes by namespace; it
-    raises ReclaimStopped when nothing more is to be deleted."""
+    raises ReclaimStopped when nothing more is to be deleted. Without `deletes` nothing is, and all
+    is told as if it were."""
 
     path: str
     grace_s: float
     now_ns: Callable[[], int]
     between: Callable[[list[Key], Mapping[str, int]], None]
+    deletes: bool = True
     done: Reclaimed = field(default_factory=Reclaimed)
     _left: dict[str, Want] = field(default_factory=dict)
     _seen: dict[str, deque[StoredFile]] = field(default_factory=dict)
@@ -120,7 +122,8 @@ class ReclaimRun:
     def _delete(self, namespace: str, file: StoredFile, fd: int) -> bool:
         """Whether it is gone."""
         try:
-            os.unlink(file.name, dir_fd=fd)
+            if self.deletes:
+                os.unlink(file.name, dir_fd=fd)
         except OSError as error:
             if is_gone(error):
                 return True

@@ -1,0 +1,121 @@
+"""`ucm reclaim`: free room in a store now, or tell what would go."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from ucm.cli.ending import end, one_line_for_errors
+from ucm.cli.printing import (
+    STATUS_WRONG,
+    AsJson,
+    StoreArgument,
+    count,
+    print_json,
+    print_table,
+    progress,
+    size,
+)
+
+if TYPE_CHECKING:
+    from ucm.store.inspect.given import GivenStore
+    from ucm.store.inspect.reclaim_now import ReclaimedNow, ReclaimOrder
+
+_GIB = 1 << 30
+
+
+def reclaim(
+    store: StoreArgument,
+    free_gb: Annotated[
+        float | None,
+        typer.Option("--free-gb", min=0, help="how many GiB to free, over all backends"),
+    ] = None,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="delete nothing, tell what would go")
+    ] = False,
+    grace_s: Annotated[
+        float | None, typer.Option("--grace-s", min=0, help="what is younger stays (default: 120)")
+    ] = None,
+    force: Annotated[
+        bool, typer.Option("--force", help="beside a node cache that reclaims as well")
+    ] = False,
+    as_json: AsJson = False,
+) -> None:
+    """Free room while the store is used: tails first, then what was used longest ago.
+
+    Without --free-gb it frees what is above the limit at which the node caches of a settings file
+    begin to (posix_capacity_gb). What goes is computed again when it is next asked for.
+    """
+    from ucm.store.inspect.given import given_store
+    from ucm.store.inspect.reclaim_now import reclaim_now
+
+    with one_line_for_errors("ucm reclaim"), progress("reclaiming"):
+        given = given_store(store)
+        order = _order(given, free_gb, grace_s, is_dry=dry_run, is_forced=force)
+        found = [reclaim_now(backend, order) for backend in given.backends]
+    if as_json:
+        print_json(found)
+    else:
+        _print(found, is_dry=dry_run)
+    if not all(each.is_enough for each in found):
+        raise typer.Exit(STATUS_WRONG)
+
+
+def _order(
+    given: GivenStore,
+    free_gb: float | None,
+    grace_s: float | None,
+    *,
+    is_dry: bool,
+    is_forced: bool,
+) -> ReclaimOrder:
+    from ucm.store.inspect.reclaim_now import ReclaimOrder
+    from ucm.store.tiers.posix.rights import file_rights
+
+    store = given.settings.store if given.settings is not None else None
+    limit_gb = store.capacity_gb * store.gc_trigger_ratio if store is not None else 0.0
+    if free_gb is None and not limit_gb:
+        end("ucm reclaim: how much? --free-gb GIB, or a settings file with posix_capacity_gb")
+    if grace_s is None:
+        grace_s = store.gc_grace_s if store is not None else ReclaimOrder.grace_s
+    rights = ReclaimOrder.rights
+    if store is not None:
+        rights = file_rights(store.file_mode, store.file_group)
+    num = len(given.backends)
+    return ReclaimOrder(
+        free_bytes=None if free_gb is None else int(free_gb * _GIB / num),
+        keep_bytes=int(limit_gb * _GIB / num),
+        grace_s=grace_s,
+        is_dry=is_dry,
+        is_forced=is_forced,
+        rights=rights,
+    )
+
+
+def _print(found: list[ReclaimedNow], *, is_dry: bool) -> None:
+    went = "would go" if is_dry else "went"
+    print_table(
+        ("backend", "stored", "to free", went, "pages", "took"),
+        [
+            (
+                *(each.backend, size(each.stored_bytes), size(each.wanted_bytes)),
+                *(size(each.freed_bytes), each.num_files, f"{each.seconds:.1f} s"),
+            )
+            for each in found
+        ],
+        right=("stored", "to free", went, "pages", "took"),
+    )
+    pages = sum(each.num_files for each in found)
+    nbytes = sum(each.freed_bytes for each in found)
+    ends = count(pages, "page goes", "pages go") if is_dry else count(pages, "page") + " deleted"
+    typer.echo(f"{ends}, {size(nbytes)}{'' if not is_dry else ', if you leave out --dry-run'}.")
+    for each in found:
+        if each.problem:
+            typer.echo(f"not all could be deleted: {each.problem}", err=True)
+        elif not each.is_enough:
+            typer.echo(
+                f"{each.backend}: all the rest was written or used within the grace period "
+                f"(--grace-s)",
+                err=True,
+            )

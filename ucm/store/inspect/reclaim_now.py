@@ -1,0 +1,120 @@
+"""Frees room in one storage backend at once, as a node cache's reclaim would: by its rules, under
+its lease. Or tells what would go."""
+
+from __future__ import annotations
+
+import os
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+
+from ucm.errors import UcmError
+from ucm.store.blocks.keys import Key
+from ucm.store.tiers.posix import paths
+from ucm.store.tiers.posix.lease import ReclaimLease, holder_in
+from ucm.store.tiers.posix.os_errors import translated
+from ucm.store.tiers.posix.reclaim_plan import WHOLE, Want
+from ucm.store.tiers.posix.reclaim_run import Reclaimed, ReclaimRun, ReclaimStopped
+from ucm.store.tiers.posix.rights import UMASK_DECIDES, FileRights
+from ucm.store.tiers.posix.small_files import read_small
+from ucm.store.tiers.posix.stored_count import count_stored
+
+_DIRECTORY = os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC
+_BEAT_S = 5.0
+_STALE_S = 60.0
+# A little more of each pool than its part, as some of it is too young to go.
+_SPARE = 1.25
+
+
+@dataclass(frozen=True)
+class ReclaimOrder:
+    """What is wanted of a backend. `free_bytes` is None for what is above `keep_bytes`. With
+    `is_dry` nothing is changed; with `is_forced` no lease is waited for or taken."""
+
+    free_bytes: int | None = None
+    keep_bytes: int = 0
+    grace_s: float = 120.0
+    is_dry: bool = False
+    is_forced: bool = False
+    rights: FileRights = UMASK_DECIDES
+
+
+@dataclass(frozen=True)
+class ReclaimedNow:
+    """Of `backend`: what it held (an estimate, `error` is its standard error as a share), what was
+    wanted, and what went, or would go. `problem`: what could not be deleted, for people."""
+
+    backend: str
+    stored_bytes: int
+    error: float
+    wanted_bytes: int
+    freed_bytes: int
+    num_files: int
+    seconds: float
+    is_enough: bool
+    problem: str
+
+
+@dataclass
+class _Keeper:
+    """Beats for the lease between two steps. Without one there is nothing to do."""
+
+    root: int
+    lease: ReclaimLease | None
+    beaten_s: float = field(default_factory=time.monotonic)
+
+    def keep(self, keys: list[Key], freed: Mapping[str, int]) -> None:
+        if self.lease is not None and time.monotonic() - self.beaten_s > _BEAT_S:
+            self.beaten_s = time.monotonic()
+            if not self.lease.hold(self.root):
+                raise ReclaimStopped
+
+
+def reclaim_now(backend: str, order: ReclaimOrder) -> ReclaimedNow:
+    """Raises TierError, and UcmError where somebody else reclaims this backend."""
+    with translated(backend, "can't be reclaimed"):
+        root = os.open(backend, _DIRECTORY)
+        try:
+            if order.is_dry or order.is_forced:
+                return _reclaim(root, backend, order, None)
+            lease = ReclaimLease(_STALE_S, rights=order.rights)
+            if not lease.hold(root):
+                raise UcmError(
+                    f"{backend}: {holder_in(read_small(root, paths.RECLAIM_LEASE))} reclaims it, "
+                    f"one at a time does: lower its limit (posix_capacity_gb), or say --force"
+                )
+            try:
+                return _reclaim(root, backend, order, lease)
+            finally:
+                lease.release(root)
+        finally:
+            os.close(root)
+
+
+def _reclaim(
+    root: int, backend: str, order: ReclaimOrder, lease: ReclaimLease | None
+) -> ReclaimedNow:
+    keeper = _Keeper(root, lease)
+    count = count_stored(root, time.time_ns, lambda: keeper.keep([], {}))
+    stored_bytes = count.nbytes[WHOLE]
+    wanted_bytes = order.free_bytes
+    if wanted_bytes is None:
+        wanted_bytes = max(0, stored_bytes - order.keep_bytes)
+    done = Reclaimed(is_enough=True)
+    if wanted_bytes:
+        share = min(1.0, _SPARE * wanted_bytes / max(1, stored_bytes))
+        run = ReclaimRun(
+            backend, order.grace_s, time.time_ns, keeper.keep, deletes=not order.is_dry
+        )
+        done = run.run(root, {WHOLE: Want(wanted_bytes, share)})
+    return ReclaimedNow(
+        backend,
+        stored_bytes,
+        count.error,
+        wanted_bytes,
+        done.nbytes.total(),
+        done.files.total(),
+        done.seconds,
+        done.is_enough,
+        done.problem,
+    )
