@@ -8,13 +8,16 @@ import time
 from pathlib import Path
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 from tests.store.tiers.posix.reclaim_parts import limited_tier, write
 from tests.store.tiers.tier_contract import make_key, make_namespace
 from ucm.errors import TierError
 from ucm.store.tiers.posix.allowance import Allowance
+from ucm.store.tiers.posix.grants import NodeAccount
 from ucm.store.tiers.posix.quotas import quotas_of
-from ucm.store.tiers.posix.stored_count import count_stored
+from ucm.store.tiers.posix.stored_count import StoredCount, UsedBook, count_stored
 
 NS = make_namespace("model", page_bytes=60 << 10)  # 64 KiB a file
 FILE = 64 << 10
@@ -74,3 +77,39 @@ def test_what_was_not_written_after_all_is_given_back(tmp_path: Path) -> None:
         allowance.take("namespace", FILE, manifest=b"")
         allowance.give_back("namespace", FILE)
     assert {each.written_bytes for each in allowance.allowed().values()} == {0}
+
+
+@given(
+    st.integers(0, 100),
+    st.lists(st.tuples(st.sampled_from(["write", "delete"]), st.integers(0, 100))),
+)
+def test_what_is_used_is_what_was_counted_and_written_less_what_was_deleted(
+    counted: int, events: list[tuple[str, int]]
+) -> None:
+    """Also where more is deleted than was counted."""
+    book = UsedBook()
+    book.counted(StoredCount({"": counted, "ns": counted}, 0.0, 1), {})
+    written, used = 0, counted
+    for what, nbytes in events:
+        if what == "write":
+            written, used = written + nbytes, used + nbytes
+        else:
+            gone = min(nbytes, used)
+            book.deleted("ns", gone)
+            used -= gone
+        account = NodeAccount(written, None)
+        book.heard({"node": {"": account, "ns": account}})
+        assert book.used_bytes("") == book.used_bytes("ns") == used
+
+
+def test_a_node_that_falls_silent_has_written_all_that_it_was_granted() -> None:
+    book = UsedBook()
+    before = {"one": {"": NodeAccount(10, 20)}, "two": {"": NodeAccount(5, None)}}
+    book.counted(StoredCount({"": 100}, 0.0, 1), before)
+    book.heard({"one": {"": NodeAccount(15, 40)}, "two": {"": NodeAccount(6, 10)}})
+    assert book.used_bytes("") == 100 + 5 + 1
+
+    book.heard({"two": {"": NodeAccount(7, 10)}})
+    assert book.used_bytes("") == 100 + 30 + 2
+    book.counted(StoredCount({"": 90}, 0.0, 1), {"two": {"": NodeAccount(7, 10)}})
+    assert book.used_bytes("") == 90

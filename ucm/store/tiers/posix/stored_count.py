@@ -113,7 +113,8 @@ class UsedBook:
 
     def deleted(self, namespace: str, nbytes: int) -> None:
         for name in (WHOLE, namespace):
-            self._counted[name] = max(0, self._counted[name] - nbytes)
+            # Below 0 where what was written since is deleted: `used_bytes` has both.
+            self._counted[name] -= nbytes
 
     def used_bytes(self, name: str) -> int:
         since = sum(
