@@ -56,7 +56,7 @@ def test_a_rule_asks_for_metrics_labels_and_values_that_exist(rule: dict[str, An
     for each in parsed(rule):
         if isinstance(each, promql.AggregateExpr):
             names = [one.name for one in parts(each) if isinstance(one, promql.VectorSelector)]
-            wanted = set(each.modifier.labels)
+            wanted = set(each.modifier.labels if each.modifier else ())
             assert all(wanted <= known[name] for name in names if name in known)
 
 
