@@ -115,6 +115,7 @@ def test_a_peer_that_remembers_absences_is_told_and_ucm_asks_past_that(
 
 
 @needs_fuse
+@pytest.mark.long
 def test_storage_that_hangs_is_said_to_hang_and_nobody_waits_for_it(
     filled: Store, tmp_path: Path
 ) -> None:
@@ -125,6 +126,7 @@ def test_storage_that_hangs_is_said_to_hang_and_nobody_waits_for_it(
     assert "it hangs" in found["storage"].found
 
 
+@pytest.mark.long
 def test_a_peer_of_another_store_is_wrong(filled: Store, tmp_path: Path) -> None:
     other = Store(tmp_path / "other")
     other.put(A, keys_of(A, PROMPT))

@@ -21,7 +21,7 @@ from ucm.errors import UcmError
 
 pytestmark = [pytest.mark.vllm, pytest.mark.long, pytest.mark.timeout(1200)]
 
-NUM_ENGINE_KILLS = 6
+NUM_ENGINE_KILLS = 4
 NODE_CACHE_KILLS_EACH = 4
 ENGINES = ("one", "two")
 

@@ -85,6 +85,7 @@ def test_a_start_that_its_settings_have_ended_is_explained_to_who_waits(place: P
         assert why_held_up(settings.socket_path).startswith("pid ")
 
 
+@pytest.mark.long
 def test_of_one_that_is_stopped_everybody_is_told_who_it_is(place: Place) -> None:
     settings = place.settings()
     with whole_blocks(place, timeout_ms=2000) as store:
