@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import os
-import time
-import uuid
 from collections.abc import Sequence
 from typing import Final, TypeVar
 
@@ -14,8 +12,8 @@ from ucm.store.blocks.keys import Key
 from ucm.store.blocks.namespace import Manifest, fingerprint, to_json
 from ucm.store.blocks.page_key import load_page_key
 from ucm.store.client.connection import NodeClient
+from ucm.store.inspect.node_client import connect_tool, first_answer
 from ucm.store.node import protocol as p
-from ucm.store.node.trusted_users import trust_of
 from ucm.store.tiers.posix import paths
 
 _ANSWER_S: Final = 10.0
@@ -44,13 +42,7 @@ def keys_in_memory(
         manifest=to_json(manifest),
     )
     try:
-        client = NodeClient.connect(
-            settings.socket_path,
-            session=f"tool-{os.getpid()}-{uuid.uuid4().hex}",
-            role="tool",
-            timeout_s=_ANSWER_S,
-            trust=trust_of(settings),
-        )
+        client = connect_tool(settings, timeout_s=_ANSWER_S)
     except NodeUnavailable:
         return frozenset()
     with client:
@@ -71,9 +63,7 @@ def keys_in_memory(
 
 
 def _answer(client: NodeClient, kind: type[_Answer]) -> _Answer:
-    deadline_s = time.monotonic() + _ANSWER_S
-    while (left_s := deadline_s - time.monotonic()) > 0:
-        for message in client.poll(left_s):
-            if isinstance(message, kind):
-                return message
-    raise NodeUnavailable(f"the node cache (pid {client.welcome.pid}) does not answer")
+    answer = first_answer(client, lambda message: isinstance(message, kind), timeout_s=_ANSWER_S)
+    if not isinstance(answer, kind):
+        raise NodeUnavailable(f"the node cache (pid {client.welcome.pid}) does not answer")
+    return answer

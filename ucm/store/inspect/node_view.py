@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 import stat
 import time
-import uuid
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Final
@@ -16,9 +15,8 @@ from ucm.config.node_socket import default_socket_path
 from ucm.config.settings import PIPELINES, StoreSettings, load_settings_file
 from ucm.errors import ConfigError, NodeUnavailable
 from ucm.outcome import MISSED, UNWRITTEN
-from ucm.store.client.connection import NodeClient
+from ucm.store.inspect.node_client import connect_tool, first_answer
 from ucm.store.node import protocol as p
-from ucm.store.node.trusted_users import trust_of
 
 _CONNECT_S: Final = 5.0
 _ANSWER_S: Final = 10.0
@@ -97,28 +95,23 @@ class NodeWatch:
     def __init__(self, settings: StoreSettings) -> None:
         """Raises NodeUnavailable, ConfigError or ProtocolError."""
         self._socket = settings.socket_path
-        self._client = NodeClient.connect(
-            settings.socket_path,
-            session=f"tool-{os.getpid()}-{uuid.uuid4().hex}",
-            role="tool",
-            timeout_s=_CONNECT_S,
-            trust=trust_of(settings),
-        )
+        self._client = connect_tool(settings, timeout_s=_CONNECT_S)
         self._asked = 0
 
     def sample(self) -> StatusSample:
         """Raises NodeUnavailable."""
         self._asked += 1
         self._client.send(p.GetStatus(id=self._asked))
-        deadline_s = time.monotonic() + _ANSWER_S
-        while (left_s := deadline_s - time.monotonic()) > 0:
-            for message in self._client.poll(left_s):
-                if isinstance(message, p.Status) and message.id == self._asked:
-                    return StatusSample(message, time.monotonic())
-        raise NodeUnavailable(
-            f"the node cache at {self._socket} has not answered for {_ANSWER_S:.0f} s: it may be "
-            f"stopped, or have too little CPU"
-        )
+        status = first_answer(self._client, self._is_asked_for, timeout_s=_ANSWER_S)
+        if not isinstance(status, p.Status):
+            raise NodeUnavailable(
+                f"the node cache at {self._socket} has not answered for {_ANSWER_S:.0f} s: it may "
+                f"be stopped, or have too little CPU"
+            )
+        return StatusSample(status, time.monotonic())
+
+    def _is_asked_for(self, message: p.NodeMessage) -> bool:
+        return isinstance(message, p.Status) and message.id == self._asked
 
     def view(self, before: StatusSample, after: StatusSample) -> NodeView:
         welcome = self._client.welcome

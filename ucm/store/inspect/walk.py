@@ -6,7 +6,6 @@ meanwhile is left out. Memory is bounded by one directory's names.
 
 from __future__ import annotations
 
-import errno
 import os
 import stat
 from collections.abc import Iterator
@@ -18,11 +17,9 @@ from ucm.errors import UcmError
 from ucm.store.blocks.keys import Key
 from ucm.store.blocks.namespace import Manifest, from_json
 from ucm.store.tiers.posix import paths
-from ucm.store.tiers.posix.os_errors import tier_error
-from ucm.store.tiers.posix.plain_files import NotPlain, read_plain
+from ucm.store.tiers.posix.os_errors import is_not_there, tier_error
+from ucm.store.tiers.posix.plain_files import DIRECTORY_FLAGS, NotPlain, read_plain
 
-_DIRECTORY_FLAGS = os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC
-_NOT_THERE = frozenset({errno.ENOENT, errno.ESTALE, errno.ENOTDIR, errno.ELOOP})
 _MAX_MANIFEST_BYTES = 1 << 20
 
 
@@ -130,12 +127,12 @@ def opened(folder: NamespaceFolder, *below: str) -> Iterator[int | None]:
     fd: int | None = None
     try:
         try:
-            fd = os.open(folder.backend, _DIRECTORY_FLAGS & ~os.O_NOFOLLOW)
+            fd = os.open(folder.backend, DIRECTORY_FLAGS & ~os.O_NOFOLLOW)
             for name in (folder.name, *below):
-                above, fd = fd, os.open(name, _DIRECTORY_FLAGS, dir_fd=fd)
+                above, fd = fd, os.open(name, DIRECTORY_FLAGS, dir_fd=fd)
                 os.close(above)
         except OSError as error:
-            if error.errno not in _NOT_THERE:
+            if not is_not_there(error):
                 raise
             if fd is not None:
                 os.close(fd)
@@ -162,7 +159,7 @@ def look_at(fd: int, name: str) -> os.stat_result | None:
     try:
         status = os.stat(name, dir_fd=fd, follow_symlinks=False)
     except OSError as error:
-        if error.errno in _NOT_THERE:
+        if is_not_there(error):
             return None
         raise
     return status if stat.S_ISREG(status.st_mode) else None

@@ -21,6 +21,7 @@ _OUTCOMES: dict[int | None, Outcome] = {
 }
 # Another node removed the file while this one was at it: NFS says ESTALE, others sometimes EBADF.
 _GONE = frozenset({errno.ENOENT, errno.ESTALE, errno.EBADF})
+_NOT_THERE = frozenset({errno.ENOENT, errno.ESTALE, errno.ENOTDIR, errno.ELOOP})
 
 
 def tier_error(path: str, doing: str, error: OSError) -> TierError:
@@ -32,6 +33,12 @@ def tier_error(path: str, doing: str, error: OSError) -> TierError:
 def is_gone(error: OSError) -> bool:
     """Whether a name, or what was open, is not there (any more): absent, and no fault."""
     return error.errno in _GONE
+
+
+def is_not_there(error: OSError) -> bool:
+    """Of what was found by its name a moment ago: somebody else was faster, or something else lies
+    there now, as a link in a directory's place."""
+    return error.errno in _NOT_THERE
 
 
 class translated:  # noqa: N801 read as a statement

@@ -15,6 +15,8 @@ import stat
 from ucm.errors import TierError
 from ucm.outcome import Outcome
 
+# For a directory of the store, and never through a link.
+DIRECTORY_FLAGS = os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC
 _KINDS = {
     stat.S_IFIFO: "a FIFO",
     stat.S_IFDIR: "a directory",

@@ -7,7 +7,6 @@ that are there are opened, one below the other, so that none is reached through 
 
 from __future__ import annotations
 
-import errno
 import os
 import random
 import stat
@@ -16,12 +15,12 @@ from contextlib import suppress
 from dataclasses import dataclass
 
 from ucm.store.tiers.posix import paths
+from ucm.store.tiers.posix.os_errors import is_not_there
+from ucm.store.tiers.posix.plain_files import DIRECTORY_FLAGS
 from ucm.store.tiers.posix.reclaim_plan import StoredFile
 from ucm.store.tiers.posix.score import bounded_score_ns
 
 _BYTES = 256
-_DIRECTORY = os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC
-_NOT_THERE = frozenset({errno.ENOENT, errno.ESTALE, errno.ENOTDIR, errno.ELOOP})
 # What has just been written may not have its blocks yet.
 _SETTLED_NS = 60_000_000_000
 
@@ -93,7 +92,7 @@ class ShardWalk:
 
     def _open(self, name: str, above: int, whole_name: str) -> int | None:
         with self._looking_at(whole_name):
-            return os.open(name, _DIRECTORY, dir_fd=above)
+            return os.open(name, DIRECTORY_FLAGS, dir_fd=above)
         return None
 
     def _own_names(self, namespace: str, fd: int) -> set[str]:
@@ -153,7 +152,7 @@ class _LookingAt:
     def __exit__(self, kind: object, error: object, trace: object) -> bool:
         if not isinstance(error, OSError):
             return False
-        if error.errno not in _NOT_THERE:
+        if not is_not_there(error):
             self._trouble(self._name, error)
         return True
 

@@ -16,6 +16,7 @@ from dataclasses import dataclass, field
 from ucm.store.tiers.posix import paths
 from ucm.store.tiers.posix.grants import NodeAccount
 from ucm.store.tiers.posix.os_errors import READ_ONLY_ERRNOS
+from ucm.store.tiers.posix.plain_files import DIRECTORY_FLAGS
 from ucm.store.tiers.posix.reclaim_plan import WHOLE
 from ucm.store.tiers.posix.shard_walk import ShardWalk, close_all, real_bytes
 
@@ -70,7 +71,7 @@ def _quarantine_bytes(root: int, now_ns: int) -> int:
     """They are few, and belong to the store."""
     total = 0
     try:
-        top = os.open(paths.QUARANTINE, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW, dir_fd=root)
+        top = os.open(paths.QUARANTINE, DIRECTORY_FLAGS, dir_fd=root)
     except OSError:
         return 0
     try:

@@ -16,7 +16,6 @@ caches that never live long enough for all of it see all of it in turn.
 
 from __future__ import annotations
 
-import errno
 import os
 import random
 import stat
@@ -28,6 +27,8 @@ from threading import Event
 
 from ucm.store.processes import Process, is_running, this_process
 from ucm.store.tiers.posix import paths
+from ucm.store.tiers.posix.os_errors import is_not_there
+from ucm.store.tiers.posix.plain_files import DIRECTORY_FLAGS
 from ucm.store.tiers.posix.writers import Fate, fate, is_stale
 
 _REST_PER_WORK = 4.0
@@ -38,9 +39,6 @@ _SETTLE_S = 60.0
 _MAX_FOUND = 10_000
 # A directory may have been filled with names that aren't ours.
 _NAMES_PER_REST = 1_000
-_DIRECTORY_FLAGS = os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC
-# Somebody else was faster, or something else lies there now.
-_NOTHING_THERE = frozenset({errno.ENOENT, errno.ESTALE, errno.ENOTDIR, errno.ELOOP})
 
 
 @dataclass
@@ -56,7 +54,7 @@ class Swept:
     is_whole: bool = False
 
     def note(self, path: str, error: OSError) -> None:
-        if error.errno not in _NOTHING_THERE:
+        if not is_not_there(error):
             self.problem = self.problem or f"{path}: {error.strerror or error}"
             self.num_problems += 1
 
@@ -97,9 +95,9 @@ class Sweep:
     def run(self) -> Swept | None:
         """Walks the tree once. None: there is no backend. Never raises for what storage does."""
         try:
-            root = os.open(self.path, _DIRECTORY_FLAGS & ~os.O_NOFOLLOW)
+            root = os.open(self.path, DIRECTORY_FLAGS & ~os.O_NOFOLLOW)
         except OSError as error:
-            if error.errno in _NOTHING_THERE:
+            if is_not_there(error):
                 return None
             self.swept.note(self.path, error)
             return self.swept
@@ -135,7 +133,7 @@ class Sweep:
 
     def _enter(self, root: int, above: int, directory: tuple[str, ...]) -> None:
         try:
-            fd = os.open(directory[-1], _DIRECTORY_FLAGS, dir_fd=above)
+            fd = os.open(directory[-1], DIRECTORY_FLAGS, dir_fd=above)
             try:
                 self._walk(root, fd, directory)
             finally:
@@ -267,7 +265,7 @@ def _opened(root: int, directory: tuple[str, ...]) -> Iterator[int]:
     fd = os.dup(root)
     try:
         for name in directory:
-            above, fd = fd, os.open(name, _DIRECTORY_FLAGS, dir_fd=fd)
+            above, fd = fd, os.open(name, DIRECTORY_FLAGS, dir_fd=fd)
             os.close(above)
         yield fd
     finally:

@@ -1,0 +1,36 @@
+"""A node cache's client that only asks, for tools."""
+
+from __future__ import annotations
+
+import os
+import time
+import uuid
+from collections.abc import Callable
+
+from ucm.config.settings import StoreSettings
+from ucm.store.client.connection import NodeClient
+from ucm.store.node import protocol as p
+from ucm.store.node.trusted_users import trust_of
+
+
+def connect_tool(settings: StoreSettings, *, timeout_s: float) -> NodeClient:
+    """Raises NodeUnavailable, ConfigError or ProtocolError."""
+    return NodeClient.connect(
+        settings.socket_path,
+        session=f"tool-{os.getpid()}-{uuid.uuid4().hex}",
+        role="tool",
+        timeout_s=timeout_s,
+        trust=trust_of(settings),
+    )
+
+
+def first_answer(
+    client: NodeClient, is_it: Callable[[p.NodeMessage], bool], *, timeout_s: float
+) -> p.NodeMessage | None:
+    """The first message that `is_it` takes; None if there is none in time."""
+    deadline_s = time.monotonic() + timeout_s
+    while (left_s := deadline_s - time.monotonic()) > 0:
+        for message in client.poll(left_s):
+            if is_it(message):
+                return message
+    return None
