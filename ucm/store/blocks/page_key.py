@@ -41,6 +41,11 @@ class PageKey:
         return seal.digest()
 
 
+def page_key_of(path: str | None) -> PageKey | None:
+    """That of the setting `page_key_file`; None without one. Raises ConfigError."""
+    return load_page_key(path) if path is not None else None
+
+
 def load_page_key(path: str) -> PageKey:
     """The secret is the file's content without blanks at its ends. Raises ConfigError."""
     try:

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 from ucm.config.settings import Settings, load_settings_file
 from ucm.errors import ConfigError
-from ucm.store.blocks.page_key import PageKey, load_page_key
+from ucm.store.blocks.page_key import PageKey, page_key_of
 from ucm.store.tiers.posix import paths
 
 
@@ -20,8 +20,7 @@ class GivenStore:
 
     def page_key(self) -> PageKey | None:
         """That of the settings. Raises ConfigError."""
-        path = self.settings.store.page_key_file if self.settings is not None else None
-        return load_page_key(path) if path is not None else None
+        return page_key_of(self.settings.store.page_key_file) if self.settings is not None else None
 
 
 def given_store(argument: str) -> GivenStore:

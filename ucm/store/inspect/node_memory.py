@@ -10,7 +10,7 @@ from ucm.config.settings import StoreSettings
 from ucm.errors import NodeUnavailable
 from ucm.store.blocks.keys import Key
 from ucm.store.blocks.namespace import Manifest, fingerprint, to_json
-from ucm.store.blocks.page_key import load_page_key
+from ucm.store.blocks.page_key import page_key_of
 from ucm.store.client.connection import NodeClient
 from ucm.store.inspect.node_client import connect_tool, first_answer
 from ucm.store.node import protocol as p
@@ -29,7 +29,7 @@ def keys_in_memory(
     manifest. Raises ConfigError, ProtocolError, or NodeUnavailable
     where it doesn't answer."""
     name = fingerprint(manifest)
-    page_key = load_page_key(settings.page_key_file) if settings.page_key_file else None
+    page_key = page_key_of(settings.page_key_file)
     key_id = page_key.id if page_key is not None else b""
     homes = [paths.manifest_path(each, name, key_id) for each in settings.storage_backends]
     if not all(map(os.path.exists, homes)):

@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Callable
 
 from ucm.config.settings import StoreSettings
-from ucm.store.blocks.page_key import load_page_key
+from ucm.store.blocks.page_key import page_key_of
 from ucm.store.tiers.posix.quotas import quotas_of
 from ucm.store.tiers.posix.reclaim_plan import ReclaimRules
 from ucm.store.tiers.posix.rights import file_rights
@@ -45,7 +45,7 @@ def _posix(settings: StoreSettings) -> Tier:
             ),
         ),
         quarantine_per_minute=settings.quarantine_per_minute,
-        page_key=load_page_key(settings.page_key_file) if settings.page_key_file else None,
+        page_key=page_key_of(settings.page_key_file),
         rights=file_rights(settings.file_mode, settings.file_group),
     )
 
