@@ -35,7 +35,9 @@ from ucm.store.client.start import connect_or_start
 from ucm.store.node import protocol as p
 from ucm.store.tiers.posix import paths
 from ucm.store.tiers.posix.reclaim_plan import WHOLE, want_of
+from ucm.store.tiers.posix.reclaim_record_files import ReclaimRecorder
 from ucm.store.tiers.posix.reclaim_run import ReclaimRun
+from ucm.store.tiers.posix.rights import UMASK_DECIDES
 from ucm.store.tiers.posix.stored_count import count_stored
 
 FINGERPRINT: Final = hashlib.sha256(b"reclaim benchmark").digest()
@@ -157,9 +159,9 @@ def run_once(store: Path) -> None:
     used_bytes = count.nbytes[WHOLE]
     want = want_of(used_bytes=used_bytes, limit_bytes=used_bytes, trigger=0.9, share=SHARE)
     assert want is not None
-    done = ReclaimRun(str(store), 0.0, time.time_ns, lambda keys, freed: None).run(
-        root, {WHOLE: want}
-    )
+    recorder = ReclaimRecorder(UMASK_DECIDES)
+    run = ReclaimRun(str(store), 0.0, time.time_ns, lambda keys, freed: None, recorder)
+    done = run.run(root, {WHOLE: want})
     num_files = done.files.total()
     print(
         f"counted: {count.num_files} files within {count.error:.2%}, in {counted_s:.2f} s\n"

@@ -123,6 +123,7 @@ def test_the_tree_has_the_names_that_the_code_builds() -> None:
         paths.backend_id_path(""),
         *(f"/{paths.RECLAIM_LEASE}", f"/{paths.RECLAIM_GRANTS}"),
         "/" + paths.reclaim_node_name("0123456789abcdef"),
+        *reversed(paths.reclaim_record_paths("")),
         paths.manifest_path("", FINGERPRINT),
         block,
         paths.block_path("", FINGERPRINT, Key(TailKey(KEY, 44))),

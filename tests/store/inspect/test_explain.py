@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import mmap
+import time
 from typing import Any
 
 import pytest
@@ -14,6 +15,8 @@ from ucm.store.blocks.namespace import Manifest, fingerprint
 from ucm.store.blocks.page_key import PageKey
 from ucm.store.blocks.page_layout import padded_bytes
 from ucm.store.inspect.explain import AskedPrompt, ExplainedBlock, Explanation, explain
+from ucm.store.inspect.reclaim_now import ReclaimOrder, reclaim_now
+from ucm.store.tiers.posix import paths
 from ucm.store.tiers.posix.tier import PosixTier
 from ucm.store.tiers.tier import TierNamespace
 
@@ -50,7 +53,7 @@ def test_what_is_stored_is_named_by_its_file(store: Store) -> None:
     assert [block.where for block in found.blocks[:4]] == [
         str(store.file(MINE, key)) for key in keys[:4]
     ]
-    assert found.blocks[5].why == "never stored, or reclaimed"
+    assert found.blocks[5].why == "never stored; no reclaim is on record"
 
 
 def test_a_damaged_page_ends_the_prefix_and_says_what_is_wrong(store: Store) -> None:
@@ -140,8 +143,70 @@ def test_what_nobody_has_stored_is_not_stored(store: Store) -> None:
     store.put(MINE, keys_of(MINE, PROMPT[::-1]))
 
     found = explained(store)
-    assert only(found) == ("not_stored", "never stored, or reclaimed")
+    assert only(found) == ("not_stored", "never stored; no reclaim is on record")
     assert len(found.blocks) == NUM_BLOCKS and found.is_known
+
+
+def reclaim(store: Store, num_pages: int) -> None:
+    on_disk_bytes = 24 << 10
+    done = reclaim_now(
+        str(store.path), ReclaimOrder(free_bytes=num_pages * on_disk_bytes, grace_s=0)
+    )
+    assert done.num_files == num_pages
+
+
+def minutes(since_s: float) -> set[str]:
+    """All since then, as they are said."""
+    now_min = int(time.time() // 60)
+    said = range(int(since_s // 60), now_min + 1)
+    return {time.strftime("%Y-%m-%d %H:%M UTC", time.gmtime(60 * each)) for each in said}
+
+
+def test_what_was_reclaimed_is_told_from_what_was_never_stored(store: Store) -> None:
+    began_s = time.time()
+    store.put(MINE, keys_of(MINE, PROMPT)[:4])
+    reclaim(store, 4)
+
+    found = explained(store)
+    assert [block.state for block in found.blocks] == ["reclaimed"] * 4 + ["not_stored"] * 2
+    assert found.blocks[0].why in {f"at {minute}" for minute in minutes(began_s)}
+    never = "never stored, or gone before the record of reclaim begins at"
+    assert found.blocks[5].why in {f"{never} {minute}" for minute in minutes(began_s)}
+
+
+def test_what_was_reclaimed_and_stored_again_is_stored(store: Store) -> None:
+    for _ in range(2):
+        store.put(MINE, keys_of(MINE, PROMPT))
+        assert only(explained(store))[0] == "stored"
+        reclaim(store, NUM_BLOCKS)
+        assert only(explained(store))[0] == "reclaimed"
+
+
+def test_what_was_reclaimed_says_so_also_where_another_engine_has_its_own(store: Store) -> None:
+    store.put(MINE, keys_of(MINE, PROMPT))
+    reclaim(store, NUM_BLOCKS)
+    other = manifest("a", kv_dtype="fp8")
+    store.put(other, keys_of(other, PROMPT))
+
+    assert only(explained(store))[0] == "reclaimed"
+
+
+def test_sealed_pages_that_were_reclaimed_are_not_taken_for_unsealed_ones(store: Store) -> None:
+    theirs = PageKey.of(b"a secret of theirs")
+    store.put(MINE, keys_of(MINE, PROMPT), tier=PosixTier([str(store.path)], page_key=theirs))
+    reclaim(store, NUM_BLOCKS)
+
+    assert only(explained(store))[0] == "not_stored"
+    assert only(explained(store, page_key=theirs))[0] == "reclaimed"
+
+
+def test_a_record_that_cannot_be_read_is_named(store: Store) -> None:
+    store.put(MINE, keys_of(MINE, PROMPT)[:1])
+    (store.path / paths.RECLAIM_RECORD).symlink_to("/dev/zero")
+
+    state, why = {(block.state, block.why) for block in explained(store).blocks[1:]}.pop()
+    said = f"the record in {store.path} is a link and no file"
+    assert (state, why) == ("not_stored", f"never stored, or reclaimed: {said}")
 
 
 def test_what_only_a_node_cache_has_can_be_loaded_here(store: Store) -> None:

@@ -26,7 +26,10 @@ from tests.store.node.support import (
     wait_until,
 )
 from ucm.config.settings import StoreSettings
+from ucm.store.blocks.keys import Key
 from ucm.store.tiers.posix import paths
+from ucm.store.tiers.posix.reclaim_record import mark_of
+from ucm.store.tiers.posix.reclaim_record_files import reclaims_on_record
 
 pytestmark = pytest.mark.process
 
@@ -139,6 +142,33 @@ def test_one_that_is_killed_is_followed_by_the_other(place: Place) -> None:
             if counter(other, "reclaimed_files_capacity") > 0:
                 break
         assert counter(other, "reclaimed_files_capacity") > 0
+
+
+@pytest.mark.long
+def test_what_went_is_on_record_also_when_another_one_has_taken_over(place: Place) -> None:
+    with engine(limited(place)) as one, engine(limited(place, "b"), "engine/1") as two:
+        by_pid = {one.pid: one, two.pid: two}
+        for name in ("first", "second"):
+            holder = wait_until(lambda: lease(place) in by_pid and lease(place), "one reclaims")
+            seen: set[Key] = set()
+            gone: set[int] = set()
+            for number in dump_all(by_pid[holder], name, 10_000):
+                there = {key for key in make_keys(f"{name} {number}", 5) if is_there(place, key)}
+                gone = {mark_of(key, b"") for key in seen if not is_there(place, key)}
+                if gone:
+                    break
+                seen |= there
+            wait_until(lambda gone=gone: gone == on_record(place, gone), f"what went of the {name}")
+            kill(holder)
+            del by_pid[holder]
+
+
+def is_there(place: Place, key: Key) -> bool:
+    return place.block(key).exists()
+
+
+def on_record(place: Place, marks: set[int]) -> set[int]:
+    return set(reclaims_on_record(str(place.store), marks).times_ns)
 
 
 def test_a_namespace_keeps_to_its_quota(place: Place) -> None:

@@ -20,6 +20,7 @@ from ucm.store.blocks.namespace import Manifest, differences, fingerprint
 from ucm.store.blocks.page_key import PageKey
 from ucm.store.inspect.contents import model_label
 from ucm.store.inspect.page_check import Condition, ExpectedPage, PageChecker
+from ucm.store.inspect.reclaims import Reclaims
 from ucm.store.inspect.walk import NamespaceFolder, namespace_folders, read_manifest
 from ucm.store.tiers.posix import paths
 
@@ -40,7 +41,9 @@ class Whereabouts(str, Enum):
     OTHER_SALT = "other_salt"
     OTHER_ADAPTER = "other_adapter"
     OTHER_PAGE_KEY = "other_page_key"
-    # Never stored, or reclaimed: nothing remembers which.
+    # It was there under its own name.
+    RECLAIMED = "reclaimed"
+    # Never stored, or gone before the record of what was reclaimed begins.
     NOT_STORED = "not_stored"
 
 
@@ -114,13 +117,16 @@ def explain(
     keys = asked.keys()
     guesses = list(_guesses(asked, folders, own))
     checker = PageChecker(page_key)
+    reclaims = Reclaims.of(own, keys)
     blocks: list[ExplainedBlock] = []
     for block, key in enumerate(keys):
         state, where, why = _own_state(own, key, checker)
         if state is Whereabouts.NOT_STORED and key in in_memory:
             state, why = Whereabouts.IN_MEMORY, "only in this machine's node cache"
+        elif state is Whereabouts.NOT_STORED and (when := reclaims.when(key)):
+            state, why = Whereabouts.RECLAIMED, f"at {when}"
         elif state is Whereabouts.NOT_STORED:
-            state, where, why = _guessed(guesses, block)
+            state, where, why = _guessed(guesses, block, reclaims)
         blocks.append(_explained(asked, block, key, state, where, why))
         on_progress(block + 1, len(keys))
     is_known = any(folder in folders for folder in own)
@@ -205,7 +211,9 @@ def _in_quarantine(folder: NamespaceFolder, key: Key) -> str:
         return ""
 
 
-def _guessed(guesses: Sequence[_Guess], block: int) -> tuple[Whereabouts, str, str]:
+def _guessed(
+    guesses: Sequence[_Guess], block: int, reclaims: Reclaims
+) -> tuple[Whereabouts, str, str]:
     """The first guess that leads to a file."""
     for guess in guesses:
         for folder in guess.folders:
@@ -213,7 +221,7 @@ def _guessed(guesses: Sequence[_Guess], block: int) -> tuple[Whereabouts, str, s
             path = paths.block_path(folder.backend, folder.fingerprint, key, folder.key_id)
             if os.path.lexists(path):
                 return guess.state, path, guess.why
-    return Whereabouts.NOT_STORED, "", "never stored, or reclaimed"
+    return Whereabouts.NOT_STORED, "", reclaims.otherwise
 
 
 def _guesses(

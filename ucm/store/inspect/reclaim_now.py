@@ -14,6 +14,7 @@ from ucm.store.tiers.posix import paths
 from ucm.store.tiers.posix.lease import ReclaimLease, holder_in
 from ucm.store.tiers.posix.os_errors import translated
 from ucm.store.tiers.posix.reclaim_plan import WHOLE, Want
+from ucm.store.tiers.posix.reclaim_record_files import ReclaimRecorder
 from ucm.store.tiers.posix.reclaim_run import Reclaimed, ReclaimRun, ReclaimStopped
 from ucm.store.tiers.posix.rights import UMASK_DECIDES, FileRights
 from ucm.store.tiers.posix.small_files import read_small
@@ -103,9 +104,8 @@ def _reclaim(
     done = Reclaimed(is_enough=True)
     if wanted_bytes:
         share = min(1.0, _SPARE * wanted_bytes / max(1, stored_bytes))
-        run = ReclaimRun(
-            backend, order.grace_s, time.time_ns, keeper.keep, deletes=not order.is_dry
-        )
+        recorder = None if order.is_dry else ReclaimRecorder(order.rights)
+        run = ReclaimRun(backend, order.grace_s, time.time_ns, keeper.keep, recorder)
         done = run.run(root, {WHOLE: Want(wanted_bytes, share)})
     return ReclaimedNow(
         backend,

@@ -40,7 +40,7 @@ class NamespaceFolder:
 
     @property
     def key_id(self) -> bytes:
-        return bytes.fromhex(self.name.partition("-")[2])
+        return paths.key_id_in(self.name)
 
 
 class Kind(Enum):

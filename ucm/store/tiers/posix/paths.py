@@ -5,6 +5,8 @@
       ucm-reclaim-lease                       who reclaims: lease.py
       ucm-reclaim-grants                      how much everybody may write: grants.py
       ucm-reclaim-node-<16 hex digits>        how much a node cache has written
+      ucm-reclaim-record                      what was reclaimed: reclaim_record.py
+      ucm-reclaim-record-before               the same, of the time before that
       <namespace fingerprint>/                or <namespace fingerprint>-<id of the page key>/
         manifest.json
         <hh>/<hh>/<key>.kv                    hh: first and second byte of the key
@@ -37,6 +39,8 @@ MANIFEST = "manifest.json"
 BACKEND_ID = "ucm-backend-id"
 RECLAIM_LEASE = "ucm-reclaim-lease"
 RECLAIM_GRANTS = "ucm-reclaim-grants"
+RECLAIM_RECORD = "ucm-reclaim-record"
+RECLAIM_RECORD_BEFORE = "ucm-reclaim-record-before"
 _NODE_PREFIX = "ucm-reclaim-node-"
 
 _RANDOM_BYTES = 8
@@ -70,6 +74,11 @@ def namespace_dir(backend: str, fingerprint: bytes, key_id: bytes = b"") -> str:
     """`key_id` is that of the page key, if pages are sealed."""
     sealed = f"-{key_id.hex()}" if key_id else ""
     return f"{backend}/{fingerprint.hex()}{sealed}"
+
+
+def reclaim_record_paths(backend: str) -> tuple[str, str]:
+    """The older one first."""
+    return f"{backend}/{RECLAIM_RECORD_BEFORE}", f"{backend}/{RECLAIM_RECORD}"
 
 
 def manifest_path(backend: str, fingerprint: bytes, key_id: bytes = b"") -> str:
@@ -120,6 +129,11 @@ def is_own_directory(name: str, *, level: int) -> bool:
     """Whether a directory of this name, `level` levels below a backend, may hold files of ours or
     other such directories. Level 1: namespaces; 2 and 3: the fan-out of keys."""
     return 1 <= level <= LEVELS and bool(_DIRECTORY[level > 1].fullmatch(name))
+
+
+def key_id_in(namespace: str) -> bytes:
+    """The id of the page key in the name of a namespace's directory; empty without one."""
+    return bytes.fromhex(namespace.partition("-")[2])
 
 
 def is_block_name(name: str) -> bool:

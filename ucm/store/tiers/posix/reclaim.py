@@ -39,6 +39,7 @@ from ucm.store.tiers.posix.os_errors import unless_full
 from ucm.store.tiers.posix.quotas import Limit
 from ucm.store.tiers.posix.reclaim_nodes import Neighbours
 from ucm.store.tiers.posix.reclaim_plan import WHOLE, ReclaimRules, Want, want_of
+from ucm.store.tiers.posix.reclaim_record_files import ReclaimRecorder
 from ucm.store.tiers.posix.reclaim_run import ReclaimRun, ReclaimStopped
 from ucm.store.tiers.posix.reclaim_says import ReclaimSays
 from ucm.store.tiers.posix.small_files import read_small, write_small
@@ -84,6 +85,7 @@ class Reclaimer(Chore):
         self._quiet_until_s = 0.0
         self._says = ReclaimSays(backend.path)
         self._limits: dict[str, Limit | None] = {}
+        self._recorder = ReclaimRecorder(backend.rights)
 
     # -- the thread ------------------------------------------------------------------------
 
@@ -303,7 +305,7 @@ class Reclaimer(Chore):
                 self._stop.wait((time.monotonic() - worked_since_s) * _REST_PER_WORK)
             worked_since_s = time.monotonic()
 
-        run = ReclaimRun(self.name, self._rules.grace_s, self._now_ns, between)
+        run = ReclaimRun(self.name, self._rules.grace_s, self._now_ns, between, self._recorder)
         done = run.run(root, wants)
         self._counts.update(done.counters())
         self._says.done(done, self._rules.grace_s, self._book.used_bytes(WHOLE))

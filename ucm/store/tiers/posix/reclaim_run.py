@@ -14,6 +14,8 @@ from ucm.store.blocks.keys import Key
 from ucm.store.tiers.posix import paths
 from ucm.store.tiers.posix.os_errors import is_gone
 from ucm.store.tiers.posix.reclaim_plan import WHOLE, StoredFile, Want, choose_from_pool
+from ucm.store.tiers.posix.reclaim_record import mark_of
+from ucm.store.tiers.posix.reclaim_record_files import ReclaimRecorder
 from ucm.store.tiers.posix.shard_walk import Leaf, ShardWalk, close_all
 
 # What goes of a pool scores low among its files and those that were seen before. Few, because
@@ -54,14 +56,14 @@ class ReclaimStopped(Exception):
 @dataclass
 class ReclaimRun:
     """`between` is called after each pool with the keys that went and the bytes by namespace; it
-    raises ReclaimStopped when nothing more is to be deleted. Without `deletes` nothing is, and all
-    is told as if it were."""
+    raises ReclaimStopped when nothing more is to be deleted. Without a `recorder` nothing is
+    deleted, and all is told as if it were."""
 
     path: str
     grace_s: float
     now_ns: Callable[[], int]
     between: Callable[[list[Key], Mapping[str, int]], None]
-    deletes: bool = True
+    recorder: ReclaimRecorder | None
     done: Reclaimed = field(default_factory=Reclaimed)
     _left: dict[str, Want] = field(default_factory=dict)
     _seen: dict[str, deque[StoredFile]] = field(default_factory=dict)
@@ -78,12 +80,12 @@ class ReclaimRun:
                     pool += leaves
                     num_files += sum(len(leaf.files) for leaf in leaves)
                     if num_files >= _POOL_FILES or len(pool) >= _POOL_LEAVES:
-                        self._thin_out(pool)
+                        self._thin_out(root, pool)
                         pool, num_files = [], 0
                         if not self._left:
                             break
                 else:
-                    self._thin_out(pool)
+                    self._thin_out(root, pool)
                     pool = []
         except ReclaimStopped:
             pass
@@ -96,9 +98,10 @@ class ReclaimRun:
         self.done.seconds = time.monotonic() - started_s
         return self.done
 
-    def _thin_out(self, pool: list[Leaf]) -> None:
+    def _thin_out(self, root: int, pool: list[Leaf]) -> None:
         """Closes its directories."""
         keys: list[Key] = []
+        marks: list[int] = []
         freed: Counter[str] = Counter()
         try:
             files: dict[str, list[StoredFile]] = {}
@@ -115,10 +118,14 @@ class ReclaimRun:
                 for file in goes:
                     if self._delete(namespace, file, fd_of[namespace, file.name]):
                         keys.append(paths.key_in(file.name))
+                        marks.append(mark_of(keys[-1], paths.key_id_in(namespace)))
                         freed[namespace] += file.nbytes
         finally:
             close_all(leaf.fd for leaf in pool)
             pool.clear()
+            # Also of what went before something failed.
+            if self.recorder is not None:
+                self.recorder.record(root, self.now_ns(), marks)
         for name in list(self._left):
             self._take_off(name, freed)
         self.between(keys, freed)
@@ -126,7 +133,7 @@ class ReclaimRun:
     def _delete(self, namespace: str, file: StoredFile, fd: int) -> bool:
         """Whether it is gone."""
         try:
-            if self.deletes:
+            if self.recorder is not None:
                 os.unlink(file.name, dir_fd=fd)
         except OSError as error:
             if is_gone(error):
