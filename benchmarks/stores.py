@@ -71,9 +71,7 @@ class ReclaimedKept(Kept):
         seen: deque[StoredFile] = deque(maxlen=_SEEN_FILES)
         for begin in range(0, len(keys), _POOL_FILES):
             pool = [self._file(key) for key in keys[begin : begin + _POOL_FILES]]
-            goes = choose_from_pool(
-                {"": pool}, {WHOLE: want}, seen={"": seen}, now_ns=0, grace_s=0.0
-            )[""]
+            goes = choose_from_pool(pool, {WHOLE: want}, seen={WHOLE: seen}, now_ns=0, grace_s=0.0)
             seen.extend(pool)
             for file in goes:
                 del self[Key(bytes.fromhex(file.name))]

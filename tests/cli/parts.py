@@ -57,7 +57,7 @@ def keys_of(
     made: Manifest, prompt: Sequence[int], *, salt: str | None = None, lora: bytes | None = None
 ) -> list[Key]:
     root = root_key(namespace.fingerprint(made), lora_digest=lora, cache_salt=salt)
-    return block_keys(root, prompt, block_tokens=made.block_tokens)
+    return block_keys(root, prompt, block_tokens=made.block_tokens, cache_salt=salt)
 
 
 @dataclass

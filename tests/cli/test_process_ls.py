@@ -13,12 +13,22 @@ import yaml
 
 from tests.cli.conftest import PROMPT
 from tests.cli.parts import Store, keys_of, manifest, ucm
+from ucm.store.blocks.keys import salt_tag
 from ucm.store.blocks.namespace import fingerprint
 from ucm.store.inspect.contents import BackendContents, PageEntry
+from ucm.store.inspect.salts import SaltUse
 
 pytestmark = pytest.mark.process
 
 A, B = manifest("a"), manifest("b", kv_dtype="fp8")
+
+
+def settings_file(directory: Path, store: Path, **more: object) -> Path:
+    config = {"storage_backends": str(store), **more}
+    connector = {"ucm_connector_name": "UcmPipelineStore", "ucm_connector_config": config}
+    path = directory / "ucm.yaml"
+    path.write_text(yaml.safe_dump({"ucm_connectors": [connector]}))
+    return path
 
 
 def contents(text: str) -> BackendContents:
@@ -69,11 +79,33 @@ def test_du_counts_bytes_by_namespace_and_age(filled: Store) -> None:
     assert "week" in ucm("du", "--age", filled.path).stdout
 
 
+def test_du_tells_salts_by_their_tags_and_by_the_names_it_is_given(
+    filled: Store, tmp_path: Path
+) -> None:
+    for salt, num_blocks in (("tenant a", 4), ("tenant b", 2), ("tenant c", 1)):
+        filled.put(A, keys_of(A, PROMPT, salt=salt)[:num_blocks])
+    done = ucm("du", "--salt", filled.path, "--json")
+    plain = msgspec.json.decode(done.stdout, type=list[SaltUse])
+    a, b, c = (salt_tag(f"tenant {name}").hex() for name in "abc")
+    assert {(use.tag, use.salt, use.num_pages) for use in plain} == {
+        (salt_tag("one").hex(), "", 6),
+        (salt_tag("two").hex(), "", 6),
+        (a, "", 4),
+        (b, "", 2),
+        # One page is not enough to tell a salt by.
+        ("", "", 7),
+    }
+
+    config = settings_file(tmp_path, filled.path, quota_gb={"salt:tenant a": 1, "*": 1})
+    shown = ucm("du", "--salt", config, "--name-salt", "tenant c").stdout
+    rows = {line.split("  ")[0]: line.split() for line in shown.splitlines()}
+    assert rows["tenant a"][2:4] == [a, "4"] and rows["tenant c"][2:4] == [c, "1"]
+    assert rows["none"][1] == "6" and re.search(rf"\? +{b} +2 ", shown)
+    assert "25 pages on 1 storage backend." in shown
+
+
 def test_a_settings_file_is_as_good_as_the_directory(filled: Store, tmp_path: Path) -> None:
-    config = tmp_path / "ucm.yaml"
-    store = {"storage_backends": str(filled.path)}
-    connector = {"ucm_connector_name": "UcmPipelineStore", "ucm_connector_config": store}
-    config.write_text(yaml.safe_dump({"ucm_connectors": [connector]}))
+    config = settings_file(tmp_path, filled.path)
 
     assert ucm("ls", config).stdout == ucm("ls", filled.path).stdout
 

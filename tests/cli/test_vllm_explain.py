@@ -85,8 +85,9 @@ def test_another_salt_and_another_dtype_are_told(
     found = explained(store, model, *prompt, *FLAGS)
     assert {block.state for block in found.blocks} == {"other_salt"}
 
-    bfloat16 = (*FLAGS[:2], "bfloat16", *FLAGS[3:])
-    found = explained(store, model, *prompt, *bfloat16)
+    # bfloat16 would have a layout of its own on some machines.
+    half = (*FLAGS[:2], "float16", *FLAGS[3:])
+    found = explained(store, model, *prompt, *half)
     assert {block.state for block in found.blocks} == {"other_dtype"}
     assert not found.is_known and len(found.differences) == 2
 

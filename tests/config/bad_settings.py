@@ -30,6 +30,8 @@ BAD_STORE: list[tuple[dict[Any, Any], str]] = [
         {"posix_read_thread": 4},
         "posix_read_thread: unknown setting, did you mean posix_read_threads?",
     ),
+    ({"quota_gb": {"salt-tag:0123": 1}}, "quota_gb: salt-tag:0123: expected 16 hex digits"),
+    ({"quota_gb": {"salt-tag:" + 16 * "A": 1}}, "expected 16 hex digits behind salt-tag:"),
     ({"wibble": 1}, f"{STORE}.wibble: unknown setting"),
     ({"node_cache_group": "kv"}, f"{STORE}.node_cache_group: needs node_cache_socket"),
     ({"use_layerwise": True}, "use_layerwise: unknown setting, it belongs at the top level"),

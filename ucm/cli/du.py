@@ -1,4 +1,4 @@
-"""`ucm du`: how much a store takes, by namespace and age."""
+"""`ucm du`: how much a store takes, by namespace and age, and by salt."""
 
 from __future__ import annotations
 
@@ -22,6 +22,7 @@ from ucm.cli.printing import (
 
 if TYPE_CHECKING:
     from ucm.store.inspect.contents import NamespaceContents
+    from ucm.store.inspect.salts import SaltUse
 
 
 def du(
@@ -29,26 +30,43 @@ def du(
     by_age: Annotated[
         bool, typer.Option("--age", help="a column for each age: when pages were used last")
     ] = False,
+    by_salt: Annotated[
+        bool, typer.Option("--salt", help="a line for each cache_salt instead")
+    ] = False,
+    known_salts: Annotated[
+        list[str] | None, typer.Option("--name-salt", help="a salt to be told by its name")
+    ] = None,
     as_json: AsJson = False,
 ) -> None:
-    """How many bytes a store takes, by namespace and by age.
+    """How many bytes a store takes, by namespace and by age, or by salt.
 
-    A page's salt is in its key, which nobody can turn back: tenants that have to be told apart need
-    a `model_id` each.
+    A page tells the tag of its salt, not the salt: those that quota_gb names, and those of
+    --name-salt, are shown by name.
     """
     from ucm.store.inspect.contents import backend_contents
     from ucm.store.inspect.given import given_store
+    from ucm.store.inspect.salts import SaltTally
 
     with one_line_for_errors("ucm du"), progress("measuring") as on_progress:
+        given = given_store(store)
+        tally = SaltTally() if by_salt else None
         backends = [
-            backend_contents(backend, with_sizes=True, on_progress=on_progress)
-            for backend in given_store(store).backends
+            backend_contents(backend, with_sizes=True, on_progress=on_progress, tally=tally)
+            for backend in given.backends
         ]
+        named = [
+            *(known_salts or ()),
+            *(given.settings.store.quota_salts if given.settings else ()),
+        ]
+        salts = tally.uses(named) if tally is not None else []
     namespaces = [each for backend in backends for each in backend.namespaces]
     if as_json:
-        print_json(backends)
+        print_json(salts if by_salt else backends)
     else:
-        (_print_ages if by_age else _print_sizes)(namespaces)
+        if by_salt:
+            _print_salts(salts)
+        else:
+            (_print_ages if by_age else _print_sizes)(namespaces)
         total = sum(each.sizes.allocated_bytes for each in namespaces if each.sizes)
         pages = sum(each.num_pages for each in namespaces)
         where = count(len(backends), "storage backend")
@@ -74,6 +92,20 @@ def _print_sizes(namespaces: list[NamespaceContents]) -> None:
             for each in namespaces
         ],
         right=("pages", "on disk", "oldest", "newest"),
+    )
+
+
+def _print_salts(salts: list[SaltUse]) -> None:
+    print_table(
+        ("salt", "tag", "pages", "on disk"),
+        [
+            (
+                each.salt or ("?" if each.tag else "none"),
+                *(each.tag, each.num_pages, size(each.allocated_bytes)),
+            )
+            for each in salts
+        ],
+        right=("pages", "on disk"),
     )
 
 

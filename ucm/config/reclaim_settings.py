@@ -5,10 +5,16 @@ They stand among the others in ucm_connector_config; docs/configuration.md expla
 
 from __future__ import annotations
 
+import re
 from typing import Annotated
 
 import msgspec
 from msgspec import Meta
+
+# What a quota of a salt begins with: before the salt, and before the tag that stands for it.
+QUOTA_OF_SALT = "salt:"
+QUOTA_OF_TAG = "salt-tag:"
+_TAG = re.compile("[0-9a-f]{16}")
 
 _Share = Annotated[float, Meta(gt=0, le=1)]
 _LEAST_TOUCH_S = 0.1
@@ -41,6 +47,23 @@ class ReclaimSettings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_
     quarantine_hours: Annotated[int, Meta(ge=0, le=87_600)] = msgspec.field(
         default=168, name="posix_quarantine_hours"
     )
+
+    def __post_init__(self) -> None:
+        for name in self.quota_gb or ():
+            tag = name.removeprefix(QUOTA_OF_TAG)
+            if tag != name and not _TAG.fullmatch(tag):
+                raise ValueError(
+                    f"quota_gb: {name}: expected 16 hex digits behind {QUOTA_OF_TAG}, as `ucm du "
+                    f"--salt` shows them; a salt itself is given as {QUOTA_OF_SALT}<salt>"
+                )
+
+    @property
+    def quota_salts(self) -> list[str]:
+        """The salts that have a quota by their own name."""
+        names = self.quota_gb or ()
+        return [
+            name.removeprefix(QUOTA_OF_SALT) for name in names if name.startswith(QUOTA_OF_SALT)
+        ]
 
     @property
     def heartbeat_s(self) -> float:

@@ -28,6 +28,7 @@ from tests.integration.engine.naming_parts import (
 )
 from tests.integration.scheduler_parts import BLOCK, Engine, Loopback
 from ucm import handoff as h
+from ucm.store.blocks.keys import salt_tag
 
 # What differs, as arguments of a prompt; how many leading blocks may be shared all the same.
 PAIRS: dict[str, tuple[dict[str, Any], dict[str, Any], int]] = {
@@ -95,6 +96,10 @@ def test_prompts_that_differ_in_what_shapes_kv_share_only_what_stands_before_it(
     # Nor does an engine mix them up that has seen both.
     engine = Engine(Loopback())
     assert common(keys(engine, **one), keys(engine, **other)) == shared
+
+
+def test_keys_of_a_request_with_a_salt_end_with_its_tag() -> None:
+    assert {key[-8:] for key in keys(salt="tenant")} == {salt_tag("tenant")}
 
 
 @pytest.mark.parametrize("what", PAIRS)

@@ -18,6 +18,7 @@ from ucm.store.blocks.keys import (
     encode_extras,
     extras_by_block,
     root_key,
+    salt_tag,
     tail_key,
 )
 
@@ -43,9 +44,9 @@ GOLDEN: dict[str, tuple[tuple[bytes | None, str | None, tuple[Item, ...]], str, 
         (None, "tenant-1", ()),
         "9d4db585e019d7c3676986cd3480a4c6e92231c4be7b3fbbe8411b1d3f9d1874",
         [
-            "10ec5187ee5100890e15592ef993ac85e640db0d7bb4bec783b5062e0381b49a",
-            "bba0298d5f7f4da2eac3e2d1c81220f6cdf2d825cf7bbf90a638ed15c85981e0",
-            "605e2641c4f041b5cae504a833587ace1f90fa38f30a3f174bd4d629a0944e74",
+            "10ec5187ee5100890e15592ef993ac85e640db0d7bb4bec70b3fb24da95adcc1",
+            "ce0ffcdaed5068309e3ca60588034f075da024edff4e515f0b3fb24da95adcc1",
+            "db8c0899a119df266cca6b6fb87d94361735913fb461658c0b3fb24da95adcc1",
         ],
     ),
     "lora": (
@@ -70,9 +71,9 @@ GOLDEN: dict[str, tuple[tuple[bytes | None, str | None, tuple[Item, ...]], str, 
         (LORA, "tenant-1", IMAGES),
         "371ecfafd77c65c6e19be213c2b5a3a73385f9571c82702cef7bf0cf130133f2",
         [
-            "afd16f6b1acb971021bd6f9bea8d113839d78404feaa390f0749bc2a483de77b",
-            "1aa602e2b8d0be4ed003b70b262eb25c3e83213c9d9bcc90744ed65457f6cd8f",
-            "46d4d3cac79dca526e2993c08152832066ed46ebce8f36e1698c1a107a88cfd4",
+            "afd16f6b1acb971021bd6f9bea8d113839d78404feaa390f0b3fb24da95adcc1",
+            "97515489e8ed558e4ee41892bf5c313ddb632d3a91a12e520b3fb24da95adcc1",
+            "f2189c42fdfc85e86f647188122ddfbac688a670474971720b3fb24da95adcc1",
         ],
     ),
 }
@@ -92,7 +93,7 @@ def test_the_keys_of_a_known_prompt_never_change(name: str) -> None:
     (lora_digest, cache_salt, items), expected_root, expected_keys = GOLDEN[name]
 
     root = root_key(FINGERPRINT, lora_digest=lora_digest, cache_salt=cache_salt)
-    keys = block_keys(root, TOKENS, block_tokens=BLOCK_TOKENS, items=items)
+    keys = block_keys(root, TOKENS, block_tokens=BLOCK_TOKENS, items=items, cache_salt=cache_salt)
 
     assert expected_root == root.hex()
     assert expected_keys == [key.hex() for key in keys]
@@ -134,6 +135,7 @@ def test_a_key_is_what_the_docstring_says() -> None:
     root = hashlib.sha256(
         field(b"ucm-key-1") + field(FINGERPRINT) + b"\x01" + field(LORA) + b"\x01" + field(b"salt")
     ).digest()
+    tag = hashlib.sha256(field(b"ucm-salt-1") + field(b"salt")).digest()[:8]
     first = hashlib.sha256(
         root
         + struct.pack("<I4I", 4, 1, 2, 3, 4)
@@ -141,6 +143,7 @@ def test_a_key_is_what_the_docstring_says() -> None:
         + field(b"cafe01")
         + struct.pack("<qQ", 2, 4)
     ).digest()
+    first = first[:24] + tag
     second = hashlib.sha256(
         first
         + struct.pack("<I4I", 4, 0, 255, 65536, 4294967295)
@@ -150,13 +153,38 @@ def test_a_key_is_what_the_docstring_says() -> None:
         + field(b"beef02")
         + struct.pack("<qQ", 3, 1)
     ).digest()
+    second = second[:24] + tag
 
     actual_root = root_key(FINGERPRINT, lora_digest=LORA, cache_salt="salt")
 
     assert root == actual_root
     assert [first, second] == block_keys(
-        actual_root, TOKENS[:8], block_tokens=BLOCK_TOKENS, items=IMAGES
+        actual_root, TOKENS[:8], block_tokens=BLOCK_TOKENS, items=IMAGES, cache_salt="salt"
     )
+
+
+@given(st.text(max_size=5), st.text(max_size=5), st.integers(1, 3 * BLOCK_TOKENS))
+def test_all_keys_of_a_salt_end_alike_and_no_key_of_another_does(
+    mine: str, other: str, num_tokens: int
+) -> None:
+    def ends(cache_salt: str | None) -> set[bytes]:
+        root = root_key(FINGERPRINT, lora_digest=None, cache_salt=cache_salt)
+        keys = block_keys(
+            root, TOKENS * 3, block_tokens=BLOCK_TOKENS, items=IMAGES, cache_salt=cache_salt
+        )
+        tail = tail_key(
+            keys[0],
+            TOKENS[: num_tokens % (BLOCK_TOKENS - 1) + 1],
+            block_tokens=BLOCK_TOKENS,
+            first_token=BLOCK_TOKENS,
+            cache_salt=cache_salt,
+        )
+        assert {len(key) for key in [*keys, tail]} == {32}
+        return {key[-8:] for key in [*keys, tail]}
+
+    assert ends(mine) == {salt_tag(mine)}
+    assert (ends(other) == ends(mine)) == (other == mine)
+    assert len(ends(None)) > 1
 
 
 @given(root=roots, shared=tokens_lists, a=tokens_lists, b=tokens_lists, items=items_lists)

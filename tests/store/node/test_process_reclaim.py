@@ -26,7 +26,7 @@ from tests.store.node.support import (
     wait_until,
 )
 from ucm.config.settings import StoreSettings
-from ucm.store.blocks.keys import Key
+from ucm.store.blocks.keys import Key, salt_tag
 from ucm.store.tiers.posix import paths
 from ucm.store.tiers.posix.reclaim_record import mark_of
 from ucm.store.tiers.posix.reclaim_record_files import reclaims_on_record
@@ -180,6 +180,27 @@ def test_a_namespace_keeps_to_its_quota(place: Place) -> None:
                 break
         assert counter(client, "reclaimed_files_quota") > LIMIT // FILE
         assert counter(client, "reclaimed_files_capacity") == 0
+
+
+def test_a_salt_keeps_to_its_quota_and_the_rest_of_its_namespace_is_left_alone(
+    place: Place,
+) -> None:
+    """Real keys, through the settings of a node cache, written again and again."""
+    tag = salt_tag("tenant")
+    quota = {"salt:tenant": LIMIT / GIB}
+    others = make_keys("no salt", 5)
+    with engine(limited(place, capacity_gb=0, quota_gb=quota)) as client:
+        client.dump(others)
+        for number in range(10_000):
+            client.dump([Key(key[:-8] + tag) for key in make_keys(f"{number}", 5)])
+            client.wait_written()
+            salted = sum(tag.hex() in path.name for path in place.blocks())
+            assert salted * FILE <= LIMIT
+            if counter(client, "reclaimed_files_quota") > LIMIT // FILE:
+                break
+        assert counter(client, "reclaimed_files_quota") > LIMIT // FILE
+        assert all(place.block(key).exists() for key in others)
+        assert salted * FILE > LIMIT // 3
 
 
 @pytest.fixture

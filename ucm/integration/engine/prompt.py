@@ -89,16 +89,22 @@ def named_prompt(
         tokens = [0] * prompt.num_tokens
     if named.end is not None:
         tokens = tokens[: named.end // block_tokens * block_tokens]
-    root = root_key(fingerprint, lora_digest=lora_digest, cache_salt=request.cache_salt)
+    salt = request.cache_salt
+    root = root_key(fingerprint, lora_digest=lora_digest, cache_salt=salt)
     items = [item for item in named.items if item.start < len(tokens)]
-    keys = block_keys(root, tokens, block_tokens=block_tokens, items=items)
+    keys = block_keys(root, tokens, block_tokens=block_tokens, items=items, cache_salt=salt)
     start = len(keys) * block_tokens
     # A hit must leave something computed in front of the last token, which vLLM computes again.
     if with_tail and start < len(tokens) and len(tokens) > 1:
         parent = keys[-1] if keys else root
         keys.append(
             tail_key(
-                parent, tokens[start:], block_tokens=block_tokens, first_token=start, items=items
+                parent,
+                tokens[start:],
+                block_tokens=block_tokens,
+                first_token=start,
+                items=items,
+                cache_salt=salt,
             )
         )
     return replace(

@@ -4,6 +4,7 @@
     key[i]  = SHA256( key[i-1] u32(n) n x u32(token) u32(m) m x extra )
     tail    = the same, with the n tokens that are left behind the last full block
     extra   = field(content hash) i64(item start - block start) u64(item length)
+    salted  = key[i] or tail, its last 8 bytes replaced by SHA256( field("ucm-salt-1") field(salt) )
 
     field(b)    = u32(len(b)) b
     optional(x) = 00 when there is none, else 01 field(x)
@@ -12,6 +13,10 @@ Integers are little-endian, text is UTF-8. Every field says its own length, so t
 never spell the same bytes. A key thus covers all tokens from the start of the prompt to the end
 of its block, and everything else that shaped their KV: two prompts share keys exactly as far as
 they share a prefix.
+
+A key that was made with a salt ends with the salt's tag, so that a store can tell the pages of one
+tenant from those of another: for quotas, by the names of files alone. Who may list the store can
+so tell whether a salt that they guess is in use; content can't be found by it.
 
 Golden vectors in the tests pin the scheme. Changing one byte of it means a new KEY_FORMAT.
 """
@@ -33,6 +38,8 @@ Key = NewType("Key", bytes)
 
 KEY_BYTES: Final = 32
 KEY_FORMAT: Final = b"ucm-key-1"
+SALT_TAG_BYTES: Final = 8
+_SALT_FORMAT: Final = b"ucm-salt-1"
 
 _EXTRA_PLACE: Final = struct.Struct("<qQ")
 _NO_EXTRAS: Final = struct.pack("<I", 0)
@@ -82,6 +89,11 @@ def root_key(fingerprint: bytes, *, lora_digest: bytes | None, cache_salt: str |
     )
 
 
+def salt_tag(cache_salt: str) -> bytes:
+    """The end of every key that is made with this salt."""
+    return sha256(_field(_SALT_FORMAT) + _field(_text(cache_salt))).digest()[:SALT_TAG_BYTES]
+
+
 def block_keys(
     parent: Key,
     tokens: Sequence[int],
@@ -89,8 +101,10 @@ def block_keys(
     block_tokens: int,
     items: Sequence[Item] = (),
     first_token: int = 0,
+    cache_salt: str | None = None,
 ) -> list[Key]:
-    """One key per full block of `tokens`; a partial last block has no key.
+    """One key per full block of `tokens`; a partial last block has no key. `cache_salt` is the one
+    of the root key.
 
     `tokens` are the prompt's [first_token, first_token + len(tokens)), and `parent` is the key of
     the block before them (the root key when first_token is 0), so a prompt that grows is continued
@@ -107,11 +121,12 @@ def block_keys(
         items, block_tokens=block_tokens, first_block=first_token // block_tokens
     )
     block_bytes = 4 * block_tokens
+    tag = b"" if cache_salt is None else salt_tag(cache_salt)
     keys: list[Key] = []
     key = parent
     for block in range(num_blocks):
         of_block = token_bytes[block * block_bytes : (block + 1) * block_bytes]
-        key = _key(key, block_tokens, of_block, extras.get(block))
+        key = _key(key, block_tokens, of_block, extras.get(block), tag)
         keys.append(key)
     return keys
 
@@ -123,6 +138,7 @@ def tail_key(
     block_tokens: int,
     first_token: int,
     items: Sequence[Item] = (),
+    cache_salt: str | None = None,
 ) -> Key:
     """The key of a prompt's last `tokens`, fewer than a block, which start at `first_token`. Only
     a prompt that ends with exactly these has it."""
@@ -130,7 +146,8 @@ def tail_key(
     extras = extras_by_block(
         items, block_tokens=block_tokens, first_block=first_token // block_tokens
     )
-    key = _key(parent, len(tokens), memoryview(_u32s(tokens)), extras.get(0))
+    tag = b"" if cache_salt is None else salt_tag(cache_salt)
+    key = _key(parent, len(tokens), memoryview(_u32s(tokens)), extras.get(0), tag)
     return Key(TailKey(key, len(tokens)))
 
 
@@ -138,12 +155,14 @@ def num_tokens_of(key: Key, *, block_tokens: int) -> int:
     return key.num_tokens if isinstance(key, TailKey) else block_tokens
 
 
-def _key(parent: Key, num_tokens: int, tokens: memoryview, extras: Sequence[Extra] | None) -> Key:
+def _key(
+    parent: Key, num_tokens: int, tokens: memoryview, extras: Sequence[Extra] | None, tag: bytes
+) -> Key:
     digest = sha256(parent)
     digest.update(struct.pack("<I", num_tokens))
     digest.update(tokens)
     digest.update(encode_extras(extras) if extras else _NO_EXTRAS)
-    return Key(digest.digest())
+    return Key(digest.digest()[: KEY_BYTES - len(tag)] + tag)
 
 
 def extras_by_block(

@@ -9,8 +9,9 @@ from typing import Final
 
 import msgspec
 
-from ucm.store.blocks.keys import TailKey
+from ucm.store.blocks.keys import Key, TailKey
 from ucm.store.blocks.namespace import Manifest
+from ucm.store.inspect.salts import SaltTally
 from ucm.store.inspect.walk import (
     FoundName,
     Kind,
@@ -110,16 +111,21 @@ def model_label(manifest: Manifest) -> str:
 
 
 def backend_contents(
-    backend: str, *, with_sizes: bool, on_progress: Callable[[int, int], None]
+    backend: str,
+    *,
+    with_sizes: bool,
+    on_progress: Callable[[int, int], None],
+    tally: SaltTally | None = None,
 ) -> BackendContents:
-    """Counts all of a backend; with sizes each page is looked at. `on_progress(done, total)` counts
-    directories of the first level. Raises TierError where the backend can't be listed."""
+    """Counts all of a backend; with sizes each page is looked at, and told to `tally`.
+    `on_progress(done, total)` counts directories of the first level. Raises TierError where the
+    backend can't be listed."""
     folders = namespace_folders(backend)
     firsts = [_first_levels(folder) for folder in folders]
     done, total = 0, sum(len(names) for names, _ in firsts)
     namespaces = []
     for folder, (names, problem) in zip(folders, firsts, strict=True):
-        count = _Count(with_sizes=with_sizes, now_s=time.time())
+        count = _Count(with_sizes=with_sizes, now_s=time.time(), tally=tally)
         if problem:
             count.note(problem)
         for first in names:
@@ -198,8 +204,9 @@ def _num_quarantined(backend: str) -> int:
 class _Count:
     """Of one namespace, while it is gone through."""
 
-    def __init__(self, *, with_sizes: bool, now_s: float) -> None:
+    def __init__(self, *, with_sizes: bool, now_s: float, tally: SaltTally | None) -> None:
         self._with_sizes = with_sizes
+        self._tally = tally
         self._now_s = now_s
         self._num = dict.fromkeys(Kind, 0)
         self._num_tails = 0
@@ -233,12 +240,14 @@ class _Count:
             status = look_at(fd, found.name)
             if status is None:
                 return
-            self._measure(status)
+            self._measure(found.key, status)
         self._num[found.kind] += 1
         self._num_tails += is_page and isinstance(found.key, TailKey)
 
-    def _measure(self, status: os.stat_result) -> None:
+    def _measure(self, key: Key | None, status: os.stat_result) -> None:
         allocated_bytes = status.st_blocks * _SECTOR_BYTES
+        if self._tally is not None and key is not None:
+            self._tally.add(key, allocated_bytes)
         age = age_of(self._now_s - used_s(status))
         self._pages[age] += 1
         self._allocated[age] += allocated_bytes

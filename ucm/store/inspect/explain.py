@@ -2,7 +2,7 @@
 
 A block that is missing under its own name is looked for under the names that it would have with
 another salt, another adapter, or in the other namespaces of the store. Only names that somebody can
-think of can be tried: a key tells nothing of the salt that it was made with.
+think of can be tried: a key does not tell the salt that it was made with.
 """
 
 from __future__ import annotations
@@ -178,7 +178,7 @@ def _explained(
 
 def _keys(of: Manifest, asked: AskedPrompt, salt: str | None, adapter: bytes | None) -> list[Key]:
     root = root_key(fingerprint(of), lora_digest=adapter, cache_salt=salt)
-    return block_keys(root, asked.tokens, block_tokens=of.block_tokens)
+    return block_keys(root, asked.tokens, block_tokens=of.block_tokens, cache_salt=salt)
 
 
 def _own_state(

@@ -12,7 +12,7 @@ from pathlib import Path
 
 from tests.store.tiers.tier_contract import dump, make_key, make_page
 from ucm.errors import TierError
-from ucm.store.blocks.keys import Key
+from ucm.store.blocks.keys import KEY_BYTES, Key, salt_tag
 from ucm.store.tiers.posix.quotas import quotas_of
 from ucm.store.tiers.posix.reclaim_plan import ReclaimRules
 from ucm.store.tiers.posix.space import FreeSpace
@@ -95,10 +95,12 @@ def disk_bytes(directory: Path) -> int:
     return total
 
 
-def write(tier: PosixTier, namespace: TierNamespace, number: int) -> bool:
+def write(tier: PosixTier, namespace: TierNamespace, number: int, *, salt: str = "") -> bool:
     """False if there is no room for it now."""
+    tag = salt_tag(salt) if salt else b""
+    key = Key(make_key(number)[: KEY_BYTES - len(tag)] + tag)
     try:
-        dump(tier, namespace, make_key(number), make_page(namespace, "a"))
+        dump(tier, namespace, key, make_page(namespace, "a"))
     except TierError as error:
         if error.reason != "full":
             raise
@@ -108,3 +110,22 @@ def write(tier: PosixTier, namespace: TierNamespace, number: int) -> bool:
 
 def patient(rules: ReclaimRules = RULES, **changes: float) -> ReclaimRules:
     return replace(rules, **changes)  # type: ignore[arg-type]
+
+
+def write_many(write_one: Callable[[int], bool], num_pages: int) -> int:
+    """Numbers from 1000 on, until so many were written. Returns how many were refused."""
+    refused = written = number = 0
+    deadline_s = time.monotonic() + 60
+    while written < num_pages:
+        assert time.monotonic() < deadline_s, f"{written} written, {refused} refused"
+        if write_one(1000 + number):
+            written += 1
+            number += 1
+        else:
+            refused += 1
+            time.sleep(0.002)
+    return refused
+
+
+def stored(store: Path, fingerprint: bytes) -> set[str]:
+    return {path.name for path in (store / fingerprint.hex()).rglob("*.kv")}

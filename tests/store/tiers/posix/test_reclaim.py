@@ -6,7 +6,6 @@ import logging
 import os
 import threading
 import time
-from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -19,8 +18,10 @@ from tests.store.tiers.posix.reclaim_parts import (
     limited_tier,
     patient,
     reclaiming,
+    stored,
     until,
     write,
+    write_many,
 )
 from tests.store.tiers.tier_contract import (
     content_of,
@@ -65,21 +66,6 @@ class Watch(threading.Thread):
         self.ended.set()
         self.join()
         return self.most_bytes
-
-
-def write_many(write_one: Callable[[int], bool], num_pages: int) -> int:
-    """Numbers from 1000 on, until so many were written. Returns how many were refused."""
-    refused = written = number = 0
-    deadline_s = time.monotonic() + 60
-    while written < num_pages:
-        assert time.monotonic() < deadline_s, f"{written} written, {refused} refused"
-        if write_one(1000 + number):
-            written += 1
-            number += 1
-        else:
-            refused += 1
-            time.sleep(0.002)
-    return refused
 
 
 @own_mounts
@@ -143,34 +129,6 @@ def test_two_nodes_together_keep_to_the_limit_also_while_the_lease_changes_hands
     assert watch.most() <= LIMIT + 2 * 4 * FILE + 16 * 4096
 
 
-def test_each_namespace_keeps_to_its_own_quota(tmp_path: Path) -> None:
-    """One is written at full speed, and nothing of the other goes."""
-    names = [NS.fingerprint.hex()[:12], OTHER.fingerprint.hex()]
-    tier = limited_tier(tmp_path, quota_bytes={names[0]: 2 * MIB, names[1]: 4 * MIB})
-    with reclaiming(tier) as node:
-        for number in range(30):
-            until(lambda number=number: write(tier, OTHER, number), "there is room")  # type: ignore[misc]
-        write_many(lambda number: write(tier, NS, number), 10 * 2 * MIB // FILE)
-
-        assert disk_bytes(tmp_path / names[1]) >= 30 * FILE
-        ours = disk_bytes(tmp_path / NS.fingerprint.hex())
-        assert MIB < ours <= 2 * MIB + FILE
-        assert node["reclaimed_files_quota"] > 0 == node["reclaimed_files_capacity"]
-
-
-def test_a_namespace_without_a_quota_beside_one_that_has_one_is_left_alone(tmp_path: Path) -> None:
-    tier = limited_tier(tmp_path, quota_bytes={NS.fingerprint.hex(): MIB})
-    with reclaiming(tier):
-        write_many(lambda number: write(tier, NS, number), 100)
-        for number in range(50):
-            assert write(tier, OTHER, number)
-        assert len(stored(tmp_path, OTHER.fingerprint)) == 50
-
-
-def stored(store: Path, fingerprint: bytes = NS.fingerprint) -> set[str]:
-    return {path.name for path in (store / fingerprint.hex()).rglob("*.kv")}
-
-
 def test_what_goes_is_what_was_used_longest_ago(tmp_path: Path) -> None:
     tier = limited_tier(tmp_path, limit_bytes=LIMIT)
     now_s = time.time()
@@ -182,7 +140,11 @@ def test_what_goes_is_what_was_used_longest_ago(tmp_path: Path) -> None:
     with reclaiming(tier) as node:
         until(lambda: node["reclaimed_files_capacity"] >= 10, "it is reclaimed")
         left = {number for number in range(100) if load(tier, NS, make_key(number)) is not None}
-        gone = [n for n in range(100) if f"{make_key(n).hex()}.kv" not in stored(tmp_path)]
+        gone = [
+            n
+            for n in range(100)
+            if f"{make_key(n).hex()}.kv" not in stored(tmp_path, NS.fingerprint)
+        ]
     assert left
     assert gone == list(range(len(gone))), "the oldest, and no other"
     assert len(gone) <= 30
@@ -202,8 +164,8 @@ def test_tails_go_before_blocks(tmp_path: Path) -> None:
     tier.open_namespace(NS)
     with reclaiming(tier) as node:
         until(lambda: node["reclaimed_files_capacity"] >= 10, "it is reclaimed")
-    assert not [name for name in stored(tmp_path) if paths.is_tail_name(name)]
-    assert len(stored(tmp_path)) >= 80
+    assert not [name for name in stored(tmp_path, NS.fingerprint) if paths.is_tail_name(name)]
+    assert len(stored(tmp_path, NS.fingerprint)) >= 80
 
 
 def test_what_is_young_stays_and_the_writer_waits(
@@ -212,14 +174,17 @@ def test_what_is_young_stays_and_the_writer_waits(
     tier = limited_tier(tmp_path, limit_bytes=MIB, rules=patient(grace_s=3600))
 
     def room() -> bool:
-        return len(stored(tmp_path)) >= 14
+        return len(stored(tmp_path, NS.fingerprint)) >= 14
 
     with reclaiming(tier):
-        until(lambda: not write(tier, NS, len(stored(tmp_path))) and room(), "it is full")
-        first = stored(tmp_path)
+        until(
+            lambda: not write(tier, NS, len(stored(tmp_path, NS.fingerprint))) and room(),
+            "it is full",
+        )
+        first = stored(tmp_path, NS.fingerprint)
         until(lambda: "reclaim has freed less than it should" in caplog.text, "it is said")
         assert not write(tier, NS, 999)
-        assert stored(tmp_path) == first
+        assert stored(tmp_path, NS.fingerprint) == first
         assert disk_bytes(tmp_path) <= MIB + FILE
 
 
@@ -236,14 +201,26 @@ def test_a_full_store_says_which_setting_is_in_the_way(tmp_path: Path) -> None:
         dump(tier, NS, make_key(2), make_page(NS, "a"))
 
     assert raised.value.reason == "full"
-    assert len(stored(tmp_path)) == 2
+    assert len(stored(tmp_path, NS.fingerprint)) == 2
 
 
 def test_without_the_right_to_delete_a_node_keeps_to_the_limit_all_the_same(tmp_path: Path) -> None:
     tier = limited_tier(tmp_path, limit_bytes=MIB, rules=patient(deletes=False))
     with reclaiming(tier) as node:
-        until(lambda: not write(tier, NS, len(stored(tmp_path))) and node["reclaim_leases"], "full")
-        until(lambda: len(stored(tmp_path)) > 10 or write(tier, NS, len(stored(tmp_path))), "more")
+        until(
+            lambda: (
+                not write(tier, NS, len(stored(tmp_path, NS.fingerprint)))
+                and node["reclaim_leases"]
+            ),
+            "full",
+        )
+        until(
+            lambda: (
+                len(stored(tmp_path, NS.fingerprint)) > 10
+                or write(tier, NS, len(stored(tmp_path, NS.fingerprint)))
+            ),
+            "more",
+        )
         time.sleep(1)
         assert node["reclaimed_files_capacity"] == 0
         assert disk_bytes(tmp_path) <= MIB + FILE
@@ -290,7 +267,7 @@ def key_elsewhere(number: int, key: Key) -> bool:
 def test_a_store_that_was_emptied_by_hand_can_be_written_again(tmp_path: Path) -> None:
     tier = limited_tier(tmp_path, limit_bytes=MIB, rules=patient(grace_s=3600))
     with reclaiming(tier):
-        until(lambda: not write(tier, NS, len(stored(tmp_path))), "full")
+        until(lambda: not write(tier, NS, len(stored(tmp_path, NS.fingerprint))), "full")
         for path in (tmp_path / NS.fingerprint.hex()).rglob("*.kv"):
             path.unlink()
         until(lambda: write(tier, NS, 999), "it is counted anew")

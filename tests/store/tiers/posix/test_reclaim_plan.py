@@ -1,13 +1,16 @@
 """What goes when a store is too large: enough and hardly more, never what is young, tails first,
-the lowest score first, and each namespace within its own quota."""
+the lowest score first, and each namespace and salt within its own quota."""
 
 from __future__ import annotations
+
+from dataclasses import replace
 
 from hypothesis import given
 from hypothesis import strategies as st
 
+from ucm.store.blocks.keys import salt_tag
 from ucm.store.tiers.posix.grants import NodeAccount, granted, with_grants
-from ucm.store.tiers.posix.quotas import quotas_of
+from ucm.store.tiers.posix.quotas import quotas_of, salt_account
 from ucm.store.tiers.posix.reclaim_plan import (
     WHOLE,
     StoredFile,
@@ -80,39 +83,54 @@ def test_tails_go_first_and_then_what_was_used_longest_ago(
                 assert went.score_ns <= stays.score_ns
 
 
-pools = st.dictionaries(st.sampled_from(["a", "b", "c"]), files)
+accounts = st.tuples(st.sampled_from(["a", "b", "c"]), st.sampled_from(["", "salt"])).map(
+    lambda names: (WHOLE, *(name for name in names if name))
+)
+pools = st.lists(
+    st.tuples(files, accounts).map(lambda of: [replace(file, accounts=of[1]) for file in of[0]]),
+    max_size=4,
+).map(lambda lists: [file for some in lists for file in some])
 wanted = st.dictionaries(
-    st.sampled_from([WHOLE, "a", "b"]),
+    st.sampled_from([WHOLE, "a", "b", "salt"]),
     st.builds(Want, st.integers(1, 1 << 26), st.floats(0.01, 1)),
 )
 
 
 @given(pools, pools, wanted, ages_s)
-def test_a_quota_takes_of_its_own_namespace_only_and_each_file_goes_once(
-    pool: dict[str, list[StoredFile]],
-    seen: dict[str, list[StoredFile]],
-    wants: dict[str, Want],
-    grace_s: int,
+def test_an_account_takes_of_its_own_files_only_and_each_file_goes_once(
+    pool: list[StoredFile], others: list[StoredFile], wants: dict[str, Want], grace_s: int
 ) -> None:
+    seen = {name: [file for file in others if name in file.accounts] for name in wants}
     gone = choose_from_pool(pool, wants, seen=seen, now_ns=NOW_NS, grace_s=grace_s)
 
-    for namespace, chosen in gone.items():
-        assert len({id(file) for file in chosen}) == len(chosen)
-        assert {id(file) for file in chosen} <= {id(file) for file in pool[namespace]}
-        assert all(NOW_NS - file.changed_ns >= grace_s * SECOND_NS for file in chosen)
-        if WHOLE not in wants and namespace not in wants:
-            assert not chosen
+    assert len({id(file) for file in gone}) == len(gone)
+    assert {id(file) for file in gone} <= {id(file) for file in pool}
+    assert all(NOW_NS - file.changed_ns >= grace_s * SECOND_NS for file in gone)
+    assert all(set(file.accounts) & set(wants) for file in gone)
 
 
 @given(pools, wanted)
-def test_a_pool_gives_its_share(pool: dict[str, list[StoredFile]], wants: dict[str, Want]) -> None:
+def test_a_pool_gives_its_share(pool: list[StoredFile], wants: dict[str, Want]) -> None:
     gone = choose_from_pool(pool, wants, seen={}, now_ns=NOW_NS, grace_s=0)
 
     for name, want in wants.items():
-        of = list(pool) if name == WHOLE else [name] * (name in pool)
-        everything = sum(size(pool[namespace]) for namespace in of)
-        freed = sum(size(gone[namespace]) for namespace in of)
+        everything = size([file for file in pool if name in file.accounts])
+        freed = size([file for file in gone if name in file.accounts])
         assert freed >= min(want.free_bytes, int(everything * want.share))
+
+
+@given(pools, wanted)
+def test_what_one_account_gives_counts_for_the_others_that_it_belongs_to(
+    pool: list[StoredFile], wants: dict[str, Want]
+) -> None:
+    """Nobody gives for the whole what its quota has freed already."""
+    of_quotas = {name: want for name, want in wants.items() if name != WHOLE}
+    by_quotas = choose_from_pool(pool, of_quotas, seen={}, now_ns=NOW_NS, grace_s=0)
+    wants = of_quotas | {WHOLE: Want(max(1, size(by_quotas)), 1.0)}
+
+    gone = choose_from_pool(pool, wants, seen={}, now_ns=NOW_NS, grace_s=0)
+
+    assert not by_quotas or gone == by_quotas
 
 
 @given(st.integers(1, 40))
@@ -120,11 +138,11 @@ def test_a_pool_of_few_files_gives_none_that_are_used_more_than_most(num_files: 
     def file(name: str, used_s: int) -> StoredFile:
         return StoredFile(name, 1, score_ns=NOW_NS - used_s * SECOND_NS, changed_ns=0)
 
-    pool = {"a": [file(f"hot {number}", number) for number in range(num_files)]}
-    seen = {"a": [file(f"cold {number}", 1000 + number) for number in range(40)]}
+    pool = [file(f"hot {number}", number) for number in range(num_files)]
+    seen = {WHOLE: [file(f"cold {number}", 1000 + number) for number in range(40)]}
     gone = choose_from_pool(pool, {WHOLE: Want(1 << 20, 0.4)}, seen=seen, now_ns=NOW_NS, grace_s=0)
 
-    assert gone == {"a": []}
+    assert gone == []
 
 
 @given(st.integers(0, 1 << 40), st.integers(1, 1 << 40), st.floats(0.05, 1), st.floats(0.05, 1))
@@ -194,6 +212,19 @@ def test_a_quota_is_named_by_a_fingerprint_or_by_weights_or_is_for_each_other() 
     assert gib("0" * 64, b'{"weights": "model_id:m"}') == 1
     for manifest in (b'{"weights": "sha256:1"}', b'{"weights": 3}', b"[]", b"\xff", b""):
         assert gib("0" * 64, manifest) == 2
+
+
+def test_a_quota_is_of_a_salt_by_its_name_or_by_its_tag() -> None:
+    tag = salt_tag("tenant: a").hex()
+    by_name, by_tag = (
+        quotas_of(0, {name: 4, "salt:b": 1}, num_backends=2)
+        for name in ("salt:tenant: a", f"salt-tag:{tag}")
+    )
+    account = salt_account(bytes.fromhex(tag))
+
+    assert by_name and by_name.by_salt[account].nbytes == 2 * GIB
+    assert by_tag.by_salt[account].nbytes == 2 * GIB
+    assert by_name.of(NAME, b"{}") is None, "it is for no namespace"
 
 
 def test_without_limits_there_is_nothing_to_keep_to() -> None:

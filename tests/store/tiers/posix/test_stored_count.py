@@ -14,13 +14,15 @@ from hypothesis import strategies as st
 from tests.store.tiers.posix.reclaim_parts import limited_tier, write
 from tests.store.tiers.tier_contract import make_key, make_namespace
 from ucm.errors import TierError
+from ucm.store.blocks.keys import salt_tag
 from ucm.store.tiers.posix.allowance import Allowance
 from ucm.store.tiers.posix.grants import NodeAccount
-from ucm.store.tiers.posix.quotas import quotas_of
+from ucm.store.tiers.posix.quotas import quotas_of, salt_account
 from ucm.store.tiers.posix.stored_count import StoredCount, UsedBook, count_stored
 
 NS = make_namespace("model", page_bytes=60 << 10)  # 64 KiB a file
 FILE = 64 << 10
+KEY = make_key(1)
 
 
 @pytest.mark.parametrize("num_files", [0, 1, 500])
@@ -55,27 +57,55 @@ def test_a_large_store_is_estimated_and_rather_too_high(tmp_path: Path) -> None:
     assert 0.9 < shares[0] and shares[2] > 0.98 and shares[-1] < 1.25
 
 
+def test_salts_with_a_quota_are_counted_apart_and_a_small_one_with_its_own_error(
+    tmp_path: Path,
+) -> None:
+    small, large, other = (salt_tag(name) for name in ("small", "large", "other"))
+    for number in range(4000):
+        tag = small if number % 40 == 0 else large if number % 2 else other
+        key = (make_key(number)[:-8] + tag).hex()
+        leaf = tmp_path / ("0" * 64) / key[:2] / key[2:4]
+        leaf.mkdir(parents=True, exist_ok=True)
+        (leaf / f"{key}.kv").write_bytes(b"x" * 4096)
+    salts = [salt_account(small), salt_account(large)]
+    root = os.open(tmp_path, os.O_RDONLY)
+    try:
+        whole = count_stored(root, time.time_ns, lambda: None, salts=salts)
+        some = [
+            count_stored(root, time.time_ns, lambda: None, salts=salts, enough=1000)
+            for _ in range(20)
+        ]
+    finally:
+        os.close(root)
+
+    assert whole.nbytes[salts[0]] == 100 * 4096 and whole.nbytes[salts[1]] == 2000 * 4096
+    assert salt_account(other) not in whole.nbytes
+    # Of the small one some 25 files are in a sample: two errors are 40%.
+    assert sum(count.nbytes[salts[0]] >= 100 * 4096 for count in some) >= 15
+    assert all(count.nbytes[salts[1]] < 1.3 * 2000 * 4096 for count in some)
+
+
 def test_a_node_that_is_not_heard_of_writes_no_more(tmp_path: Path) -> None:
     """Others count what it was granted as written from then on."""
     now_s = 0.0
     allowance = Allowance("/store", quotas_of(1, {}, num_backends=1), 8, clock=lambda: now_s)
-    allowance.take("namespace", FILE, manifest=b"")
+    allowance.take("namespace", KEY, FILE, manifest=b"")
     allowance.grant({"": 1 << 30})
     allowance.keep_until(10.0)
-    allowance.take("namespace", FILE, manifest=b"")
+    allowance.take("namespace", KEY, FILE, manifest=b"")
 
     now_s = 10.1
     with pytest.raises(TierError):
-        allowance.take("namespace", FILE, manifest=b"")
+        allowance.take("namespace", KEY, FILE, manifest=b"")
     allowance.keep_until(20.0)
-    allowance.take("namespace", FILE, manifest=b"")
+    allowance.take("namespace", KEY, FILE, manifest=b"")
 
 
 def test_what_was_not_written_after_all_is_given_back(tmp_path: Path) -> None:
     allowance = Allowance("/store", quotas_of(1, {"*": 1}, num_backends=1), 1)
     for _ in range(10):
-        allowance.take("namespace", FILE, manifest=b"")
-        allowance.give_back("namespace", FILE)
+        allowance.take("namespace", KEY, FILE, manifest=b"")
+        allowance.give_back("namespace", KEY, FILE)
     assert {each.written_bytes for each in allowance.allowed().values()} == {0}
 
 
@@ -95,7 +125,7 @@ def test_what_is_used_is_what_was_counted_and_written_less_what_was_deleted(
             written, used = written + nbytes, used + nbytes
         else:
             gone = min(nbytes, used)
-            book.deleted("ns", gone)
+            book.deleted({"": gone, "ns": gone})
             used -= gone
         account = NodeAccount(written, None)
         book.heard({"node": {"": account, "ns": account}})

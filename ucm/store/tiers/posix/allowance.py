@@ -1,9 +1,9 @@
 """How much this process may still write into one backend, by what its limit leaves.
 
 Writers count what they write; who knows how full the store is (reclaim.py) grants them more. An
-account is the whole store, or a namespace that has a quota. Promise: what is written of an account
-never exceeds what was granted for it. Before anything was granted, because nobody has counted the
-store yet, that is the pages of one write queue, and at most an eighth of the limit.
+account is the whole store, or a namespace or a salt that has a quota. Promise: what is written of
+an account never exceeds what was granted for it. Before anything was granted, because nobody has
+counted the store yet, that is the pages of one write queue, and at most an eighth of the limit.
 """
 
 from __future__ import annotations
@@ -15,7 +15,8 @@ from dataclasses import dataclass, field
 
 from ucm.errors import TierError
 from ucm.outcome import Outcome
-from ucm.store.tiers.posix.quotas import Quotas
+from ucm.store.blocks.keys import SALT_TAG_BYTES, Key
+from ucm.store.tiers.posix.quotas import Limit, Quotas, salt_account
 from ucm.store.tiers.posix.reclaim_plan import WHOLE
 
 _GIB = 1 << 30
@@ -55,16 +56,16 @@ class Allowance:
     num_refused: int = 0
     _until_s: float = float("inf")
     _accounts: dict[str, _AccountBook] = field(default_factory=dict)
-    # Of each namespace, its accounts.
+    # Of each namespace, its accounts and that of the whole.
     _names: dict[str, list[str]] = field(default_factory=dict)
     _lock: threading.Lock = field(default_factory=threading.Lock)
 
-    def take(self, namespace: str, nbytes: int, *, manifest: bytes) -> None:
+    def take(self, namespace: str, key: Key, nbytes: int, *, manifest: bytes) -> None:
         """A page of the namespace's is about to be written. Raises TierError if it must not."""
         if not self.quotas:
             return
         with self._lock:
-            accounts = self._of(namespace, manifest)
+            accounts = self._of(namespace, key, manifest)
             for account in accounts:
                 if not self._fits(account, nbytes):
                     account.is_refused = account.up_to_bytes is not None
@@ -77,10 +78,10 @@ class Allowance:
                     account.low_at_bytes = _NEVER
                     self.wake.set()
 
-    def give_back(self, namespace: str, nbytes: int) -> None:
+    def give_back(self, namespace: str, key: Key, nbytes: int) -> None:
         """It was not written after all, or has been removed again."""
         with self._lock:
-            for name in (WHOLE, namespace):
+            for name in (WHOLE, namespace, _salt_account_of(key)):
                 if name in self._accounts:
                     self._accounts[name].written_bytes -= nbytes
 
@@ -113,17 +114,24 @@ class Allowance:
                 self._accounts[name].is_refused = False
         return refused
 
-    def _of(self, namespace: str, manifest: bytes) -> list[_AccountBook]:
-        """The accounts of a namespace. Called with the lock."""
+    def _of(self, namespace: str, key: Key, manifest: bytes) -> list[_AccountBook]:
+        """The accounts of a page. Called with the lock."""
         names = self._names.get(namespace)
         if names is None:
             limits = {WHOLE: self.quotas.whole, namespace: self.quotas.of(namespace, manifest)}
-            for name, limit in limits.items():
-                if limit is not None and name not in self._accounts:
-                    self._accounts[name] = _AccountBook(limit.nbytes, limit.setting)
-            names = [name for name, limit in limits.items() if limit is not None]
+            names = [name for name, limit in limits.items() if self._has(name, limit)]
             self._names[namespace] = names
+        if self.quotas.by_salt:
+            salt = _salt_account_of(key)
+            if self._has(salt, self.quotas.by_salt.get(salt)):
+                names = [*names, salt]
         return [self._accounts[name] for name in names]
+
+    def _has(self, name: str, limit: Limit | None) -> bool:
+        """Whether there is such an account. Opens it if there should be."""
+        if limit is not None and name not in self._accounts:
+            self._accounts[name] = _AccountBook(limit.nbytes, limit.setting)
+        return limit is not None
 
     def _fits(self, account: _AccountBook, nbytes: int) -> bool:
         up_to_bytes = account.up_to_bytes
@@ -146,3 +154,8 @@ class Allowance:
             f"set it to more",
             reason=Outcome.FULL,
         )
+
+
+def _salt_account_of(key: Key) -> str:
+    """If its key has a salt."""
+    return salt_account(key[-SALT_TAG_BYTES:])

@@ -27,7 +27,7 @@ import secrets
 import time
 from dataclasses import dataclass
 
-from ucm.store.blocks.keys import Key, TailKey
+from ucm.store.blocks.keys import SALT_TAG_BYTES, Key, TailKey
 from ucm.store.processes import this_process
 from ucm.store.tiers.posix import writers
 from ucm.store.tiers.posix.writers import WriterName
@@ -149,6 +149,12 @@ def is_tail_name(name: str) -> bool:
 def key_in(name: str) -> Key:
     """The key in the name of a page's file."""
     return Key(bytes.fromhex(name[:_KEY_DIGITS]))
+
+
+def salt_tag_in(name: str) -> bytes:
+    """What the key in the name of a page's file ends with: the tag of its salt if it has one, else
+    part of a digest."""
+    return bytes.fromhex(name[_KEY_DIGITS - 2 * SALT_TAG_BYTES : _KEY_DIGITS])
 
 
 def parse_block_name(name: str) -> Key | None:

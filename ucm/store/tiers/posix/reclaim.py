@@ -223,7 +223,12 @@ class Reclaimer(Chore):
 
     def _count(self, root: int, nodes: Mapping[str, Mapping[str, NodeAccount]]) -> None:
         started_s = time.monotonic()
-        count = count_stored(root, self._now_ns, lambda: self._keep(root))
+        count = count_stored(
+            root,
+            self._now_ns,
+            lambda: self._keep(root),
+            salts=self._allowance.quotas.by_salt,
+        )
         self._book.counted(count, nodes)
         self._counted_s = time.monotonic()
         self._count_took_s = self._counted_s - started_s
@@ -242,6 +247,8 @@ class Reclaimer(Chore):
         quotas = self._allowance.quotas
         if name == WHOLE:
             return quotas.whole
+        if name in quotas.by_salt:
+            return quotas.by_salt[name]
         if name not in self._limits:
             manifest = read_small(root, f"{name}/{paths.MANIFEST}")
             if manifest is None:
@@ -294,8 +301,7 @@ class Reclaimer(Chore):
 
         def between(keys: list[Key], freed: Mapping[str, int]) -> None:
             nonlocal worked_since_s
-            for namespace, nbytes in freed.items():
-                self._book.deleted(namespace, nbytes)
+            self._book.deleted(freed)
             if keys:
                 self._on_removed(keys)
             self._keep(root)
@@ -305,7 +311,14 @@ class Reclaimer(Chore):
                 self._stop.wait((time.monotonic() - worked_since_s) * _REST_PER_WORK)
             worked_since_s = time.monotonic()
 
-        run = ReclaimRun(self.name, self._rules.grace_s, self._now_ns, between, self._recorder)
+        run = ReclaimRun(
+            self.name,
+            self._rules.grace_s,
+            self._now_ns,
+            between,
+            self._recorder,
+            salts=self._allowance.quotas.by_salt,
+        )
         done = run.run(root, wants)
         self._counts.update(done.counters())
         self._says.done(done, self._rules.grace_s, self._book.used_bytes(WHOLE))

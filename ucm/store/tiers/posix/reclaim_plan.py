@@ -9,8 +9,8 @@ what it deletes, and not with what is kept.
 * Then what has the lowest score. A file's score is its time of change, which a use moves on.
 * Never what has changed within the grace period, by the filesystem's own word: somebody may have
   been promised it.
-* Every namespace that has a quota first gives what it has too much, of its own files only; then all
-  give together what the store has too much.
+* Every namespace and salt that has a quota first gives what it has too much, of its own files only;
+  then all give together what the store has too much.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
-# The account of the whole store, beside those of namespaces.
+# The account of the whole store, beside those of namespaces and salts.
 WHOLE = ""
 _SECOND_NS = 1_000_000_000
 # Less of a pool than this is no fair share of so few files.
@@ -30,13 +30,15 @@ _REFUSED_TRIGGER = 0.9
 @dataclass(frozen=True, slots=True)
 class StoredFile:
     """One page. `score_ns`: what the policy goes by, the file's time of change. `changed_ns`: when
-    it was last written, named or touched, by the filesystem's own clock."""
+    it was last written, named or touched, by the filesystem's own clock. `accounts`: those that it
+    counts for, the whole store first."""
 
     name: str
     nbytes: int
     score_ns: int
     changed_ns: int
     is_tail: bool = False
+    accounts: tuple[str, ...] = (WHOLE,)
 
 
 @dataclass(frozen=True, slots=True)
@@ -78,40 +80,29 @@ def choose(
 
 
 def choose_from_pool(
-    pool: Mapping[str, Sequence[StoredFile]],
+    pool: Sequence[StoredFile],
     wants: Mapping[str, Want],
     *,
     seen: Mapping[str, Sequence[StoredFile]],
     now_ns: int,
     grace_s: float,
-) -> dict[str, list[StoredFile]]:
-    """By namespace, what goes of a pool that holds some of each. `wants`: by account, what is
-    still to be freed; those that want nothing may be missing. `seen`: of each namespace, files that
-    were seen before in this run, gone or not: what goes of a pool scores low among these as well,
-    so that a small pool gives nothing that is used."""
-
-    chosen: dict[str, list[StoredFile]] = {name: [] for name in pool}
-
-    def add(namespaces: Sequence[str], want: Want) -> None:
-        """What an account has to give beside what is chosen already."""
-        gone = {id(file): file.nbytes for name in namespaces for file in chosen[name]}
-        here = {id(file): (name, file) for name in namespaces for file in pool[name]}
-        both = [file for _, file in here.values()]
-        both += [file for name in namespaces for file in seen.get(name, ())]
+) -> list[StoredFile]:
+    """What goes of a pool. `wants`: by account, what is still to be freed. `seen`: of each account,
+    files that were seen before in this run, gone or not: what goes of a pool scores low among these
+    as well, so that a small pool gives nothing that is used."""
+    chosen: dict[int, StoredFile] = {}
+    for account in sorted(wants, key=lambda name: name == WHOLE):
+        want = wants[account]
+        here = {id(file): file for file in pool if account in file.accounts}
+        both = [*here.values(), *seen.get(account, ())]
         share_bytes = int(want.share * sum(file.nbytes for file in both))
         low = choose(both, free_bytes=share_bytes, now_ns=now_ns, grace_s=grace_s)
-        left_bytes = want.free_bytes - sum(gone.values())
+        left_bytes = want.free_bytes - sum(here[each].nbytes for each in chosen if each in here)
         for file in low:
-            if left_bytes > 0 and id(file) in here and id(file) not in gone:
-                chosen[here[id(file)][0]].append(file)
+            if left_bytes > 0 and id(file) in here and id(file) not in chosen:
+                chosen[id(file)] = file
                 left_bytes -= file.nbytes
-
-    for name in pool:
-        if name != WHOLE and name in wants:
-            add([name], wants[name])
-    if WHOLE in wants:
-        add(list(pool), wants[WHOLE])
-    return chosen
+    return list(chosen.values())
 
 
 def want_of(

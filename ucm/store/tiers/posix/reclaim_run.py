@@ -6,7 +6,7 @@ from __future__ import annotations
 import os
 import time
 from collections import Counter, deque
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from contextlib import closing
 from dataclasses import dataclass, field
 
@@ -28,8 +28,8 @@ _MAX_SEEN = 512
 @dataclass
 class Reclaimed:
     """`files` and `nbytes` by the account that wanted them gone: the whole store, or a namespace
-    that has a quota. `is_enough`: most of what was wanted is free. `problem` is the first of
-    `num_problems`, for people."""
+    or salt that has a quota. `is_enough`: most of what was wanted is free. `problem` is the first
+    of `num_problems`, for people."""
 
     files: Counter[str] = field(default_factory=Counter)
     nbytes: Counter[str] = field(default_factory=Counter)
@@ -55,15 +55,16 @@ class ReclaimStopped(Exception):
 
 @dataclass
 class ReclaimRun:
-    """`between` is called after each pool with the keys that went and the bytes by namespace; it
+    """`between` is called after each pool with the keys that went and the bytes by account; it
     raises ReclaimStopped when nothing more is to be deleted. Without a `recorder` nothing is
-    deleted, and all is told as if it were."""
+    deleted, and all is told as if it were. `salts`: the accounts of salts that have a quota."""
 
     path: str
     grace_s: float
     now_ns: Callable[[], int]
     between: Callable[[list[Key], Mapping[str, int]], None]
     recorder: ReclaimRecorder | None
+    salts: Collection[str] = ()
     done: Reclaimed = field(default_factory=Reclaimed)
     _left: dict[str, Want] = field(default_factory=dict)
     _seen: dict[str, deque[StoredFile]] = field(default_factory=dict)
@@ -71,11 +72,13 @@ class ReclaimRun:
     def run(self, root: int, wants: Mapping[str, Want]) -> Reclaimed:
         """Raises OSError where the store can't be looked at."""
         self._left = dict(wants)
+        self._seen = {name: deque(maxlen=_MAX_SEEN) for name in wants}
         started_s = time.monotonic()
         pool: list[Leaf] = []
         num_files = 0
         try:
-            with closing(ShardWalk(root, self.now_ns, self._trouble).shards()) as walk:
+            shards = ShardWalk(root, self.now_ns, self._trouble, self.salts).shards()
+            with closing(shards) as walk:
                 for leaves, _ in walk:
                     pool += leaves
                     num_files += sum(len(leaf.files) for leaf in leaves)
@@ -104,22 +107,20 @@ class ReclaimRun:
         marks: list[int] = []
         freed: Counter[str] = Counter()
         try:
-            files: dict[str, list[StoredFile]] = {}
-            fd_of = {}
-            for leaf in pool:
-                files.setdefault(leaf.namespace, []).extend(leaf.files)
-                fd_of.update({(leaf.namespace, file.name): leaf.fd for file in leaf.files})
-            chosen = choose_from_pool(
+            leaf_of = {id(file): leaf for leaf in pool for file in leaf.files}
+            files = [file for leaf in pool for file in leaf.files]
+            goes = choose_from_pool(
                 files, self._left, seen=self._seen, now_ns=self.now_ns(), grace_s=self.grace_s
             )
-            for namespace, some in files.items():
-                self._seen.setdefault(namespace, deque(maxlen=_MAX_SEEN)).extend(some)
-            for namespace, goes in chosen.items():
-                for file in goes:
-                    if self._delete(namespace, file, fd_of[namespace, file.name]):
-                        keys.append(paths.key_in(file.name))
-                        marks.append(mark_of(keys[-1], paths.key_id_in(namespace)))
-                        freed[namespace] += file.nbytes
+            for name, seen in self._seen.items():
+                seen.extend(file for file in files if name in file.accounts)
+            for file in goes:
+                leaf = leaf_of[id(file)]
+                if self._delete(leaf, file):
+                    keys.append(paths.key_in(file.name))
+                    marks.append(mark_of(keys[-1], paths.key_id_in(leaf.namespace)))
+                    for name in file.accounts:
+                        freed[name] += file.nbytes
         finally:
             close_all(leaf.fd for leaf in pool)
             pool.clear()
@@ -127,20 +128,20 @@ class ReclaimRun:
             if self.recorder is not None:
                 self.recorder.record(root, self.now_ns(), marks)
         for name in list(self._left):
-            self._take_off(name, freed)
+            self._take_off(name, freed[name])
         self.between(keys, freed)
 
-    def _delete(self, namespace: str, file: StoredFile, fd: int) -> bool:
+    def _delete(self, leaf: Leaf, file: StoredFile) -> bool:
         """Whether it is gone."""
         try:
             if self.recorder is not None:
-                os.unlink(file.name, dir_fd=fd)
+                os.unlink(file.name, dir_fd=leaf.fd)
         except OSError as error:
             if is_gone(error):
                 return True
-            self._trouble(f"{namespace}/.../{file.name}", error)
+            self._trouble(f"{leaf.namespace}/.../{file.name}", error)
             return False
-        account = namespace if namespace in self._left else WHOLE
+        account = next((name for name in file.accounts[1:] if name in self._left), WHOLE)
         self.done.files[account] += 1
         self.done.nbytes[account] += file.nbytes
         return True
@@ -149,9 +150,8 @@ class ReclaimRun:
         self.done.num_problems += 1
         self.done.problem = self.done.problem or f"{self.path}/{name}: {error.strerror or error}"
 
-    def _take_off(self, name: str, freed: Mapping[str, int]) -> None:
+    def _take_off(self, name: str, less: int) -> None:
         want = self._left[name]
-        less = sum(freed.values()) if name == WHOLE else freed.get(name, 0)
         if less >= want.free_bytes:
             del self._left[name]
         elif less:

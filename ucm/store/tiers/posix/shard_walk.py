@@ -10,14 +10,15 @@ from __future__ import annotations
 import os
 import random
 import stat
-from collections.abc import Callable, Generator, Iterable
+from collections.abc import Callable, Collection, Generator, Iterable
 from contextlib import suppress
 from dataclasses import dataclass
 
 from ucm.store.tiers.posix import paths
 from ucm.store.tiers.posix.os_errors import is_not_there
 from ucm.store.tiers.posix.plain_files import DIRECTORY_FLAGS
-from ucm.store.tiers.posix.reclaim_plan import StoredFile
+from ucm.store.tiers.posix.quotas import salt_account
+from ucm.store.tiers.posix.reclaim_plan import WHOLE, StoredFile
 from ucm.store.tiers.posix.score import bounded_score_ns
 
 _BYTES = 256
@@ -35,6 +36,10 @@ class Leaf:
     files: list[StoredFile]
     other_bytes: int = 0
 
+    def __post_init__(self) -> None:
+        # That all pages of it have.
+        self.accounts = (WHOLE, self.namespace)
+
     @property
     def nbytes(self) -> int:
         return self.other_bytes + sum(file.nbytes for file in self.files)
@@ -43,12 +48,17 @@ class Leaf:
 class ShardWalk:
     """Of the backend open as `root`. Who gets a leaf closes it. What goes meanwhile is left out; so
     is what can't be looked at, unless `trouble`, which is told its name below the backend, raises.
-    """
+    `salts`: the accounts of salts that pages are told apart by."""
 
     def __init__(
-        self, root: int, now_ns: Callable[[], int], trouble: Callable[[str, OSError], None]
+        self,
+        root: int,
+        now_ns: Callable[[], int],
+        trouble: Callable[[str, OSError], None],
+        salts: Collection[str] = (),
     ) -> None:
         self._root = root
+        self._salts = salts
         self._now_ns = now_ns
         self._trouble = trouble
 
@@ -131,8 +141,16 @@ class ShardWalk:
                 score_ns=bounded_score_ns(status.st_mtime_ns, status.st_ctime_ns),
                 changed_ns=status.st_ctime_ns,
                 is_tail=paths.is_tail_name(entry.name),
+                accounts=self._accounts(leaf, entry.name),
             )
         )
+
+    def _accounts(self, leaf: Leaf, name: str) -> tuple[str, ...]:
+        if self._salts:
+            salt = salt_account(paths.salt_tag_in(name))
+            if salt in self._salts:
+                return (*leaf.accounts, salt)
+        return leaf.accounts
 
     def _looking_at(self, name: str) -> _LookingAt:
         return _LookingAt(name, self._trouble)

@@ -1,15 +1,16 @@
-"""How much is stored in a backend, by namespace.
+"""How much is stored in a backend, by account: the whole, namespaces, and salts with a quota.
 
 A small store is counted exactly. Of a larger one some shards are looked at, until `_ENOUGH_FILES`
 were seen: keys are digests, so the number of files in a sample is off by its square root, and what
-is estimated is taken two such errors higher. With 10,000 files one is 1%.
+is estimated is taken two such errors higher, for each account by its own files. With 10,000 files
+one is 1%; of an account that has 100 of these it is 10%.
 """
 
 from __future__ import annotations
 
 import os
 from collections import Counter
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from contextlib import closing, suppress
 from dataclasses import dataclass, field
 
@@ -28,8 +29,8 @@ Nodes = Mapping[str, Mapping[str, NodeAccount]]
 
 @dataclass(frozen=True)
 class StoredCount:
-    """`nbytes` by namespace, and of all as `WHOLE`: rather too much than too little. `error` is one
-    standard error as a share; 0 for what was counted whole."""
+    """`nbytes` by account: rather too much than too little. `error` is one standard error of the
+    whole, as a share; 0 for what was counted whole."""
 
     nbytes: Mapping[str, int]
     error: float
@@ -37,28 +38,42 @@ class StoredCount:
 
 
 def count_stored(
-    root: int, now_ns: Callable[[], int], tick: Callable[[], None], *, enough: int = _ENOUGH_FILES
+    root: int,
+    now_ns: Callable[[], int],
+    tick: Callable[[], None],
+    *,
+    salts: Collection[str] = (),
+    enough: int = _ENOUGH_FILES,
 ) -> StoredCount:
-    """`tick` is called after each shard. Raises OSError."""
-    seen: Counter[str] = Counter()
-    num_files, part = 0, 0.0
-    with closing(ShardWalk(root, now_ns, _refuse).shards()) as walk:
+    """`tick` is called after each shard; `salts` are accounts. Raises OSError."""
+    nbytes: Counter[str] = Counter()
+    files: Counter[str] = Counter()
+    part = 0.0
+    with closing(ShardWalk(root, now_ns, _refuse, salts).shards()) as walk:
         for leaves, share in walk:
             close_all(leaf.fd for leaf in leaves)
             for leaf in leaves:
-                seen[leaf.namespace] += leaf.nbytes
-                num_files += len(leaf.files)
+                for name in leaf.accounts:
+                    nbytes[name] += leaf.other_bytes
+                for file in leaf.files:
+                    files.update(file.accounts)
+                    for name in file.accounts:
+                        nbytes[name] += file.nbytes
             part += share
-            if num_files >= enough:
+            if files[WHOLE] >= enough:
                 break
             tick()
         else:
             part = 1.0
-    error = (max(0.0, 1 - part) / max(1, num_files)) ** 0.5
-    factor = (1 + _ERRORS_ABOVE * error) / part
-    nbytes = {namespace: int(of * factor) for namespace, of in seen.items()}
-    nbytes[WHOLE] = sum(nbytes.values()) + _quarantine_bytes(root, now_ns())
-    return StoredCount(nbytes, error, int(num_files / part))
+
+    def error(name: str) -> float:
+        return float((max(0.0, 1 - part) / max(1, files[name])) ** 0.5)
+
+    estimated = {
+        name: int(seen / part * (1 + _ERRORS_ABOVE * error(name))) for name, seen in nbytes.items()
+    }
+    estimated[WHOLE] = estimated.get(WHOLE, 0) + _quarantine_bytes(root, now_ns())
+    return StoredCount(estimated, error(WHOLE), int(files[WHOLE] / part))
 
 
 def _refuse(name: str, error: OSError) -> None:
@@ -112,10 +127,9 @@ class UsedBook:
             self._marks.pop(node, None)
         self._nodes.update(nodes)
 
-    def deleted(self, namespace: str, nbytes: int) -> None:
-        for name in (WHOLE, namespace):
-            # Below 0 where what was written since is deleted: `used_bytes` has both.
-            self._counted[name] -= nbytes
+    def deleted(self, nbytes: Mapping[str, int]) -> None:
+        """By account. Below 0 where what was written since is deleted: `used_bytes` has both."""
+        self._counted.subtract(nbytes)
 
     def used_bytes(self, name: str) -> int:
         since = sum(

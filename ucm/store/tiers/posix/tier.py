@@ -204,13 +204,13 @@ class PosixTier(Tier):
                 return None
         name = backend.namespace_name(namespace.fingerprint)
         allowance = self._allowances[backend]
-        allowance.take(name, block.file_bytes, manifest=namespace.manifest_json)
+        allowance.take(name, key, block.file_bytes, manifest=namespace.manifest_json)
         try:
             with translated(target, "can't be written"):
                 self._reserves[backend].take(block.file_bytes)
                 temp = self._write(backend, namespace, block, target, page, num_tokens)
         except TierError:
-            allowance.give_back(name, block.file_bytes)
+            allowance.give_back(name, key, block.file_bytes)
             raise
         return Staged(namespace, key, temp)
 
