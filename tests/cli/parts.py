@@ -14,7 +14,7 @@ from typing import Any
 
 from ucm.store.blocks import namespace
 from ucm.store.blocks.blockfile import HEADER_BYTES
-from ucm.store.blocks.keys import Key, block_keys, root_key
+from ucm.store.blocks.keys import Key, block_keys, num_tokens_of, root_key, tail_key
 from ucm.store.blocks.namespace import Manifest
 from ucm.store.blocks.page_layout import padded_bytes
 from ucm.store.tiers.posix import paths
@@ -60,6 +60,15 @@ def keys_of(
     return block_keys(root, prompt, block_tokens=made.block_tokens, cache_salt=salt)
 
 
+def tail_of(made: Manifest, prompt: Sequence[int], *, salt: str | None = None) -> Key:
+    """The key of what is behind the last full block."""
+    keys = keys_of(made, prompt, salt=salt)
+    root = root_key(namespace.fingerprint(made), lora_digest=None, cache_salt=salt)
+    start, size = len(keys) * made.block_tokens, made.block_tokens
+    parent = keys[-1] if keys else root
+    return tail_key(parent, prompt[start:], block_tokens=size, first_token=start, cache_salt=salt)
+
+
 @dataclass
 class Store:
     """One backend."""
@@ -75,7 +84,9 @@ class Store:
         page = memoryview(mmap.mmap(-1, padded_bytes(PAGE_BYTES)))
         for key in keys:
             page[:PAGE_BYTES] = shake_128(key).digest(PAGE_BYTES)
-            staged = tier.stage(where, key, page, num_tokens=made.block_tokens)
+            staged = tier.stage(
+                where, key, page, num_tokens=num_tokens_of(key, block_tokens=made.block_tokens)
+            )
             assert staged is not None
             tier.publish(staged)
 

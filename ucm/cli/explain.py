@@ -19,7 +19,7 @@ from ucm.cli.printing import (
 )
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Callable, Sequence
 
     from ucm.store.blocks.keys import Key
     from ucm.store.inspect.engine_identity import EngineIdentity
@@ -91,7 +91,7 @@ def explain(
         print_json(found)
     else:
         _print(found)
-    if any(block.state in ("corrupt", "unreadable") for block in found.blocks):
+    if any(block.state in ("corrupt", "unreadable") for block in _all_blocks(found)):
         raise typer.Exit(STATUS_WRONG)
 
 
@@ -130,24 +130,37 @@ def _print(found: Explanation) -> None:
             typer.echo(f"  the nearest one differs in {line}")
     print_table(
         ("blocks", "tokens", "state", "why"),
-        [_row(list(run)) for _, run in itertools.groupby(found.blocks, _sort)],
+        [_row(found, list(run)) for _, run in itertools.groupby(_all_blocks(found), _sort(found))],
     )
     tokens = found.blocks[found.num_loadable - 1].end_token if found.num_loadable else 0
-    rest = found.num_tokens - (found.blocks[-1].end_token if found.blocks else 0)
-    behind = f"; the {count(rest, 'token')} behind the last full block have no page of their own"
     typer.echo(
         f"{found.num_loadable} of {count(len(found.blocks), 'block')} can be loaded, {tokens:,} of "
-        f"{count(found.num_tokens, 'token')}" + (behind if rest else "") + "."
+        f"{count(found.num_tokens, 'token')}{_of_tail(found)}."
     )
 
 
-def _sort(block: ExplainedBlock) -> tuple[str, str]:
-    return block.state, block.why
+def _of_tail(found: Explanation) -> str:
+    from ucm.store.inspect.explain import can_be_loaded
+
+    tail, is_next = found.tail, found.num_loadable == len(found.blocks)
+    if tail is None or not (is_next and can_be_loaded(tail)):
+        return ""
+    num_tokens = tail.end_token - tail.first_token
+    return f", and the tail of {count(num_tokens, 'token')} after a hand-off"
 
 
-def _row(run: Sequence[ExplainedBlock]) -> tuple[str, str, str, str]:
+def _all_blocks(found: Explanation) -> list[ExplainedBlock]:
+    return found.blocks if found.tail is None else [*found.blocks, found.tail]
+
+
+def _sort(found: Explanation) -> Callable[[ExplainedBlock], tuple[bool, str, str]]:
+    return lambda block: (block is found.tail, block.state, block.why)
+
+
+def _row(found: Explanation, run: Sequence[ExplainedBlock]) -> tuple[str, str, str, str]:
     """Of neighbouring blocks that have the same to be said of them."""
     first, last = run[0], run[-1]
     blocks = f"{first.block}" if first is last else f"{first.block}-{last.block}"
     tokens = f"{first.first_token}-{last.end_token - 1}"
-    return blocks, tokens, first.state.replace("_", " "), first.why
+    name = "tail" if first is found.tail else blocks
+    return name, tokens, first.state.replace("_", " "), first.why

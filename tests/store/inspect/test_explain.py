@@ -10,7 +10,7 @@ import pytest
 
 from tests.cli.conftest import PROMPT
 from tests.cli.conftest import store as store
-from tests.cli.parts import PAGE_BYTES, Store, flip_bit, keys_of, manifest
+from tests.cli.parts import PAGE_BYTES, Store, flip_bit, keys_of, manifest, tail_of
 from ucm.store.blocks.namespace import Manifest, fingerprint
 from ucm.store.blocks.page_key import PageKey
 from ucm.store.blocks.page_layout import padded_bytes
@@ -88,6 +88,22 @@ def test_what_an_engine_of_another_dtype_has_stored_is_named_so(store: Store, fi
     why = f"{field}: float16 (the store) / bfloat16 (this engine)"
     assert only(found) == ("other_dtype", why)
     assert (found.is_known, found.differences, found.num_loadable) == (False, [why], 0)
+
+
+@pytest.mark.parametrize(
+    ("changes", "state"),
+    [
+        ({"kv_dtype": "float16", "layout": "opaque:cpu", "k_size": 99}, "other_dtype"),
+        ({"kv_dtype": "float16", "k_size": 99}, "other_namespace"),
+        ({"layout": "opaque:cpu", "k_size": 99}, "other_namespace"),
+    ],
+)
+def test_a_packing_that_comes_with_a_dtype_is_no_other_namespace(
+    store: Store, changes: dict[str, str], state: str
+) -> None:
+    other = manifest("a", **changes)
+    store.put(other, keys_of(other, PROMPT))
+    assert only(explained(store))[0] == state
 
 
 def test_what_another_model_has_stored_is_named_so(store: Store) -> None:
@@ -220,12 +236,68 @@ def test_what_only_a_node_cache_has_can_be_loaded_here(store: Store) -> None:
     assert found.num_loadable == 4
 
 
-def test_a_prompt_that_fills_no_block_has_nothing_to_explain(store: Store) -> None:
-    store.put(MINE, [])
-    found = explain(
+def explained_tokens(store: Store, tokens: list[int]) -> Explanation:
+    return explain(
         [str(store.path)],
-        AskedPrompt(manifest=MINE, tokens=[1, 2]),
+        AskedPrompt(manifest=MINE, tokens=tokens),
         None,
         on_progress=lambda done, total: None,
     )
-    assert found.blocks == list[ExplainedBlock]()
+
+
+def test_a_prompt_of_one_token_has_nothing_to_explain(store: Store) -> None:
+    store.put(MINE, [])
+    found = explained_tokens(store, [1])
+    assert (found.blocks, found.tail) == (list[ExplainedBlock](), None)
+
+
+def test_a_tail_is_explained_behind_the_last_full_block(store: Store) -> None:
+    keys, tail = keys_of(MINE, PROMPT), tail_of(MINE, PROMPT)
+    store.put(MINE, [*keys, tail])
+
+    found = explained(store)
+    assert (found.num_loadable, len(found.blocks)) == (NUM_BLOCKS, NUM_BLOCKS)
+    assert found.tail is not None
+    assert (found.tail.first_token, found.tail.end_token) == (96, len(PROMPT))
+    assert (found.tail.state, found.tail.where) == ("stored", str(store.file(MINE, tail)))
+    assert found.tail.where.endswith(".4.kv")
+
+
+def test_a_prompt_that_ends_with_a_block_has_no_tail(store: Store) -> None:
+    store.put(MINE, keys_of(MINE, PROMPT))
+    assert explained_tokens(store, PROMPT[:96]).tail is None
+
+
+def test_a_prompt_shorter_than_a_block_is_a_tail(store: Store) -> None:
+    store.put(MINE, [tail_of(MINE, [1, 2])])
+    found = explained_tokens(store, [1, 2])
+    assert found.blocks == [] and found.tail is not None and found.tail.state == "stored"
+    longer = explained_tokens(store, [1, 2, 3]).tail
+    assert longer is not None and longer.state == "not_stored", "of another prompt"
+
+
+def test_why_a_tail_is_not_there_is_told_as_of_any_block(store: Store) -> None:
+    tail = tail_of(MINE, PROMPT)
+    store.put(MINE, [])
+    never = explained(store).tail
+    assert never is not None
+    assert (never.state, never.why) == (
+        "not_stored",
+        "never stored; no reclaim is on record; tails are stored for hand-offs alone",
+    )
+
+    store.put(MINE, [tail_of(MINE, PROMPT, salt="tenant")])
+    other = explained(store, other_salts=("tenant",)).tail
+    assert other is not None and other.state == "other_salt"
+
+    in_memory = explained(store, in_memory=[tail]).tail
+    assert in_memory is not None and in_memory.state == "in_memory"
+
+    store.put(MINE, [tail])
+    flip_bit(store.file(MINE, tail))
+    damaged = explained(store).tail
+    assert damaged is not None and damaged.state == "corrupt"
+
+    reclaim(store, 2)
+    gone = explained(store).tail
+    assert gone is not None and gone.state == "reclaimed"

@@ -10,12 +10,13 @@ from __future__ import annotations
 import itertools
 import os
 from collections.abc import Callable, Collection, Iterator, Sequence
+from collections.abc import Set as AbstractSet
 from dataclasses import dataclass
 from enum import Enum
 
 import msgspec
 
-from ucm.store.blocks.keys import Key, block_keys, root_key
+from ucm.store.blocks.keys import Key, TailKey, block_keys, root_key, tail_key
 from ucm.store.blocks.namespace import Manifest, differences, fingerprint
 from ucm.store.blocks.page_key import PageKey
 from ucm.store.inspect.contents import model_label
@@ -25,6 +26,8 @@ from ucm.store.inspect.walk import NamespaceFolder, namespace_folders, read_mani
 from ucm.store.tiers.posix import paths
 
 _DTYPES = frozenset({"kv_dtype", "model_dtype", "kv_scales"})
+# With a dtype differs how its kernel packs it: on a CPU with AMX, say.
+_PACKING = frozenset({"layout", "num_kv_heads", "k_size", "v_size"})
 
 
 class Whereabouts(str, Enum):
@@ -61,8 +64,9 @@ class ExplainedBlock(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class Explanation(msgspec.Struct, frozen=True, kw_only=True):
-    """`num_loadable` leading blocks can be loaded here. `is_known`: whether the store has the
-    namespace at all; if not, `differences` are those to the nearest one."""
+    """`num_loadable` leading blocks can be loaded here. `tail`: what is behind the last full block,
+    which only hand-offs store and load. `is_known`: whether the store has the namespace at all; if
+    not, `differences` are those to the nearest one."""
 
     namespace: str
     model: str
@@ -71,6 +75,7 @@ class Explanation(msgspec.Struct, frozen=True, kw_only=True):
     num_tokens: int
     num_loadable: int
     blocks: list[ExplainedBlock]
+    tail: ExplainedBlock | None
 
 
 @dataclass(frozen=True)
@@ -86,7 +91,7 @@ class AskedPrompt:
     other_adapters: Sequence[bytes | None] = (None,)
 
     def keys(self) -> list[Key]:
-        """Of the prompt's full blocks, under their own names."""
+        """Of the prompt's full blocks and, as the last one, of its tail; under their own names."""
         return _keys(self.manifest, self, self.salt, self.adapter)
 
 
@@ -127,8 +132,11 @@ def explain(
             state, why = Whereabouts.RECLAIMED, f"at {when}"
         elif state is Whereabouts.NOT_STORED:
             state, where, why = _guessed(guesses, block, reclaims)
+        if state is Whereabouts.NOT_STORED and isinstance(key, TailKey):
+            why += "; tails are stored for hand-offs alone"
         blocks.append(_explained(asked, block, key, state, where, why))
         on_progress(block + 1, len(keys))
+    tail = blocks.pop() if keys and isinstance(keys[-1], TailKey) else None
     is_known = any(folder in folders for folder in own)
     return Explanation(
         namespace=_name(name, key_id),
@@ -136,8 +144,9 @@ def explain(
         is_known=is_known,
         differences=[] if is_known else nearest_differences(asked.manifest, folders),
         num_tokens=len(asked.tokens),
-        num_loadable=sum(1 for _ in itertools.takewhile(_can_be_loaded, blocks)),
+        num_loadable=sum(1 for _ in itertools.takewhile(can_be_loaded, blocks)),
         blocks=blocks,
+        tail=tail,
     )
 
 
@@ -157,7 +166,8 @@ def _name(of: bytes, key_id: bytes) -> str:
     return os.path.basename(paths.namespace_dir("", of, key_id))
 
 
-def _can_be_loaded(block: ExplainedBlock) -> bool:
+def can_be_loaded(block: ExplainedBlock) -> bool:
+    """If all before it can be."""
     return block.state in (Whereabouts.STORED.value, Whereabouts.IN_MEMORY.value)
 
 
@@ -168,7 +178,7 @@ def _explained(
     return ExplainedBlock(
         block=block,
         first_token=block * size,
-        end_token=(block + 1) * size,
+        end_token=min((block + 1) * size, len(asked.tokens)),
         key=key.hex(),
         state=state.value,
         where=where,
@@ -177,8 +187,17 @@ def _explained(
 
 
 def _keys(of: Manifest, asked: AskedPrompt, salt: str | None, adapter: bytes | None) -> list[Key]:
+    size, tokens = of.block_tokens, asked.tokens
     root = root_key(fingerprint(of), lora_digest=adapter, cache_salt=salt)
-    return block_keys(root, asked.tokens, block_tokens=of.block_tokens, cache_salt=salt)
+    keys = block_keys(root, tokens, block_tokens=size, cache_salt=salt)
+    start = len(keys) * size
+    # As engines name it: of a single token there is none.
+    if start < len(tokens) and len(tokens) > 1:
+        parent = keys[-1] if keys else root
+        keys.append(
+            tail_key(parent, tokens[start:], block_tokens=size, first_token=start, cache_salt=salt)
+        )
+    return keys
 
 
 def _own_state(
@@ -248,8 +267,9 @@ def _guesses(
         yield _Guess(Whereabouts.OTHER_ADAPTER, why, ours, _keys(mine, asked, asked.salt, adapter))
     for folder, manifest in _others(mine, folders):
         lines = _differences(manifest, mine)
-        only_dtype = {line.partition(":")[0] for line in lines} <= _DTYPES
-        state = Whereabouts.OTHER_DTYPE if only_dtype else Whereabouts.OTHER_NAMESPACE
+        state = Whereabouts.OTHER_NAMESPACE
+        if _is_by_dtype({line.partition(":")[0] for line in lines}):
+            state = Whereabouts.OTHER_DTYPE
         for salt, adapter in itertools.product((asked.salt, *salts), (asked.adapter, *adapters)):
             keys = _keys(manifest, asked, salt, adapter)
             yield _Guess(state, "; ".join(lines), [folder], keys)
@@ -267,6 +287,12 @@ def _others(
         and manifest.block_tokens == mine.block_tokens
     ]
     return sorted(found, key=lambda each: len(_differences(each[1], mine)))
+
+
+def _is_by_dtype(fields: AbstractSet[str]) -> bool:
+    """Whether two namespaces that differ in these fields do because of their dtypes."""
+    allowed = _DTYPES | _PACKING if "layout" in fields else _DTYPES
+    return bool(fields & _DTYPES) and fields <= allowed
 
 
 def _salt(salt: str | None) -> str:
