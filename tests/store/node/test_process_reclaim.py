@@ -171,6 +171,44 @@ def on_record(place: Place, marks: set[int]) -> set[int]:
     return set(reclaims_on_record(str(place.store), marks).times_ns)
 
 
+def test_a_node_that_idles_leaves_the_others_what_they_need(place: Place) -> None:
+    """Though it was there first, and was granted all that it could have."""
+    with engine(limited(place)) as idle:
+        idle.dump(make_keys("first", 5))
+        idle.wait_written()
+        time.sleep(1.0)
+        with engine(limited(place, "b"), "engine/1") as busy:
+            for _ in dump_all(busy, "more", 10_000):
+                assert files_bytes(place) <= LIMIT + 2 * 64 * FILE // 8
+                if sum(counter(each, "reclaimed_files_capacity") for each in (idle, busy)):
+                    break
+            # Reclaim begins at seven tenths, so the busy one got as far.
+            assert files_bytes(place) > LIMIT // 2
+
+
+@pytest.mark.parametrize("how", [signal.SIGKILL, signal.SIGTERM])
+def test_nothing_is_deleted_for_what_a_node_that_is_gone_might_have_written(
+    place: Place, how: signal.Signals
+) -> None:
+    with engine(limited(place)) as one, engine(limited(place, "b"), "engine/1") as two:
+        one.dump(HOT)
+        one.wait_written()
+        two.dump(make_keys("other", 5))
+        two.wait_written()
+        time.sleep(1.0)
+        holder = wait_until(lambda: lease(place), "somebody has the lease")
+        (other,) = (client for client in (one, two) if client.pid != holder)
+        os.kill(holder, how)
+
+        wait_until(lambda: lease(place) == other.pid, "the other one has it")
+        wait_until(lambda: counter(other, "stored_bytes") == 10 * FILE, "it has counted")
+        # It misses the other one from some time on.
+        time.sleep(3.0)
+        assert counter(other, "stored_bytes") == 10 * FILE
+        assert counter(other, "reclaimed_files_capacity") == 0
+        assert len(place.blocks()) == 10
+
+
 def test_a_namespace_keeps_to_its_quota(place: Place) -> None:
     settings = limited(place, capacity_gb=0, quota_gb={"*": LIMIT / GIB})
     with engine(settings) as client:

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 
+import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -13,6 +14,7 @@ from ucm.store.tiers.posix.grants import NodeAccount, granted, with_grants
 from ucm.store.tiers.posix.quotas import quotas_of, salt_account
 from ucm.store.tiers.posix.reclaim_plan import (
     WHOLE,
+    ReclaimRules,
     StoredFile,
     Want,
     choose,
@@ -172,29 +174,62 @@ accounts = st.builds(
 )
 
 
-@given(st.integers(0, 1 << 32), st.integers(0, 1 << 32), st.dictionaries(st.text(), accounts))
-def test_what_is_granted_never_exceeds_the_limit_and_is_never_taken_back(
-    limit: int, used: int, nodes: dict[str, NodeAccount]
+spare_shares = st.floats(0.05, 0.5)
+
+
+@given(
+    st.integers(0, 1 << 32),
+    st.integers(0, 1 << 32),
+    st.dictionaries(st.text(max_size=2), accounts, max_size=9),
+    spare_shares,
+    st.data(),
+)
+def test_what_is_granted_never_exceeds_the_limit(
+    limit: int, used: int, nodes: dict[str, NodeAccount], spare: float, data: st.DataObject
 ) -> None:
-    up_to = granted(limit_bytes=limit, used_bytes=used, nodes=nodes)
+    """Though nobody may have heard yet that they have less than before."""
+    refused = data.draw(st.lists(st.sampled_from(sorted(nodes)))) if nodes else []
+    up_to = granted(
+        limit_bytes=limit, used_bytes=used, nodes=nodes, spare_share=spare, refused=refused
+    )
 
     before = {name: max(of.written_bytes, of.up_to_bytes or 0) for name, of in nodes.items()}
     assert up_to.keys() == nodes.keys()
-    assert all(up_to[name] >= before[name] for name in nodes)
-    new = sum(up_to[name] - before[name] for name in nodes)
+    assert all(up_to[name] >= nodes[name].written_bytes for name in nodes)
+    more = sum(max(0, up_to[name] - before[name]) for name in nodes)
     is_open = sum(before[name] - of.written_bytes for name, of in nodes.items())
-    assert new == 0 or used + is_open + new <= limit
+    assert more == 0 or used + is_open + more <= limit
 
 
-@given(st.integers(1, 1 << 40), st.integers(1, 20))
-def test_nodes_that_have_nothing_yet_get_equal_parts_of_all_that_is_left(
-    limit: int, num_nodes: int
+@given(
+    st.integers(1, 1 << 40),
+    st.dictionaries(st.text(max_size=2), accounts, min_size=1, max_size=9),
+    spare_shares,
+)
+def test_nodes_that_write_nothing_keep_no_more_than_the_spare_share_from_the_others(
+    limit: int, nodes: dict[str, NodeAccount], spare: float
 ) -> None:
-    nodes = {str(number): NodeAccount(0, None) for number in range(num_nodes)}
+    """Whatever they had; once they have heard of it."""
+    up_to = granted(limit_bytes=limit, used_bytes=0, nodes=nodes, spare_share=spare)
+    heard = {
+        name: NodeAccount(of.written_bytes, max(of.written_bytes, up_to[name]))
+        for name, of in nodes.items()
+    }
+    assert sum(of.up_to_bytes - of.written_bytes for of in heard.values()) <= limit * spare
 
-    up_to = granted(limit_bytes=limit, used_bytes=0, nodes=nodes)
+    heard["new"] = NodeAccount(0, None)
+    last: dict[str, int] = {}
+    for _ in range(2):
+        last = granted(
+            limit_bytes=limit, used_bytes=0, nodes=heard, spare_share=spare, refused=["new"]
+        )
+        heard = {name: NodeAccount(of.written_bytes, last[name]) for name, of in heard.items()}
+    assert last["new"] >= limit // len(heard) - 1
 
-    assert set(up_to.values()) == {limit // num_nodes}
+
+def test_a_trigger_at_the_limit_leaves_something_to_be_granted() -> None:
+    assert ReclaimRules(trigger=1.0).spare_share == pytest.approx(0.05)
+    assert ReclaimRules(trigger=0.7).spare_share == pytest.approx(0.15)
 
 
 NAME = "3f9a01c2" + "0" * 56

@@ -90,9 +90,11 @@ class Allowance:
         with self._lock:
             for name, nbytes in up_to_bytes.items():
                 account = self._accounts.get(name)
-                if account is not None and account.up_to_bytes != nbytes:
-                    account.up_to_bytes = nbytes
-                    account.low_at_bytes = (account.written_bytes + nbytes) // 2
+                if account is None or account.up_to_bytes == nbytes:
+                    continue
+                # Less than before, and part of that may be written by now.
+                account.up_to_bytes = max(nbytes, account.written_bytes)
+                account.low_at_bytes = (account.written_bytes + account.up_to_bytes) // 2
 
     def keep_until(self, until_s: float) -> None:
         """Others hear of this node; after this time they count what was granted as written."""
@@ -105,6 +107,11 @@ class Allowance:
                 name: Allowed(each.written_bytes, each.up_to_bytes)
                 for name, each in self._accounts.items()
             }
+
+    def is_low(self) -> bool:
+        """Whether more should be granted soon."""
+        with self._lock:
+            return any(each.low_at_bytes == _NEVER for each in self._accounts.values())
 
     def take_refusals(self) -> set[str]:
         """The accounts that writers were refused for, since this was asked last."""

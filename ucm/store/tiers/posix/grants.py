@@ -1,19 +1,23 @@
 """How much each node may write of what a limit leaves. Pure.
 
 Every node cache says, with each beat and in a file of its own, how much it has written since it
-began and how far it may go. Who holds the lease adds that to what it has counted, and grants more:
-what is left of the limit, in equal parts. What was granted is never taken back while its node
-lives, for it may be written this very moment. So for each account
+began and how far it may go. Who holds the lease adds that to what it has counted, and grants more
+of what is left of the limit. So for each account
 
     counted + written since + granted and not written  <=  limit
 
-A node that falls silent counts as having written all that it was granted, until the store is
-counted anew; it stops by itself when its beats don't get through.
+No node is granted more at once than its part of what lies between the mark where reclaim begins and
+the limit: those that write nothing would keep it from the others. A node with more than that, since
+others have come, is granted less; it counts as having all that it had until it says that it has
+less, for it may write that this very moment.
+
+A node that falls silent may have written all that it was granted: others get nothing of that until
+the store is counted anew. It stops by itself when its beats don't get through.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 
 import msgspec
 
@@ -36,27 +40,38 @@ class NodeNote(msgspec.Struct, frozen=True):
 
 class GrantsNote(msgspec.Struct, frozen=True):
     """What the holder of the lease says: by node, by account, how far it may go; and what is used
-    of each account, for people."""
+    of each account, for people. `number` grows with each: a client of a shared filesystem may read
+    an old one again."""
 
-    beat: int
+    number: int
     used_bytes: dict[str, int]
     up_to_bytes: dict[str, dict[str, int]]
 
 
 def granted(
-    *, limit_bytes: int, used_bytes: int, nodes: Mapping[str, NodeAccount]
+    *,
+    limit_bytes: int,
+    used_bytes: int,
+    nodes: Mapping[str, NodeAccount],
+    spare_share: float,
+    refused: Collection[str] = (),
 ) -> dict[str, int]:
-    """By node, how far it may go. `used_bytes` counts what `nodes` say that they have written."""
+    """By node, how far it may go. `used_bytes` counts what `nodes` say that they have written. All
+    together have no more than `spare_share` of the limit open. But those that were `refused` get an
+    equal part of all that is left: their pages may be larger than that."""
     if not nodes:
         return {}
     up_to = {node: _up_to(account) for node, account in nodes.items()}
     open_bytes = {node: up_to[node] - account.written_bytes for node, account in nodes.items()}
-    left_bytes = max(0, limit_bytes - used_bytes - sum(open_bytes.values()))
-    part_bytes = max(0, limit_bytes - used_bytes) // len(nodes)
+    free_bytes = max(0, limit_bytes - used_bytes)
+    left_bytes = max(0, free_bytes - sum(open_bytes.values()))
+    part_bytes = free_bytes // len(nodes)
+    most_bytes = min(part_bytes, int(limit_bytes * spare_share) // len(nodes))
     for node in sorted(nodes):
-        more_bytes = min(left_bytes, max(0, part_bytes - open_bytes[node]))
+        wanted_bytes = part_bytes if node in refused else most_bytes
+        more_bytes = min(left_bytes, wanted_bytes - open_bytes[node])
         up_to[node] += more_bytes
-        left_bytes -= more_bytes
+        left_bytes -= max(0, more_bytes)
     return up_to
 
 

@@ -18,7 +18,7 @@ import secrets
 import threading
 import time
 from collections import Counter, deque
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 
 import msgspec
 
@@ -48,6 +48,8 @@ from ucm.store.tiers.tier import Chore
 
 _LEAST_GAP_S = 0.05
 _MAX_CLOCK_READINGS = 16
+# How many beats come in the time of one while somebody writes and waits for grants.
+_HURRY = 8
 # After a run that could not free what it should, because all is young or storage refuses.
 _FRUITLESS_GAP_S = 1.0
 # Of the time that it works, how long it rests: while writers can wait for it, and while they can't.
@@ -82,6 +84,10 @@ class Reclaimer(Chore):
         self._others: dict[str, Mapping[str, NodeAccount]] = {}
         # By whoever had the lease: nodes may have read of it and not have said so yet.
         self._granted: dict[str, dict[str, int]] = {}
+        self._number, self._obeyed_s = 0, float("-inf")
+        # The nodes that were refused, by account.
+        self._refusing: dict[str, set[str]] = {}
+        self._is_hurried = False
         self._quiet_until_s = 0.0
         self._says = ReclaimSays(backend.path)
         self._limits: dict[str, Limit | None] = {}
@@ -123,7 +129,8 @@ class Reclaimer(Chore):
     def _wait(self) -> None:
         gap_s = max(_LEAST_GAP_S, self._quiet_until_s - time.monotonic())
         if not self._stop.wait(gap_s):
-            self._allowance.wake.wait(max(0.0, self._rules.heartbeat_s - gap_s))
+            beat_s = self._rules.heartbeat_s / (_HURRY if self._is_hurried else 1)
+            self._allowance.wake.wait(max(0.0, beat_s - gap_s))
         self._allowance.wake.clear()
 
     def _at_backend(self, act: Callable[[int], None]) -> None:
@@ -142,6 +149,7 @@ class Reclaimer(Chore):
     # -- a beat ----------------------------------------------------------------------------
 
     def _beat_once(self, root: int) -> None:
+        is_writing = self._own_accounts() != self._said[0]
         self._say(root)
         was_held = self._lease.is_held
         if self._lease.hold(root):
@@ -151,12 +159,14 @@ class Reclaimer(Chore):
             self._govern(root)
         else:
             self._counted_s = float("-inf")
+            self._refusing = {}
             self._obey(root)
+            self._is_hurried = is_writing and self._allowance.is_low()
 
     def _say(self, root: int) -> None:
         """What this node has written, and that it lives. On a full disk it goes unsaid: what is to
         make room must not need some."""
-        self._refused |= self._allowance.take_refusals()
+        self._note_refusals()
         news = self._own_accounts(), sorted(self._refused)
         now_s = time.monotonic()
         if news != self._said or now_s - self._said_s >= self._rules.stale_s / 3:
@@ -167,6 +177,14 @@ class Reclaimer(Chore):
                 self._ahead_ns.append(mtime_ns - time.monotonic_ns())
                 self._said, self._said_s = news, now_s
         self._allowance.keep_until(self._said_s + self._rules.stale_s / 2)
+
+    def _note_refusals(self) -> None:
+        self._are_refused(self._node, self._allowance.take_refusals())
+
+    def _are_refused(self, node: str, names: Iterable[str]) -> None:
+        for name in names:
+            self._refused.add(name)
+            self._refusing.setdefault(name, set()).add(node)
 
     def _own_accounts(self) -> dict[str, NodeAccount]:
         return {
@@ -182,6 +200,10 @@ class Reclaimer(Chore):
             note = msgspec.json.decode(content, type=GrantsNote)
         except msgspec.DecodeError:
             return  # of a version to come
+        now_s = time.monotonic()
+        if note.number < self._number and now_s - self._obeyed_s < self._rules.stale_s:
+            return  # an old one: what it grants may be others' by now
+        self._number, self._obeyed_s = note.number, now_s
         self._counts["stored_bytes"] = note.used_bytes.get(WHOLE, 0)
         self._granted = note.up_to_bytes
         self._refused.clear()
@@ -197,7 +219,8 @@ class Reclaimer(Chore):
     def _govern(self, root: int) -> None:
         nodes = self._hear(root)
         since_s = time.monotonic() - self._counted_s
-        if since_s >= max(self._rules.check_s, 20 * self._count_took_s):
+        every_s = 0.0 if self._book.is_unsure else self._rules.check_s
+        if since_s >= max(every_s, 20 * self._count_took_s):
             self._count(root, nodes)
         self._grant(root, nodes)
         while self._rules.deletes and time.monotonic() >= self._quiet_until_s:
@@ -208,14 +231,21 @@ class Reclaimer(Chore):
 
     def _hear(self, root: int) -> dict[str, Mapping[str, NodeAccount]]:
         now_s = time.monotonic()
-        if now_s - self._heard_s >= self._rules.heartbeat_s / 4:
+        if now_s - self._heard_s >= self._rules.heartbeat_s / _HURRY:
             notes, self._heard_s = self._neighbours.alive(root), now_s
-            self._refused.update(*(note.refused for note in notes.values()))
+            for node, note in notes.items():
+                self._are_refused(node, note.refused)
+            before = self._others
             self._others = {
                 name: with_grants(note.accounts, self._granted.get(name, {}))
                 for name, note in notes.items()
             }
-        self._refused |= self._allowance.take_refusals()
+            self._is_hurried = any(
+                account.written_bytes > before.get(name, {}).get(of, account).written_bytes
+                for name, accounts in self._others.items()
+                for of, account in accounts.items()
+            )
+        self._note_refusals()
         nodes = dict(self._others)
         nodes[self._node] = self._own_accounts()
         self._book.heard(nodes)
@@ -264,14 +294,21 @@ class Reclaimer(Chore):
             if limit is None:
                 continue
             used[name] = self._book.used_bytes(name)
-            accounts = {node: each[name] for node, each in nodes.items() if name in each}
-            shares = granted(limit_bytes=limit.nbytes, used_bytes=used[name], nodes=accounts)
+            shares = granted(
+                limit_bytes=limit.nbytes,
+                used_bytes=self._book.most_bytes(name),
+                nodes={node: each[name] for node, each in nodes.items() if name in each},
+                spare_share=self._rules.spare_share,
+                refused=self._refusing.get(name, ()),
+            )
             for node, nbytes in shares.items():
                 up_to[node][name] = nbytes
         self._counts["stored_bytes"] = self._book.used_bytes(WHOLE)
+        self._refusing = {}
         self._granted = up_to
         self._allowance.grant(up_to[self._node])
-        note = GrantsNote(self._beat, used, up_to)
+        self._number += 1
+        note = GrantsNote(self._number, used, up_to)
         now_s = time.monotonic()
         # While nobody else waits for it, it is for people.
         if up_to.keys() != {self._node} or now_s - self._published_s >= self._rules.heartbeat_s:

@@ -62,6 +62,12 @@ class ReclaimRules:
     heartbeat_s: float = 7.5
     stale_s: float = 60.0
 
+    @property
+    def spare_share(self) -> float:
+        """Of a limit, what may be granted and not written: with it all open, reclaim begins before
+        the rest is written."""
+        return max(1 - self.trigger, 1 - _REFUSED_TRIGGER) / 2
+
 
 def choose(
     files: Sequence[StoredFile], *, free_bytes: int, now_ns: int, grace_s: float

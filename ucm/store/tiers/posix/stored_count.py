@@ -105,6 +105,8 @@ class UsedBook:
     counted, less what was deleted. For one thread."""
 
     _counted: Counter[str] = field(default_factory=Counter)
+    # What nodes may have written that are gone, beside what they have said.
+    _unsure: Counter[str] = field(default_factory=Counter)
     # Of each node and account, what it had written then.
     _marks: dict[str, dict[str, int]] = field(default_factory=dict)
     _nodes: dict[str, Mapping[str, NodeAccount]] = field(default_factory=dict)
@@ -112,7 +114,7 @@ class UsedBook:
     def counted(self, count: StoredCount, before: Nodes) -> None:
         """`before`: the nodes as they were when the count began, so that what was written
         meanwhile is rather counted twice."""
-        self._counted = Counter(count.nbytes)
+        self._counted, self._unsure = Counter(count.nbytes), Counter()
         self._marks = {
             node: {name: account.written_bytes for name, account in accounts.items()}
             for node, accounts in before.items()
@@ -122,14 +124,23 @@ class UsedBook:
         """All nodes that live. Who is missing may have written all that it was granted."""
         for node in self._nodes.keys() - nodes.keys():
             for name, account in self._nodes.pop(node).items():
-                most = max(account.written_bytes, account.up_to_bytes or 0)
-                self._counted[name] += most - self._mark(node, name)
+                self._counted[name] += account.written_bytes - self._mark(node, name)
+                self._unsure[name] += max(0, (account.up_to_bytes or 0) - account.written_bytes)
             self._marks.pop(node, None)
         self._nodes.update(nodes)
 
     def deleted(self, nbytes: Mapping[str, int]) -> None:
         """By account. Below 0 where what was written since is deleted: `used_bytes` has both."""
         self._counted.subtract(nbytes)
+
+    @property
+    def is_unsure(self) -> bool:
+        """The store should be counted anew."""
+        return any(self._unsure.values())
+
+    def most_bytes(self, name: str) -> int:
+        """What may be used of an account: nothing is granted of it. Nothing is deleted for it."""
+        return self.used_bytes(name) + self._unsure[name]
 
     def used_bytes(self, name: str) -> int:
         since = sum(
