@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import shutil
 import signal
@@ -51,24 +52,26 @@ def test_a_store_is_tried_out_and_left_as_it_was(filled: Store) -> None:
     assert "namespace" in shown.stdout and " a\n" in shown.stdout
 
 
+def settings_file(tmp_path: Path, backend: Path, **store: object) -> Path:
+    config = tmp_path / "ucm.yaml"
+    connector = {
+        "ucm_connector_name": "UcmPipelineStore",
+        "ucm_connector_config": {"storage_backends": str(backend), **store},
+    }
+    config.write_text(yaml.safe_dump({"ucm_connectors": [connector]}))
+    return config
+
+
 def test_a_settings_file_says_what_is_wished_for(store: Store, tmp_path: Path) -> None:
     store.put(A, keys_of(A, PROMPT))
-    config = tmp_path / "ucm.yaml"
-    of_store = {"storage_backends": str(store.path), "min_free_gb": 1_000_000}
-    connector = {"ucm_connector_name": "UcmPipelineStore", "ucm_connector_config": of_store}
-    config.write_text(yaml.safe_dump({"ucm_connectors": [connector]}))
+    config = settings_file(tmp_path, store.path, min_free_gb=1_000_000)
 
     found = findings(config, status=3)
     assert found["space"].verdict == "wrong" and "min_free_gb" in found["space"].fix
 
 
 def test_storage_that_is_not_there_is_wrong_and_the_line_says_what_to_do(tmp_path: Path) -> None:
-    config = tmp_path / "ucm.yaml"
-    of_store = {"storage_backends": str(tmp_path / "nowhere")}
-    connector = {"ucm_connector_name": "UcmPipelineStore", "ucm_connector_config": of_store}
-    config.write_text(yaml.safe_dump({"ucm_connectors": [connector]}))
-
-    found = findings(config, status=3)
+    found = findings(settings_file(tmp_path, tmp_path / "nowhere"), status=3)
     assert "ucm init" in found["storage"].fix
 
 
@@ -116,14 +119,44 @@ def test_a_peer_that_remembers_absences_is_told_and_ucm_asks_past_that(
 
 @needs_fuse
 @pytest.mark.long
-def test_storage_that_hangs_is_said_to_hang_and_nobody_waits_for_it(
+def test_storage_that_hangs_is_said_to_hang_in_what_and_nobody_waits_for_it(
     filled: Store, tmp_path: Path
 ) -> None:
     with mount_fuse(filled.path, tmp_path / "mnt") as mount:
         mount.hang("write")
         found = findings(mount.path, status=3)
         mount.release()
-    assert "it hangs" in found["storage"].found
+    assert (
+        "it hangs: after 20 s it is still making, writing and renaming files"
+        in found["storage"].found
+    )
+    assert "its server" in found["storage"].fix
+
+
+@needs_fuse
+@pytest.mark.long
+@pytest.mark.parametrize("named", ["directory", "settings"])
+def test_a_mount_that_answers_nothing_at_all_is_said_to_hang(
+    filled: Store, tmp_path: Path, named: str
+) -> None:
+    with mount_fuse(filled.path, tmp_path / "mnt") as mount:
+        argument = mount.path if named == "directory" else settings_file(tmp_path, mount.path)
+        mount.freeze()
+        # What the kernel knows by itself is forgotten.
+        time.sleep(2)
+        found = findings(argument, status=3)
+    doing = {"directory": "looking at what lies there", "settings": "listing the directory"}[named]
+    assert f"it hangs: after 20 s it is still {doing}" in found["storage"].found
+
+
+@needs_fuse
+def test_a_quota_that_is_used_up_is_told_by_trying(filled: Store, tmp_path: Path) -> None:
+    with mount_fuse(filled.path, tmp_path / "mnt") as mount:
+        mount.fail("write", errno.EDQUOT)
+        assert "raise the quota" in findings(mount.path, status=3)["write"].fix
+        mount.release()
+        mount.fail("mkdir", errno.EDQUOT)
+        assert "raise the quota" in findings(mount.path, status=3)["storage"].fix
 
 
 @pytest.mark.long

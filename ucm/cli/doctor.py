@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import signal
+from functools import partial
 from typing import TYPE_CHECKING, Annotated
 
 import typer
@@ -12,8 +13,7 @@ from ucm.cli.ending import one_line_for_errors
 from ucm.cli.printing import STATUS_WRONG, AsJson, count, print_json
 
 if TYPE_CHECKING:
-    from ucm.store.inspect.examine import Examined
-    from ucm.store.inspect.given import GivenStore
+    from ucm.store.inspect.examine import Examined, ExaminedPlace
     from ucm.store.inspect.verdicts import Finding
 
 _MARKS = {"fine": " ", "note": "i", "warning": "!", "wrong": "X"}
@@ -52,26 +52,19 @@ def doctor(
     is wrong.
     """
     from ucm.store.inspect.child import in_a_child
-    from ucm.store.inspect.examine import Diagnosis, Examination, Examined
-    from ucm.store.inspect.given import given_place
+    from ucm.store.inspect.examine import Diagnosis, Examination, ExaminedPlace
 
     # So that its folder goes, however it is ended.
     signal.signal(signal.SIGTERM, signal.default_int_handler)
     with one_line_for_errors("ucm doctor"):
-        given = given_place(store)
-        peers = [*map(os.path.abspath, peer_mounts or [])]
         examination = Examination(
-            given, is_slow=slow, page_bytes=page_kib << 10, prefill_tokens_per_s=prefill
+            is_slow=slow, page_bytes=page_kib << 10, prefill_tokens_per_s=prefill
         )
-
-        def examined() -> list[Examined]:
-            return [
-                examination.of(backend, peers[number] if number < len(peers) else "")
-                for number, backend in enumerate(given.backends)
-            ]
-
-        found = in_a_child(examined, list[Examined])
-        of_model = _of_model(given, store, model, vllm_args or []) if model else []
+        peers = [*map(os.path.abspath, peer_mounts or [])]
+        # All that looks at storage does so there.
+        place = in_a_child(partial(examination.of, store, peers), ExaminedPlace)
+        found = place.backends
+        of_model = _of_model(place, store, model, vllm_args or []) if model else []
     findings = [finding for each in found for finding in each.findings] + of_model
     if as_json:
         print_json(Diagnosis(backends=found, model=of_model))
@@ -82,21 +75,24 @@ def doctor(
         raise typer.Exit(STATUS_WRONG)
 
 
-def _of_model(given: GivenStore, store: str, model: str, vllm_args: list[str]) -> list[Finding]:
+def _of_model(place: ExaminedPlace, store: str, model: str, vllm_args: list[str]) -> list[Finding]:
     from ucm.store.blocks.namespace import from_json
+    from ucm.store.inspect.child import in_a_child
     from ucm.store.inspect.engine_identity import EngineQuestion, ask_vllm
     from ucm.store.inspect.examine import examine_model
+    from ucm.store.inspect.verdicts import Finding
 
     identity = ask_vllm(
         EngineQuestion(
             model=model,
             vllm_args=vllm_args,
-            config_file=store if given.settings is not None else "",
+            config_file=store if place.is_settings else "",
             prompt_file="",
             adapters=[],
         )
     )
-    return examine_model(given, model, from_json(identity.manifest_json.encode()))
+    manifest = from_json(identity.manifest_json.encode())
+    return in_a_child(partial(examine_model, store, model, manifest), list[Finding])
 
 
 def _print(found: list[Examined], of_model: list[Finding]) -> None:

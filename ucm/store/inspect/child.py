@@ -20,10 +20,17 @@ _T = TypeVar("_T")
 _CLEAR_UP_S: Final = 12.0
 
 
+class _Answer(msgspec.Struct):
+    """`problem`: what it has raised instead."""
+
+    value: msgspec.Raw = msgspec.Raw(b"null")
+    problem: str = ""
+
+
 def in_a_child(act: Callable[[], _T], kind: type[_T]) -> _T:
-    """What `act` returns there, which must be JSON of this kind. To be called before any thread is
-    started. The child gets Ctrl-C as well, also when this process is told to end otherwise. Raises
-    UcmError if it ends without an answer."""
+    """What `act` returns there, which must be JSON of this kind; it bounds its own time. To be
+    called while no other thread runs. The child gets Ctrl-C as well, also when this process is told
+    to end otherwise. Raises the UcmError that `act` raises, or one if it ends without an answer."""
     answer_end, write_end = os.pipe()
     pid = os.fork()
     if pid == 0:
@@ -40,7 +47,10 @@ def in_a_child(act: Callable[[], _T], kind: type[_T]) -> _T:
             raise
     if not answer:
         raise UcmError("the process that looks at storage has ended without a word")
-    return msgspec.json.decode(answer, type=kind)
+    answered = msgspec.json.decode(answer, type=_Answer)
+    if answered.problem:
+        raise UcmError(answered.problem)
+    return msgspec.json.decode(answered.value, type=kind)
 
 
 def _answer(act: Callable[[], object], write_end: int) -> None:
@@ -49,7 +59,11 @@ def _answer(act: Callable[[], object], write_end: int) -> None:
         nothing = os.open(os.devnull, os.O_RDWR)
         for fd in (0, 1, 2):
             os.dup2(nothing, fd)
+        try:
+            answer = _Answer(value=msgspec.Raw(msgspec.json.encode(act())))
+        except UcmError as error:
+            answer = _Answer(problem=str(error))
         with open(write_end, "wb") as pipe:
-            pipe.write(msgspec.json.encode(act()) + b"\n")
+            pipe.write(msgspec.json.encode(answer) + b"\n")
     finally:
         os._exit(0)

@@ -2,20 +2,20 @@
 
 from __future__ import annotations
 
-import threading
-from collections.abc import Callable
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
-from threading import Event
-from typing import Final, TypeVar
+from itertools import zip_longest
+from typing import Final
 
 import msgspec
 
 from ucm.config.settings import Settings, StoreSettings
-from ucm.errors import UcmError
+from ucm.errors import TierError, UcmError
+from ucm.outcome import Outcome
 from ucm.store.blocks.namespace import Manifest, fingerprint
 from ucm.store.inspect.explain import nearest_differences
-from ucm.store.inspect.given import GivenStore
+from ucm.store.inspect.given import GivenStore, given_place
 from ucm.store.inspect.mount_probe import BackendFacts, largest_page_bytes, look_at_backend
 from ucm.store.inspect.peer_probe import PeerFacts, look_from_peer
 from ucm.store.inspect.speed import NUM_THREADS, ProbeLoad
@@ -27,9 +27,9 @@ from ucm.store.inspect.verdicts import (
     peer_findings,
 )
 from ucm.store.inspect.walk import NamespaceFolder, namespace_folders
+from ucm.store.inspect.within import Trial, within
 from ucm.store.tiers.posix import paths
 
-_T = TypeVar("_T")
 _DEFAULT_PAGE_BYTES: Final = 4 << 20
 _QUICK_BYTES: Final = 32 << 20
 _QUICK_FILES: Final = 32
@@ -38,7 +38,6 @@ _SLOW_BYTES: Final = 1 << 30
 _QUICK_S: Final = 1.0
 _SLOW_S: Final = 70.0
 _GIVEN_UP_S: Final = 20.0
-_CLEAR_UP_S: Final = 10.0
 _DEFAULTS: Final = Settings(store=StoreSettings(socket_path=""))
 
 
@@ -58,48 +57,71 @@ class Diagnosis(msgspec.Struct, frozen=True, kw_only=True):
     model: list[Finding]
 
 
+class ExaminedPlace(msgspec.Struct, frozen=True, kw_only=True):
+    """What was named: a file of settings, or a directory that is the only backend."""
+
+    is_settings: bool
+    backends: list[Examined]
+
+
 @dataclass(frozen=True)
 class Examination:
     """How it is done. `page_bytes`: 0 for the largest page of the store."""
 
-    given: GivenStore
     is_slow: bool = False
     page_bytes: int = 0
     prefill_tokens_per_s: float = 0.0
 
-    def of(self, backend: str, peer: str) -> Examined:
-        """Never raises for what storage does. `peer` is empty without a second mount."""
-        load = ProbeLoad(
-            self.page_bytes or self._page_bytes(backend),
+    def of(self, argument: str, peers: Sequence[str]) -> ExaminedPlace:
+        """`peers` are second mounts of the first backends. Raises ConfigError, and nothing for what
+        storage does."""
+        try:
+            given = _given(argument)
+        except TimeoutError as error:
+            return ExaminedPlace(is_settings=False, backends=[_unusable(argument, error)])
+        return ExaminedPlace(
+            is_settings=given.settings is not None,
+            backends=[
+                self._examine(given, backend, peer)
+                for backend, peer in zip_longest(given.backends, peers[: len(given.backends)])
+            ],
+        )
+
+    def _examine(self, given: GivenStore, backend: str, peer: str | None) -> Examined:
+        trial, wishes = Trial("listing the directory"), self._wishes(given.settings)
+        try:
+            load = self._load(backend, trial)
+            look = partial(look_at_backend, backend, load, NUM_THREADS, trial)
+            facts = within(_GIVEN_UP_S + (_SLOW_S if self.is_slow else 0), look, trial)
+        except (UcmError, OSError) as error:
+            return _unusable(backend, error)
+        findings = backend_findings(facts, wishes)
+        peer_facts = None
+        if peer:
+            try:
+                peer_facts = self._look_from(peer, backend, trial)
+                findings += peer_findings(peer_facts, facts.id, wishes)
+            except (UcmError, OSError) as error:
+                findings.append(_why_unusable(peer, error))
+        return Examined(backend=backend, facts=facts, peer=peer_facts, findings=findings)
+
+    def _look_from(self, peer: str, backend: str, trial: Trial) -> PeerFacts:
+        trial.doing = f"looking from {peer}"
+        limit_s = _SLOW_S if self.is_slow else _QUICK_S
+        look = partial(look_from_peer, backend, peer, limit_s=limit_s, stop=trial.stop)
+        return within(5 * limit_s + _GIVEN_UP_S, look, trial)
+
+    def _load(self, backend: str, trial: Trial) -> ProbeLoad:
+        """Raises TimeoutError."""
+        return ProbeLoad(
+            self.page_bytes or _page_bytes(backend, trial),
             _SLOW_BYTES if self.is_slow else _QUICK_BYTES,
             5.0 if self.is_slow else 0.1,
             max_files=1 << 20 if self.is_slow else _QUICK_FILES,
+            stop=trial.stop,
         )
-        facts = peer_facts = None
-        wishes = self._wishes()
-        try:
-            within_s = _GIVEN_UP_S + (_SLOW_S if self.is_slow else 0)
-            look = partial(look_at_backend, backend, load, NUM_THREADS)
-            facts = _within(within_s, look, load.stop)
-            findings = backend_findings(facts, wishes)
-            if peer:
-                limit_s = _SLOW_S if self.is_slow else _QUICK_S
-                look_again = partial(look_from_peer, backend, peer, limit_s=limit_s, stop=load.stop)
-                peer_facts = _within(5 * limit_s + _GIVEN_UP_S, look_again, load.stop)
-                findings += peer_findings(peer_facts, facts.id, wishes)
-        except (UcmError, OSError) as error:
-            findings = [_unusable(backend, error)]
-        return Examined(backend=backend, facts=facts, peer=peer_facts, findings=findings)
 
-    def _page_bytes(self, backend: str) -> int:
-        try:
-            found = _within(_GIVEN_UP_S, lambda: largest_page_bytes((backend,)), Event())
-        except (UcmError, OSError):
-            found = 0
-        return found or _DEFAULT_PAGE_BYTES
-
-    def _wishes(self) -> Wishes:
-        settings = self.given.settings
+    def _wishes(self, settings: Settings | None) -> Wishes:
         min_free_gb = settings.store.min_free_gb if settings is not None else None
         return Wishes(
             min_free_bytes=None if min_free_gb is None else int(min_free_gb * (1 << 30)),
@@ -112,8 +134,17 @@ class Examination:
         )
 
 
-def examine_model(given: GivenStore, model: str, manifest: Manifest) -> list[Finding]:
+def examine_model(argument: str, model: str, manifest: Manifest) -> list[Finding]:
     """Raises TierError where a backend can't be listed."""
+    try:
+        given = _given(argument)
+        trial = Trial("listing the storage backends")
+        return within(_GIVEN_UP_S, partial(_examine_model, given, model, manifest), trial)
+    except TimeoutError as error:
+        return _unusable(argument, error).findings
+
+
+def _examine_model(given: GivenStore, model: str, manifest: Manifest) -> list[Finding]:
     folders = [folder for backend in given.backends for folder in namespace_folders(backend)]
     page_key = given.page_key()
     key_id = page_key.id if page_key is not None else b""
@@ -126,41 +157,35 @@ def examine_model(given: GivenStore, model: str, manifest: Manifest) -> list[Fin
     return model_findings(model, is_known, nearest_differences(manifest, folders))
 
 
-def _unusable(backend: str, error: UcmError | OSError) -> Finding:
+def _given(argument: str) -> GivenStore:
+    """Raises ConfigError, and TimeoutError."""
+    trial = Trial("looking at what lies there")
+    return within(_GIVEN_UP_S, partial(given_place, argument), trial)
+
+
+def _page_bytes(backend: str, trial: Trial) -> int:
+    """Raises TimeoutError."""
+    try:
+        found = within(_GIVEN_UP_S, partial(largest_page_bytes, (backend,)), trial)
+    except TimeoutError:
+        raise
+    except (UcmError, OSError):
+        found = 0
+    return found or _DEFAULT_PAGE_BYTES
+
+
+def _unusable(backend: str, error: UcmError | OSError) -> Examined:
+    findings = [_why_unusable(backend, error)]
+    return Examined(backend=backend, facts=None, peer=None, findings=findings)
+
+
+def _why_unusable(backend: str, error: UcmError | OSError) -> Finding:
     found, fix = str(error), f"mount it, or make it with `ucm init {backend}`"
     if isinstance(error, TimeoutError):
         found = error.strerror or str(error)
         fix = "look at its server and at the network; engines go on without it"
+    elif isinstance(error, TierError) and error.reason is Outcome.FULL:
+        fix = "make room, or raise the quota of the user that node caches run as"
     elif isinstance(error, OSError):
         found = f"{error.filename or backend}: {error.strerror or error}"
     return Finding(check="storage", verdict="wrong", found=found, fix=fix)
-
-
-def _within(seconds: float, act: Callable[[], _T], stop: Event) -> _T:
-    """Raises TimeoutError if storage hangs; the thread that hangs in it is left behind. What is
-    interrupted is stopped, and has a moment to clear up."""
-    values: list[_T] = []
-    raised: list[UcmError | OSError] = []
-    # Not the thread's own end: a join that was interrupted takes it for ended (Python 3.11).
-    has_ended = Event()
-
-    def run() -> None:
-        try:
-            values.append(act())
-        except (UcmError, OSError) as error:
-            raised.append(error)
-        finally:
-            has_ended.set()
-
-    threading.Thread(target=run, daemon=True).start()
-    try:
-        has_ended.wait(seconds)
-    except KeyboardInterrupt:
-        stop.set()
-        has_ended.wait(_CLEAR_UP_S)
-        raise
-    if raised:
-        raise raised[0]
-    if not values:
-        raise TimeoutError(0, f"storage has not answered for {seconds:.0f} s: it hangs")
-    return values[0]

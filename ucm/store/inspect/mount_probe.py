@@ -15,6 +15,7 @@ import msgspec
 from ucm.store.inspect.contents import backend_id, model_label
 from ucm.store.inspect.speed import FOLDER_START, ProbeLoad, Speed, SpeedTest, own_folder
 from ucm.store.inspect.walk import namespace_folders, read_manifest
+from ucm.store.inspect.within import Trial
 from ucm.store.tiers.posix import paths
 from ucm.store.tiers.posix.filesystem import mount_of
 
@@ -72,19 +73,29 @@ class BackendFacts(msgspec.Struct, frozen=True, kw_only=True):
     leftovers: list[str]
 
 
-def look_at_backend(backend: str, load: ProbeLoad, num_threads: tuple[int, ...]) -> BackendFacts:
+def look_at_backend(
+    backend: str, load: ProbeLoad, num_threads: tuple[int, ...], trial: Trial
+) -> BackendFacts:
     """Raises TierError or OSError if storage does."""
+    trial.doing = "looking at the directory"
     status = os.stat(backend)
     may_write = os.access(backend, os.W_OK | os.X_OK)
+    trial.doing = "listing the directory"
     leftovers = _leftovers(backend)
     calls, speeds, skew_s = None, [], 0.0
     if may_write:
+        trial.doing = "making a folder"
         with own_folder(backend) as folder:
+            trial.doing = "making, writing and renaming files"
             skew_s = _skew_s(folder)
             calls = _calls(folder)
             test = SpeedTest(folder, load)
+            trial.doing = "writing pages"
             speeds = [test.write(number) for number in num_threads]
+            trial.doing = "reading pages"
             speeds += [test.read(number) for number in num_threads]
+            trial.doing = "removing what was made"
+    trial.doing = "reading the id and the manifests"
     return BackendFacts(
         backend=backend,
         mount=mount_facts(backend),

@@ -6,6 +6,8 @@ Each finding has one of four verdicts: `fine`; `note`, which costs nothing that 
 
 from __future__ import annotations
 
+import errno
+import os
 from collections.abc import Iterator, Sequence
 from typing import Final, Literal
 
@@ -25,6 +27,10 @@ _MIN_INODES: Final = 10_000
 _SKEW_S: Final = 2.0
 # Object stores and caches behind FUSE, where renames are copies or listings lie.
 _UNUSABLE: Final = ("s3fs", "rclone", "goofys", "mount-s3", "gcsfuse", "s3ql")
+_OVER_QUOTA: Final = os.strerror(errno.EDQUOT)
+_OF_QUOTA: Final = (
+    "raise the quota of the user that node caches run as: what is free does not show it"
+)
 _IN_MEMORY: Final = ("tmpfs", "ramfs")
 
 
@@ -195,7 +201,8 @@ def _speeds(facts: BackendFacts, wishes: Wishes) -> Iterator[Finding]:
         speeds = [speed for speed in facts.speeds if speed.op == op]
         bad = next((speed.problem for speed in speeds if speed.problem), "")
         if bad:
-            yield Finding(check=op, verdict="wrong", found=bad, fix="see the words of the system")
+            fix = _OF_QUOTA if bad == _OVER_QUOTA else "see the words of the system"
+            yield Finding(check=op, verdict="wrong", found=bad, fix=fix)
         elif speeds:
             yield _speed(op, speeds, facts, wishes)
 
