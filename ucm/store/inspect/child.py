@@ -20,7 +20,7 @@ _T = TypeVar("_T")
 _CLEAR_UP_S: Final = 12.0
 
 
-class _Answer(msgspec.Struct):
+class _ChildAnswer(msgspec.Struct):
     """`problem`: what it has raised instead."""
 
     value: msgspec.Raw = msgspec.Raw(b"null")
@@ -47,7 +47,7 @@ def in_a_child(act: Callable[[], _T], kind: type[_T]) -> _T:
             raise
     if not answer:
         raise UcmError("the process that looks at storage has ended without a word")
-    answered = msgspec.json.decode(answer, type=_Answer)
+    answered = msgspec.json.decode(answer, type=_ChildAnswer)
     if answered.problem:
         raise UcmError(answered.problem)
     return msgspec.json.decode(answered.value, type=kind)
@@ -60,9 +60,9 @@ def _answer(act: Callable[[], object], write_end: int) -> None:
         for fd in (0, 1, 2):
             os.dup2(nothing, fd)
         try:
-            answer = _Answer(value=msgspec.Raw(msgspec.json.encode(act())))
+            answer = _ChildAnswer(value=msgspec.Raw(msgspec.json.encode(act())))
         except UcmError as error:
-            answer = _Answer(problem=str(error))
+            answer = _ChildAnswer(problem=str(error))
         with open(write_end, "wb") as pipe:
             pipe.write(msgspec.json.encode(answer) + b"\n")
     finally:
