@@ -22,6 +22,7 @@ from dataclasses import dataclass, field
 
 import msgspec
 
+from ucm.errors import TierError
 from ucm.store.processes import Process, is_running, this_process
 from ucm.store.tiers.posix import paths
 from ucm.store.tiers.posix.os_errors import unless_full
@@ -48,7 +49,8 @@ class LeaseNote(msgspec.Struct, frozen=True):
 
 @dataclass
 class ReclaimLease:
-    """Of one backend, for one thread. Calls raise OSError; whoever gets one does not hold it."""
+    """Of one backend, for one thread. Calls raise OSError and TierError; whoever gets one does not
+    hold it."""
 
     stale_s: float
     deletes: bool = True
@@ -81,7 +83,7 @@ class ReclaimLease:
         return self.is_held
 
     def release(self, root: int) -> None:
-        with suppress(OSError):
+        with suppress(OSError, TierError):
             if self.still_held(root):
                 os.unlink(paths.RECLAIM_LEASE, dir_fd=root)
         self.is_held = False

@@ -36,12 +36,16 @@ class NotPlain(TierError):
         super().__init__(message, reason=Outcome.CORRUPT)
 
 
-def open_plain(path: str, flags: int = 0) -> int:
-    """A descriptor of the regular file at `path`, for reading. Raises NotPlain, or OSError."""
+def open_plain(path: str, flags: int = 0, *, directory: int | None = None) -> int:
+    """A descriptor of the regular file at `path`, for reading; `directory` is an open one that it
+    may be in. Raises NotPlain, or OSError."""
+    flags |= os.O_RDONLY | os.O_NONBLOCK | os.O_NOFOLLOW | os.O_CLOEXEC
     try:
-        fd = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_NOFOLLOW | os.O_CLOEXEC | flags)
+        fd = os.open(path, flags, dir_fd=directory)
     except OSError as error:
-        kind = _kind(os.lstat(path)) if error.errno in _NOT_OPENED else ""
+        if error.errno not in _NOT_OPENED:
+            raise
+        kind = _kind(os.stat(path, dir_fd=directory, follow_symlinks=False))
         if not kind:
             raise
         raise NotPlain(f"is {kind} and no file") from error
@@ -52,11 +56,11 @@ def open_plain(path: str, flags: int = 0) -> int:
     return fd
 
 
-def read_plain(path: str, *, max_bytes: int) -> bytes | None:
+def read_plain(path: str, *, max_bytes: int, directory: int | None = None) -> bytes | None:
     """All of a small file; None if there is none. Raises NotPlain, also for one that is larger, and
     OSError."""
     try:
-        fd = open_plain(path)
+        fd = open_plain(path, directory=directory)
     except FileNotFoundError:
         return None
     with open(fd, "rb") as file:

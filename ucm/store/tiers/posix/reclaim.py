@@ -18,6 +18,7 @@ import threading
 import time
 from collections import Counter
 from collections.abc import Callable, Mapping
+from contextlib import suppress
 
 from ucm.errors import TierError
 from ucm.store.blocks.keys import Key
@@ -26,6 +27,7 @@ from ucm.store.tiers.posix.allowance import Allowance
 from ucm.store.tiers.posix.backend import Backend
 from ucm.store.tiers.posix.grants import NodeAccount, granted
 from ucm.store.tiers.posix.lease import ReclaimLease
+from ucm.store.tiers.posix.plain_files import NotPlain
 from ucm.store.tiers.posix.quotas import Limit
 from ucm.store.tiers.posix.reclaim_beats import ReclaimBeats
 from ucm.store.tiers.posix.reclaim_plan import WHOLE, ReclaimRules, Want, want_of
@@ -127,7 +129,8 @@ class Reclaimer(Chore):
         if self._lease.hold(root):
             self._beaten_s = time.monotonic()
             if not was_held:
-                self._beats.obey(root)  # what another one has granted last
+                with suppress(NotPlain):  # what is published takes its place, or says why not
+                    self._beats.obey(root)  # what another one has granted last
             self._govern(root)
         else:
             self._counted_s = float("-inf")
@@ -150,6 +153,8 @@ class Reclaimer(Chore):
 
     def _hear(self, root: int) -> dict[str, Mapping[str, NodeAccount]]:
         nodes = self._beats.hear(root)
+        if self._beats.problem:
+            self._says.unheard(self._beats.problem)
         self._book.heard(nodes)
         return nodes
 
@@ -182,7 +187,9 @@ class Reclaimer(Chore):
         if name in quotas.by_salt:
             return quotas.by_salt[name]
         if name not in self._limits:
-            manifest = read_small(root, f"{name}/{paths.MANIFEST}")
+            manifest = None
+            with suppress(TierError):  # `ucm verify` tells of it
+                manifest = read_small(root, f"{name}/{paths.MANIFEST}")
             if manifest is None:
                 return quotas.of(name, b"")
             self._limits[name] = quotas.of(name, manifest)

@@ -28,7 +28,8 @@ _HURRY = 8
 
 
 class ReclaimBeats:
-    """`node` is the name of this node's file. All that reads or writes one raises OSError."""
+    """`node` is the name of this node's file. All that reads or writes one raises OSError, and
+    TierError where something else lies there."""
 
     def __init__(self, allowance: Allowance, rules: ReclaimRules, rights: FileRights) -> None:
         self.node = paths.reclaim_node_name(secrets.token_hex(8))
@@ -56,6 +57,11 @@ class ReclaimBeats:
     def gap_s(self) -> float:
         """Until the next beat."""
         return self._rules.heartbeat_s / (_HURRY if self._is_hurried else 1)
+
+    @property
+    def problem(self) -> str:
+        """Why a node could not be heard, for people; empty if all could."""
+        return self._neighbours.problem
 
     def now_ns(self) -> int:
         """By the filesystem's own clock, once it was asked; never later than it is."""

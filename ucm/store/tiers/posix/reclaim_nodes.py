@@ -15,6 +15,7 @@ from dataclasses import dataclass, field
 
 import msgspec
 
+from ucm.errors import TierError
 from ucm.store.tiers.posix import paths
 from ucm.store.tiers.posix.grants import NodeNote
 from ucm.store.tiers.posix.small_files import read_small
@@ -30,11 +31,15 @@ class Neighbours:
     own_name: str
     stale_s: float
     clock: Callable[[], float] = time.monotonic
+    # Why a file could not be read in the last look, for people; empty if all could.
+    problem: str = ""
     # Of each file, the beat that was seen last, and since when.
     _seen: dict[str, tuple[int, float]] = field(default_factory=dict)
 
     def alive(self, root: int) -> dict[str, NodeNote]:
-        """All but this one, by the names of their files. Raises OSError."""
+        """All but this one, by the names of their files. One that can't be read is left out, and
+        the `problem`. Raises OSError."""
+        self.problem = ""
         found = dict(self._notes(root))
         now_s = self.clock()
         self._seen = {
@@ -57,6 +62,10 @@ class Neighbours:
         for name in names[:_MAX_NODES]:
             if name == self.own_name:
                 continue
-            with suppress(msgspec.DecodeError):
+            try:
                 if (content := read_small(root, name)) is not None:
                     yield name, msgspec.json.decode(content, type=NodeNote)
+            except msgspec.DecodeError:
+                continue  # of a version to come
+            except TierError as error:
+                self.problem = str(error)

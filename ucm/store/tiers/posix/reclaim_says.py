@@ -28,6 +28,13 @@ class ReclaimSays:
         if is_fault and self._may_tell("trouble"):
             _logger.warning("%s: reclaim has to wait: %s", self._path, error)
 
+    def unheard(self, problem: str) -> None:
+        """`problem` is about the file of a node."""
+        if self._may_tell("unheard"):
+            _logger.warning(
+                "%s: a node is not heard, so its writes are refused: %s", self._path, problem
+            )
+
     def done(self, done: Reclaimed, grace_s: float, used_bytes: int) -> None:
         if done.files:
             _logger.info(
