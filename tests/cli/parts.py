@@ -12,6 +12,8 @@ from hashlib import shake_128
 from pathlib import Path
 from typing import Any
 
+import yaml
+
 from ucm.store.blocks import namespace
 from ucm.store.blocks.blockfile import HEADER_BYTES
 from ucm.store.blocks.keys import Key, block_keys, num_tokens_of, root_key, tail_key
@@ -97,6 +99,15 @@ class Store:
     def names(self) -> set[str]:
         """All that is in it, to see that nothing was changed."""
         return {str(path.relative_to(self.path)) for path in self.path.rglob("*")}
+
+
+def settings_file(directory: Path, backend: Path, **store: object) -> Path:
+    """With one storage backend, and these settings of the store."""
+    config = {"storage_backends": str(backend), **store}
+    connector = {"ucm_connector_name": "UcmPipelineStore", "ucm_connector_config": config}
+    path = directory / "ucm.yaml"
+    path.write_text(yaml.safe_dump({"ucm_connectors": [connector]}))
+    return path
 
 
 def flip_bit(path: Path, offset: int = HEADER_BYTES + 123) -> None:

@@ -13,10 +13,9 @@ from pathlib import Path
 
 import msgspec
 import pytest
-import yaml
 
 from tests.cli.conftest import PROMPT
-from tests.cli.parts import ROOT, Store, keys_of, manifest, ucm
+from tests.cli.parts import ROOT, Store, keys_of, manifest, settings_file, ucm
 from tests.faults.fuse import mount_fuse, needs_fuse
 from tests.faults.mounts import mount_again, mount_ramfs, mount_read_only, mount_tmpfs, own_mounts
 from ucm.store.inspect.examine import Diagnosis
@@ -50,16 +49,6 @@ def test_a_store_is_tried_out_and_left_as_it_was(filled: Store) -> None:
     shown = ucm("doctor", filled.path)
     assert shown.stdout.splitlines()[-1].startswith("Fit for a store")
     assert "namespace" in shown.stdout and " a\n" in shown.stdout
-
-
-def settings_file(tmp_path: Path, backend: Path, **store: object) -> Path:
-    config = tmp_path / "ucm.yaml"
-    connector = {
-        "ucm_connector_name": "UcmPipelineStore",
-        "ucm_connector_config": {"storage_backends": str(backend), **store},
-    }
-    config.write_text(yaml.safe_dump({"ucm_connectors": [connector]}))
-    return config
 
 
 def test_a_settings_file_says_what_is_wished_for(store: Store, tmp_path: Path) -> None:

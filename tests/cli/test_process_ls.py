@@ -4,16 +4,18 @@ from __future__ import annotations
 
 import os
 import re
+import subprocess
+import sys
 import time
+from hashlib import sha256
 from pathlib import Path
 
 import msgspec
 import pytest
-import yaml
 
 from tests.cli.conftest import PROMPT
-from tests.cli.parts import Store, keys_of, manifest, ucm
-from ucm.store.blocks.keys import salt_tag
+from tests.cli.parts import ROOT, Store, keys_of, manifest, settings_file, ucm
+from ucm.store.blocks.keys import Key, salt_tag
 from ucm.store.blocks.namespace import fingerprint
 from ucm.store.inspect.contents import BackendContents, PageEntry
 from ucm.store.inspect.salts import SaltUse
@@ -21,14 +23,6 @@ from ucm.store.inspect.salts import SaltUse
 pytestmark = pytest.mark.process
 
 A, B = manifest("a"), manifest("b", kv_dtype="fp8")
-
-
-def settings_file(directory: Path, store: Path, **more: object) -> Path:
-    config = {"storage_backends": str(store), **more}
-    connector = {"ucm_connector_name": "UcmPipelineStore", "ucm_connector_config": config}
-    path = directory / "ucm.yaml"
-    path.write_text(yaml.safe_dump({"ucm_connectors": [connector]}))
-    return path
 
 
 def contents(text: str) -> BackendContents:
@@ -108,6 +102,23 @@ def test_a_settings_file_is_as_good_as_the_directory(filled: Store, tmp_path: Pa
     config = settings_file(tmp_path, filled.path)
 
     assert ucm("ls", config).stdout == ucm("ls", filled.path).stdout
+
+
+def test_a_listing_that_is_cut_short_by_its_reader_is_no_error(filled: Store) -> None:
+    """As by `head`."""
+    keys = (Key(sha256(b"%d" % number).digest()) for number in range(2000))
+    for key in keys:
+        path = filled.file(A, key)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.touch()
+    command = [sys.executable, "-m", "ucm.cli.main", "ls", "-n", fingerprint(A).hex()]
+    with subprocess.Popen(
+        [*command, str(filled.path)], cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE
+    ) as process:
+        assert process.stdout is not None and process.stderr is not None
+        process.stdout.readline()
+        process.stdout.close()
+        assert process.stderr.read() == b""
 
 
 def test_what_is_no_store_is_one_line(tmp_path: Path) -> None:

@@ -7,10 +7,9 @@ from pathlib import Path
 
 import msgspec
 import pytest
-import yaml
 
 from tests.cli.conftest import PROMPT
-from tests.cli.parts import Store, keys_of, manifest, ucm
+from tests.cli.parts import Store, keys_of, manifest, settings_file, ucm
 from ucm.store.inspect.reclaim_now import ReclaimedNow
 from ucm.store.tiers.posix import paths
 from ucm.store.tiers.posix.lease import ReclaimLease
@@ -89,16 +88,13 @@ def test_one_at_a_time_reclaims_unless_it_is_forced(filled: Store) -> None:
 
 
 def test_a_settings_file_says_how_much_may_stay(filled: Store, tmp_path: Path) -> None:
-    store = {
-        "store_pipeline": "Cache|Posix",
-        "storage_backends": str(filled.path),
-        "posix_capacity_gb": float(gb(10)),
-        "posix_gc_trigger_threshold_ratio": 0.5,
-        "posix_gc_grace_sec": 0,
-    }
-    connector = {"ucm_connector_name": "UcmPipelineStore", "ucm_connector_config": store}
-    config = tmp_path / "ucm.yaml"
-    config.write_text(yaml.safe_dump({"ucm_connectors": [connector]}))
+    config = settings_file(
+        tmp_path,
+        filled.path,
+        posix_capacity_gb=float(gb(10)),
+        posix_gc_trigger_threshold_ratio=0.5,
+        posix_gc_grace_sec=0,
+    )
 
     assert reclaimed(config).is_enough
     assert len(pages(filled)) == 5

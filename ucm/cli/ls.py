@@ -113,15 +113,12 @@ def _list_pages(given: GivenStore, beginning: str, *, as_json: bool) -> None:
         )
     number = 0
     for folder in folders:
-        try:
-            for entry in page_entries(folder):
-                number += 1
-                if as_json:
-                    print_json(entry)
-                    continue
-                tail = f"tail of {entry.num_tokens}" if entry.num_tokens else ""
-                typer.echo(f"{entry.key}  {size(entry.nbytes):>10}  {ago(entry.used_s):>7}  {tail}")
-        except OSError as error:
-            end(f"ucm ls: {folder.path}: can't be listed: {error.strerror or error}")
+        for entry in page_entries(folder):
+            number += 1
+            if as_json:
+                print_json(entry)
+                continue
+            tail = f"tail of {entry.num_tokens}" if entry.num_tokens else ""
+            typer.echo(f"{entry.key}  {size(entry.nbytes):>10}  {ago(entry.used_s):>7}  {tail}")
     if not as_json:
         typer.echo(f"{count(number, 'page')}; the age is since a page was written or used last.")

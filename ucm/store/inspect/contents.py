@@ -25,6 +25,7 @@ from ucm.store.inspect.walk import (
     second_levels,
 )
 from ucm.store.tiers.posix import paths
+from ucm.store.tiers.posix.os_errors import translated
 
 _SECTOR_BYTES: Final = 512  # what st_blocks counts, whatever the filesystem's own blocks
 _HOUR_S: Final = 3600.0
@@ -153,15 +154,19 @@ def age_of(age_s: float) -> str:
 
 
 def page_entries(folder: NamespaceFolder) -> Iterator[PageEntry]:
-    """Every page of a namespace, sorted by key. Raises OSError."""
-    for first in first_levels(folder):
-        for second in second_levels(folder, first):
-            with opened(folder, first, second) as fd:
-                if fd is None:
-                    continue
-                for found in sorted(files_in(fd, first, second), key=lambda each: each.name):
-                    if found.kind is Kind.PAGE and (status := look_at(fd, found.name)):
-                        yield _entry(folder, found, status)
+    """Every page of a namespace, sorted by key. Raises TierError if it can't be listed."""
+    with translated(folder.path, "can't be listed"):
+        for first in first_levels(folder):
+            for second in second_levels(folder, first):
+                with opened(folder, first, second) as fd:
+                    if fd is not None:
+                        yield from _entries(folder, fd, first, second)
+
+
+def _entries(folder: NamespaceFolder, fd: int, first: str, second: str) -> Iterator[PageEntry]:
+    for found in sorted(files_in(fd, first, second), key=lambda each: each.name):
+        if found.kind is Kind.PAGE and (status := look_at(fd, found.name)):
+            yield _entry(folder, found, status)
 
 
 def _entry(folder: NamespaceFolder, found: FoundName, status: os.stat_result) -> PageEntry:
