@@ -65,8 +65,18 @@ def test_what_was_used_longest_ago_goes_first(filled: Store) -> None:
 def test_what_is_young_stays_and_that_is_said(filled: Store) -> None:
     done = ucm("reclaim", filled.path, "--free-gb", gb(3))
     assert done.returncode == 3
-    assert "within the grace period (--grace-s)" in done.stderr
+    assert done.stderr == (
+        f"{filled.path}: 18 pages were written or used within the grace period (--grace-s)\n"
+    )
     assert len(pages(filled)) == 18
+
+
+def test_when_no_page_is_left_nothing_is_said_of_a_grace_period(filled: Store) -> None:
+    done = ucm("reclaim", filled.path, "--free-gb", 1, "--grace-s", 0)
+    assert done.returncode == 3
+    assert "18 pages deleted" in done.stdout and not pages(filled)
+    assert done.stderr.startswith(f"{filled.path}: no page is left: ")
+    assert "grace" not in done.stderr
 
 
 def test_one_at_a_time_reclaims_unless_it_is_forced(filled: Store) -> None:

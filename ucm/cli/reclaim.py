@@ -19,6 +19,8 @@ from ucm.cli.printing import (
 )
 
 if TYPE_CHECKING:
+    from collections.abc import Iterator
+
     from ucm.store.inspect.given import GivenStore
     from ucm.store.inspect.reclaim_now import ReclaimedNow, ReclaimOrder
 
@@ -111,11 +113,21 @@ def _print(found: list[ReclaimedNow], *, is_dry: bool) -> None:
     ends = count(pages, "page goes", "pages go") if is_dry else count(pages, "page") + " deleted"
     typer.echo(f"{ends}, {size(nbytes)}{'' if not is_dry else ', if you leave out --dry-run'}.")
     for each in found:
-        if each.problem:
-            typer.echo(f"not all could be deleted: {each.problem}", err=True)
-        elif not each.is_enough:
-            typer.echo(
-                f"{each.backend}: all the rest was written or used within the grace period "
-                f"(--grace-s)",
-                err=True,
-            )
+        for line in _remarks(each):
+            typer.echo(f"{each.backend}: {line}", err=True)
+
+
+def _remarks(found: ReclaimedNow) -> Iterator[str]:
+    if found.is_own_clock:
+        yield "nothing may be written there, so ages are by this machine's clock"
+    if found.problem:
+        yield f"not all could be deleted: {found.problem}"
+    if found.is_enough:
+        return
+    if found.num_young:
+        pages = count(found.num_young, "page was", "pages were")
+        yield f"{pages} written or used within the grace period (--grace-s)"
+    elif not found.num_kept:
+        yield "no page is left: what is stored beside is in quarantine, or is being written"
+    elif not found.problem:
+        yield "less than half of it was found: run it again"

@@ -11,8 +11,10 @@ from dataclasses import dataclass, field
 from ucm.errors import UcmError
 from ucm.store.blocks.keys import Key
 from ucm.store.tiers.posix import paths
+from ucm.store.tiers.posix.filesystem_clock import FilesystemClock
 from ucm.store.tiers.posix.lease import ReclaimLease, holder_in
-from ucm.store.tiers.posix.os_errors import translated
+from ucm.store.tiers.posix.os_errors import READ_ONLY_ERRNOS, translated
+from ucm.store.tiers.posix.plain_files import NotPlain
 from ucm.store.tiers.posix.reclaim_plan import WHOLE, Want
 from ucm.store.tiers.posix.reclaim_record_files import ReclaimRecorder
 from ucm.store.tiers.posix.reclaim_run import Reclaimed, ReclaimRun, ReclaimStopped
@@ -43,7 +45,9 @@ class ReclaimOrder:
 @dataclass(frozen=True)
 class ReclaimedNow:
     """Of `backend`: what it held (an estimate, `error` is its standard error as a share), what was
-    wanted, and what went, or would go. `problem`: what could not be deleted, for people."""
+    wanted, and what went, or would go. Where that is not enough, `num_kept` pages stay, `num_young`
+    of them within the grace period. `is_own_clock`: ages are by this machine's clock, as nothing
+    may be written there. `problem`: what could not be deleted, for people."""
 
     backend: str
     stored_bytes: int
@@ -53,6 +57,9 @@ class ReclaimedNow:
     num_files: int
     seconds: float
     is_enough: bool
+    num_kept: int
+    num_young: int
+    is_own_clock: bool
     problem: str
 
 
@@ -88,6 +95,8 @@ def reclaim_now(backend: str, order: ReclaimOrder) -> ReclaimedNow:
                 return _reclaim(root, backend, order, lease)
             finally:
                 lease.release(root)
+        except NotPlain as error:
+            raise UcmError(f"{backend}/{error}") from error
         finally:
             os.close(root)
 
@@ -96,7 +105,8 @@ def _reclaim(
     root: int, backend: str, order: ReclaimOrder, lease: ReclaimLease | None
 ) -> ReclaimedNow:
     keeper = _Keeper(root, lease)
-    count = count_stored(root, time.time_ns, lambda: keeper.keep([], {}))
+    clock = _clock(root)
+    count = count_stored(root, clock.now_ns, lambda: keeper.keep([], {}))
     stored_bytes = count.nbytes[WHOLE]
     wanted_bytes = order.free_bytes
     if wanted_bytes is None:
@@ -105,7 +115,7 @@ def _reclaim(
     if wanted_bytes:
         share = min(1.0, _SPARE * wanted_bytes / max(1, stored_bytes))
         recorder = None if order.is_dry else ReclaimRecorder(order.rights)
-        run = ReclaimRun(backend, order.grace_s, time.time_ns, keeper.keep, recorder)
+        run = ReclaimRun(backend, order.grace_s, clock.now_ns, keeper.keep, recorder)
         done = run.run(root, {WHOLE: Want(wanted_bytes, share)})
     return ReclaimedNow(
         backend,
@@ -116,5 +126,20 @@ def _reclaim(
         done.files.total(),
         done.seconds,
         done.is_enough,
+        done.num_kept,
+        done.num_young,
+        not clock.is_known,
         done.problem,
     )
+
+
+def _clock(root: int) -> FilesystemClock:
+    """That of the files, which is what a grace period is measured by. This machine's where nothing
+    may be written. Raises OSError."""
+    clock = FilesystemClock()
+    try:
+        clock.ask(root)
+    except OSError as error:
+        if error.errno not in READ_ONLY_ERRNOS:
+            raise
+    return clock

@@ -8,13 +8,13 @@ from __future__ import annotations
 
 import secrets
 import time
-from collections import deque
 from collections.abc import Collection, Iterable, Mapping
 
 import msgspec
 
 from ucm.store.tiers.posix import paths
 from ucm.store.tiers.posix.allowance import Allowance
+from ucm.store.tiers.posix.filesystem_clock import FilesystemClock
 from ucm.store.tiers.posix.grants import GrantsNote, NodeAccount, NodeNote, with_grants
 from ucm.store.tiers.posix.os_errors import unless_full
 from ucm.store.tiers.posix.reclaim_nodes import Neighbours
@@ -22,7 +22,6 @@ from ucm.store.tiers.posix.reclaim_plan import WHOLE, ReclaimRules
 from ucm.store.tiers.posix.rights import FileRights
 from ucm.store.tiers.posix.small_files import read_small, write_small
 
-_MAX_CLOCK_READINGS = 16
 # How many beats come in the time of one while somebody writes and waits for grants.
 _HURRY = 8
 
@@ -39,8 +38,7 @@ class ReclaimBeats:
         self._rules = rules
         self._rights = rights
         self._neighbours = Neighbours(self.node, rules.stale_s)
-        # Of the filesystem's clock before this process's, each rather too little.
-        self._ahead_ns: deque[int] = deque(maxlen=_MAX_CLOCK_READINGS)
+        self._clock = FilesystemClock()
         self._beat = 0
         self._said: tuple[dict[str, NodeAccount], list[str]] = {}, []
         self._said_s = self._heard_s = self._obeyed_s = self._published_s = float("-inf")
@@ -65,8 +63,7 @@ class ReclaimBeats:
 
     def now_ns(self) -> int:
         """By the filesystem's own clock, once it was asked; never later than it is."""
-        ahead_ns = max(self._ahead_ns, default=time.time_ns() - time.monotonic_ns())
-        return ahead_ns + time.monotonic_ns()
+        return self._clock.now_ns()
 
     def say(self, root: int) -> None:
         """What this node has written, and that it lives. On a full disk it goes unsaid: what is to
@@ -80,8 +77,7 @@ class ReclaimBeats:
             self._beat += 1
             note = msgspec.json.encode(NodeNote(self._beat, *news))
             with unless_full():
-                mtime_ns = write_small(root, self.node, note, self._rights)
-                self._ahead_ns.append(mtime_ns - time.monotonic_ns())
+                self._clock.read(write_small(root, self.node, note, self._rights))
                 self._said, self._said_s = news, now_s
         self._allowance.keep_until(self._said_s + self._rules.stale_s / 2)
 

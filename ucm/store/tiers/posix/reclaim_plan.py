@@ -75,14 +75,18 @@ def choose(
     """The files to delete so that `free_bytes` are free, in the order in which they go. Less than
     that where the rest is too young."""
     chosen: list[StoredFile] = []
-    old_ns = now_ns - int(grace_s * _SECOND_NS)
     for file in sorted(files, key=_order):
         if free_bytes <= 0:
             break
-        if file.changed_ns <= old_ns:
+        if not is_young(file, now_ns=now_ns, grace_s=grace_s):
             chosen.append(file)
             free_bytes -= file.nbytes
     return chosen
+
+
+def is_young(file: StoredFile, *, now_ns: int, grace_s: float) -> bool:
+    """It stays, whatever is wanted."""
+    return file.changed_ns > now_ns - int(grace_s * _SECOND_NS)
 
 
 def choose_from_pool(

@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 from ucm.store.blocks.keys import Key
 from ucm.store.tiers.posix import paths
 from ucm.store.tiers.posix.os_errors import is_gone
-from ucm.store.tiers.posix.reclaim_plan import WHOLE, StoredFile, Want, choose_from_pool
+from ucm.store.tiers.posix.reclaim_plan import WHOLE, StoredFile, Want, choose_from_pool, is_young
 from ucm.store.tiers.posix.reclaim_record import mark_of
 from ucm.store.tiers.posix.reclaim_record_files import ReclaimRecorder
 from ucm.store.tiers.posix.shard_walk import Leaf, ShardWalk, close_all
@@ -28,13 +28,16 @@ _MAX_SEEN = 512
 @dataclass
 class Reclaimed:
     """`files` and `nbytes` by the account that wanted them gone: the whole store, or a namespace
-    or salt that has a quota. `is_enough`: most of what was wanted is free. `problem` is the first
-    of `num_problems`, for people."""
+    or salt that has a quota. `is_enough`: most of what was wanted is free; else `num_kept` files of
+    these accounts stay, of which `num_young` are within the grace period. `problem` is the first of
+    `num_problems`, for people."""
 
     files: Counter[str] = field(default_factory=Counter)
     nbytes: Counter[str] = field(default_factory=Counter)
     seconds: float = 0.0
     is_enough: bool = False
+    num_kept: int = 0
+    num_young: int = 0
     num_problems: int = 0
     problem: str = ""
 
@@ -109,14 +112,21 @@ class ReclaimRun:
         try:
             leaf_of = {id(file): leaf for leaf in pool for file in leaf.files}
             files = [file for leaf in pool for file in leaf.files]
+            now_ns = self.now_ns()
             goes = choose_from_pool(
-                files, self._left, seen=self._seen, now_ns=self.now_ns(), grace_s=self.grace_s
+                files, self._left, seen=self._seen, now_ns=now_ns, grace_s=self.grace_s
             )
+            concerned = [each for each in files if not self._seen.keys().isdisjoint(each.accounts)]
+            self.done.num_young += sum(
+                is_young(each, now_ns=now_ns, grace_s=self.grace_s) for each in concerned
+            )
+            self.done.num_kept += len(concerned)
             for name, seen in self._seen.items():
                 seen.extend(file for file in files if name in file.accounts)
             for file in goes:
                 leaf = leaf_of[id(file)]
                 if self._delete(leaf, file):
+                    self.done.num_kept -= 1
                     keys.append(paths.key_in(file.name))
                     marks.append(mark_of(keys[-1], paths.key_id_in(leaf.namespace)))
                     for name in file.accounts:

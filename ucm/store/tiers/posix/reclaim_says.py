@@ -52,7 +52,13 @@ class ReclaimSays:
                 done.num_problems,
                 done.problem,
             )
-        if not done.is_enough and self._may_tell("not enough"):
+        if not done.is_enough and not done.num_kept and self._may_tell("nothing left"):
+            _logger.warning(
+                "%s: reclaim has freed less than it should: no page is left, and what else is "
+                "there (quarantine, files of dead writers) takes more than the limit leaves it",
+                self._path,
+            )
+        elif not done.is_enough and self._may_tell("not enough"):
             _logger.warning(
                 "%s: reclaim has freed less than it should: what is left is younger than "
                 "posix_gc_grace_sec (%g s), or can't be removed",
