@@ -32,10 +32,14 @@ def doctor(
         str, typer.Option("--model", help="has the store pages of it? Starts vLLM")
     ] = "",
     page_kib: Annotated[
-        int, typer.Option("--page-kib", min=0, help="page size, if not the store's largest")
+        int,
+        typer.Option(
+            "--page-kib", min=0, max=1 << 20, help="page size, if not the store's largest"
+        ),
     ] = 0,
     prefill: Annotated[
-        float, typer.Option("--prefill-tokens-per-s", min=0, help="what the engine computes")
+        float,
+        typer.Option("--prefill-tokens-per-s", min=0, max=1e9, help="what the engine computes"),
     ] = 0.0,
     slow: Annotated[
         bool, typer.Option("--slow", help="measure longer, and wait for what mounts remember")

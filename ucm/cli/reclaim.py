@@ -31,13 +31,16 @@ def reclaim(
     store: StoreArgument,
     free_gb: Annotated[
         float | None,
-        typer.Option("--free-gb", min=0, help="how many GiB to free, over all backends"),
+        typer.Option("--free-gb", min=0, max=1 << 30, help="how many GiB to free, over all backends"),
     ] = None,
     dry_run: Annotated[
         bool, typer.Option("--dry-run", help="delete nothing, tell what would go")
     ] = False,
     grace_s: Annotated[
-        float | None, typer.Option("--grace-s", min=0, help="what is younger stays (default: 120)")
+        float | None,
+        typer.Option(
+            "--grace-s", min=0, max=31_536_000, help="what is younger stays (default: 120)"
+        ),
     ] = None,
     force: Annotated[
         bool, typer.Option("--force", help="beside a node cache that reclaims as well")

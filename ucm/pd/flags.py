@@ -31,6 +31,9 @@ HANDOFFS = ("chain", "overlap")
 DEFAULT_PREFILL_PORT = 8100
 DEFAULT_DECODE_PORT = 8200
 DEFAULT_WORKER_PORT = 8100
+# Of a number, and of a time: what timers and etcd can take is more.
+_MAX_DIGITS = 15
+_MAX_S = 1e9
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -257,7 +260,7 @@ def _port(text: str) -> int:
 
 
 def _count(text: str) -> int:
-    if not text.isdecimal():
+    if not text.isdecimal() or len(text) > _MAX_DIGITS:
         raise argparse.ArgumentTypeError(f"{text!r} is no number from 0 on")
     return int(text)
 
@@ -274,6 +277,6 @@ def seconds_flag(text: str) -> float:
         seconds = float(text)
     except ValueError:
         seconds = 0.0
-    if not 0 < seconds < float("inf"):
+    if not 0 < seconds <= _MAX_S:
         raise argparse.ArgumentTypeError(f"{text!r} is no time in seconds")
     return seconds

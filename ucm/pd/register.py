@@ -273,7 +273,7 @@ def _health_url(given: str | None, instance: str) -> URL:
 
 
 def _whole_seconds(text: str) -> int:
-    if not text.isdecimal() or int(text) < 1:
+    if not text.isdecimal() or seconds_flag(text) < 1:
         raise argparse.ArgumentTypeError(f"{text!r} is no whole number of seconds from 1 on")
     return int(text)
 

@@ -72,9 +72,8 @@ def test_a_filesystem_without_room_for_one_more_file_tells_its_time_as_well(
 ) -> None:
     mount_tmpfs(tmp_path / "store", size_bytes=8 << 20, max_inodes=100)
     store = filled(tmp_path / "store")
-    with pytest.raises(OSError, match="No space left"):
-        for number in range(100):
-            (store / f"more-{number}").touch()
+    while os.statvfs(store).f_favail:
+        (store / f"more-{os.statvfs(store).f_favail}").touch()
     turn_this_clock(monkeypatch, HOURS_NS)
     done = reclaim_now(str(store), ReclaimOrder(free_bytes=ALL, grace_s=120.0))
     assert (done.num_files, done.num_young, done.is_own_clock) == (0, 5, False)
