@@ -102,6 +102,43 @@ def test_another_versions_files_are_not_damaged(filled: Store) -> None:
     assert theirs.exists() and not ours.exists()
 
 
+@pytest.mark.parametrize("content", [b'{"block_tok', b"", b"[]", b'{"format_version": 1}', b"\xff"])
+def test_a_manifest_that_is_none_is_found_and_its_pages_are_read_all_the_same(
+    filled: Store, content: bytes
+) -> None:
+    manifests = sorted(filled.path.glob("*/manifest.json"))
+    for path in manifests:
+        path.write_bytes(content)
+
+    status, found = verified(filled.path)
+    assert (status, found.num_damaged, found.num_whole) == (3, 2, 18)
+    assert [each.path for each in found.files] == [*map(str, manifests)]
+    assert "the manifest is damaged: remove it, and" in found.files[0].why
+    shown = ucm("ls", filled.path).stdout
+    assert shown.count("? (the manifest is damaged)") == 2
+    assert "version" not in shown
+
+
+def test_another_namespaces_manifest_is_wrong_and_so_is_one_that_is_no_file(filled: Store) -> None:
+    a, b = (filled.path / fingerprint(each).hex() / "manifest.json" for each in (A, B))
+    a.write_bytes(b.read_bytes())
+    b.unlink()
+    b.symlink_to(a)
+
+    status, found = verified(filled.path)
+    assert (status, found.num_damaged) == (3, 2)
+    whys = {each.path: each.why for each in found.files}
+    assert whys[str(a)].startswith("the manifest is another namespace's")
+    assert whys[str(b)].startswith("the manifest is a link and no file")
+
+
+def test_other_versions_manifests_and_missing_ones_are_not_wrong(filled: Store) -> None:
+    a, b = (filled.path / fingerprint(each).hex() / "manifest.json" for each in (A, B))
+    a.write_bytes(b'{"format_version": 9}')
+    b.unlink()
+    assert verified(filled.path)[0] == 0
+
+
 @pytest.fixture
 def sealed(store: Store, tmp_path: Path) -> Path:
     """A settings file whose page key sealed 6 pages, of which one is a forgery."""

@@ -31,7 +31,9 @@ def reclaim(
     store: StoreArgument,
     free_gb: Annotated[
         float | None,
-        typer.Option("--free-gb", min=0, max=1 << 30, help="how many GiB to free, over all backends"),
+        typer.Option(
+            "--free-gb", min=0, max=1 << 30, help="how many GiB to free, over all backends"
+        ),
     ] = None,
     dry_run: Annotated[
         bool, typer.Option("--dry-run", help="delete nothing, tell what would go")

@@ -77,6 +77,16 @@ def from_json(text: bytes) -> Manifest:
     return manifest
 
 
+def is_of_another_version(text: bytes) -> bool:
+    """Whether it is a manifest of another format, which may have other fields."""
+    try:
+        found = json.loads(text)
+    except (ValueError, RecursionError):
+        return False
+    version = found.get("format_version") if isinstance(found, dict) else None
+    return isinstance(version, int) and version != MANIFEST_FORMAT
+
+
 def _check_depth(value: object, *, left: int) -> None:
     if isinstance(value, (dict, list)):
         if not left:

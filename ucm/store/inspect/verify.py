@@ -19,13 +19,15 @@ from ucm.store.inspect.walk import (
     FoundName,
     Kind,
     NamespaceFolder,
+    Wrong,
     files_in,
     first_levels,
+    look_at_manifest,
     namespace_folders,
     opened,
-    read_manifest,
     second_levels,
 )
+from ucm.store.tiers.posix import paths
 from ucm.store.tiers.posix.backend import Backend
 from ucm.store.tiers.posix.quarantine import move_aside
 
@@ -45,8 +47,9 @@ class BadFile(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class Verified(msgspec.Struct, kw_only=True):
-    """Of all backends together. `files` are the first of those that are damaged or could not be
-    read. `num_bytes` were read and found right."""
+    """Of all backends together; manifests count as damaged or unreadable as pages do. `files` are
+    the first of those that are damaged or could not be read. `num_bytes` were read and found
+    right."""
 
     num_whole: int = 0
     num_bytes: int = 0
@@ -97,7 +100,7 @@ class Verifier:
         started_s = time.monotonic()
         folders = namespace_folders(backend)
         firsts = [(folder, first) for folder in folders for first in self._firsts(folder)]
-        versions = {folder: _version(folder) for folder in folders}
+        versions = {folder: self._version(folder) for folder in folders}
         aside = Backend(backend, direct_io=False)
         if self.rules.quarantine:
             aside.identity.check()
@@ -119,6 +122,16 @@ class Verifier:
         except OSError as error:
             self._bad(folder.path, Condition.UNREADABLE, error.strerror or str(error))
             return []
+
+    def _version(self, folder: NamespaceFolder) -> int | None:
+        """Of the namespace's pages, if its manifest can be read. What is wrong with that counts."""
+        found = look_at_manifest(folder)
+        if found.wrong is not None:
+            why = found.why
+            if found.wrong is Wrong.DAMAGED:
+                why += ": remove it, and the next engine of its model writes it anew"
+            self._bad(f"{folder.path}/{paths.MANIFEST}", Condition(found.wrong.value), why)
+        return found.manifest.page_format_version if found.manifest is not None else None
 
     def _leaves(
         self, folder: NamespaceFolder, first: str, version: int | None
@@ -194,11 +207,6 @@ class Verifier:
             if len(self.found.files) < _MAX_LISTED:
                 bad = BadFile(path=path, condition=condition.value, why=why, done=done)
                 self.found.files.append(bad)
-
-
-def _version(folder: NamespaceFolder) -> int | None:
-    manifest, _ = read_manifest(folder)
-    return manifest.page_format_version if manifest is not None else None
 
 
 def _not_done(running: set[Future[None]]) -> set[Future[None]]:

@@ -15,9 +15,9 @@ from enum import Enum
 
 from ucm.errors import UcmError
 from ucm.store.blocks.keys import Key
-from ucm.store.blocks.namespace import Manifest, from_json
+from ucm.store.blocks.namespace import Manifest, fingerprint, from_json, is_of_another_version
 from ucm.store.tiers.posix import paths
-from ucm.store.tiers.posix.os_errors import is_not_there, tier_error
+from ucm.store.tiers.posix.os_errors import is_gone, is_not_there, tier_error
 from ucm.store.tiers.posix.plain_files import DIRECTORY_FLAGS, NotPlain, read_plain
 
 _MAX_MANIFEST_BYTES = 1 << 20
@@ -41,6 +41,22 @@ class NamespaceFolder:
     @property
     def key_id(self) -> bytes:
         return paths.key_id_in(self.name)
+
+
+class Wrong(Enum):
+    """What is wrong with a manifest."""
+
+    DAMAGED = "damaged"
+    UNREADABLE = "unreadable"
+
+
+@dataclass(frozen=True)
+class FoundManifest:
+    """Without a manifest `why` says why; one of another version, or none at all, is not `wrong`."""
+
+    manifest: Manifest | None
+    why: str = ""
+    wrong: Wrong | None = None
 
 
 class Kind(Enum):
@@ -79,18 +95,33 @@ def namespace_folders(backend: str) -> list[NamespaceFolder]:
 
 def read_manifest(folder: NamespaceFolder) -> tuple[Manifest | None, str]:
     """The manifest, or None and why."""
+    found = look_at_manifest(folder)
+    return found.manifest, found.why
+
+
+def look_at_manifest(folder: NamespaceFolder) -> FoundManifest:
+    """Never raises for what storage does."""
     path = f"{folder.path}/{paths.MANIFEST}"
     try:
         content = read_plain(path, max_bytes=_MAX_MANIFEST_BYTES)
-        if content is None:
-            return None, "no manifest"
-        return from_json(content), ""
     except NotPlain as error:
-        return None, f"the manifest {error}"
+        return FoundManifest(None, f"the manifest {error}", Wrong.DAMAGED)
     except OSError as error:
-        return None, f"the manifest can't be read: {error.strerror or error}"
+        if is_gone(error):
+            return FoundManifest(None, "no manifest")
+        why = f"the manifest can't be read: {error.strerror or error}"
+        return FoundManifest(None, why, Wrong.UNREADABLE)
+    if content is None:
+        return FoundManifest(None, "no manifest")
+    if is_of_another_version(content):
+        return FoundManifest(None, "another version's manifest")
+    try:
+        manifest = from_json(content)
     except UcmError:
-        return None, "another version's manifest"
+        return FoundManifest(None, "the manifest is damaged", Wrong.DAMAGED)
+    if fingerprint(manifest) != folder.fingerprint:
+        return FoundManifest(None, "the manifest is another namespace's", Wrong.DAMAGED)
+    return FoundManifest(manifest)
 
 
 def first_levels(folder: NamespaceFolder) -> list[str]:
