@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import os
 import signal
 import stat
@@ -167,13 +168,14 @@ def test_what_could_not_be_written_is_a_gap_that_the_next_batch_tells_of(
     newer(tmp_path).rename(tmp_path / "aside")
     newer(tmp_path).mkdir()
     mine.record(root, 200, [2])
+    assert mine.problem == "ucm-reclaim-record: Is a directory"
     newer(tmp_path).rmdir()
     (tmp_path / "aside").rename(newer(tmp_path))
     mine.record(root, 300, [3])
     mine.record(root, 400, [4])
 
     assert times(tmp_path, 1, 2, 3, 4) == {1: 100, 3: 300, 4: 400}
-    assert since(tmp_path) == 300
+    assert since(tmp_path) == 300 and not mine.problem
 
 
 @own_mounts
@@ -185,6 +187,7 @@ def test_a_full_disk_costs_the_record_a_gap_and_reclaim_nothing(tmp_path: Path) 
         mine.record(root, 100, [1])
         (tmp_path / "full").write_bytes(bytes((1 << 20) - 4096))
         for pool in range(10):
+            assert not mine.problem
             mine.record(root, 200 + pool, range(1000))
         (tmp_path / "full").unlink()
         mine.record(root, 300, [2])
@@ -279,3 +282,19 @@ def test_what_a_node_reclaims_is_on_record_and_nothing_else(tmp_path: Path) -> N
     keys: dict[int, Key] = {mark_of(make_key(each), b""): make_key(each) for each in range(number)}
     on_record = {keys[mark] for mark in times(tmp_path / "store", *keys)}
     assert on_record == node.removed
+
+
+def test_a_node_that_can_keep_no_record_says_so_and_reclaims(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    namespace = make_namespace("model", page_bytes=60 << 10)
+    tier = limited_tier(tmp_path / "store", limit_bytes=2 * MIB)
+    newer(tmp_path / "store").mkdir(parents=True)
+    with reclaiming(tier):
+        numbers = itertools.count()
+
+        def has_said_so() -> bool:
+            write(tier, namespace, next(numbers))
+            return any("is not put on record" in line for line in caplog.messages)
+
+        until(has_said_so, "it is said")

@@ -19,6 +19,7 @@ from contextlib import suppress
 from typing import Final
 
 from ucm.store.tiers.posix import paths
+from ucm.store.tiers.posix.os_errors import unless_full
 from ucm.store.tiers.posix.plain_files import read_plain
 from ucm.store.tiers.posix.reclaim_record import (
     ReclaimsOnRecord,
@@ -34,9 +35,11 @@ _APPEND: Final = os.O_WRONLY | os.O_APPEND | os.O_NONBLOCK | os.O_NOFOLLOW | os.
 
 
 class ReclaimRecorder:
-    """Of one backend, for one thread."""
+    """Of one backend, for one thread. `problem`: why what went last is not on record, empty where
+    it is, or where there was no room for it."""
 
     def __init__(self, rights: FileRights) -> None:
+        self.problem = ""
         self._rights = rights
         self._is_behind_gap = False
 
@@ -46,10 +49,12 @@ class ReclaimRecorder:
         for start in range(0, len(marks), _MAX_MARKS):
             some = marks[start : start + _MAX_MARKS]
             content = encode_reclaims(time_ns, some, is_behind_gap=self._is_behind_gap)
+            self.problem, self._is_behind_gap = "", True
             try:
-                self._is_behind_gap = not self._append(root, content)
-            except OSError:
-                self._is_behind_gap = True
+                with unless_full():
+                    self._is_behind_gap = not self._append(root, content)
+            except OSError as error:
+                self.problem = f"{paths.RECLAIM_RECORD}: {error.strerror or error}"
 
     def _append(self, root: int, content: bytes) -> bool:
         """Whether all of it is there."""

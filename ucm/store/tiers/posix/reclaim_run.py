@@ -30,7 +30,7 @@ class Reclaimed:
     """`files` and `nbytes` by the account that wanted them gone: the whole store, or a namespace
     or salt that has a quota. `is_enough`: most of what was wanted is free; else `num_kept` files of
     these accounts stay, of which `num_young` are within the grace period. `problem` is the first of
-    `num_problems`, for people."""
+    `num_problems`, for people; `unrecorded` is why not all that went is on record."""
 
     files: Counter[str] = field(default_factory=Counter)
     nbytes: Counter[str] = field(default_factory=Counter)
@@ -40,6 +40,7 @@ class Reclaimed:
     num_young: int = 0
     num_problems: int = 0
     problem: str = ""
+    unrecorded: str = ""
 
     def counters(self) -> dict[str, int]:
         """By the names of the node cache's counters."""
@@ -137,6 +138,7 @@ class ReclaimRun:
             # Also of what went before something failed.
             if self.recorder is not None:
                 self.recorder.record(root, self.now_ns(), marks)
+                self.done.unrecorded = self.recorder.problem or self.done.unrecorded
         for name in list(self._left):
             self._take_off(name, freed[name])
         self.between(keys, freed)

@@ -52,6 +52,12 @@ class ReclaimSays:
                 done.num_problems,
                 done.problem,
             )
+        if done.unrecorded and self._may_tell("unrecorded"):
+            _logger.warning(
+                "%s: what is reclaimed is not put on record for ucm explain: %s",
+                self._path,
+                done.unrecorded,
+            )
         if not done.is_enough and not done.num_kept and self._may_tell("nothing left"):
             _logger.warning(
                 "%s: reclaim has freed less than it should: no page is left, and what else is "
