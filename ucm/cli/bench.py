@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from ucm.cli.ending import one_line_for_errors
-from ucm.cli.printing import AsJson, print_json, print_table, progress, size
+from ucm.cli.printing import AsJson, print_json, print_table, progress, say, size
 
 if TYPE_CHECKING:
     from ucm.store.inspect.speed import Measured, Speed
@@ -54,7 +54,7 @@ def bench(
 
 
 def _print(found: Measured) -> None:
-    typer.echo(f"{found.directory}, pages of {size(found.page_bytes)}:")
+    say(f"{found.directory}, pages of {size(found.page_bytes)}:")
     rows = [_row(speed) for speed in found.speeds]
     for op, rate in (("write", found.dd_write), ("read", found.dd_read)):
         if rate is not None:
@@ -67,7 +67,7 @@ def _print(found: Measured) -> None:
     best = max(reads, key=lambda speed: speed.pages_per_s, default=None)
     if best is not None:
         direct = "true" if best.is_direct else "false"
-        typer.echo(
+        say(
             f"Reads are fastest with io_direct: {direct} and posix_read_threads: "
             f"{best.num_threads}, {best.pages_per_s:,.0f} pages/s."
         )

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from ucm.cli.ending import one_line_for_errors
-from ucm.cli.printing import STATUS_WRONG, AsJson, count, print_json
+from ucm.cli.printing import STATUS_WRONG, AsJson, count, print_json, say
 
 if TYPE_CHECKING:
     from ucm.store.inspect.examine import Examined, ExaminedPlace
@@ -74,7 +74,7 @@ def doctor(
         print_json(Diagnosis(backends=found, model=of_model))
     else:
         _print(found, of_model)
-        typer.echo(_sentence(findings))
+        say(_sentence(findings))
     if any(finding.verdict == "wrong" for finding in findings):
         raise typer.Exit(STATUS_WRONG)
 
@@ -101,20 +101,20 @@ def _of_model(place: ExaminedPlace, store: str, model: str, vllm_args: list[str]
 
 def _print(found: list[Examined], of_model: list[Finding]) -> None:
     for examined in found:
-        typer.echo(f"{examined.backend}:")
+        say(f"{examined.backend}:")
         for finding in examined.findings:
             _print_finding(finding)
         if examined.facts is not None:
             for name, label in examined.facts.namespaces.items():
-                typer.echo(f"    {'namespace':<13} {name[:12]}  {label}")
+                say(f"    {'namespace':<13} {name[:12]}  {label}")
     for finding in of_model:
         _print_finding(finding)
 
 
 def _print_finding(finding: Finding) -> None:
-    typer.echo(f"  {_MARKS[finding.verdict]} {finding.check:<13} {finding.found}")
+    say(f"  {_MARKS[finding.verdict]} {finding.check:<13} {finding.found}")
     if finding.fix:
-        typer.echo(f"  {'':<15} -> {finding.fix}")
+        say(f"  {'':<15} -> {finding.fix}")
 
 
 def _sentence(findings: list[Finding]) -> str:

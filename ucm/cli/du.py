@@ -16,6 +16,7 @@ from ucm.cli.printing import (
     print_json,
     print_table,
     progress,
+    say,
     short,
     size,
 )
@@ -70,10 +71,10 @@ def du(
         total = sum(each.sizes.allocated_bytes for each in namespaces if each.sizes)
         pages = sum(each.num_pages for each in namespaces)
         where = count(len(backends), "storage backend")
-        typer.echo(f"{size(total)} in {count(pages, 'page')} on {where}.")
+        say(f"{size(total)} in {count(pages, 'page')} on {where}.")
     for each in namespaces:
         if each.problem:
-            typer.echo(f"not all of it could be measured: {each.problem}", err=True)
+            say(f"not all of it could be measured: {each.problem}", is_error=True)
     if any(each.num_problems for each in namespaces):
         raise typer.Exit(STATUS_WRONG)
 

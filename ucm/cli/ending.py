@@ -8,6 +8,7 @@ from typing import NoReturn
 
 import typer
 
+from ucm.cli.printing import say
 from ucm.errors import UcmError
 
 
@@ -22,5 +23,5 @@ def one_line_for_errors(command: str) -> Iterator[None]:
 
 def end(problem: str) -> NoReturn:
     """Prints `problem`. Raises typer.Exit, without what led to it."""
-    typer.echo(problem, err=True)
+    say(problem, is_error=True)
     raise typer.Exit(1) from None

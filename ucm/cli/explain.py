@@ -16,6 +16,7 @@ from ucm.cli.printing import (
     print_json,
     print_table,
     progress,
+    say,
 )
 
 if TYPE_CHECKING:
@@ -125,15 +126,15 @@ def _in_memory(given: GivenStore, identity: EngineIdentity, asked: AskedPrompt) 
 
 def _print(found: Explanation) -> None:
     if not found.is_known:
-        typer.echo(f"The store has nothing of this engine's namespace {found.namespace[:12]}.")
+        say(f"The store has nothing of this engine's namespace {found.namespace[:12]}.")
         for line in found.differences:
-            typer.echo(f"  the nearest one differs in {line}")
+            say(f"  the nearest one differs in {line}")
     print_table(
         ("blocks", "tokens", "state", "why"),
         [_row(found, list(run)) for _, run in itertools.groupby(_all_blocks(found), _sort(found))],
     )
     tokens = found.blocks[found.num_loadable - 1].end_token if found.num_loadable else 0
-    typer.echo(
+    say(
         f"{found.num_loadable} of {count(len(found.blocks), 'block')} can be loaded, {tokens:,} of "
         f"{count(found.num_tokens, 'token')}{_of_tail(found)}."
     )

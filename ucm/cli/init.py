@@ -9,6 +9,7 @@ from typing import Annotated
 import typer
 
 from ucm.cli.ending import end, one_line_for_errors
+from ucm.cli.printing import say
 
 
 @dataclass(frozen=True)
@@ -36,7 +37,7 @@ def init(
         wanted_id = parse_id("--id", backend_id.encode()) if backend_id else None
         opened = _open(str(directory.absolute()), wanted_id)
     since = "now" if opened.is_new else "already"
-    typer.echo(f"{opened.path}: {since} the storage backend {opened.id:016x}")
+    say(f"{opened.path}: {since} the storage backend {opened.id:016x}")
     if wanted_id not in (None, opened.id):
         end(f"ucm init: {opened.path}: has another id than {backend_id}")
 

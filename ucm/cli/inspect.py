@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from ucm.cli.ending import end, one_line_for_errors
-from ucm.cli.printing import STATUS_WRONG, AsJson, ago, count, print_json, size
+from ucm.cli.printing import STATUS_WRONG, AsJson, ago, count, print_json, say, size
 
 if TYPE_CHECKING:
     from ucm.store.inspect.page_report import PageReport
@@ -41,7 +41,7 @@ def inspect(
     bad = [each for each in reports if each.condition in ("damaged", "unreadable")]
     if not as_json:
         whole = len(reports) - len(bad)
-        typer.echo(f"{count(whole, 'page is', 'pages are')} right, {len(bad)} not.")
+        say(f"{count(whole, 'page is', 'pages are')} right, {len(bad)} not.")
     if bad:
         raise typer.Exit(STATUS_WRONG)
 
@@ -84,5 +84,5 @@ def _print(report: PageReport) -> None:
     }
     for name, value in lines.items():
         if value:
-            typer.echo(f"{name:<10} {value}")
-    typer.echo()
+            say(f"{name:<10} {value}")
+    say()

@@ -16,6 +16,7 @@ from ucm.cli.printing import (
     print_json,
     print_table,
     progress,
+    say,
     short,
     size,
 )
@@ -73,10 +74,10 @@ def _list_namespaces(given: GivenStore, *, as_json: bool) -> None:
             ],
             right=("tokens", "pages", "tails"),
         )
-        typer.echo(_sentence(backends))
+        say(_sentence(backends))
     for each in namespaces:
         if each.problem:
-            typer.echo(f"not all of it could be counted: {each.problem}", err=True)
+            say(f"not all of it could be counted: {each.problem}", is_error=True)
     if any(each.num_problems for each in namespaces):
         raise typer.Exit(STATUS_WRONG)
 
@@ -119,6 +120,6 @@ def _list_pages(given: GivenStore, beginning: str, *, as_json: bool) -> None:
                 print_json(entry)
                 continue
             tail = f"tail of {entry.num_tokens}" if entry.num_tokens else ""
-            typer.echo(f"{entry.key}  {size(entry.nbytes):>10}  {ago(entry.used_s):>7}  {tail}")
+            say(f"{entry.key}  {size(entry.nbytes):>10}  {ago(entry.used_s):>7}  {tail}")
     if not as_json:
-        typer.echo(f"{count(number, 'page')}; the age is since a page was written or used last.")
+        say(f"{count(number, 'page')}; the age is since a page was written or used last.")

@@ -8,6 +8,7 @@ from typing import Annotated
 import typer
 
 from ucm.cli.ending import one_line_for_errors
+from ucm.cli.printing import say
 
 
 def node_cache(
@@ -22,5 +23,5 @@ def node_cache(
     with one_line_for_errors("ucm node-cache"):
         settings = load_settings_file(config)
         for warning in settings.warnings:
-            typer.echo(f"warning: {warning}", err=True)
+            say(f"warning: {warning}", is_error=True)
         run_by_hand(settings.store)

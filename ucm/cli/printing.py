@@ -1,7 +1,13 @@
-"""How subcommands print: JSON or a table for people, and a bar on a terminal while they work."""
+"""How subcommands print: JSON or a table for people, and a bar on a terminal while they work.
+
+All that they print goes through here. What is read from a store was written by anybody who may
+write there: what would move a cursor, begin a line or hide text is shown as its escape.
+"""
 
 from __future__ import annotations
 
+import json
+import os
 import sys
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -24,15 +30,44 @@ StoreArgument = Annotated[
 # What was asked was done, and something is wrong with what was looked at.
 STATUS_WRONG: Final = 3
 
+# As a shell tells of one that SIGPIPE ended.
+_STATUS_UNREAD: Final = 141
+
 _UNITS: Final = ("B", "KiB", "MiB", "GiB", "TiB", "PiB")
 _SHORT_DIGITS: Final = 12
 _MAX_WIDTH: Final = 10_000
 _TIMES: Final = ((86_400.0, "d"), (3_600.0, "h"), (60.0, "min"), (1.0, "s"))
 
 
+def say(line: str = "", *, is_error: bool = False) -> None:
+    """Prints one line. Raises typer.Exit, as `print_json` and `print_table`, if nobody reads it any
+    more, as behind `| head`."""
+    stream = sys.stderr if is_error else sys.stdout
+    try:
+        stream.write(line + "\n" if line.isprintable() else printable(line) + "\n")
+        stream.flush()
+    except BrokenPipeError:
+        # What is left in its buffer is written when the process ends.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
+        raise typer.Exit(_STATUS_UNREAD) from None
+
+
+def printable(text: str) -> str:
+    """Control and format characters, ends of lines and broken Unicode as their escapes."""
+    return "".join(
+        char if char.isprintable() else char.encode("unicode_escape").decode() for char in text
+    )
+
+
 def print_json(value: object) -> None:
     """One line."""
-    sys.stdout.write(msgspec.json.encode(value).decode() + "\n")
+    try:
+        text = msgspec.json.encode(value).decode()
+    except UnicodeEncodeError:
+        text = json.dumps(msgspec.to_builtins(value))  # a file's name may be no text
+    if not text.isprintable():
+        text = "".join(char if char.isprintable() else json.dumps(char)[1:-1] for char in text)
+    say(text)
 
 
 def print_table(
@@ -43,13 +78,15 @@ def print_table(
     for column in columns:
         table.add_column(column, justify="right" if column in right else "left", no_wrap=True)
     for row in rows:
-        table.add_row(*(f"{cell:,}" if isinstance(cell, int) else str(cell) for cell in row))
+        table.add_row(
+            *(f"{cell:,}" if isinstance(cell, int) else printable(str(cell)) for cell in row)
+        )
     width = max(_console(_MAX_WIDTH).measure(table).maximum, _console(None).width)
     console = _console(width)
     with console.capture() as shown:
         console.print(table)
     for line in shown.get().splitlines():
-        sys.stdout.write(line.rstrip() + "\n")
+        say(line.rstrip())
 
 
 def _console(width: int | None) -> Console:

@@ -15,6 +15,7 @@ from ucm.cli.printing import (
     print_json,
     print_table,
     progress,
+    say,
     size,
 )
 
@@ -116,10 +117,10 @@ def _print(found: list[ReclaimedNow], *, is_dry: bool) -> None:
     pages = sum(each.num_files for each in found)
     nbytes = sum(each.freed_bytes for each in found)
     ends = count(pages, "page goes", "pages go") if is_dry else count(pages, "page") + " deleted"
-    typer.echo(f"{ends}, {size(nbytes)}{'' if not is_dry else ', if you leave out --dry-run'}.")
+    say(f"{ends}, {size(nbytes)}{'' if not is_dry else ', if you leave out --dry-run'}.")
     for each in found:
         for line in _remarks(each):
-            typer.echo(f"{each.backend}: {line}", err=True)
+            say(f"{each.backend}: {line}", is_error=True)
 
 
 def _remarks(found: ReclaimedNow) -> Iterator[str]:

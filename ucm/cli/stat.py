@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from ucm.cli.ending import one_line_for_errors
-from ucm.cli.printing import AsJson, count, print_json, size
+from ucm.cli.printing import AsJson, count, print_json, printable, say, size
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -65,17 +65,17 @@ def _show(views: Iterator[NodeView], *, as_json: bool, once: bool) -> None:
     if as_json:
         for view in views:
             print_json(view)
-            sys.stdout.flush()
     elif once or not sys.stdout.isatty():
         for view in views:
-            typer.echo("\n".join(lines(view)))
+            for line in lines(view):
+                say(line)
     else:
         from rich.live import Live
         from rich.text import Text
 
         with Live(screen=True, auto_refresh=False) as live:
             for view in views:
-                live.update(Text("\n".join(lines(view))), refresh=True)
+                live.update(Text("\n".join(map(printable, lines(view)))), refresh=True)
 
 
 def lines(view: NodeView) -> list[str]:

@@ -7,7 +7,16 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from ucm.cli.ending import one_line_for_errors
-from ucm.cli.printing import STATUS_WRONG, AsJson, StoreArgument, count, print_json, progress, size
+from ucm.cli.printing import (
+    STATUS_WRONG,
+    AsJson,
+    StoreArgument,
+    count,
+    print_json,
+    progress,
+    say,
+    size,
+)
 
 if TYPE_CHECKING:
     from ucm.store.inspect.verify import Verified
@@ -45,11 +54,11 @@ def verify(
         print_json(found)
     else:
         for bad in found.files[:_MAX_SHOWN]:
-            typer.echo(f"{bad.condition}: {bad.path}: {bad.why}" + (bad.done and f"; {bad.done}"))
+            say(f"{bad.condition}: {bad.path}: {bad.why}" + (bad.done and f"; {bad.done}"))
         hidden = found.num_damaged + found.num_unreadable - len(found.files[:_MAX_SHOWN])
         if hidden:
-            typer.echo(f"... and {count(hidden, 'file')} more")
-        typer.echo(_sentence(found))
+            say(f"... and {count(hidden, 'file')} more")
+        say(_sentence(found))
     if found.num_damaged or found.num_unreadable:
         raise typer.Exit(STATUS_WRONG)
 
