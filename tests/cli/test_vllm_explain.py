@@ -15,6 +15,7 @@ from examples.cluster.models import make_model
 from examples.cluster.processes import VllmServer, ucm_connector
 from tests.cli.parts import flip_bit, ucm
 from tests.e2e.node import Node
+from tests.integration.engine.naming_parts import make_adapter
 from ucm.store.inspect.explain import Explanation
 from ucm.store.inspect.page_report import files_of
 
@@ -93,6 +94,18 @@ def test_another_salt_and_another_dtype_are_told(
     assert not found.is_known and {"kv_dtype", "model_dtype"} <= fields
 
 
+@pytest.mark.long
+def test_another_adapter_is_told(
+    store: Path, model: Path, prompt_file: Path, tmp_path: Path
+) -> None:
+    prompt = ("--prompt-file", prompt_file, "--cache-salt", "tenant")
+    adapter = make_adapter(tmp_path / "adapter")
+    found = explained(store, model, *prompt, "--adapter", adapter, *FLAGS)
+    assert {block.state for block in found.blocks} == {"other_adapter"}
+    assert found.blocks[0].why.startswith("stored with no adapter, asked for with the adapter ")
+
+
+@pytest.mark.long
 def test_never_stored_corrupt_and_reclaimed_are_told_apart(
     store: Path, model: Path, prompt_file: Path, tmp_path: Path
 ) -> None:
