@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
+from tests.matrix.all_phases import PHASES
 from tests.matrix.cells import CELLS, OPERATIONS
 from tests.matrix.document import generated, in_document
-from tests.matrix.phases import PHASES
 
 
 def test_its_table_is_that_of_the_matrix() -> None:

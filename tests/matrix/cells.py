@@ -64,9 +64,18 @@ OPERATIONS: Final[dict[str, dict[str, tuple[str, ...]]]] = {
         "link": _WRITES,
         DISK: OF_A_DISK,
     },
+    "reclaim": {
+        "opendir": _READS,
+        "readdir": _READS,
+        "lookup": _READS,
+        "unlink": _READS,
+        "create": _WRITES,
+        "write": (*_WRITES, "short writes"),
+        "rename": _WRITES,
+        "statfs": _READS,
+        DISK: OF_A_DISK,
+    },
 }
-# Not gone through yet.
-PLANNED: Final = ("reclaim",)
 
 _COSTS: Final = {
     "slow": NOTHING,
@@ -91,6 +100,16 @@ _OTHERWISE: Final[dict[tuple[str, str], dict[str, str]]] = {
     ("lookup", "lookup"): {"ESTALE": ABSENT},
     # Only who clears up after dead writers lists directories there.
     ("start", "opendir"): dict.fromkeys(_READS, NOTHING),
+    # More is written at once than room is left or made, and a node that can't say what it has
+    # written, or hears of no room, writes nothing.
+    ("reclaim", "opendir"): {"slow": "full", "ESTALE": "full"},
+    ("reclaim", "readdir"): {"slow": "full", "ESTALE": "full"},
+    ("reclaim", "lookup"): {"slow": "full"},
+    ("reclaim", "unlink"): dict.fromkeys(_READS, "full"),
+    ("reclaim", "create"): dict.fromkeys(_READS, "full"),
+    ("reclaim", "write"): dict.fromkeys((*_READS, "short writes"), "full"),
+    ("reclaim", "rename"): dict.fromkeys(_READS, "full"),
+    ("reclaim", "statfs"): {"slow": "full"},
 }
 
 

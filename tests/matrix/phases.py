@@ -34,7 +34,7 @@ _HANGING: Final = ("reads_overdue", "writes_overdue")
 _TOLD: Final = re.compile(r"storage could not tell about some blocks: (\w+)|(has not answered) for")
 
 
-def open_here(place: Place) -> UcmPipelineStore:
+def open_here(place: Place, **changes: Any) -> UcmPipelineStore:
     """By the path that has the fault."""
     return whole_blocks(
         place,
@@ -44,13 +44,17 @@ def open_here(place: Place) -> UcmPipelineStore:
         posix_quarantine_per_minute=1000,
         min_free_gb=0.0001,
         timeout_ms=int(TIMEOUT_S * 1000),
+        **changes,
     )
 
 
-def open_elsewhere(place: Place, folder: str) -> UcmPipelineStore:
+def open_elsewhere(place: Place, folder: str, **changes: Any) -> UcmPipelineStore:
     """Another node, whose own way to the storage is good."""
     return whole_blocks(
-        place, storage_backends=folder, node_cache_socket=place.settings("b").socket_path
+        place,
+        storage_backends=folder,
+        node_cache_socket=place.settings("b").socket_path,
+        **changes,
     )
 
 
@@ -223,12 +227,3 @@ def _hits_are_back(store: UcmPipelineStore) -> None:
         return [request(store, each) for each in (STORED, UNTOUCHED)] == [6, 6]
 
     wait_until(are_back, "hits are back", within_s=BACK_S)
-
-
-PHASES: Final[dict[str, Callable[[Bench], Any]]] = {
-    "dump": dumping,
-    "load": loading,
-    "lookup": looking_up,
-    "start": starting,
-    "first start": starting_first,
-}

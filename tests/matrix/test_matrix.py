@@ -12,8 +12,9 @@ import pytest
 
 from tests.faults.fuse import FuseMount, mount_fuse, needs_fuse
 from tests.faults.mounts import mount_tmpfs, own_mounts
+from tests.matrix.all_phases import PHASES
 from tests.matrix.cells import ABSENT, CELLS, DISK, NOTHING, Cell
-from tests.matrix.phases import PHASES, Bench
+from tests.matrix.phases import Bench
 from tests.store.conftest import place as place
 from tests.store.node.support import Place
 
@@ -27,6 +28,7 @@ QUICK = {
     "lookup-lookup-hang",
     "start-lookup-EIO",
     "dump-(full_disk)-no_inodes",
+    "reclaim-opendir-hang",
 }
 
 

@@ -99,6 +99,11 @@ class Place:
             if tree.block_of(str(path.relative_to(self.store)))
         }
 
+    def blocks_at_once(self) -> set[Path]:
+        """Those of `blocks` that were there together, when the listing ended: meanwhile some go,
+        and others come."""
+        return {path for path in self.blocks() if path.exists()}
+
     def in_quarantine(self) -> list[Path]:
         return [path for path in (self.store / paths.QUARANTINE).rglob("*") if path.is_file()]
 

@@ -53,7 +53,7 @@ def limited(place: Place, socket: str = "a", **changes: Any) -> StoreSettings:
 
 
 def files_bytes(place: Place) -> int:
-    return len(place.blocks()) * FILE
+    return len(place.blocks_at_once()) * FILE
 
 
 def counter(client: Engine, name: str) -> int:
@@ -232,7 +232,7 @@ def test_a_salt_keeps_to_its_quota_and_the_rest_of_its_namespace_is_left_alone(
         for number in range(10_000):
             client.dump([Key(key[:-8] + tag) for key in make_keys(f"{number}", 5)])
             client.wait_written()
-            salted = sum(tag.hex() in path.name for path in place.blocks())
+            salted = sum(tag.hex() in path.name for path in place.blocks_at_once())
             assert salted * FILE <= LIMIT
             if counter(client, "reclaimed_files_quota") > LIMIT // FILE:
                 break

@@ -115,7 +115,14 @@ def _reclaim(
     if wanted_bytes:
         share = min(1.0, _SPARE * wanted_bytes / max(1, stored_bytes))
         recorder = None if order.is_dry else ReclaimRecorder(order.rights)
-        run = ReclaimRun(backend, order.grace_s, clock.now_ns, keeper.keep, recorder)
+        run = ReclaimRun(
+            backend,
+            order.grace_s,
+            clock.now_ns,
+            keeper.keep,
+            recorder,
+            tick=lambda: keeper.keep([], {}),
+        )
         done = run.run(root, {WHOLE: Want(wanted_bytes, share)})
     return ReclaimedNow(
         backend,

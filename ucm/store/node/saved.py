@@ -2,7 +2,7 @@
 
     MEMORY_ONLY ──a place in the queue──► QUEUED ──published──► SAVED ──old──► looked at again
          ▲                                  │ failed, or dropped
-         └──────── met after a pause ◄── REFUSED
+         └────── after a pause, met or not ◄── REFUSED
 
 MEMORY_ONLY  nobody has tried: nothing is known of the key here. Where the page is in memory,
              whoever meets it (a dump, a lookup, a flush) queues it.
@@ -10,7 +10,8 @@ QUEUED       the write queue holds the page; only `WriteBack` moves it on.
 SAVED        its file was seen, or published from here, no longer than `recheck_s` ago. What was
              seen longer ago is looked at again before anybody relies on it.
 REFUSED      storage would not take it, or there was no place for it. Who dumps it or has asked for
-             it is told, promises nothing about it, and whoever meets it `retry_s` later queues it.
+             it is told, and promises nothing about it. `retry_s` later whoever meets it queues it,
+             and for a while it is queued without that (`retries.py`).
 
 Both memories are bounded; what falls out of them is MEMORY_ONLY again, which costs one look.
 """

@@ -5,7 +5,7 @@ block of a prompt stands for all of them. Pages are staged (written under a temp
 parallel and published one after the other:
 
     place ──commit──► queued ──staged──► staged ──parent published──► publishing ──► stored
-       └── given back    └──────── failed: so does every block after it in the prompt
+       └── given back    └──────── failed: so does every block after it (see `retries.py`)
 
 A dump takes its place in the queue (`write_places.py`) when its slot is reserved, so what is
 committed is queued; a page that is met unsaved takes one if there is one. What is not written is
@@ -27,6 +27,7 @@ from ucm.outcome import Outcome
 from ucm.store.blocks.keys import Key, num_tokens_of
 from ucm.store.node.io_threads import LanePool
 from ucm.store.node.parts import NodeParts
+from ucm.store.node.retries import Retries
 from ucm.store.node.saved import Met, SavedBook, Saving, TellClients
 from ucm.store.node.sessions import OpenedNamespace
 from ucm.store.node.slots import Slot, SlotState
@@ -58,9 +59,11 @@ class WriteBack:
         self._count = parts.count
         self._notices = parts.notices
         self._tell = tell
-        self._book = SavedBook(parts.limits.saving, parts.clock)
+        max_pages, rules = parts.limits.max_write_pages, parts.limits.saving
+        self._book = SavedBook(rules, parts.clock)
+        self._retries = Retries(parts.slots, max_pages, rules.retry_s, parts.clock)
         self._writes: dict[Key, _Write] = {}
-        self._places = Places(parts.writes, parts.limits.max_write_pages)
+        self._places = Places(parts.writes, max_pages)
         # Writes whose parent's slot is still being filled: nothing to queue behind yet.
         self._waiting: dict[Key, list[_Write]] = {}
         self._leaving = self._closed = False
@@ -90,6 +93,7 @@ class WriteBack:
         return self._book.is_saved(key)
 
     def note_stored(self, key: Key) -> None:
+        self._retries.forget(key)
         if self._book.note_saved(key):
             self._tell((), [key], Outcome.FINE)
 
@@ -148,6 +152,8 @@ class WriteBack:
         reason = Outcome.AFTER_FAILED if is_vain else Outcome.FINE
         if reason or not self._begin(namespace, Met(key, parent, slot)):
             self._places.give_back(key)
+            if is_vain:
+                self._retries.refused(namespace, key, parent)
             self._drop([key], reason or Outcome.QUEUE_FULL)
             self._drop_waiting(key)
 
@@ -192,6 +198,7 @@ class WriteBack:
     def leave(self) -> None:
         """The process is to end: from now on nothing waits for a block that isn't queued."""
         self._leaving = True
+        self._retries.clear()
         for key in list(self._waiting):
             self._drop_waiting(key)
 
@@ -201,7 +208,9 @@ class WriteBack:
 
     def _drop_waiting(self, key: Key) -> None:
         for write in self._waiting.pop(key, []):
-            self._drop(self._doom(write), Outcome.AFTER_FAILED)
+            lost = [each.key for each in self._doom(write)]  # nothing will ever lead to these
+            self._retries.forget(*lost)
+            self._drop(lost, Outcome.AFTER_FAILED)
 
     def _on_staged(self, write: _Write, result: object) -> None:
         if isinstance(result, TierError):
@@ -228,7 +237,7 @@ class WriteBack:
             filling = self._slots.find(parent)
             is_filling = filling is not None and filling.state is SlotState.FILLING
             if before is not None or self._is_lost(parent) or (is_filling and self._leaving):
-                self._drop(self._doom(write), Outcome.AFTER_FAILED)
+                self._lose(self._doom(write), "dump_dropped", Outcome.AFTER_FAILED)
                 return
             if is_filling:
                 self._waiting.setdefault(parent, []).append(write)
@@ -271,24 +280,33 @@ class WriteBack:
     # -- what is not written ---------------------------------------------------------------
 
     def tick(self) -> None:
-        """Gives up what waits for a lane that hangs and is of another one. What is of that lane
-        itself stays: it may come back."""
+        """Tries again what was refused. Gives up what waits for a lane that hangs and is of another
+        one. What is of that lane itself stays: it may come back."""
+        for namespace, page in self._retries.due():
+            has_to_wait = page.key in self._writes or self._lanes.of(page.key).stalled
+            if not has_to_wait and self._may_retry(page) and not self.is_full(page.key):
+                self._begin(namespace, page)
         if not self._lanes.num_stalled:
             return
         for write in [each for each in self._writes.values() if each.pool.stalled]:
             held_up = [after for after in write.after if after.pool is not write.pool]
             write.after = [after for after in write.after if after.pool is write.pool]
             for after in held_up:
-                self._drop(self._doom(after), Outcome.AFTER_FAILED)
+                self._lose(self._doom(after), "dump_dropped", Outcome.AFTER_FAILED)
 
     def _fail_write(self, write: _Write, error: TierError) -> None:
         """Storage has refused it. Nothing will lead to what waits behind it."""
-        counter = f"write_failed_{error.reason}"
-        self._count(counter)
-        self._notices.warn(counter, error)
+        self._notices.warn(f"write_failed_{error.reason}", error)
         lost = self._doom(write)
-        self.refuse(lost[:1], error.reason)
-        self._drop(lost[1:], Outcome.AFTER_FAILED)
+        self._lose(lost[:1], "write_failed", error.reason)
+        self._lose(lost[1:], "dump_dropped", Outcome.AFTER_FAILED)
+
+    def _lose(self, writes: Sequence[_Write], what: str, reason: Outcome) -> None:
+        """They are tried again, and counted once."""
+        for write in writes:
+            if self._retries.refused(write.namespace, write.key, write.parent):
+                self._count(f"{what}_{reason}")
+        self.refuse([write.key for write in writes], reason)
 
     def _drop(self, keys: Sequence[Key], reason: Outcome) -> None:
         """Never written at all."""
@@ -303,14 +321,14 @@ class WriteBack:
         if keys:
             self._tell(keys, (), reason)
 
-    def _doom(self, write: _Write) -> list[Key]:
-        """Takes `write` and all that waits behind it out of the queue; returns their keys, its own
-        first. Iterative: a prompt may be long."""
+    def _doom(self, write: _Write) -> list[_Write]:
+        """Takes `write` and all that waits behind it out of the queue; returns them, itself first.
+        Iterative: a prompt may be long."""
         doomed, lost = [write], []
         while doomed:
             current = doomed.pop()
             if not current.doomed:
-                lost.append(current.key)
+                lost.append(current)
             current.doomed = True
             doomed.extend(current.after)
             current.after = []

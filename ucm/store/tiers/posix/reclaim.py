@@ -39,10 +39,14 @@ from ucm.store.tiers.posix.stored_count import UsedBook, count_stored
 from ucm.store.tiers.tier import Chore
 
 _LEAST_GAP_S = 0.05
-# After a run that could not free what it should, because all is young or storage refuses.
+# After a run that could not free what it should, because all is young or storage refuses: at least
+# so long, and of the time that the run has computed. What it has waited for storage is no reason to
+# leave writers waiting any longer.
 _FRUITLESS_GAP_S = 1.0
-# Of the time that it works, how long it rests: while writers can wait for it, and while they can't.
+_GAP_PER_WORK = 2.0
+# Of the time that it works, how long it rests while writers can wait for it.
 _REST_PER_WORK = 1.0
+_MOST_REST_S = 1.0
 _PRESSED_SHARE = 0.9
 _DIRECTORY = os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC
 
@@ -103,7 +107,8 @@ class Reclaimer(Chore):
         }
 
     def _wait(self) -> None:
-        gap_s = max(_LEAST_GAP_S, self._quiet_until_s - time.monotonic())
+        quiet_s = self._quiet_until_s - time.monotonic()
+        gap_s = min(max(_LEAST_GAP_S, quiet_s), self._rules.heartbeat_s)
         if not self._stop.wait(gap_s):
             self._allowance.wake.wait(max(0.0, self._beats.gap_s - gap_s))
         self._allowance.wake.clear()
@@ -231,7 +236,7 @@ class Reclaimer(Chore):
         return wants
 
     def _reclaim(self, root: int, wants: Mapping[str, Want]) -> None:
-        worked_since_s = time.monotonic()
+        worked_since_s, computing_since_s = time.monotonic(), time.thread_time()
 
         def between(keys: list[Key], freed: Mapping[str, int]) -> None:
             nonlocal worked_since_s
@@ -242,7 +247,8 @@ class Reclaimer(Chore):
             nodes = self._hear(root)
             self._grant(root, nodes)
             if not self._is_pressed(root):
-                self._stop.wait((time.monotonic() - worked_since_s) * _REST_PER_WORK)
+                worked_s = time.monotonic() - worked_since_s
+                self._stop.wait(min(worked_s * _REST_PER_WORK, _MOST_REST_S))
             worked_since_s = time.monotonic()
 
         run = ReclaimRun(
@@ -251,6 +257,7 @@ class Reclaimer(Chore):
             self._beats.now_ns,
             between,
             self._recorder,
+            tick=lambda: self._keep(root),
             salts=self._allowance.quotas.by_salt,
         )
         done = run.run(root, wants)
@@ -258,7 +265,8 @@ class Reclaimer(Chore):
         self._says.done(done, self._rules.grace_s, self._book.used_bytes(WHOLE))
         if not done.is_enough:
             # All that is left is young, or refuses to go.
-            gap_s = max(_FRUITLESS_GAP_S, 2 * done.seconds)
+            computed_s = time.thread_time() - computing_since_s
+            gap_s = max(_FRUITLESS_GAP_S, _GAP_PER_WORK * computed_s)
             self._quiet_until_s = time.monotonic() + gap_s
 
     def _is_pressed(self, root: int) -> bool:

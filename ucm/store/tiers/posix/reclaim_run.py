@@ -12,7 +12,6 @@ from dataclasses import dataclass, field
 
 from ucm.store.blocks.keys import Key
 from ucm.store.tiers.posix import paths
-from ucm.store.tiers.posix.os_errors import is_gone
 from ucm.store.tiers.posix.reclaim_plan import WHOLE, StoredFile, Want, choose_from_pool, is_young
 from ucm.store.tiers.posix.reclaim_record import mark_of
 from ucm.store.tiers.posix.reclaim_record_files import ReclaimRecorder
@@ -22,6 +21,8 @@ from ucm.store.tiers.posix.shard_walk import Leaf, ShardWalk, close_all
 # nothing else of the process runs while they are sorted. Their directories are open meanwhile.
 _POOL_FILES = 256
 _POOL_LEAVES = 128
+# Where storage is slow, a pool is what was seen in this time: writers wait for what goes of it.
+_POOL_S = 1.0
 _MAX_SEEN = 512
 
 
@@ -59,9 +60,10 @@ class ReclaimStopped(Exception):
 
 @dataclass
 class ReclaimRun:
-    """`between` is called after each pool with the keys that went and the bytes by account; it
-    raises ReclaimStopped when nothing more is to be deleted. Without a `recorder` nothing is
-    deleted, and all is told as if it were. `salts`: the accounts of salts that have a quota."""
+    """`between` is called after each pool with the keys that went and the bytes by account, and
+    `tick` after each shard; they raise ReclaimStopped when nothing more is to be deleted. Without a
+    `recorder` nothing is deleted, and all is told as if it were. `salts`: the accounts of salts
+    that have a quota."""
 
     path: str
     grace_s: float
@@ -69,6 +71,7 @@ class ReclaimRun:
     between: Callable[[list[Key], Mapping[str, int]], None]
     recorder: ReclaimRecorder | None
     salts: Collection[str] = ()
+    tick: Callable[[], None] = lambda: None
     done: Reclaimed = field(default_factory=Reclaimed)
     _left: dict[str, Want] = field(default_factory=dict)
     _seen: dict[str, deque[StoredFile]] = field(default_factory=dict)
@@ -79,18 +82,20 @@ class ReclaimRun:
         self._seen = {name: deque(maxlen=_MAX_SEEN) for name in wants}
         started_s = time.monotonic()
         pool: list[Leaf] = []
-        num_files = 0
+        num_files, begun_s = 0, started_s
         try:
             shards = ShardWalk(root, self.now_ns, self._trouble, self.salts).shards()
             with closing(shards) as walk:
                 for leaves, _ in walk:
                     pool += leaves
                     num_files += sum(len(leaf.files) for leaf in leaves)
-                    if num_files >= _POOL_FILES or len(pool) >= _POOL_LEAVES:
+                    is_large = num_files >= _POOL_FILES or len(pool) >= _POOL_LEAVES
+                    if is_large or (pool and time.monotonic() - begun_s >= _POOL_S):
                         self._thin_out(root, pool)
-                        pool, num_files = [], 0
+                        pool, num_files, begun_s = [], 0, time.monotonic()
                         if not self._left:
                             break
+                    self.tick()
                 else:
                     self._thin_out(root, pool)
                     pool = []
@@ -148,9 +153,10 @@ class ReclaimRun:
         try:
             if self.recorder is not None:
                 os.unlink(file.name, dir_fd=leaf.fd)
+        except FileNotFoundError:
+            return True
         except OSError as error:
-            if is_gone(error):
-                return True
+            # ESTALE as well: it may lie there, and then its bytes are not free.
             self._trouble(f"{leaf.namespace}/.../{file.name}", error)
             return False
         account = next((name for name in file.accounts[1:] if name in self._left), WHOLE)
