@@ -1,4 +1,4 @@
-"""kill -9 of node caches and their clients, at any instant: whole files, right reads."""
+"""kill -9 of node caches, their clients and reclaim, at any instant: whole files, right reads."""
 
 from __future__ import annotations
 
@@ -13,17 +13,21 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
 from typing import Any
 
+import msgspec
 import pytest
 
-from tests.e2e.store import Store
+from tests.cli.parts import ucm
 from tests.faults.storm_client import NUM_BLOCKS, NUM_PROMPTS, prompt
 from tests.store.api.whole_store import SIZES, dump, load, rows
 from tests.store.conftest import place as place
 from tests.store.node.support import ROOT, Place, kill, wait_until
 from ucm.errors import TaskFailed, UcmError
 from ucm.store.client.connection import NodeClient
+from ucm.store.inspect.reclaim_now import ReclaimedNow
+from ucm.store.inspect.verify import Verified
 from ucm.store.node import protocol as p
 from ucm.store.pipeline import UcmPipelineStore
+from ucm.store.tiers.posix import paths
 
 PAGE_FILE_BYTES = 16384
 # Less than is written: something is reclaimed all the time.
@@ -135,6 +139,55 @@ def serving(place: Place) -> list[p.Status]:
     return found
 
 
+class Commands:
+    """Of `ucm reclaim`, two at a time: who finds the other one at it says so, and ends."""
+
+    NUM = 2
+
+    def __init__(self, place: Place, rng: random.Random) -> None:
+        self._place = place
+        self._rng = rng
+        self._running: list[subprocess.Popen[str]] = []
+
+    def arguments(self) -> list[str]:
+        files = self._rng.randint(1, NUM_PROMPTS)
+        free_gb = f"{files * PAGE_FILE_BYTES / (1 << 30):.9f}"
+        return ["reclaim", "--free-gb", free_gb, "--grace-s", "0", "--json", str(self._place.store)]
+
+    def has_lease(self) -> bool:
+        with suppress(OSError, ValueError):
+            note = json.loads((self._place.store / paths.RECLAIM_LEASE).read_bytes())
+            return any(each.pid == note["pid"] for each in self._running)
+        return False
+
+    def kill(self) -> None:
+        """One of them, mostly while it deletes."""
+        while len(self._running) < self.NUM:
+            command = [sys.executable, "-m", "ucm.cli.main", *self.arguments()]
+            pipe = subprocess.PIPE
+            self._running.append(
+                subprocess.Popen(command, cwd=ROOT, stdout=pipe, stderr=pipe, text=True)
+            )
+        deadline_s = time.monotonic() + self._rng.uniform(0.3, 3.0)
+        while time.monotonic() < deadline_s and not self.has_lease():
+            time.sleep(0.001)
+        time.sleep(self._rng.uniform(0.0, 0.03))
+        self._running[0].kill()
+        for each in [each for each in self._running if each.poll() is not None]:
+            self._end(each)
+
+    def _end(self, command: subprocess.Popen[str]) -> None:
+        _, errors = command.communicate()
+        self._running.remove(command)
+        was_refused = command.returncode == 1 and "one at a time does" in errors
+        assert command.returncode in (0, 3, -signal.SIGKILL) or was_refused, errors
+
+    def close(self) -> None:
+        for each in list(self._running):
+            each.kill()
+            self._end(each)
+
+
 def kill_something(place: Place, running: Clients, rng: random.Random) -> str:
     """Node caches that have served: one that is killed as it starts is started anew ever more
     seldom, and soon there would be none."""
@@ -147,9 +200,16 @@ def kill_something(place: Place, running: Clients, rng: random.Random) -> str:
     return "client"
 
 
-def num_reclaimers(place: Place) -> int:
-    """How many of the nodes take themselves for the one that reclaims."""
-    return sum(status.counters.get("reclaim_leases", 0) for status in serving(place))
+def reclaimers(place: Place) -> list[int]:
+    """Which nodes take themselves for the one that reclaims."""
+    return [each.pid for each in serving(place) if each.counters.get("reclaim_leases")]
+
+
+def kill_reclaimer(place: Place) -> str:
+    (pid,) = wait_until(lambda: reclaimers(place), "one node reclaims")
+    with suppress(ProcessLookupError):
+        os.kill(pid, signal.SIGKILL)
+    return "reclaimer"
 
 
 @pytest.mark.process
@@ -165,24 +225,57 @@ def test_whatever_is_killed_at_any_instant_files_are_whole_and_reads_are_right(
     place: Place, num_kills: int, limits: Mapping[str, float]
 ) -> None:
     rng, killed = random.Random(num_kills), {"node cache": 0, "client": 0}
-    has_reclaimed = False
     with clients(place, limits) as running:
         wait_until(lambda: running.num_answered() > 20, "all is going on")
-        for _ in range(num_kills):
+        for number in range(num_kills):
             time.sleep(rng.uniform(0.0, LONGEST_PAUSE_S))
-            killed[kill_something(place, running, rng)] += 1
-            reclaimers = num_reclaimers(place)
-            assert reclaimers <= 1
-            has_reclaimed |= reclaimers == 1
+            if limits and number % 3 == 2:
+                what = kill_reclaimer(place)
+            else:
+                what = kill_something(place, running, rng)
+            killed[what] = killed.get(what, 0) + 1
+            assert len(reclaimers(place)) <= 1
         before = running.num_answered()
         wait_until(
             lambda: running.num_answered() > before + 20, "all is going on again", within_s=60.0
         )
         if limits:
-            wait_until(lambda: num_reclaimers(place) == 1, "one node reclaims")
+            wait_until(lambda: len(reclaimers(place)) == 1, "one node reclaims")
         running.end()
-        print(f"{running.num_answered()} prompts answered, killed: {killed}, {has_reclaimed=}")
+        print(f"{running.num_answered()} prompts answered, killed: {killed}")
     assert min(killed.values()) > num_kills / 20
+    check(place, limits)
+
+
+@pytest.mark.process
+@pytest.mark.parametrize(
+    "num_kills",
+    [
+        pytest.param(8, id="some", marks=pytest.mark.long),
+        pytest.param(200, id="200", marks=[pytest.mark.long, pytest.mark.timeout(1800)]),
+    ],
+)
+def test_whenever_ucm_reclaim_is_killed_files_are_whole_and_the_next_one_reclaims(
+    place: Place, num_kills: int
+) -> None:
+    rng = random.Random(num_kills)
+    with clients(place, {}) as running:
+        wait_until(lambda: running.num_answered() > 20, "all is going on")
+        commands = Commands(place, rng)
+        try:
+            for _ in range(num_kills):
+                commands.kill()
+        finally:
+            commands.close()
+        running.end()
+    done = ucm(*commands.arguments())
+    assert done.returncode == 0, done.stderr
+    (found,) = msgspec.json.decode(done.stdout, type=list[ReclaimedNow])
+    assert found.num_files > 0
+    check(place, {})
+
+
+def check(place: Place, limits: Mapping[str, float]) -> None:
     for pid in node_cache_pids(place):
         kill(pid)
     check_files(place)
@@ -190,11 +283,13 @@ def test_whatever_is_killed_at_any_instant_files_are_whole_and_reads_are_right(
 
 
 def check_files(place: Place) -> None:
-    """Every file under the name of a page is whole."""
-    store = Store(place.store, "")
-    assert len(store.blocks()) > NUM_BLOCKS
-    assert store.bad_files() == []
-    assert store.quarantined() == []
+    """Every file under the name of a page is whole, as `ucm verify` finds."""
+    done = ucm("verify", "--json", place.store)
+    found = msgspec.json.decode(done.stdout, type=Verified)
+    assert done.returncode == 0, found
+    assert found.num_whole == len(place.blocks()) > NUM_BLOCKS
+    assert found.num_damaged == found.num_unreadable == found.num_misplaced == 0
+    assert place.in_quarantine() == []
 
 
 def check_reads(place: Place, limits: Mapping[str, float]) -> None:
