@@ -87,7 +87,7 @@ def reclaiming(bench: Bench) -> None:
             fill(bench, here)
 
             def act(turn: int) -> None:
-                for number in range(PROMPTS_AT_ONCE):
+                for number in range(1 if turn else PROMPTS_AT_ONCE):
                     request(here, prompt(f"while {turn} {number}"))
                 readable(other, prompt(f"while {turn} 0"))
 

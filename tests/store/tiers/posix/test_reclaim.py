@@ -13,7 +13,6 @@ import pytest
 from tests.faults.mounts import mount_tmpfs, own_mounts
 from tests.store.tiers.posix.reclaim_parts import (
     MIB,
-    RULES,
     Reclaiming,
     disk_bytes,
     limited_tier,
@@ -35,10 +34,7 @@ from tests.store.tiers.tier_contract import (
 from ucm.errors import TierError
 from ucm.store.blocks.keys import Key, TailKey
 from ucm.store.tiers.posix import paths
-from ucm.store.tiers.posix.reclaim_plan import WHOLE, Want
-from ucm.store.tiers.posix.reclaim_record_files import ReclaimRecorder
-from ucm.store.tiers.posix.reclaim_run import ReclaimRun
-from ucm.store.tiers.posix.rights import UMASK_DECIDES
+from ucm.store.tiers.posix.reclaim_plan import WHOLE
 
 NS = make_namespace("model", page_bytes=60 << 10)  # 64 KiB a file
 OTHER = make_namespace("another", page_bytes=60 << 10)
@@ -228,56 +224,6 @@ def test_without_the_right_to_delete_a_node_keeps_to_the_limit_all_the_same(tmp_
         time.sleep(1)
         assert node["reclaimed_files_capacity"] == 0
         assert disk_bytes(tmp_path) <= MIB + FILE
-
-
-def test_a_node_that_can_free_nothing_beats_all_the_same(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """Or others would take the lease over, and it would write nothing more."""
-    monkeypatch.setattr("ucm.store.tiers.posix.reclaim._FRUITLESS_GAP_S", 3600.0)
-    tier = limited_tier(tmp_path, limit_bytes=MIB, rules=patient(grace_s=3600))
-    (allowance,) = tier._allowances.values()
-    with reclaiming(tier) as node:
-        until(
-            lambda: (
-                not write(tier, NS, len(stored(tmp_path, NS.fingerprint)))
-                and node["reclaim_leases"]
-            ),
-            "full",
-        )
-        until(lambda: not allowance.take_refusals(), "it has heard of that")
-        before_s = allowance._until_s
-        until(lambda: allowance._until_s > before_s + RULES.stale_s, "it beats")
-
-
-def test_a_run_in_slow_storage_frees_room_and_beats_long_before_it_has_seen_much(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """All files of the store would be one pool."""
-    monkeypatch.setattr("ucm.store.tiers.posix.reclaim_run._POOL_S", 0.0)
-    writer = tier_without_limit(tmp_path)
-    for number in range(40):
-        write(writer, NS, number)
-    num_ticks = num_gone_first = 0
-
-    def tick() -> None:
-        nonlocal num_ticks
-        num_ticks += 1
-
-    def between(keys: list[Key], freed: object) -> None:
-        nonlocal num_gone_first
-        num_gone_first = num_gone_first or len(keys)
-
-    recorder = ReclaimRecorder(UMASK_DECIDES)
-    run = ReclaimRun(str(tmp_path), 0.0, time.time_ns, between, recorder, tick=tick)
-    root = os.open(tmp_path, os.O_RDONLY)
-    try:
-        done = run.run(root, {WHOLE: Want(20 * FILE, 0.5)})
-    finally:
-        os.close(root)
-    assert 15 <= done.files.total() <= 25
-    assert 1 <= num_gone_first <= 5
-    assert num_ticks >= 40
 
 
 def test_temporary_files_count_and_strangers_are_never_deleted(tmp_path: Path) -> None:

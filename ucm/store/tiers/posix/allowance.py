@@ -26,10 +26,12 @@ _NEVER = 1 << 62
 
 @dataclass(frozen=True)
 class Allowed:
-    """Of one account, since this process began: bytes written, and how far that may go."""
+    """Of one account, since this process began: bytes written, how far that may go, and what of
+    it is being written, so may not be in storage yet."""
 
     written_bytes: int
     up_to_bytes: int | None
+    in_flight_bytes: int = 0
 
 
 @dataclass
@@ -37,6 +39,7 @@ class _AccountBook:
     limit_bytes: int
     setting: str
     written_bytes: int = 0
+    in_flight_bytes: int = 0
     # None: nobody has counted yet.
     up_to_bytes: int | None = None
     # When that much is written, more should be granted.
@@ -61,7 +64,8 @@ class Allowance:
     _lock: threading.Lock = field(default_factory=threading.Lock)
 
     def take(self, namespace: str, key: Key, nbytes: int, *, manifest: bytes) -> None:
-        """A page of the namespace's is about to be written. Raises TierError if it must not."""
+        """A page of the namespace's is about to be written; then `landed` or `give_back` follows.
+        Raises TierError if it must not."""
         if not self.quotas:
             return
         with self._lock:
@@ -74,16 +78,23 @@ class Allowance:
                     raise self._refused(account)
             for account in accounts:
                 account.written_bytes += nbytes
+                account.in_flight_bytes += nbytes
                 if account.written_bytes >= account.low_at_bytes:
                     account.low_at_bytes = _NEVER
                     self.wake.set()
 
+    def landed(self, namespace: str, key: Key, nbytes: int) -> None:
+        """Who counts what is stored finds it."""
+        with self._lock:
+            for account in self._opened(namespace, key):
+                account.in_flight_bytes -= nbytes
+
     def give_back(self, namespace: str, key: Key, nbytes: int) -> None:
         """It was not written after all, or has been removed again."""
         with self._lock:
-            for name in (WHOLE, namespace, _salt_account_of(key)):
-                if name in self._accounts:
-                    self._accounts[name].written_bytes -= nbytes
+            for account in self._opened(namespace, key):
+                account.in_flight_bytes -= nbytes
+                account.written_bytes -= nbytes
 
     def grant(self, up_to_bytes: Mapping[str, int]) -> None:
         """By account, how far `written_bytes` may go. Others keep what they have."""
@@ -104,7 +115,7 @@ class Allowance:
         """By account, of those that were written to."""
         with self._lock:
             return {
-                name: Allowed(each.written_bytes, each.up_to_bytes)
+                name: Allowed(each.written_bytes, each.up_to_bytes, each.in_flight_bytes)
                 for name, each in self._accounts.items()
             }
 
@@ -133,6 +144,11 @@ class Allowance:
             if self._has(salt, self.quotas.by_salt.get(salt)):
                 names = [*names, salt]
         return [self._accounts[name] for name in names]
+
+    def _opened(self, namespace: str, key: Key) -> list[_AccountBook]:
+        """Those of a page that was taken for. Called with the lock."""
+        names = (WHOLE, namespace, _salt_account_of(key))
+        return [self._accounts[name] for name in names if name in self._accounts]
 
     def _has(self, name: str, limit: Limit | None) -> bool:
         """Whether there is such an account. Opens it if there should be."""

@@ -23,10 +23,12 @@ import msgspec
 
 
 class NodeAccount(msgspec.Struct, frozen=True, array_like=True):
-    """Of one account at one node. `up_to_bytes`: None before anything was granted."""
+    """Of one account at one node. `up_to_bytes`: None before anything was granted.
+    `in_flight_bytes`: of what it has written, what may not be in storage yet."""
 
     written_bytes: int
     up_to_bytes: int | None
+    in_flight_bytes: int = 0
 
 
 class NodeNote(msgspec.Struct, frozen=True):
@@ -80,7 +82,9 @@ def with_grants(
 ) -> dict[str, NodeAccount]:
     """What a node says, and what it was granted since: it may have read of that, and used it."""
     return {
-        name: NodeAccount(account.written_bytes, max(_up_to(account), up_to_bytes.get(name, 0)))
+        name: msgspec.structs.replace(
+            account, up_to_bytes=max(_up_to(account), up_to_bytes.get(name, 0))
+        )
         if name in up_to_bytes
         else account
         for name, account in accounts.items()

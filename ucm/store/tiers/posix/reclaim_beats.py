@@ -157,6 +157,6 @@ class ReclaimBeats:
 
     def _own_accounts(self) -> dict[str, NodeAccount]:
         return {
-            name: NodeAccount(each.written_bytes, each.up_to_bytes)
+            name: NodeAccount(each.written_bytes, each.up_to_bytes, each.in_flight_bytes)
             for name, each in self._allowance.allowed().items()
         }

@@ -107,16 +107,19 @@ class UsedBook:
     _counted: Counter[str] = field(default_factory=Counter)
     # What nodes may have written that are gone, beside what they have said.
     _unsure: Counter[str] = field(default_factory=Counter)
-    # Of each node and account, what it had written then.
+    # Of each node and account, what it had written then, and had been found.
     _marks: dict[str, dict[str, int]] = field(default_factory=dict)
     _nodes: dict[str, Mapping[str, NodeAccount]] = field(default_factory=dict)
 
     def counted(self, count: StoredCount, before: Nodes) -> None:
         """`before`: the nodes as they were when the count began, so that what was written
-        meanwhile is rather counted twice."""
+        meanwhile, or is being written, is rather counted twice than missed."""
         self._counted, self._unsure = Counter(count.nbytes), Counter()
         self._marks = {
-            node: {name: account.written_bytes for name, account in accounts.items()}
+            node: {
+                name: account.written_bytes - account.in_flight_bytes
+                for name, account in accounts.items()
+            }
             for node, accounts in before.items()
         }
 

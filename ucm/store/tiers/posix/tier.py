@@ -212,6 +212,7 @@ class PosixTier(Tier):
         except TierError:
             allowance.give_back(name, key, block.file_bytes)
             raise
+        allowance.landed(name, key, block.file_bytes)
         return Staged(namespace, key, temp)
 
     def publish(self, staged: Staged) -> None:
