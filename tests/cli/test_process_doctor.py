@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import os
+import resource
 import shutil
 import signal
 import subprocess
@@ -71,6 +72,49 @@ def test_a_read_only_mount_is_looked_at_and_not_written_to(filled: Store, tmp_pa
     found = findings(tmp_path / "mnt")
     assert found["rights"].verdict == "warning" and "may not write" in found["rights"].fix
     assert "write" not in found
+
+
+@own_mounts
+def test_a_filesystem_without_inodes_is_told_so_beside_all_else(tmp_path: Path) -> None:
+    disk = tmp_path / "full"
+    mount_tmpfs(disk, size_bytes=1 << 28, max_inodes=20)
+    while free := os.statvfs(disk).f_favail:
+        (disk / f"file-{free}").touch()
+
+    found = findings(disk, status=3)
+    assert found["storage"].found == "making a folder: No space left on device"
+    assert "no inode is left" in found["storage"].fix
+    assert {"mount", "id", "rights", "space", "inodes"} <= set(found)
+
+
+@needs_fuse
+@pytest.mark.parametrize(
+    ("operation", "doing"), [("mkdir", "making a folder"), ("opendir", "listing the directory")]
+)
+def test_what_this_user_may_not_is_told_beside_all_else(
+    filled: Store, tmp_path: Path, operation: str, doing: str
+) -> None:
+    with mount_fuse(filled.path, tmp_path / "mnt") as mount:
+        mount.fail(operation, errno.EACCES)
+        found = findings(mount.path, status=3)
+    assert found["storage"].found == f"{doing}: Permission denied"
+    assert "its owner and mode" in found["storage"].fix
+    assert {"mount", "id", "rights", "space"} <= set(found)
+
+
+def test_pages_that_memory_has_no_room_for_are_told_beside_all_else(filled: Store) -> None:
+    def with_little_memory() -> None:
+        resource.setrlimit(resource.RLIMIT_AS, (900 << 20, 900 << 20))
+
+    done = ucm(
+        *("doctor", filled.path, "--page-kib", 1 << 18, "--json"), preexec_fn=with_little_memory
+    )
+    assert done.returncode == 3, done.stderr
+    (examined,) = msgspec.json.decode(done.stdout, type=Diagnosis).backends
+    found = {finding.check: finding for finding in examined.findings}
+    assert "Cannot allocate memory" in found["storage"].found
+    assert "--page-kib" in found["storage"].fix
+    assert {"mount", "id", "rights", "space", "calls"} <= set(found)
 
 
 @own_mounts
@@ -166,6 +210,37 @@ def test_damaged_files_and_what_a_killed_tool_has_left_are_told(filled: Store) -
     found = findings(filled.path)
     assert "ucm-probe-old" in found["leftovers"].found
     assert found["quarantine"].verdict == "warning"
+
+
+def test_a_link_in_quarantine_leads_nowhere(filled: Store) -> None:
+    aside = filled.path / "quarantine"
+    (aside / "ab").mkdir(parents=True)
+    (aside / "ab" / "one").touch()
+    (aside / "root").symlink_to("/etc")
+
+    assert findings(filled.path)["quarantine"].found == "1 files in quarantine"
+    assert "1 file in quarantine" in ucm("ls", filled.path).stdout
+
+
+@own_mounts
+def test_bench_on_a_full_disk_says_so_in_each_row(tmp_path: Path) -> None:
+    disk = tmp_path / "full"
+    mount_tmpfs(disk, size_bytes=1 << 20)
+    (disk / "all").write_bytes(bytes(os.statvfs(disk).f_bavail * os.statvfs(disk).f_frsize))
+
+    done = ucm("bench", disk, "--mib", 8, "--page-kib", 64, "--seconds", 0.1)
+    assert done.returncode == 3, done.stderr
+    writes = [line for line in done.stdout.splitlines() if line.startswith("write")]
+    assert len(writes) == 6 and all("No space left on device" in line for line in writes)
+    assert "File exists" not in done.stdout
+    assert done.stdout.splitlines()[-1].startswith("Nothing could be read: No space left on device")
+    assert "make room" in done.stdout
+
+
+def test_bench_writes_no_more_than_it_is_told(tmp_path: Path) -> None:
+    done = ucm("bench", tmp_path, "--page-kib", 1 << 20, "--mib", 8)
+    assert done.returncode == 1 and done.stdout == ""
+    assert "say 2048 at least" in done.stderr
 
 
 def test_bench_measures_each_way_and_clears_up(tmp_path: Path) -> None:

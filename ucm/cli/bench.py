@@ -7,8 +7,8 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from ucm.cli.ending import one_line_for_errors
-from ucm.cli.printing import AsJson, print_json, print_table, progress, say, size
+from ucm.cli.ending import end, one_line_for_errors
+from ucm.cli.printing import STATUS_WRONG, AsJson, print_json, print_table, progress, say, size
 
 if TYPE_CHECKING:
     from ucm.store.inspect.speed import Measured, Speed
@@ -38,6 +38,8 @@ def bench(
     from ucm.store.inspect.given import given_place
     from ucm.store.inspect.speed import ProbeLoad, measure_all
 
+    if 2 * page_kib > total_mib << 10:
+        end(f"ucm bench: --mib {total_mib}: two pages are more: say {-(-page_kib // 512)} at least")
     load = ProbeLoad(page_kib << 10, total_mib << 20, seconds)
     # So that its folder goes, however it is ended.
     signal.signal(signal.SIGTERM, signal.default_int_handler)
@@ -48,12 +50,17 @@ def bench(
         ]
     if as_json:
         print_json(found)
-        return
-    for measured in found:
-        _print(measured)
+    else:
+        for measured in found:
+            _print(measured)
+    if not all(_reads(measured) for measured in found):
+        raise typer.Exit(STATUS_WRONG)
 
 
 def _print(found: Measured) -> None:
+    from ucm.store.inspect.remedies import remedy
+    from ucm.store.inspect.speed import MAX_MEMORY_BYTES, NUM_THREADS
+
     say(f"{found.directory}, pages of {size(found.page_bytes)}:")
     rows = [_row(speed) for speed in found.speeds]
     for op, rate in (("write", found.dd_write), ("read", found.dd_read)):
@@ -63,14 +70,25 @@ def _print(found: Measured) -> None:
     print_table(
         ("op", "how", "threads", "pages/s", "bytes"), rows, right=("threads", "pages/s", "bytes")
     )
-    reads = [speed for speed in found.speeds if speed.op == "read" and not speed.problem]
-    best = max(reads, key=lambda speed: speed.pages_per_s, default=None)
-    if best is not None:
+    best = max(_reads(found), key=lambda speed: speed.pages_per_s, default=None)
+    left_out = sorted({*NUM_THREADS} - {speed.num_threads for speed in found.speeds})
+    if left_out:
+        threads = " and ".join(map(str, left_out))
+        say(f"Pages of {threads} threads would take more than {size(MAX_MEMORY_BYTES)} of memory.")
+    if best is None:
+        why = next(speed.problem for speed in found.speeds if speed.problem)
+        say(f"Nothing could be read: {why}: {remedy(why)}.")
+    else:
         direct = "true" if best.is_direct else "false"
         say(
             f"Reads are fastest with io_direct: {direct} and posix_read_threads: "
             f"{best.num_threads}, {best.pages_per_s:,.0f} pages/s."
         )
+
+
+def _reads(found: Measured) -> list[Speed]:
+    """Those that were measured."""
+    return [speed for speed in found.speeds if speed.op == "read" and not speed.problem]
 
 
 def _row(speed: Speed) -> tuple[str, str, str, str, str]:

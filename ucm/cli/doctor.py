@@ -34,7 +34,7 @@ def doctor(
     page_kib: Annotated[
         int,
         typer.Option(
-            "--page-kib", min=0, max=1 << 20, help="page size, if not the store's largest"
+            "--page-kib", min=0, max=1 << 18, help="page size, if not the store's largest"
         ),
     ] = 0,
     prefill: Annotated[

@@ -137,7 +137,7 @@ def backend_contents(
     return BackendContents(
         backend=backend,
         id=backend_id(backend),
-        num_quarantined=_num_quarantined(backend),
+        num_quarantined=num_quarantined(backend),
         namespaces=namespaces,
     )
 
@@ -198,8 +198,8 @@ def _first_levels(folder: NamespaceFolder) -> tuple[list[str], str]:
         return [], f"{folder.path}: {error.strerror or error}"
 
 
-def _num_quarantined(backend: str) -> int:
-    """As far as it can be listed."""
+def num_quarantined(backend: str) -> int:
+    """Files, as far as they can be listed. No link is followed."""
     directory = f"{backend}/{paths.QUARANTINE}"
     if os.path.islink(directory):
         return 0

@@ -11,13 +11,13 @@ from typing import Final
 import msgspec
 
 from ucm.config.settings import Settings, StoreSettings
-from ucm.errors import TierError, UcmError
-from ucm.outcome import Outcome
+from ucm.errors import UcmError
 from ucm.store.blocks.namespace import Manifest, fingerprint
 from ucm.store.inspect.explain import nearest_differences
 from ucm.store.inspect.given import GivenStore, given_place
 from ucm.store.inspect.mount_probe import BackendFacts, largest_page_bytes, look_at_backend
 from ucm.store.inspect.peer_probe import PeerFacts, look_from_peer
+from ucm.store.inspect.remedies import remedy
 from ucm.store.inspect.speed import NUM_THREADS, ProbeLoad
 from ucm.store.inspect.verdicts import (
     Finding,
@@ -31,6 +31,8 @@ from ucm.store.inspect.within import Trial, within
 from ucm.store.tiers.posix import paths
 
 _DEFAULT_PAGE_BYTES: Final = 4 << 20
+# Of larger ones some are not written within the time; and a file may say that it is of any length.
+_MAX_PAGE_BYTES: Final = 256 << 20
 _QUICK_BYTES: Final = 32 << 20
 _QUICK_FILES: Final = 32
 _SLOW_BYTES: Final = 1 << 30
@@ -114,7 +116,7 @@ class Examination:
     def _load(self, backend: str, trial: Trial) -> ProbeLoad:
         """Raises TimeoutError."""
         return ProbeLoad(
-            self.page_bytes or _page_bytes(backend, trial),
+            min(self.page_bytes or _page_bytes(backend, trial), _MAX_PAGE_BYTES),
             _SLOW_BYTES if self.is_slow else _QUICK_BYTES,
             5.0 if self.is_slow else 0.1,
             max_files=1 << 20 if self.is_slow else _QUICK_FILES,
@@ -180,12 +182,10 @@ def _unusable(backend: str, error: UcmError | OSError) -> Examined:
 
 
 def _why_unusable(backend: str, error: UcmError | OSError) -> Finding:
-    found, fix = str(error), f"mount it, or make it with `ucm init {backend}`"
+    found, fix = str(error), ""
     if isinstance(error, TimeoutError):
         found = error.strerror or str(error)
         fix = "look at its server and at the network; engines go on without it"
-    elif isinstance(error, TierError) and error.reason is Outcome.FULL:
-        fix = "make room, or raise the quota of the user that node caches run as"
     elif isinstance(error, OSError):
         found = f"{error.filename or backend}: {error.strerror or error}"
-    return Finding(check="storage", verdict="wrong", found=found, fix=fix)
+    return Finding(check="storage", verdict="wrong", found=found, fix=fix or remedy(found))

@@ -8,11 +8,13 @@ import os
 import stat
 import time
 from collections.abc import Callable
+from dataclasses import dataclass, field
 from typing import Final
 
 import msgspec
 
-from ucm.store.inspect.contents import backend_id, model_label
+from ucm.errors import TierError
+from ucm.store.inspect.contents import backend_id, model_label, num_quarantined
 from ucm.store.inspect.speed import FOLDER_START, ProbeLoad, Speed, SpeedTest, own_folder
 from ucm.store.inspect.walk import namespace_folders, read_manifest
 from ucm.store.inspect.within import Trial
@@ -54,8 +56,9 @@ class CallFacts(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class BackendFacts(msgspec.Struct, frozen=True, kw_only=True):
-    """Of one backend. `skew_s`: how far its clock is ahead of this machine's. `leftovers` are
-    folders of tools that were killed."""
+    """Of one backend. `skew_s`: how far its clock is ahead of this machine's; what could not be
+    tried or looked at is None or empty, and `troubles` say why, for people. `leftovers` are folders
+    of tools that were killed."""
 
     backend: str
     mount: MountFacts
@@ -64,8 +67,9 @@ class BackendFacts(msgspec.Struct, frozen=True, kw_only=True):
     uid: int
     may_write: bool
     space: SpaceFacts
-    skew_s: float
+    skew_s: float | None
     calls: CallFacts | None
+    troubles: list[str]
     speeds: list[Speed]
     page_bytes: int
     namespaces: dict[str, str]
@@ -73,29 +77,53 @@ class BackendFacts(msgspec.Struct, frozen=True, kw_only=True):
     leftovers: list[str]
 
 
+@dataclass
+class _Outcomes:
+    """What was found by trying, up to what was refused."""
+
+    skew_s: float | None = None
+    calls: CallFacts | None = None
+    speeds: list[Speed] = field(default_factory=list)
+
+
+@dataclass
+class _Troubles:
+    """Goes on behind its block where storage refuses something in it."""
+
+    trial: Trial
+    said: list[str] = field(default_factory=list)
+
+    def __enter__(self) -> None: ...
+
+    def __exit__(self, kind: object, error: object, trace: object) -> bool:
+        if isinstance(error, TimeoutError) or not isinstance(error, (OSError, TierError)):
+            return False
+        cause = error.__cause__ if isinstance(error, TierError) else error
+        words = cause.strerror if isinstance(cause, OSError) else None
+        self.said.append(f"{self.trial.doing}: {words or error}")
+        return True
+
+
 def look_at_backend(
     backend: str, load: ProbeLoad, num_threads: tuple[int, ...], trial: Trial
 ) -> BackendFacts:
-    """Raises TierError or OSError if storage does."""
+    """Raises OSError if there is nothing to look at."""
     trial.doing = "looking at the directory"
     status = os.stat(backend)
     may_write = os.access(backend, os.W_OK | os.X_OK)
+    troubles = _Troubles(trial)
+    leftovers: list[str] = []
+    namespaces: dict[str, str] = {}
     trial.doing = "listing the directory"
-    leftovers = _leftovers(backend)
-    calls, speeds, skew_s = None, [], 0.0
+    with troubles:
+        leftovers = _leftovers(backend)
+        trial.doing = "reading the manifests"
+        namespaces = _namespaces(backend)
+    tried = _Outcomes()
     if may_write:
-        trial.doing = "making a folder"
-        with own_folder(backend) as folder:
-            trial.doing = "making, writing and renaming files"
-            skew_s = _skew_s(folder)
-            calls = _calls(folder)
-            test = SpeedTest(folder, load)
-            trial.doing = "writing pages"
-            speeds = [test.write(number) for number in num_threads]
-            trial.doing = "reading pages"
-            speeds += [test.read(number) for number in num_threads]
-            trial.doing = "removing what was made"
-    trial.doing = "reading the id and the manifests"
+        with troubles:
+            _try_out(backend, load, num_threads, trial, tried)
+    trial.doing = "reading the id and the mount table"
     return BackendFacts(
         backend=backend,
         mount=mount_facts(backend),
@@ -104,14 +132,35 @@ def look_at_backend(
         uid=os.geteuid(),
         may_write=may_write,
         space=_space(backend),
-        skew_s=round(skew_s, 3),
-        calls=calls,
-        speeds=speeds,
+        skew_s=tried.skew_s,
+        calls=tried.calls,
+        troubles=troubles.said,
+        speeds=tried.speeds,
         page_bytes=load.page_bytes,
-        namespaces=_namespaces(backend),
-        num_quarantined=_num_entries(f"{backend}/{paths.QUARANTINE}"),
+        namespaces=namespaces,
+        num_quarantined=num_quarantined(backend),
         leftovers=leftovers,
     )
+
+
+def _try_out(
+    backend: str, load: ProbeLoad, num_threads: tuple[int, ...], trial: Trial, tried: _Outcomes
+) -> None:
+    """Raises TierError or OSError for the first thing that is refused."""
+    trial.doing = "making a folder"
+    with own_folder(backend) as folder:
+        trial.doing = "making, writing and renaming files"
+        tried.skew_s = round(_skew_s(folder), 3)
+        tried.calls = _calls(folder)
+        trial.doing = "making room for pages in memory"
+        test = SpeedTest(folder, load, num_threads)
+        trial.doing = "writing pages"
+        for number in test.num_threads:
+            tried.speeds.append(test.write(number))
+        trial.doing = "reading pages"
+        for number in test.num_threads if test.has_files else ():
+            tried.speeds.append(test.read(number))
+        trial.doing = "removing what was made"
 
 
 def mount_facts(path: str) -> MountFacts:
@@ -154,14 +203,6 @@ def _namespaces(backend: str) -> dict[str, str]:
         manifest, why = read_manifest(folder)
         named[folder.name] = model_label(manifest) if manifest is not None else f"? ({why})"
     return named
-
-
-def _num_entries(directory: str) -> int:
-    try:
-        with os.scandir(directory) as folders:
-            return sum(len(os.listdir(each.path)) for each in folders if each.is_dir())
-    except OSError:
-        return 0
 
 
 def _leftovers(backend: str) -> list[str]:

@@ -16,7 +16,7 @@ import shutil
 import subprocess
 import tempfile
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
 from threading import Event
@@ -33,7 +33,10 @@ from ucm.store.tiers.posix.quarantine import forget_cached
 
 FOLDER_START: Final = "ucm-probe-"
 NUM_THREADS: Final = (1, 4, 16)
+# Threads whose pages take more together are left out.
+MAX_MEMORY_BYTES: Final = 2 << 30
 _CHUNK_BYTES: Final = 8 << 20
+_RANDOM_BYTES: Final = 1 << 20
 _BLOCK_TOKENS: Final = 128
 _FINGERPRINT: Final = bytes(32)
 
@@ -103,15 +106,16 @@ def measure_all(
 ) -> Measured:
     """With 1, 4 and 16 threads, with and without O_DIRECT, and with dd. Raises TierError."""
     speeds: list[Speed] = []
-    total = 4 * len(NUM_THREADS)
     with own_folder(directory) as folder, translated(directory, "can't be measured"):
-        test = SpeedTest(folder, load)
-        for is_direct, num_threads in itertools.product((False, True), NUM_THREADS):
+        test = SpeedTest(folder, load, NUM_THREADS)
+        total = 4 * len(test.num_threads)
+        for is_direct, num_threads in itertools.product((False, True), test.num_threads):
             speeds.append(test.write(num_threads, is_direct=is_direct))
             on_progress(len(speeds), total)
             speeds.append(test.read(num_threads, is_direct=is_direct))
             on_progress(len(speeds), total)
-        dd_write, dd_read = dd_bytes_per_s(folder, load)
+        # No more than was done in the time that one measurement has.
+        dd_write, dd_read = dd_bytes_per_s(folder, replace(load, max_files=test.most_files))
     return Measured(
         directory=directory,
         page_bytes=load.page_bytes,
@@ -122,14 +126,23 @@ def measure_all(
 
 
 class SpeedTest:
-    """In one folder, which is its own."""
+    """In one folder, which is its own. `num_threads` are those whose pages there is memory for;
+    `most_files` is the most that one call has written."""
 
-    def __init__(self, folder: str, load: ProbeLoad) -> None:
+    def __init__(self, folder: str, load: ProbeLoad, num_threads: Sequence[int]) -> None:
         """Raises OSError."""
         self._folder = folder
         self._load = load.in_what_is_free(folder)
-        self._buffers: list[_Buffer] = []
+        most = max(1, MAX_MEMORY_BYTES // padded_bytes(load.page_bytes))
+        self.num_threads = [number for number in num_threads if number <= most]
+        self._buffers = [_Buffer(load.page_bytes) for _ in range(max(self.num_threads))]
         self._written: list[str] = []
+        self.most_files = 0
+
+    @property
+    def has_files(self) -> bool:
+        """There is something to read."""
+        return bool(self._written)
 
     def write(self, num_threads: int, *, is_direct: bool = False) -> Speed:
         """New files, renamed when they are whole. Those of the last call are what `read` reads."""
@@ -143,7 +156,9 @@ class SpeedTest:
             self._write(path, os.O_DIRECT if is_direct else 0, buffer)
             self._written.append(path)
 
-        return self._measure("write", num_threads, write_one, is_direct=is_direct)
+        measured = self._measure("write", num_threads, write_one, is_direct=is_direct)
+        self.most_files = max(self.most_files, len(self._written))
+        return measured
 
     def read(self, num_threads: int, *, is_direct: bool = False) -> Speed:
         """Each file once, verified, as far as storage has to be asked."""
@@ -162,8 +177,6 @@ class SpeedTest:
         self, op: str, num_threads: int, act: Callable[[_Buffer], None], *, is_direct: bool
     ) -> Speed:
         num_files = self._load.num_files if op == "write" else len(self._written)
-        while len(self._buffers) < num_threads:
-            self._buffers.append(_Buffer(self._load.page_bytes))
         turns = iter(range(num_files))
         started_s = time.monotonic()
         deadline_s = started_s + self._load.seconds
@@ -196,7 +209,10 @@ class SpeedTest:
             num_threads=num_threads,
             pages_per_s=round(per_s, 2),
             bytes_per_s=round(per_s * self._load.page_bytes),
-            problem=next((problem for _, problem in ends if problem), ""),
+            problem=next(
+                (problem for _, problem in ends if problem),
+                "" if num_files else "nothing could be written",
+            ),
         )
 
     def _block(self, path: str) -> BlockId:
@@ -205,13 +221,21 @@ class SpeedTest:
 
     def _write(self, path: str, flags: int, buffer: _Buffer) -> None:
         temporary = f"{path}.tmp"
-        fd = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC | flags, 0o600)
         try:
-            block, scratch = self._block(path), buffer.scratch
-            write_block(fd, block, buffer.page, num_tokens=_BLOCK_TOKENS, scratch=scratch)
+            self._write_new(temporary, self._block(path), flags, buffer)
+            os.rename(temporary, path)
+        except BaseException:
+            # What there is of it would be in the way of the next one.
+            with contextlib.suppress(FileNotFoundError):
+                os.unlink(temporary)
+            raise
+
+    def _write_new(self, path: str, block: BlockId, flags: int, buffer: _Buffer) -> None:
+        fd = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC | flags, 0o600)
+        try:
+            write_block(fd, block, buffer.page, num_tokens=_BLOCK_TOKENS, scratch=buffer.scratch)
         finally:
             os.close(fd)
-        os.rename(temporary, path)
 
     def _read(self, path: str, flags: int, buffer: _Buffer) -> None:
         fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC | flags)
@@ -228,8 +252,11 @@ class _Buffer:
     def __init__(self, page_bytes: int) -> None:
         self.scratch = Scratch()
         self.page = memoryview(mmap.mmap(-1, padded_bytes(page_bytes)))
-        # Not zeros, which some storage keeps for nothing.
-        self.page[:page_bytes] = os.urandom(page_bytes)
+        # Not zeros, which some storage keeps for nothing; drawing all of it takes too long.
+        some = os.urandom(min(_RANDOM_BYTES, page_bytes))
+        for start in range(0, page_bytes, len(some)):
+            end = min(start + len(some), page_bytes)
+            self.page[start:end] = some[: end - start]
 
 
 def dd_bytes_per_s(folder: str, load: ProbeLoad) -> tuple[float | None, float | None]:

@@ -6,15 +6,14 @@ Each finding has one of four verdicts: `fine`; `note`, which costs nothing that 
 
 from __future__ import annotations
 
-import errno
-import os
 from collections.abc import Iterator, Sequence
 from typing import Final, Literal
 
 import msgspec
 
-from ucm.store.inspect.mount_probe import BackendFacts, MountFacts
+from ucm.store.inspect.mount_probe import BackendFacts, MountFacts, SpaceFacts
 from ucm.store.inspect.peer_probe import PeerFacts
+from ucm.store.inspect.remedies import remedy
 from ucm.store.inspect.speed import Speed
 from ucm.store.tiers.posix.rights import problems
 from ucm.store.tiers.posix.space import Space, reserve_bytes
@@ -27,10 +26,6 @@ _MIN_INODES: Final = 10_000
 _SKEW_S: Final = 2.0
 # Object stores and caches behind FUSE, where renames are copies or listings lie.
 _UNUSABLE: Final = ("s3fs", "rclone", "goofys", "mount-s3", "gcsfuse", "s3ql")
-_OVER_QUOTA: Final = os.strerror(errno.EDQUOT)
-_OF_QUOTA: Final = (
-    "raise the quota of the user that node caches run as: what is free does not show it"
-)
 _IN_MEMORY: Final = ("tmpfs", "ramfs")
 
 
@@ -61,8 +56,9 @@ def backend_findings(facts: BackendFacts, wishes: Wishes) -> list[Finding]:
         *_mount(facts.mount),
         _id(facts),
         *_rights(facts, wishes),
+        *(_refused("storage", trouble, facts.space) for trouble in facts.troubles),
         *_space(facts, wishes),
-        _clock(facts.skew_s),
+        *(() if facts.skew_s is None else (_clock(facts.skew_s),)),
         *_calls(facts, wishes),
         *_speeds(facts, wishes),
         *_leftovers(facts),
@@ -116,6 +112,12 @@ def _nfs(options: Sequence[str]) -> Iterator[Finding]:
     if "nconnect" not in given:
         fix = "mount with nconnect=8 for each 100 Gbit/s"
         yield Finding(check="NFS", verdict="note", found="one connection", fix=fix)
+
+
+def _refused(check: str, words: str, space: SpaceFacts) -> Finding:
+    free_inodes = space.free_inodes if space.total_inodes else None
+    fix = remedy(words, free_inodes=free_inodes)
+    return Finding(check=check, verdict="wrong", found=words, fix=fix)
 
 
 def _id(facts: BackendFacts) -> Finding:
@@ -201,8 +203,7 @@ def _speeds(facts: BackendFacts, wishes: Wishes) -> Iterator[Finding]:
         speeds = [speed for speed in facts.speeds if speed.op == op]
         bad = next((speed.problem for speed in speeds if speed.problem), "")
         if bad:
-            fix = _OF_QUOTA if bad == _OVER_QUOTA else "see the words of the system"
-            yield Finding(check=op, verdict="wrong", found=bad, fix=fix)
+            yield _refused(op, bad, facts.space)
         elif speeds:
             yield _speed(op, speeds, facts, wishes)
 
