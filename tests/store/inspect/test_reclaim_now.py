@@ -79,6 +79,16 @@ def test_a_filesystem_without_room_for_one_more_file_tells_its_time_as_well(
     assert (done.num_files, done.num_young, done.is_own_clock) == (0, 5, False)
 
 
+def test_what_the_clock_is_asked_by_is_swept_if_it_is_killed_there(
+    store: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(os, "unlink", lambda *args, **more: None)
+    order = ReclaimOrder(free_bytes=ALL, grace_s=120.0, is_dry=True)
+    assert reclaim_now(str(store), order).num_young == 5
+    (left,) = (path.name for path in store.iterdir() if path.name.endswith(paths.TEMP_SUFFIX))
+    assert paths.parse_temp_name(left) is not None
+
+
 def test_what_lies_in_the_leases_place_is_named_with_its_path(store: Path) -> None:
     os.mkfifo(store / paths.RECLAIM_LEASE)
     with pytest.raises(UcmError, match=f"^{store / paths.RECLAIM_LEASE}: is a FIFO and no file"):

@@ -36,7 +36,8 @@ class FilesystemClock:
 
     def ask(self, directory: int) -> None:
         """Makes an empty file in an open directory, and removes it. Raises OSError."""
-        name = os.path.basename(paths.temp_path("/ucm-clock"))
+        # A name that a sweep knows, should this process be killed here.
+        name = os.path.basename(paths.temp_path(f"/{paths.RECLAIM_LEASE}"))
         with unless_full():
             fd = os.open(name, _NEW, 0o600, dir_fd=directory)
             try:
