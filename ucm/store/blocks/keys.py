@@ -5,6 +5,8 @@
     tail    = the same, with the n tokens that are left behind the last full block
     extra   = field(content hash) i64(item start - block start) u64(item length)
     salted  = key[i] or tail, its last 8 bytes replaced by SHA256( field("ucm-salt-1") field(salt) )
+    strand  = SHA256( field("ucm-strand-1") field(strand's name) key[i] or tail, as above );
+              salted, its last 8 bytes are those of that key
 
     field(b)    = u32(len(b)) b
     optional(x) = 00 when there is none, else 01 field(x)
@@ -17,6 +19,10 @@ they share a prefix.
 A key that was made with a salt ends with the salt's tag, so that a store can tell the pages of one
 tenant from those of another: for quotas, by the names of files alone. Who may list the store can
 so tell whether a salt that they guess is in use; content can't be found by it.
+
+A model whose layers need unlike parts of a prompt keeps several pages of a block, one for each
+strand of layers. The keys above are those of its base strand, and of all other models; the page of
+another strand has a key that is made of the base's.
 
 Golden vectors in the tests pin the scheme. Changing one byte of it means a new KEY_FORMAT.
 """
@@ -40,6 +46,7 @@ KEY_BYTES: Final = 32
 KEY_FORMAT: Final = b"ucm-key-1"
 SALT_TAG_BYTES: Final = 8
 _SALT_FORMAT: Final = b"ucm-salt-1"
+_STRAND_FORMAT: Final = b"ucm-strand-1"
 
 _EXTRA_PLACE: Final = struct.Struct("<qQ")
 _NO_EXTRAS: Final = struct.pack("<I", 0)
@@ -149,6 +156,16 @@ def tail_key(
     tag = b"" if cache_salt is None else salt_tag(cache_salt)
     key = _key(parent, len(tokens), memoryview(_u32s(tokens)), extras.get(0), tag)
     return Key(TailKey(key, len(tokens)))
+
+
+def strand_key(key: Key, name: str, *, is_salted: bool) -> Key:
+    """The key that the page of the strand `name` has, of the block (or tail) whose base strand's
+    page has `key`. `is_salted`: whether that was made with a salt, whose tag both end with."""
+    assert name, "the base strand's pages have the block's own keys"
+    tag = key[-SALT_TAG_BYTES:] if is_salted else b""
+    digest = sha256(_field(_STRAND_FORMAT) + _field(_text(name)) + key).digest()
+    made = digest[: KEY_BYTES - len(tag)] + tag
+    return Key(TailKey(made, key.num_tokens) if isinstance(key, TailKey) else made)
 
 
 def num_tokens_of(key: Key, *, block_tokens: int) -> int:
