@@ -1,0 +1,103 @@
+"""Which part of a prompt the layers of a strand need. Pure arithmetic on tokens and blocks.
+
+The layers of a model that need the same part of a prompt, and whose KV has the same shape, are a
+*strand*. What its layers need of the tokens that are computed already is its *reach*:
+
+    all        every token
+    window W   the last W - 1 tokens: with the next one, W
+    chunk C    the tokens since the last multiple of C
+
+A *boundary* is a number of tokens at which every strand can go on. A prefill writes, of each
+strand, the blocks that some boundary needs. With such strands a hit never covers the whole prompt:
+the last token must be computed for its answer, and its window reaches one token further back. So a
+boundary is kept for those who go on at it, and for those who go on one token before it.
+
+Blocks are whole ones of the store, the last of a prompt may be its tail. All ranges are half-open.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+from enum import Enum
+from typing import Final
+
+# A boundary costs a window of pages, so the distance of boundaries is a small multiple of the
+# window; and below this many tokens it is cheaper to compute than to store more.
+_LEAST_INTERVAL_TOKENS: Final = 2048
+
+
+class ReachKind(Enum):
+    ALL = "all"
+    WINDOW = "window"
+    CHUNK = "chunk"
+
+
+@dataclass(frozen=True, slots=True)
+class Reach:
+    """`num_tokens` of the window or the chunk; 0 for `all`."""
+
+    kind: ReachKind
+    num_tokens: int = 0
+
+    def __post_init__(self) -> None:
+        if (self.num_tokens < 1) != (self.kind is ReachKind.ALL):
+            raise ValueError(f"a reach of {self.num_tokens} tokens can't be of {self.kind}")
+
+    def __str__(self) -> str:
+        return f"{self.kind.value} {self.num_tokens}" if self.num_tokens else self.kind.value
+
+
+ALL: Final = Reach(ReachKind.ALL)
+
+
+def first_needed_token(reach: Reach, num_tokens: int) -> int:
+    """With `num_tokens` computed, the next one needs the tokens [this, num_tokens)."""
+    if reach.kind is ReachKind.WINDOW:
+        return max(0, num_tokens - reach.num_tokens + 1)
+    if reach.kind is ReachKind.CHUNK:
+        return num_tokens // reach.num_tokens * reach.num_tokens
+    return 0
+
+
+def needed_blocks(reach: Reach, num_tokens: int, block_tokens: int) -> range:
+    """The blocks that are needed to go on at `num_tokens`, the one that they end in included. Whole
+    ones, as an engine's blocks are: it finds them again in a cache of its own."""
+    first, end = first_needed_token(reach, num_tokens), _num_blocks(num_tokens, block_tokens)
+    return range(first // block_tokens if first < num_tokens else end, end)
+
+
+def boundaries(
+    num_prompt: int, num_blocks: int, block_tokens: int, interval_tokens: int
+) -> list[int]:
+    """The boundaries in a prompt of `num_prompt` tokens whose first `num_blocks` blocks can be
+    stored: the end of the last of them (a tail's is that of the prompt) and of the last whole one,
+    and every `interval_tokens`, rounded up to blocks; 0 for the ends only. The last one first."""
+    end = min(num_prompt, num_blocks * block_tokens)
+    found = {end, end // block_tokens * block_tokens}
+    if interval_tokens:
+        step = _num_blocks(interval_tokens, block_tokens) * block_tokens
+        found.update(range(step, end, step))
+    return sorted(found - {0}, reverse=True)
+
+
+def kept_blocks(
+    reach: Reach, num_prompt: int, num_blocks: int, block_tokens: int, interval_tokens: int
+) -> frozenset[int]:
+    """The blocks of a prompt that a prefill writes: with them one can go on at every boundary, and
+    one token before it."""
+    kept: set[int] = set()
+    for end in boundaries(num_prompt, num_blocks, block_tokens, interval_tokens):
+        kept.update(needed_blocks(reach, end, block_tokens))
+        kept.update(needed_blocks(reach, end - 1, block_tokens))
+    return frozenset(kept)
+
+
+def default_interval_tokens(reaches: Iterable[Reach]) -> int:
+    """How far apart boundaries are by default: one distance for all strands of an engine, as a
+    boundary that one of them lacks is none."""
+    return max(_LEAST_INTERVAL_TOKENS, 2 * max((reach.num_tokens for reach in reaches), default=0))
+
+
+def _num_blocks(num_tokens: int, block_tokens: int) -> int:
+    return -(-num_tokens // block_tokens)
