@@ -35,6 +35,14 @@ MANIFEST = Manifest(
 # Never edit: stores out there are named by it. Another fingerprint is another MANIFEST_FORMAT.
 GOLDEN_FINGERPRINT = "16a8a934af615efcdca98ef755b1aaf12b3acbf1b8b655dd0076e889f38eeeb5"
 
+# The same model with windows in most of its layers.
+STRANDS: list[dict[str, object]] = [
+    {"name": "", "reach": "all", "num_layers": 4, "layers": [6, 13, 20, 27]},
+    {"name": "window-512/4x128+128/2", "reach": "window 512", "num_layers": 24, "layers": [0]},
+]
+STRANDED = msgspec.structs.replace(MANIFEST, format_version=2, num_layers=4, strands=STRANDS)
+GOLDEN_STRANDED_FINGERPRINT = "abd25996133561282a52e86fa08c334480f0b864f98903e1230343f1babfc329"
+
 CHANGES: dict[str, object] = {
     "format_version": 2,
     "page_format_version": 2,
@@ -51,6 +59,7 @@ CHANGES: dict[str, object] = {
     "quantization": "fp8",
     "model_shape": {"hidden_size": 3584},
     "epoch": 1,
+    "strands": STRANDS,
 }
 
 numbers = st.integers() | st.floats(allow_nan=False, allow_infinity=False)
@@ -77,12 +86,15 @@ manifests = st.builds(
     weights=st.text(max_size=3),
     model_shape=json_objects,
     epoch=st.integers(0, 2**63),
+    strands=st.just(msgspec.UNSET) | st.lists(json_objects, max_size=2),
 )
 
 
 def test_the_fingerprint_of_a_known_manifest_never_changes() -> None:
     """The directory names of every store depend on it."""
     assert fingerprint(MANIFEST).hex() == GOLDEN_FINGERPRINT
+    assert fingerprint(STRANDED).hex() == GOLDEN_STRANDED_FINGERPRINT
+    assert b"strands" not in to_json(MANIFEST)
 
 
 def test_every_field_of_the_manifest_is_in_the_fingerprint() -> None:
@@ -166,6 +178,26 @@ def test_a_difference_names_the_field_and_both_values() -> None:
     ]
 
 
+def test_a_difference_between_strands_names_the_field_too() -> None:
+    other = json.loads(json.dumps(STRANDS))
+    other[1] |= {"reach": "window 1024", "name": "window-1024/4x128+128/2"}
+    there = msgspec.structs.replace(STRANDED, strands=other)
+
+    assert differences(there, STRANDED) == [
+        "strands.1.name: window-1024/4x128+128/2 (there) / window-512/4x128+128/2 (here)",
+        "strands.1.reach: window 1024 (there) / window 512 (here)",
+    ]
+
+
+def test_who_has_strands_and_who_has_none_is_told_in_one_line_of_them() -> None:
+    """An engine whose hybrid memory manager is off keeps everything of every layer."""
+    assert differences(STRANDED, MANIFEST) == [
+        "format_version: 2 (there) / 1 (here)",
+        "num_layers: 4 (there) / 28 (here)",
+        'strands: ["all","window 512"] (there) / absent (here)',
+    ]
+
+
 def test_values_that_look_alike_are_shown_with_their_quotes() -> None:
     """The text "1" and the number 1 are a difference, and must look like one."""
     number = msgspec.structs.replace(MANIFEST, model_shape={"x": 1})
@@ -191,9 +223,11 @@ def test_what_has_no_fingerprint_is_no_manifest(value: str) -> None:
     text = to_json(MANIFEST).replace(
         b'"model_shape": {', b'"model_shape": {"x": %b,' % value.encode()
     )
+    strands = to_json(MANIFEST)[:-3] + b', "strands": [{"x": %b}]}' % value.encode()
 
-    with pytest.raises(UcmError, match="not the manifest of a namespace"):
-        from_json(text)
+    for each in (text, strands):
+        with pytest.raises(UcmError, match="not the manifest of a namespace"):
+            from_json(each)
 
 
 def test_a_manifest_of_a_newer_format_can_still_be_compared() -> None:

@@ -21,6 +21,9 @@ from ucm.store.blocks.blockfile import VERSION as PAGE_FORMAT
 from ucm.store.blocks.canonical_json import canonical_json
 
 MANIFEST_FORMAT: Final = 1
+# Of the manifests of models with several strands, which have `strands`; of all others nothing
+# changes.
+STRANDS_FORMAT: Final = 2
 
 _ABSENT: Final = "absent"
 # Of mappings and lists in each other; a model's config has three or four.
@@ -51,6 +54,9 @@ class Manifest(msgspec.Struct, frozen=True, kw_only=True):
     quantization: str = "none"
     model_shape: dict[str, object]
     epoch: int
+    # Of a model with several strands: what each is, the base strand first. The dimensions above are
+    # those of its pages.
+    strands: list[dict[str, object]] | msgspec.UnsetType = msgspec.UNSET
 
 
 def fingerprint(manifest: Manifest) -> bytes:
@@ -69,7 +75,8 @@ def from_json(text: bytes) -> Manifest:
     newer format are ignored: its format_version differs anyway."""
     try:
         manifest = msgspec.convert(json.loads(text), Manifest)
-        _check_depth(manifest.model_shape, left=_MAX_DEPTH)
+        for value in (manifest.model_shape, *(manifest.strands or ())):
+            _check_depth(value, left=_MAX_DEPTH)
         # NaN and infinity, and text that is not Unicode: JSON can spell them.
         json.dumps(msgspec.to_builtins(manifest), allow_nan=False, ensure_ascii=False).encode()
     except (ValueError, RecursionError) as error:
@@ -100,8 +107,8 @@ def differences(
 ) -> list[str]:
     """One readable line per field that differs, like "kv_dtype: bfloat16 (prefill) / float16
     (here)". Empty exactly when the fingerprints are equal."""
-    values_there = dict(_leaves(msgspec.to_builtins(there)))
-    values_here = dict(_leaves(msgspec.to_builtins(here)))
+    apart = len(there.strands or ()) == len(here.strands or ())
+    values_there, values_here = _values(there, apart=apart), _values(here, apart=apart)
     lines: list[str] = []
     for path in sorted({*values_there, *values_here}):
         value_there = values_there.get(path, _ABSENT)
@@ -113,6 +120,18 @@ def differences(
             name = ".".join(path)
             lines.append(f"{name}: {shown_there} ({there_label}) / {shown_here} ({here_label})")
     return lines
+
+
+def _values(manifest: Manifest, *, apart: bool) -> dict[tuple[str, ...], str]:
+    """By their paths. Strands field by field if the other manifest has as many (`apart`); else it
+    is enough to say which there are."""
+    fields = msgspec.to_builtins(manifest)
+    strands = fields.get("strands")
+    if strands and apart:
+        fields["strands"] = {str(number): strand for number, strand in enumerate(strands)}
+    elif strands:
+        fields["strands"] = [strand.get("reach") for strand in strands]
+    return dict(_leaves(fields))
 
 
 def _leaves(value: object, path: tuple[str, ...] = ()) -> Iterator[tuple[tuple[str, ...], str]]:
