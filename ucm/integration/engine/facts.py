@@ -6,6 +6,33 @@ from dataclasses import dataclass
 
 from ucm.integration.copies.layout_kind import LayoutKind
 from ucm.store.blocks.page_layout import PageGeometry
+from ucm.store.blocks.strands import ALL, Reach
+
+
+@dataclass(frozen=True)
+class StrandFacts:
+    """Layers that need the same part of a prompt and have KV of one shape: a page of `geometry` per
+    block. `name` is part of the keys of its pages; that of the base strand is empty. `layer_names`
+    are in the page's order."""
+
+    name: str
+    reach: Reach
+    geometry: PageGeometry
+    layout: LayoutKind
+    layout_name: str
+    layer_names: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class TargetFacts:
+    """Layers of one strand in one group of the engine, both by their numbers. A group's blocks, of
+    `block_tokens`, have ids of their own. The layers have `positions` in the strand's page."""
+
+    strand: int
+    group: int
+    block_tokens: int
+    layer_names: tuple[str, ...]
+    positions: range
 
 
 @dataclass(frozen=True)
@@ -13,7 +40,11 @@ class EngineFacts:
     """One engine. `layer_names` are the attention layers of this process in order: all of them, or
     with pipeline parallelism a stage's. `loads` and `dumps` follow from kv_role; an engine that
     could not use a hit (`why_no_hits` says why) loads nothing. `adapter_rules` is what of its
-    settings decides how a LoRA adapter is applied, empty for vLLM's defaults."""
+    settings decides how a LoRA adapter is applied, empty for vLLM's defaults.
+
+    `strands` and `targets` are what there is to store and where it lies. Most models have one each,
+    and the fields above them describe it (it need not be given of an engine with one stage). Of a
+    model with several they describe the base strand, which is the first one."""
 
     engine_id: str
     loads: bool
@@ -31,3 +62,14 @@ class EngineFacts:
     why_no_hits: str = ""
     adapter_rules: str = ""
     can_sleep: bool = False
+    strands: tuple[StrandFacts, ...] = ()
+    targets: tuple[TargetFacts, ...] = ()
+
+    def __post_init__(self) -> None:
+        layers = self.layer_names
+        if not self.strands:
+            base = StrandFacts("", ALL, self.geometry, self.layout, self.layout_name, layers)
+            object.__setattr__(self, "strands", (base,))
+        if not self.targets:
+            only = TargetFacts(0, 0, self.block_tokens, layers, range(len(layers)))
+            object.__setattr__(self, "targets", (only,))

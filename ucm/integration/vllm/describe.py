@@ -58,6 +58,7 @@ def _kv_cache_config(vllm_config: Any) -> Any:
     model, cache = vllm_config.model_config, vllm_config.cache_config
     if model.is_hybrid:
         raise UnsupportedEngine("this model has layers of several kinds, and UCM serves one")
+    _refuse_windows(vllm_config)
     common = {
         "block_size": cache.block_size,
         "head_size": model.get_head_size(),
@@ -71,7 +72,23 @@ def _kv_cache_config(vllm_config: Any) -> Any:
     num_layers = int(model.hf_text_config.num_hidden_layers)
     names = [f"model.layers.{number}.self_attn.attn" for number in range(num_layers)]
     group = SimpleNamespace(kv_cache_spec=spec, layer_names=names)
-    return SimpleNamespace(kv_cache_groups=[group], num_blocks=1)
+    return SimpleNamespace(kv_cache_groups=[group], kv_cache_tensors=[], num_blocks=1)
+
+
+def _refuse_windows(vllm_config: Any) -> None:
+    """With its hybrid memory manager on, vLLM has caches of several kinds for them."""
+    types = getattr(vllm_config.model_config.hf_text_config, "layer_types", None) or ()
+    is_mixed = not vllm_config.scheduler_config.disable_hybrid_kv_cache_manager and (
+        "sliding_attention" in types or "chunked_attention" in types
+    )
+    if vllm_config.model_config.disable_sliding_window or not (
+        is_mixed or vllm_config.cache_config.sliding_window
+    ):
+        return
+    raise UnsupportedEngine(
+        "this model has layers with windows, whose shape only a running engine knows; of an engine "
+        "with --disable-hybrid-kv-cache-manager the tools can tell, if that is among its flags"
+    )
 
 
 def _tokens(model_config: Any, prompt_file: str) -> list[int]:

@@ -9,11 +9,14 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any, Final
 
+import msgspec
+
 from ucm.config.settings import Settings
 from ucm.errors import UnsupportedEngine
-from ucm.integration.engine.facts import EngineFacts
+from ucm.integration.engine.facts import EngineFacts, StrandFacts
+from ucm.integration.vllm.kv_specs import layer_index
 from ucm.store.blocks.model_shape import model_shape
-from ucm.store.blocks.namespace import Manifest
+from ucm.store.blocks.namespace import MANIFEST_FORMAT, STRANDS_FORMAT, Manifest
 from ucm.store.blocks.weights import weights_identity
 
 # Ways of speculation that keep no KV of their own: they guess from the text, or from the target's
@@ -26,7 +29,9 @@ def manifest(vllm_config: Any, facts: EngineFacts, settings: Settings, *, epoch:
     model = vllm_config.model_config
     cache = vllm_config.cache_config
     geometry = facts.geometry
+    has_several = len(facts.strands) > 1
     return Manifest(
+        format_version=STRANDS_FORMAT if has_several else MANIFEST_FORMAT,
         block_tokens=settings.block_tokens,
         model_dtype=_dtype_name(model.dtype),
         kv_dtype=_kv_dtype(model, cache),
@@ -35,14 +40,35 @@ def manifest(vllm_config: Any, facts: EngineFacts, settings: Settings, *, epoch:
         num_kv_heads=geometry.num_kv_heads,
         k_size=geometry.k_size,
         v_size=geometry.v_size,
-        layout=f"opaque:{facts.layout_name}" if facts.layout_name else "canonical",
+        layout=_layout(facts.layout_name),
         weights=_weights(vllm_config, settings),
         model_shape=model_shape(
             model.hf_text_config.to_dict(), max_model_len=int(model.max_model_len)
         ),
         quantization=_engine_quantization(model, settings),
         epoch=epoch,
+        strands=[_strand(strand) for strand in facts.strands] if has_several else msgspec.UNSET,
     )
+
+
+def _strand(strand: StrandFacts) -> dict[str, object]:
+    """What must agree of it, on its own: engines differ in which layers they take for a strand."""
+    geometry = strand.geometry
+    return {
+        "name": strand.name,
+        "reach": str(strand.reach),
+        "layers": [layer_index(name) for name in strand.layer_names],
+        "num_layers": geometry.num_layers,
+        "num_kv_heads": geometry.num_kv_heads,
+        "k_size": geometry.k_size,
+        "v_size": geometry.v_size,
+        "item_bytes": geometry.item_bytes,
+        "layout": _layout(strand.layout_name),
+    }
+
+
+def _layout(layout_name: str) -> str:
+    return f"opaque:{layout_name}" if layout_name else "canonical"
 
 
 def _dtype_name(dtype: Any) -> str:
@@ -92,13 +118,18 @@ def _weights(vllm_config: Any, settings: Settings) -> str:
     else:
         model = vllm_config.model_config
         identity = _identity(model.model, model.revision, load_format)
+    draft = draft_with_kv(vllm_config)
+    if draft is not None:
+        drafted = _identity(draft.model, draft.revision, load_format)
+        identity = f"{identity}+{vllm_config.speculative_config.method}:{drafted}"
+    return identity
+
+
+def draft_with_kv(vllm_config: Any) -> Any | None:
+    """The model of a draft whose layers may keep KV, and in the same pages."""
     speculative = vllm_config.speculative_config
     draft = getattr(speculative, "draft_model_config", None)
-    if draft is not None and speculative.method not in _DRAFTS_WITHOUT_KV:
-        # Draft layers may keep KV in the same pages.
-        drafted = _identity(draft.model, draft.revision, load_format)
-        identity = f"{identity}+{speculative.method}:{drafted}"
-    return identity
+    return None if draft is None or speculative.method in _DRAFTS_WITHOUT_KV else draft
 
 
 def _identity(model: str, revision: str | None, load_format: str) -> str:

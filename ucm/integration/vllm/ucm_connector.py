@@ -20,6 +20,8 @@ from vllm.distributed.kv_transfer.kv_connector.v1.base import (
 )
 
 from ucm.config.settings import load_settings, start_epoch
+from ucm.errors import UnsupportedEngine
+from ucm.integration.engine.strand_report import strands_text
 from ucm.integration.vllm.device_facts import wanted_layout
 from ucm.integration.vllm.engine_facts import engine_facts
 from ucm.integration.vllm.identity import manifest
@@ -53,6 +55,12 @@ class UCMConnector(KVConnectorBase_V1):
         _log_like_vllm()
         settings = load_settings(vllm_config.kv_transfer_config.kv_connector_extra_config)
         facts = engine_facts(vllm_config, kv_cache_config, settings)
+        if len(facts.targets) > 1:
+            logger.info("%s", strands_text(facts.strands))
+            raise UnsupportedEngine(
+                "this model has layers of several kinds, which UCM can't serve yet: run it with "
+                "--disable-hybrid-kv-cache-manager"
+            )
         self._stats = UcmStats()
         self._scheduler: SchedulerSide | None = None
         self._worker: WorkerSide | None = None

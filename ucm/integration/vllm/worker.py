@@ -30,7 +30,7 @@ from ucm.integration.engine.facts import EngineFacts
 from ucm.integration.engine.meter import CopyMeter
 from ucm.integration.engine.step_waits import IDLE_WAIT_S
 from ucm.integration.vllm.batched_copy import batched_copy
-from ucm.integration.vllm.engine_facts import layer_index
+from ucm.integration.vllm.kv_specs import layer_index
 from ucm.integration.vllm.metadata import RankReport, StepMetadata
 from ucm.integration.vllm.stats import UcmStats
 from ucm.store.blocks.page_layout import RankShare, rank_share

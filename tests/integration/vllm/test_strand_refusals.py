@@ -1,0 +1,140 @@
+"""Engines that can't be served are refused by one sentence that names what helps."""
+
+from __future__ import annotations
+
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+
+pytest.importorskip("vllm")
+
+import torch
+from vllm.platforms import current_platform
+from vllm.v1.kv_cache_interface import (
+    CrossAttentionSpec,
+    FullAttentionSpec,
+    KVCacheGroupSpec,
+    MambaSpec,
+    MLAAttentionSpec,
+    RSWASpec,
+    SinkFullAttentionSpec,
+    SlidingWindowMLASpec,
+    SparseCacheRole,
+)
+
+from tests.integration.vllm.strand_engine import (
+    BLOCK,
+    CHUNKED,
+    FULL,
+    HEADS,
+    LARGE,
+    SHAPE,
+    WINDOW,
+    WINDOWED,
+    by_vllm,
+    config,
+    facts_of,
+    grouped,
+    name,
+)
+from ucm.errors import UnsupportedEngine
+
+MAMBA = MambaSpec(block_size=BLOCK, shapes=((4, 4),), dtypes=(torch.float32,))
+INDEXER = MLAAttentionSpec(
+    **{**SHAPE, "num_kv_heads": 1, "head_size": 132}, cache_role=SparseCacheRole.INDEXER
+)
+SPECS_THAT_ARE_REFUSED = {
+    "linear-attention or Mamba layers": MAMBA,
+    "cross-attention": CrossAttentionSpec(**SHAPE),
+    "reference sliding window": RSWASpec(**SHAPE, rswa_window=4),
+    "static sinks": SinkFullAttentionSpec(**SHAPE, sink_len=4),
+    "MLA layers with a sliding window": SlidingWindowMLASpec(**SHAPE, sliding_window=WINDOW),
+    "an indexer": INDEXER,
+}
+
+
+def test_sinks_on_a_cpu_need_the_hybrid_manager() -> None:
+    """vLLM's own answers differ from run to run without it."""
+    engine = config(hybrid=False, model_type="gpt_oss")
+    cache = by_vllm(engine, [WINDOWED, FULL])
+    if current_platform.device_type == "cpu":
+        with pytest.raises(UnsupportedEngine, match="leave out --disable-hybrid-kv-cache-manager"):
+            facts_of(cache, engine)
+    hybrid = config(model_type="gpt_oss")
+    assert len(facts_of(by_vllm(hybrid, [WINDOWED, FULL]), hybrid).strands) == 2
+
+
+def test_heads_that_can_not_be_counted_are_refused() -> None:
+    """One head a rank, of layers that have fewer or larger ones than the model's others."""
+    fewer = FullAttentionSpec(**{**SHAPE, "num_kv_heads": 1})
+    for total, spec in ((2 * HEADS, fewer), (1, LARGE)):
+        engine = config(tp_size=2, total_heads=total)
+        with pytest.raises(UnsupportedEngine, match="--tensor-parallel-size than 2"):
+            facts_of(by_vllm(engine, [WINDOWED] * 4 + [spec]), engine)
+
+
+@pytest.mark.parametrize("words", SPECS_THAT_ARE_REFUSED)
+def test_layers_that_can_not_be_stored_are_named(words: str) -> None:
+    spec = SPECS_THAT_ARE_REFUSED[words]
+    with pytest.raises(UnsupportedEngine) as refused:
+        facts_of(grouped((spec, [0, 1, 2, 4]), (FULL, [3])))
+
+    said = str(refused.value)
+    assert said.startswith(f"this model has {words}") or words in said
+    assert type(spec).__name__ in said and f"{name(2)} and 1 more" in said
+    assert "run it without UCM" in said
+
+
+def test_a_model_without_layers_that_see_the_whole_prompt_is_refused() -> None:
+    with pytest.raises(UnsupportedEngine, match=r"window 256: 4 layers.*--disable-sliding-window"):
+        facts_of(by_vllm(config(), [WINDOWED] * 4))
+
+
+def test_a_model_that_keeps_nothing_is_refused() -> None:
+    with pytest.raises(UnsupportedEngine, match="keeps no KV cache"):
+        facts_of(grouped())
+
+
+def test_what_only_plain_models_can_have_is_refused_by_name() -> None:
+    specs = [WINDOWED, FULL]
+    draft = SimpleNamespace(method="eagle3", draft_model_config=SimpleNamespace())
+    ngram = SimpleNamespace(method="ngram", draft_model_config=SimpleNamespace())
+
+    def refused(given: Any, **more: Any) -> str:
+        with pytest.raises(UnsupportedEngine) as caught:
+            facts_of(by_vllm(config(), specs), given, **more)
+        return str(caught.value)
+
+    kinds = "(all: 1 layers, window 256: 1 layers)"
+    assert f"{kinds}, and use_layerwise" in refused(config(), use_layerwise=True)
+    assert f"{kinds}, and kv_layout: opaque" in refused(config(), kv_layout="opaque")
+    assert "instead of --pipeline-parallel-size" in refused(config(pp_size=2))
+    assert "draft model that keeps KV (eagle3)" in refused(config(speculative=draft))
+    cache = by_vllm(config(), specs)
+    assert len(facts_of(cache, config(speculative=ngram)).strands) == 2
+
+
+def test_blocks_must_be_multiples_of_those_of_every_group() -> None:
+    """48 tokens are three blocks of one group, and one and a half of the other."""
+    cache = by_vllm(config(), [WINDOWED] * 5 + [LARGE])
+
+    with pytest.raises(
+        UnsupportedEngine, match="blocks of 16 and 32 tokens: set block_tokens to 64"
+    ):
+        facts_of(cache, block_tokens=48)
+    with pytest.raises(UnsupportedEngine, match="the engine's --block-size is 16"):
+        facts_of(by_vllm(config(), [WINDOWED, FULL]), block_tokens=24)
+
+
+def test_a_chunk_is_a_number_of_blocks() -> None:
+    """Else a block is of two chunks, and half of it is computed by nobody who goes on behind."""
+    with pytest.raises(UnsupportedEngine, match="in chunks of 8192 tokens"):
+        facts_of(by_vllm(config(), [CHUNKED, FULL]), block_tokens=48)
+
+
+def test_kv_that_is_not_all_on_the_device_is_refused() -> None:
+    cache = grouped((FULL, [0]))
+    cache.kv_cache_groups.append(KVCacheGroupSpec([name(1)], FULL, host_resident=True))
+    with pytest.raises(UnsupportedEngine, match="hisparse_config"):
+        facts_of(cache)

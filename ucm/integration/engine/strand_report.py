@@ -1,0 +1,53 @@
+"""What a model with several strands is, in one line for its log."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Final
+
+from ucm.integration.engine.facts import StrandFacts
+from ucm.store.blocks.strands import default_interval_tokens, kept_blocks
+
+# Long enough for many boundaries, and what people call a long prompt.
+_PROMPT_TOKENS: Final = 32 << 10
+_UNITS: Final = ("bytes", "KiB", "MiB", "GiB")
+
+
+def strands_text(strands: Sequence[StrandFacts], interval_tokens: int | None = None) -> str:
+    """The strands, the bytes of each, and what a prefill writes. Boundaries lie `interval_tokens`
+    apart (None: as by default, 0: at the ends of prompts only)."""
+    reaches = [strand.reach for strand in strands]
+    interval = default_interval_tokens(reaches) if interval_tokens is None else interval_tokens
+    written = sum(_written_bytes(strand, interval) for strand in strands)
+    dense = sum(_token_bytes(strand) for strand in strands) * _PROMPT_TOKENS
+    per_1000 = f"{_size(written * 1000 / _PROMPT_TOKENS)} per 1000 tokens"
+    return (
+        f"this model has {len(strands)} strands: {'; '.join(map(_strand_text, strands))}. With a "
+        f"boundary every {interval or _PROMPT_TOKENS} tokens a prompt of {_PROMPT_TOKENS} writes "
+        f"{per_1000}, {round(100 * written / dense)} % of its KV"
+    )
+
+
+def _strand_text(strand: StrandFacts) -> str:
+    return (
+        f"{strand.reach}, {strand.geometry.num_layers} layers, {_size(_token_bytes(strand))} per "
+        f"token, {_size(strand.geometry.page_bytes)} per block"
+    )
+
+
+def _token_bytes(strand: StrandFacts) -> float:
+    return strand.geometry.page_bytes / strand.geometry.block_tokens
+
+
+def _written_bytes(strand: StrandFacts, interval_tokens: int) -> int:
+    block_tokens = strand.geometry.block_tokens
+    num_blocks = _PROMPT_TOKENS // block_tokens
+    kept = kept_blocks(strand.reach, _PROMPT_TOKENS, num_blocks, block_tokens, interval_tokens)
+    return len(kept) * strand.geometry.page_bytes
+
+
+def _size(num_bytes: float) -> str:
+    unit = 0
+    while num_bytes >= 1024 and unit < len(_UNITS) - 1:
+        num_bytes, unit = num_bytes / 1024, unit + 1
+    return f"{num_bytes:.4g} {_UNITS[unit]}"

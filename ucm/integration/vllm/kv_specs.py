@@ -1,0 +1,168 @@
+"""What vLLM keeps of each layer: which kind of cache it is, and what of a prompt the layer needs.
+
+vLLM describes a layer's cache by a spec. It puts layers into groups, whose blocks have ids of their
+own; how many groups there are, and which layers are in one, says nothing of the model.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any, Final
+
+from ucm.errors import UnsupportedEngine
+from ucm.store.blocks.strands import ALL, Reach, ReachKind
+
+_SHOWN_LAYERS: Final = 3
+_LAYER_INDEX: Final = re.compile(r"(?:^|\.)(\d+)(?:\.|$)")
+
+# What the layers are that have a spec of such a type, and why they are refused.
+_REFUSED: Final = {
+    "MambaSpec": (
+        "linear-attention or Mamba layers",
+        "UCM can't store their states yet; run it without UCM",
+    ),
+    "SlidingWindowMLASpec": (
+        "MLA layers with a sliding window",
+        "UCM can't store them yet; run it without UCM",
+    ),
+    "CrossAttentionSpec": (
+        "cross-attention layers",
+        "their KV is that of an encoder's input and not of a prompt; run it without UCM",
+    ),
+    "EncoderOnlyAttentionSpec": (
+        "layers of an encoder",
+        "a token's KV depends on those that follow it; run it without UCM",
+    ),
+    "RSWASpec": (
+        "layers with a reference sliding window",
+        "UCM can't store them; run it without UCM",
+    ),
+    "SinkFullAttentionSpec": (
+        "layers with static sinks before the prompt",
+        "UCM can't store them; run it without UCM",
+    ),
+    "CircularBufferSpec": (
+        "layers that compress their KV and keep what is left in a ring",
+        "UCM can't store it; run it without UCM",
+    ),
+    "HiddenStateCacheSpec": (
+        "a cache of hidden states",
+        "it is no KV; leave extract_hidden_states out of --speculative-config",
+    ),
+}
+_OTHER: Final = (
+    "layers of a kind that UCM doesn't know",
+    "it stores full attention, MLA, sliding windows and chunked attention; run it without UCM",
+)
+_INDEXER: Final = (
+    "an indexer beside its MLA layers",
+    "UCM can't store its cache yet; run it without UCM",
+)
+
+
+@dataclass(frozen=True)
+class CachedLayer:
+    """A layer that has a cache of its own, and the number of the group it is in."""
+
+    name: str
+    group: int
+    spec: Any
+    reach: Reach
+
+
+def cached_layers(kv_cache_config: Any) -> list[CachedLayer]:
+    """In the order of groups. Raises UnsupportedEngine if there is one that can't be stored."""
+    layers: list[CachedLayer] = []
+    refused: dict[tuple[str, str, str], list[str]] = {}
+    for number, group in enumerate(kv_cache_config.kv_cache_groups):
+        _refuse_what_is_elsewhere(group)
+        _refuse_untold_specs(kv_cache_config, number, group)
+        for name, spec in _specs_of(group):
+            reach = _reach(spec)
+            if reach is None:
+                kind = type(spec).__name__
+                what, why = _INDEXER if _is_indexer(spec) else _REFUSED.get(kind, _OTHER)
+                refused.setdefault((what, kind, why), []).append(name)
+            else:
+                _refuse_what_is_no_plain_kv(spec)
+                layers.append(CachedLayer(name, number, spec, reach))
+    for (what, kind, why), names in refused.items():
+        raise UnsupportedEngine(f"this model has {what} ({kind} in {_shown(names)}): {why}")
+    if not layers:
+        raise UnsupportedEngine("this model keeps no KV cache: there is nothing to store of it")
+    return layers
+
+
+def layer_index(layer_name: str) -> int:
+    """The number in a name like `model.layers.7.self_attn.attn`."""
+    numbers = _LAYER_INDEX.findall(layer_name)
+    if len(numbers) != 1:
+        raise UnsupportedEngine(f"can't tell the layer's number from its name {layer_name!r}")
+    return int(numbers[0])
+
+
+def _specs_of(group: Any) -> Iterator[tuple[str, Any]]:
+    by_layer = getattr(group.kv_cache_spec, "kv_cache_specs", None)
+    for name in group.layer_names:
+        yield name, group.kv_cache_spec if by_layer is None else by_layer[name]
+
+
+def _reach(spec: Any) -> Reach | None:
+    """None of what can't be stored. By the very type: those that are derived from one of these keep
+    something else."""
+    from vllm.v1.kv_cache_interface import (
+        ChunkedLocalAttentionSpec,
+        FullAttentionSpec,
+        MLAAttentionSpec,
+        SlidingWindowSpec,
+    )
+
+    kind = type(spec)
+    if kind in (FullAttentionSpec, MLAAttentionSpec) and not _is_indexer(spec):
+        return ALL
+    if kind is SlidingWindowSpec:
+        return Reach(ReachKind.WINDOW, int(spec.sliding_window))
+    if kind is ChunkedLocalAttentionSpec:
+        return Reach(ReachKind.CHUNK, int(spec.attention_chunk_size))
+    return None
+
+
+def _is_indexer(spec: Any) -> bool:
+    role = getattr(spec, "cache_role", None)
+    return getattr(role, "value", "") == "indexer"
+
+
+def _refuse_what_is_no_plain_kv(spec: Any) -> None:
+    if getattr(spec, "non_causal", False):
+        raise UnsupportedEngine(
+            "this model's attention is not causal: a token's KV depends on those that follow it"
+        )
+    if spec.state_content_bytes is not None or spec.tokens_per_state != 1:
+        raise UnsupportedEngine("this KV cache dtype packs its own scales or states into a block")
+
+
+def _refuse_what_is_elsewhere(group: Any) -> None:
+    if getattr(group, "host_resident", False) or not getattr(group, "enable_kv_transfer", True):
+        raise UnsupportedEngine(
+            "this engine keeps a part of its KV in host memory (HiSparse), where UCM can't copy "
+            "it: leave hisparse_config out of --attention-config"
+        )
+
+
+def _refuse_untold_specs(kv_cache_config: Any, number: int, group: Any) -> None:
+    """vLLM's scheduler is told one spec of a group, whatever its layers are. But they lie in memory
+    one spec after the other, which it is told."""
+    names = set(group.layer_names)
+    tensors = [each for each in kv_cache_config.kv_cache_tensors if names & set(each.layers)]
+    if len(tensors) > 1 and not hasattr(group.kv_cache_spec, "kv_cache_specs"):
+        raise UnsupportedEngine(
+            f"the layers of this model's KV cache group {number} differ in the shape of their KV, "
+            "and vLLM's scheduler does not know how: run it without UCM"
+        )
+
+
+def _shown(names: Sequence[str]) -> str:
+    more = len(names) - _SHOWN_LAYERS
+    return ", ".join(names[:_SHOWN_LAYERS]) + (f" and {more} more" if more > 0 else "")

@@ -1,0 +1,216 @@
+"""Which strands a model has, and in which of the engine's groups their layers are.
+
+The layers with one reach and one shape are a strand; where they lie in its pages follows from their
+numbers in the model. So engines whose groups differ have the same pages.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+from ucm.config.settings import Settings
+from ucm.errors import UnsupportedEngine
+from ucm.integration.engine.facts import StrandFacts, TargetFacts
+from ucm.integration.vllm.identity import draft_with_kv
+from ucm.integration.vllm.kv_specs import CachedLayer, layer_index
+from ucm.integration.vllm.strand_layout import geometry_of, layout_of
+from ucm.store.blocks.page_layout import PageGeometry
+from ucm.store.blocks.strands import ALL, Reach, ReachKind
+
+
+def read_strands(
+    vllm_config: Any, layers: Sequence[CachedLayer], settings: Settings
+) -> tuple[tuple[StrandFacts, ...], tuple[TargetFacts, ...]]:
+    """The base strand, and its targets, come first. Raises UnsupportedEngine."""
+    _refuse_promoted_sinks(vllm_config, layers)
+    sharing = _sharing(vllm_config, layers, settings)
+    if len(sharing) > 1 or len({layer.group for layer in layers}) > 1:
+        _refuse_with_several(vllm_config, settings, sharing)
+    _refuse_unlike_blocks(settings, layers)
+    strands: list[StrandFacts] = []
+    targets: list[TargetFacts] = []
+    for of_strand in sharing:
+        is_base = not strands
+        strands.append(
+            _strand(vllm_config, of_strand, settings, is_base=is_base, is_only=len(sharing) == 1)
+        )
+        first = _first_position(vllm_config, of_strand)
+        targets += _targets(len(strands) - 1, of_strand, first)
+    assert len({strand.name for strand in strands}) == len(strands), "two strands have one name"
+    return tuple(strands), tuple(targets)
+
+
+def _sharing(
+    vllm_config: Any, layers: Sequence[CachedLayer], settings: Settings
+) -> list[list[CachedLayer]]:
+    """The layers of each strand in the order of the model, the base strand's first."""
+    in_one_group = len({layer.group for layer in layers}) == 1
+    # Those of one number are in the engine's order, or, where groups mix it up, in that of names.
+    ordered = sorted(
+        layers, key=lambda layer: (layer_index(layer.name), "" if in_one_group else layer.name)
+    )
+    strands: dict[tuple[object, ...], list[CachedLayer]] = {}
+    for layer in ordered:
+        spec = layer.spec
+        shape = (type(spec) if layer.reach == ALL else None, int(spec.num_kv_heads))
+        sizes = (int(spec.head_size), int(spec.head_size_v), str(spec.dtype))
+        kind = (layer.reach, shape, sizes, layout_of(vllm_config, spec, settings))
+        strands.setdefault(kind, []).append(layer)
+    found = list(strands.values())
+    base = next((each for each in found if each[0].reach == ALL), None)
+    if base is None:
+        raise UnsupportedEngine(
+            f"no layer of this model attends to the whole prompt ({_kinds(found)}), and UCM can't "
+            "serve such models yet: run it without UCM, or with --disable-sliding-window, which "
+            "limits prompts to the window"
+        )
+    return [base, *(each for each in found if each is not base)]
+
+
+def _strand(
+    vllm_config: Any,
+    layers: Sequence[CachedLayer],
+    settings: Settings,
+    *,
+    is_base: bool,
+    is_only: bool,
+) -> StrandFacts:
+    spec, reach = layers[0].spec, layers[0].reach
+    layout, layout_name = layout_of(vllm_config, spec, settings)
+    geometry = geometry_of(
+        vllm_config,
+        spec,
+        settings,
+        layout,
+        num_layers=_num_layers(vllm_config, layers),
+        is_only=is_only,
+    )
+    if reach.kind is ReachKind.CHUNK and reach.num_tokens % settings.block_tokens:
+        raise UnsupportedEngine(
+            f"block_tokens is {settings.block_tokens}, and this model attends in chunks of "
+            f"{reach.num_tokens} tokens: set block_tokens to a number that divides them"
+        )
+    return StrandFacts(
+        name="" if is_base else _name(reach, geometry),
+        reach=reach,
+        geometry=geometry,
+        layout=layout,
+        layout_name=layout_name,
+        layer_names=tuple(layer.name for layer in layers),
+    )
+
+
+def _name(reach: Reach, geometry: PageGeometry) -> str:
+    """What tells one strand of a model from the others, and the same in every engine: keys are made
+    with it."""
+    where = f"{reach}".replace(" ", "-")
+    content = f"{geometry.num_kv_heads}x{geometry.k_size}+{geometry.v_size}"
+    unit = f"/{geometry.unit_tokens}" if geometry.unit_tokens > 1 else ""
+    return f"{where}/{content}/{geometry.item_bytes}{unit}"
+
+
+def _num_layers(vllm_config: Any, layers: Sequence[CachedLayer]) -> int:
+    if vllm_config.parallel_config.pipeline_parallel_size == 1:
+        return len(layers)
+    return int(vllm_config.model_config.hf_text_config.num_hidden_layers)
+
+
+def _first_position(vllm_config: Any, layers: Sequence[CachedLayer]) -> int:
+    """In the page of a whole model, where this stage's layers begin."""
+    is_stage = vllm_config.parallel_config.pipeline_parallel_size > 1
+    return layer_index(layers[0].name) if is_stage else 0
+
+
+def _targets(strand: int, layers: Sequence[CachedLayer], first: int) -> Iterator[TargetFacts]:
+    by_group: dict[int, list[int]] = {}
+    for position, layer in enumerate(layers):
+        by_group.setdefault(layer.group, []).append(position)
+    for group, positions in sorted(by_group.items()):
+        for run in _runs(positions):
+            yield TargetFacts(
+                strand=strand,
+                group=group,
+                block_tokens=int(layers[run[0]].spec.block_size),
+                layer_names=tuple(layers[position].name for position in run),
+                positions=range(first + run.start, first + run.stop, run.step),
+            )
+
+
+def _runs(positions: Sequence[int]) -> Iterator[range]:
+    """Rising numbers as ranges, as few as they are where each lies one step behind the other."""
+    start = 0
+    while start < len(positions):
+        rest = positions[start:]
+        step = rest[1] - rest[0] if len(rest) > 1 else 1
+        count = 1
+        while count < len(rest) and rest[count] == rest[0] + count * step:
+            count += 1
+        yield range(rest[0], rest[count - 1] + 1, step)
+        start += count
+
+
+def _refuse_with_several(
+    vllm_config: Any, settings: Settings, strands: Sequence[Sequence[CachedLayer]]
+) -> None:
+    kinds = _kinds(strands)
+    if settings.use_layerwise:
+        raise UnsupportedEngine(
+            f"this model has layers of several kinds ({kinds}), and use_layerwise is for models "
+            "with one: leave it out"
+        )
+    if vllm_config.parallel_config.pipeline_parallel_size > 1:
+        raise UnsupportedEngine(
+            f"this model has layers of several kinds ({kinds}), which UCM can't serve in a "
+            "pipeline yet: use --tensor-parallel-size instead of --pipeline-parallel-size"
+        )
+    if settings.kv_layout == "opaque":
+        raise UnsupportedEngine(
+            f"this model has layers of several kinds ({kinds}), and kv_layout: opaque is for "
+            "models with one: set it to auto"
+        )
+    if draft_with_kv(vllm_config) is not None:
+        raise UnsupportedEngine(
+            f"this model has layers of several kinds ({kinds}), which UCM can't serve with a draft "
+            f"model that keeps KV ({vllm_config.speculative_config.method}) yet: leave out "
+            "--speculative-config, or use ngram or suffix in it"
+        )
+
+
+def _refuse_unlike_blocks(settings: Settings, layers: Sequence[CachedLayer]) -> None:
+    sizes = sorted({int(layer.spec.block_size) for layer in layers})
+    common = math.lcm(*sizes)
+    if settings.block_tokens % common == 0:
+        return
+    if len(sizes) == 1:
+        raise UnsupportedEngine(
+            f"block_tokens is {settings.block_tokens} and the engine's --block-size is "
+            f"{common}: UCM's blocks must be a multiple of the engine's"
+        )
+    fitting = -(-settings.block_tokens // common) * common
+    raise UnsupportedEngine(
+        f"block_tokens is {settings.block_tokens} and this engine has blocks of "
+        f"{' and '.join(map(str, sizes))} tokens: set block_tokens to {fitting} on all instances"
+    )
+
+
+def _refuse_promoted_sinks(vllm_config: Any, layers: Sequence[CachedLayer]) -> None:
+    """With its hybrid memory manager off, vLLM has one cache for layers with a window and without;
+    its CPU kernel for sinks then answers differently from run to run, with UCM or without."""
+    from vllm.platforms import current_platform
+
+    config = vllm_config.model_config.hf_text_config
+    has_sinks = getattr(config, "model_type", "") == "gpt_oss"
+    is_promoted = any(
+        getattr(each.spec, "sliding_window", None) for each in layers if each.reach == ALL
+    )
+    if current_platform.device_type == "cpu" and has_sinks and is_promoted:
+        raise UnsupportedEngine(
+            "vLLM's answers with this model are not deterministic on a CPU where its hybrid memory "
+            "manager is off: leave out --disable-hybrid-kv-cache-manager"
+        )
+
+
+def _kinds(strands: Sequence[Sequence[CachedLayer]]) -> str:
+    return ", ".join(f"{each[0].reach}: {len(each)} layers" for each in strands)

@@ -1,0 +1,107 @@
+"""How the KV of a strand lies in the engine's blocks, and in a page."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from ucm.config.settings import Settings
+from ucm.errors import UnsupportedEngine
+from ucm.integration.copies.layout_kind import LayoutKind
+from ucm.store.blocks.page_layout import PageGeometry
+
+# The instruction sets of vLLM's CPU attention whose order inside a block is a strided view.
+_CPU_STRIDED_ISAS = ("vec", "vec16")
+
+
+def layout_of(vllm_config: Any, spec: Any, settings: Settings) -> tuple[LayoutKind, str]:
+    """How the backend orders bytes inside a block, and a name for it (empty: canonical)."""
+    from vllm.platforms import current_platform
+
+    device = current_platform.device_type
+    tp_size = vllm_config.parallel_config.tensor_parallel_size
+    place = f"block{spec.block_size}:tp{tp_size}"
+    if device == "cpu" and not _is_mla(spec):
+        isa = _cpu_isa(vllm_config, spec)
+        if isa in _CPU_STRIDED_ISAS and settings.kv_layout == "auto":
+            return LayoutKind.CPU_VEC, ""
+        return LayoutKind.OPAQUE, f"cpu:{isa}:{place}"
+    if settings.kv_layout == "opaque":
+        layout = vllm_config.cache_config.kv_cache_layout
+        if layout is None:
+            raise UnsupportedEngine(
+                "kv_layout is opaque, and vLLM does not say which layout it uses: its bytes can't "
+                "be named"
+            )
+        return LayoutKind.OPAQUE, f"{device}:{layout}:{place}"
+    return (LayoutKind.MLA if _is_mla(spec) else LayoutKind.PACKED, "")
+
+
+def _is_mla(spec: Any) -> bool:
+    from vllm.v1.kv_cache_interface import MLAAttentionSpec
+
+    return isinstance(spec, MLAAttentionSpec)
+
+
+def _cpu_isa(vllm_config: Any, spec: Any) -> str:
+    from vllm.v1.attention.backends.cpu_attn import _get_attn_isa
+
+    return str(
+        _get_attn_isa(
+            vllm_config.model_config.dtype,
+            spec.block_size,
+            spec.head_size,
+            vllm_config.cache_config.cache_dtype,
+        )
+    )
+
+
+def geometry_of(
+    vllm_config: Any,
+    spec: Any,
+    settings: Settings,
+    layout: LayoutKind,
+    *,
+    num_layers: int,
+    is_only: bool,
+) -> PageGeometry:
+    """`is_only`: all layers of the model are of this one strand."""
+    if layout is LayoutKind.OPAQUE:
+        return PageGeometry(
+            num_layers=num_layers,
+            num_kv_heads=int(vllm_config.parallel_config.tensor_parallel_size),
+            block_tokens=settings.block_tokens,
+            k_size=int(spec.unpadded_page_size_bytes),
+            v_size=0,
+            item_bytes=1,
+            unit_tokens=int(spec.block_size),
+        )
+    if layout is LayoutKind.MLA:
+        heads = 1
+    elif is_only:
+        heads = int(vllm_config.model_config.get_total_num_kv_heads())
+    else:
+        heads = _total_heads(vllm_config, spec)
+    return PageGeometry(
+        num_layers=num_layers,
+        num_kv_heads=heads,
+        block_tokens=settings.block_tokens,
+        k_size=int(spec.head_size),
+        v_size=0 if layout is LayoutKind.MLA else int(spec.head_size_v),
+        item_bytes=int(spec.dtype.itemsize),
+    )
+
+
+def _total_heads(vllm_config: Any, spec: Any) -> int:
+    """Over all ranks. A rank with one head may share it with others, and only the model's own
+    number says with how many; layers of another shape may have another number."""
+    model, tp_size = vllm_config.model_config, int(vllm_config.parallel_config.tensor_parallel_size)
+    heads = int(spec.num_kv_heads)
+    if tp_size == 1 or heads > 1:
+        return heads * tp_size
+    total = int(model.get_total_num_kv_heads())
+    if total > tp_size or int(spec.head_size) != int(model.get_head_size()):
+        raise UnsupportedEngine(
+            f"can't tell how many KV heads the layers with heads of {spec.head_size} have in all: "
+            f"a rank has one of them. Use a smaller --tensor-parallel-size than {tp_size}"
+        )
+    return total
