@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -72,6 +73,7 @@ def test_a_plain_model_is_one_strand_and_one_target() -> None:
     assert strand.geometry == facts.geometry and strand.layer_names == facts.layer_names
     assert (target.group, target.block_tokens) == (0, BLOCK) == (0, facts.block_tokens)
     assert facts.layout is LayoutKind.CPU_VEC or current_platform.device_type != "cpu"
+    assert replace(facts, strands=(), targets=()) == facts
 
 
 def test_windows_and_full_attention_are_two_strands_in_as_many_groups_as_vllm_likes() -> None:

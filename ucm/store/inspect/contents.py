@@ -107,8 +107,9 @@ def model_label(manifest: Manifest) -> str:
     if kind != "sha256":
         return digest or manifest.weights
     name = manifest.model_shape.get("model_type", "a model")
-    shape = f"{manifest.num_layers} layers"
-    return f"{name}, {shape}, weights {digest[:_SHOWN_DIGITS]}"
+    of_strands = [strand.get("num_layers") for strand in manifest.strands or ()]
+    num_layers = sum(each for each in of_strands if isinstance(each, int)) or manifest.num_layers
+    return f"{name}, {num_layers} layers, weights {digest[:_SHOWN_DIGITS]}"
 
 
 def backend_contents(
