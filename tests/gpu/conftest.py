@@ -35,12 +35,10 @@ def make(device: torch.device) -> Iterator[MakeEngine]:
     """Makes engines that are closed at the end. Their fences have patience with a cold device."""
     made: list[CopyEngine] = []
 
-    def make_one(rank: Rank, fence_grace_s: float = 10.0) -> CopyEngine:
+    def make_one(*ranks: Rank, fence_grace_s: float = 10.0) -> CopyEngine:
         made.append(
             DeviceCopyEngine(
-                rank.views(),
-                geometry=rank.geometry,
-                share=rank.share,
+                [rank.target() for rank in ranks],
                 limits=CopyLimits(fence_grace_s=fence_grace_s),
             )
         )

@@ -109,6 +109,45 @@ def test_a_page_is_blank_behind_a_tail_when_its_copies_have_landed(
         assert not bool(page[:, :, 41:].any())
 
 
+@pytest.mark.parametrize("layouts", [("LBHNC", "latent"), ("LBNHC", "split_tuple")])
+def test_a_job_copies_pages_of_several_targets(
+    device: torch.device, make: MakeEngine, new_arena, layouts: tuple[str, str]
+) -> None:
+    """Every second layer of pages, the others, and all layers of other pages: dumped in one job,
+    and loaded into all layers of one cache and all of another."""
+    first, other = layouts
+    groups = [rank_of(first, device, layers=range(i, 4, 2), seed=i) for i in range(2)]
+    smaller = rank_of(other, device, seed=2, block_tokens=32, num_blocks=12)
+    # Slots of HEADS, whose pages are the larger ones.
+    arena, slot_bytes = new_arena(HEADS), HEADS.slot_bytes
+    engine = make(*groups, smaller)
+    pages = [
+        PagePart(slot_bytes * page, 0, (2 * page + i,), 0, i) for page in (0, 1) for i in (0, 1)
+    ]
+    engine.submit(1, DUMP, [*pages, PagePart(2 * slot_bytes, 0, (7, 2, 9, 4), 100, 2)], arena)
+    wait_for(engine, 1)
+
+    whole = rank_of(first, device)
+    back = rank_of(other, device, block_tokens=128)
+    engine = make(whole, back)
+    parts = [
+        PagePart(0, 0, (6,)),
+        PagePart(slot_bytes, 0, (5,)),
+        PagePart(2 * slot_bytes, 0, (3,), 0, 1),
+    ]
+    engine.submit(1, LOAD, parts, arena)
+    wait_for(engine, 1)
+    torch.accelerator.synchronize()
+
+    loaded = page_of_blocks(whole.cache.read(), [6, 5])
+    for i, group in enumerate(groups):
+        assert torch.equal(page_of_blocks(group.cache.read(), [i, 2 + i]), loaded[i::2])
+    tail = page_of_blocks(back.cache.read(), [3])
+    held = page_of_blocks(smaller.cache.read(), [7, 2, 9, 4])
+    assert torch.equal(held[:, :, :100], tail[:, :, :100])
+    assert not bool(tail[:, :, 100:].any())
+
+
 def test_opaque_blocks_travel_as_bytes(device: torch.device, make: MakeEngine, new_arena) -> None:
     geometry = PageGeometry(
         num_layers=2,

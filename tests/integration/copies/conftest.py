@@ -16,8 +16,8 @@ def make(request: pytest.FixtureRequest) -> Iterator[MakeEngine]:
     """Makes engines that are closed at the end."""
     made: list[CopyEngine] = []
 
-    def make_one(rank: Rank) -> CopyEngine:
-        made.append(ENGINES[request.param](rank))
+    def make_one(*ranks: Rank) -> CopyEngine:
+        made.append(ENGINES[request.param](*ranks))
         return made[-1]
 
     yield make_one

@@ -18,11 +18,14 @@ from ucm.integration.copies.arena import Arena, Piece
 from ucm.integration.copies.copy_engine import CopyEngine
 from ucm.integration.copies.device import CopyLimits, DeviceCopyEngine
 from ucm.integration.copies.jobs import Direction, PagePart
-from ucm.integration.copies.make import make_copy_engine
+from ucm.integration.copies.make import make_engine_of
 from ucm.store.blocks.page_layout import PageGeometry
 
 HEADS = PageGeometry(
     num_layers=3, num_kv_heads=4, block_tokens=32, k_size=16, v_size=16, item_bytes=2
+)
+LARGER = PageGeometry(
+    num_layers=5, num_kv_heads=8, block_tokens=64, k_size=24, v_size=24, item_bytes=2
 )
 LATENT = PageGeometry(
     num_layers=3, num_kv_heads=1, block_tokens=32, k_size=72, v_size=0, item_bytes=2
@@ -99,25 +102,19 @@ class StripedArena(Arena):
         ]
 
 
-MakeEngine = Callable[[Rank], CopyEngine]
+# From one rank, or several of which each is a target.
+MakeEngine = Callable[..., CopyEngine]
 
 
-def on_host(rank: Rank) -> CopyEngine:
-    return make_copy_engine(
-        rank.views(),
-        geometry=rank.geometry,
-        share=rank.share,
-        engine_block_tokens=rank.block_tokens,
-    )
+def on_host(*ranks: Rank) -> CopyEngine:
+    return make_engine_of([rank.target() for rank in ranks])
 
 
 def on_device(
     *, staging_bytes: int, direct_run_bytes: int, accelerator: MainMemory | None = None
 ) -> MakeEngine:
-    return lambda rank: DeviceCopyEngine(
-        rank.views(),
-        geometry=rank.geometry,
-        share=rank.share,
+    return lambda *ranks: DeviceCopyEngine(
+        [rank.target() for rank in ranks],
         accelerator=accelerator or MainMemory(),
         limits=CopyLimits(
             staging_bytes=staging_bytes, direct_run_bytes=direct_run_bytes, fence_grace_s=30.0

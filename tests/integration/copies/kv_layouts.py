@@ -20,6 +20,7 @@ from ucm.integration.copies.copy_engine import CopyEngine
 from ucm.integration.copies.jobs import PagePart
 from ucm.integration.copies.layout import KV, LayerView, layer_view
 from ucm.integration.copies.layout_kind import LayoutKind
+from ucm.integration.copies.target import CopyTarget
 from ucm.store.blocks.page_layout import PageGeometry, RankShare, rank_share
 
 # vLLM's names: the order of [layer, block, head, token, content] in memory.
@@ -152,6 +153,9 @@ class Rank:
             for kv in self.cache.layers
         ]
 
+    def target(self) -> CopyTarget:
+        return CopyTarget(self.views(), self.geometry, self.share)
+
 
 def make_rank(
     layout: str,
@@ -195,9 +199,13 @@ def make_arena(num_pages: int, geometry: PageGeometry, device: torch.device | No
 
 def page_in(arena: Arena, geometry: PageGeometry, slot: int) -> Tensor:
     """A slot's page as [layer, head, token, content] integers."""
-    start = slot * geometry.slot_bytes
+    return page_at(arena.bytes, geometry, slot * geometry.slot_bytes)
+
+
+def page_at(memory: Tensor, geometry: PageGeometry, start: int) -> Tensor:
+    """The page whose slot starts there in an arena's bytes, likewise."""
     dtype = {1: torch.uint8, 2: torch.int16, 4: torch.int32}[geometry.item_bytes]
-    return arena.bytes[start : start + geometry.page_bytes].view(dtype).view(geometry.shape)
+    return memory[start : start + geometry.page_bytes].view(dtype).view(geometry.shape)
 
 
 def page_of_blocks(logical: Tensor, block_ids: Sequence[int]) -> Tensor:
@@ -216,7 +224,8 @@ def whole_pages(rank: Rank, slot_blocks: Sequence[Sequence[int]]) -> list[PagePa
 
 
 def only_share(page: Tensor, share: RankShare) -> Tensor:
-    return page[share.layers.start : share.layers.stop, share.heads.start : share.heads.stop]
+    layers, heads = share.layers, share.heads
+    return page[layers.start : layers.stop : layers.step, heads.start : heads.stop]
 
 
 def wait_for(engine: CopyEngine, *job_ids: int, timeout_s: float = 60.0) -> None:

@@ -45,13 +45,11 @@ class Machine:
         geometry = geometry or (LATENT if layout in LATENT_LAYOUTS else HEADS)
         return self.device.moved(make_rank(layout, geometry, **more))
 
-    def engine(self, rank: Rank, way: str = "direct", **more) -> CopyEngine:
+    def engine(self, *ranks: Rank, way: str = "direct", **more) -> CopyEngine:
         options = {"fence_grace_s": 30.0, **WAYS[way], **more}
         self.engines.append(
             DeviceCopyEngine(
-                rank.views(),
-                geometry=rank.geometry,
-                share=rank.share,
+                [rank.target() for rank in ranks],
                 accelerator=self.device,
                 limits=CopyLimits(**options),
             )
@@ -98,11 +96,11 @@ def test_pages_go_out_and_come_back_bit_for_bit(layout: str, pinned: str) -> Non
         target = machine.rank(layout, block_tokens=8, num_blocks=16)
         arena = machine.arena(3, source.geometry, pinned=pinned)
         before = source.cache.read().clone()
-        copy_and_wait(machine.engine(source, way), DUMP, whole_pages(source, blocks), arena)
+        copy_and_wait(machine.engine(source, way=way), DUMP, whole_pages(source, blocks), arena)
         for slot, block_ids in enumerate(blocks):
             expected = page_of_blocks(before, block_ids)
             assert torch.equal(expected, page_in(arena, source.geometry, slot))
-        copy_and_wait(machine.engine(target, way), LOAD, whole_pages(target, blocks), arena)
+        copy_and_wait(machine.engine(target, way=way), LOAD, whole_pages(target, blocks), arena)
         named = sorted(block for ids in blocks for block in ids)
         loaded = target.cache.read()
         assert torch.equal(before[:, named], loaded[:, named])
@@ -123,7 +121,7 @@ def test_what_is_behind_a_tail_is_blank_when_its_copies_have_landed(
     rank = machine.rank("LBNHC", seed=5, block_tokens=8)
     arena = machine.arena(2, pinned=pinned)
     before = rank.cache.read().clone()
-    engine = machine.engine(rank, way)
+    engine = machine.engine(rank, way=way)
     forward_ends = threading.Event()
     machine.device.launch(forward_ends.wait)
     engine.order_after_forward()
@@ -154,7 +152,7 @@ def test_all_runs_of_a_rank_among_many_are_one_call_into_the_driver(
     rank = machine.rank("LBHNC", tp=(1, 2), seed=2)
     arena = machine.arena(4)
     blocks = [(3,), (7,), (0,), (5,)]
-    copy_and_wait(machine.engine(rank, way), DUMP, whole_pages(rank, blocks), arena)
+    copy_and_wait(machine.engine(rank, way=way), DUMP, whole_pages(rank, blocks), arena)
 
     calls = [call for call in machine.device.calls if call.startswith("batched")]
     assert calls == [f"batched {4 * HEADS.num_layers}"]
@@ -228,7 +226,7 @@ def test_a_fence_does_not_wait_for_the_forward_pass_before_the_dumps(
     rank = machine.rank("LBHNC", seed=4)
     arena = machine.arena(4, pinned=pinned)
     before = rank.cache.read().clone()
-    engine = machine.engine(rank, way)
+    engine = machine.engine(rank, way=way)
     forward_ends = threading.Event()
     machine.device.launch(forward_ends.wait)
     engine.order_after_forward()
@@ -246,7 +244,7 @@ def test_a_fence_does_not_wait_for_the_forward_pass_before_the_dumps(
 
 def test_block_ids_are_uploaded_before_the_stream_waits_for_anything(machine: Machine) -> None:
     rank = machine.rank("LBHNC", seed=4)
-    engine = machine.engine(rank, "staged")
+    engine = machine.engine(rank, way="staged")
     machine.device.calls.clear()
     copy_and_wait(engine, DUMP, whole_pages(rank, [(2,), (3,)]), machine.arena(2))
 
@@ -284,7 +282,7 @@ def test_whatever_the_device_s_pace_dumps_have_the_bytes_of_their_time(
     then, and a fence is before each overwriting."""
     machine = Machine(seed=100 * seed, is_batched=bool(seed % 2))
     rank = machine.rank("LBNHC", num_blocks=8, seed=0)
-    engine = machine.engine(rank, list(WAYS)[seed % 3])
+    engine = machine.engine(rank, way=list(WAYS)[seed % 3])
     arena = machine.arena(8, pinned=pinned)
     draw = random.Random(seed)
     for step in range(1, 9):

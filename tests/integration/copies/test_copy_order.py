@@ -119,7 +119,7 @@ def test_a_large_layer_is_there_when_it_was_waited_for() -> None:
     rank = make_rank("cpu_vec", BIG, num_blocks=4)
     arena = make_arena(2, BIG)
     arena.bytes.random_(0, 256, generator=torch.Generator().manual_seed(16))
-    engine = HostCopyEngine(rank.views(), geometry=BIG, share=rank.share, num_threads=1)
+    engine = HostCopyEngine([rank.target()], num_threads=1)
     parts = whole_pages(rank, [(3,), (1,)])
     for layer in range(BIG.num_layers):
         engine.submit_layer(1, LOAD, layer, parts, arena)

@@ -12,6 +12,7 @@ from ucm.errors import UnsupportedEngine
 from ucm.integration.copies.layout import LayerView, layer_view
 from ucm.integration.copies.layout_kind import LayoutKind
 from ucm.integration.copies.placement import placed_parts
+from ucm.integration.copies.target import CopyTarget
 from ucm.store.blocks.page_layout import PageGeometry, rank_share
 
 HEADS = PageGeometry(
@@ -65,7 +66,7 @@ def test_layers_at_one_distance_become_one_tensor_of_wide_items(
 ) -> None:
     """Six parts: K and V of three layers, each layer in a storage of its own."""
     rank = rank_of(layout)
-    placed = placed_parts(rank.views(), geometry=rank.geometry, share=rank.share)
+    placed = placed_parts(rank.target())
 
     assert parts == len(placed)
     assert {width} == {part.tensor.element_size() for part in placed}
@@ -73,7 +74,7 @@ def test_layers_at_one_distance_become_one_tensor_of_wide_items(
 
 def test_a_transposed_part_keeps_its_items() -> None:
     rank = rank_of("cpu_vec")
-    keys, values = placed_parts(rank.views(), geometry=rank.geometry, share=rank.share)
+    keys, values = placed_parts(rank.target())
 
     assert torch.int16 == keys.tensor.dtype
     assert torch.int64 == values.tensor.dtype
@@ -89,7 +90,7 @@ def test_layers_at_uneven_distances_stay_apart() -> None:
         layer_view(stored[i], kind=LayoutKind.PACKED, geometry=HEADS, num_heads=4, block_tokens=32)
         for i in (0, 1, 4)
     ]
-    placed = placed_parts(views, geometry=HEADS, share=share)
+    placed = placed_parts(CopyTarget(views, HEADS, share))
 
     assert [range(2), range(2, 3)] == [part.layers for part in placed]
     assert torch.equal(stored[4], placed[1].tensor[0].view(torch.int16))

@@ -31,6 +31,7 @@ from ucm.integration.copies.make import make_copy_engine
 from ucm.store.blocks.page_layout import PageGeometry, rank_share
 
 BLOCK = HEADS.block_tokens
+_CUTS = [(range(1), range(1, 3)), (range(2), range(2, 3)), (range(0, 3, 2), range(1, 3, 2))]
 
 
 @dataclass(frozen=True)
@@ -79,12 +80,12 @@ class Drawn:
 @st.composite
 def drawn(draw: st.DrawFn) -> Drawn:
     layout = draw(st.sampled_from([*LAYOUTS, *LATENT_LAYOUTS]))
-    cut = draw(st.sampled_from([None, 1, 2]))
     return Drawn(
         layout=layout,
         unit=draw(st.sampled_from([8, 16, 32])),
         tp_size=draw(st.sampled_from([1, 2] if layout in LATENT_LAYOUTS else [1, 2, 4, 8])),
-        stages=(range(3),) if cut is None else (range(cut), range(cut, 3)),
+        # Pipeline stages, or groups of every second layer.
+        stages=draw(st.sampled_from([(range(3),), *_CUTS])),
         layerwise=draw(st.booleans()),
         tail_tokens=draw(st.integers(1, BLOCK - 1)),
     )

@@ -83,23 +83,35 @@ def shares_of(geometry: PageGeometry, tp_size: int, layers: range) -> list[RankS
 def test_what_the_ranks_dump_is_every_byte_of_the_page_once(
     geometry: PageGeometry, tp_size: int, data: st.DataObject
 ):
-    """For every tensor parallel split, and every cut of the layers into pipeline stages."""
+    """For every tensor parallel split, and every cut of the layers into pipeline stages, or into
+    groups of every nth."""
     heads = geometry.num_kv_heads
     if heads % tp_size and tp_size % heads:
         with pytest.raises(ValueError, match="one must divide the other"):
             shares_of(geometry, tp_size, range(geometry.num_layers))
         return
     cut = data.draw(st.integers(1, geometry.num_layers))
-    stages = [range(cut), range(cut, geometry.num_layers)] if cut < geometry.num_layers else []
+    stages = [range(cut), range(cut, geometry.num_layers)]
+    groups = [range(first, geometry.num_layers, cut) for first in range(cut)]
     page = model_of(geometry)
     dumped: list[int] = []
-    for stage in stages or [range(geometry.num_layers)]:
-        for share in shares_of(geometry, tp_size, stage):
+    for layers in filter(len, data.draw(st.sampled_from([stages, groups]))):
+        for share in shares_of(geometry, tp_size, layers):
             if share.dumps:
                 for layer in share.layers:
                     dumped += bytes_of(page, geometry.run(layer, share.heads)).tolist()
 
     assert list(range(geometry.page_bytes)) == sorted(dumped)
+
+
+@given(geometries(), st.data())
+def test_the_layers_of_a_share_lie_at_one_distance(geometry: PageGeometry, data: st.DataObject):
+    step = data.draw(st.integers(1, geometry.num_layers))
+    share = rank_share(geometry, tp_rank=0, tp_size=1, layers=range(0, geometry.num_layers, step))
+    starts = [geometry.offset(layer, 0) for layer in share.layers]
+
+    distance = share.layer_stride_bytes(geometry)
+    assert starts == [distance * i for i in range(len(share.layers))]
 
 
 @given(geometries(), st.sampled_from([1, 2, 4]))
@@ -169,9 +181,12 @@ def test_an_impossible_geometry_is_refused(changed: dict[str, int], message: str
     ("tp_rank", "layers", "message"),
     [
         (2, range(3), "rank 2 of 2 does not exist"),
-        (0, range(1, 4), "not neighbouring layers of 3"),
-        (0, range(1, 1), "not neighbouring layers of 3"),
-        (0, range(0, 3, 2), "not neighbouring layers of 3"),
+        (0, range(1, 4), r"layers range\(1, 4\) are not some of 3, first to last"),
+        (0, range(1, 1), "are not some of 3"),
+        (0, range(-1, 2), "are not some of 3"),
+        (0, range(1, 4, 2), "are not some of 3"),
+        (0, range(2, -1, -1), "are not some of 3"),
+        (0, range(2, 1, -1), "are not some of 3"),
     ],
 )
 def test_a_share_that_does_not_exist_is_refused(tp_rank: int, layers: range, message: str) -> None:

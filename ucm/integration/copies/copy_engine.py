@@ -2,7 +2,8 @@
 
 Who owns what. The engine (vLLM) owns the KV tensors, the node cache the slots' memory, of which an
 `Arena` is this rank's mapping. A `CopyEngine` owns its threads, its streams and its staging memory,
-and nothing else. A job is one or more pages in one direction, named by the scheduler side.
+and nothing else. A job is one or more pages in one direction, named by the scheduler side. Its
+parts may be of several targets: it is one job all the same, and ends once.
 
     LOAD   slot -> device     before it is submitted, the page is READY and pinned, and no running
                               request uses the blocks
@@ -48,6 +49,7 @@ from ucm.errors import UcmError
 from ucm.integration.copies.arena import Arena
 from ucm.integration.copies.job_ledger import JobLedger
 from ucm.integration.copies.jobs import Direction, PagePart
+from ucm.integration.copies.target import CopyTarget
 from ucm.store.blocks.page_layout import PageGeometry
 
 logger = logging.getLogger(__name__)
@@ -56,12 +58,15 @@ logger = logging.getLogger(__name__)
 COPY_TIMEOUT_S = 60.0
 CLOSE_TIMEOUT_S = 10.0
 
+_LAYERWISE_TARGETS = frozenset({0})
+
 
 class CopyEngine(ABC):
-    """See the module. Made by `make.make_copy_engine`."""
+    """See the module. Made by `make`, for one or more targets."""
 
-    def __init__(self, num_layers: int) -> None:
-        self._num_layers = num_layers
+    def __init__(self, targets: Sequence[CopyTarget]) -> None:
+        self._targets_known = frozenset(range(len(targets)))
+        self._num_layers = len(targets[0].views)
         self._ledger = JobLedger()
 
     def submit(
@@ -78,8 +83,9 @@ class CopyEngine(ABC):
         parts: Sequence[PagePart],
         arena: Arena,
     ) -> None:
-        """Copies one layer, a position in the rank's share. The job ends when each of the rank's
-        layers was submitted and copied. A layer that was submitted already is not copied again."""
+        """Copies one layer of target 0, a position in its share: no other is copied by layers. The
+        job ends when each of the target's layers was submitted and copied. A layer that was
+        submitted already is not copied again."""
         self._submit(job_id, direction, layer, parts, arena, of=range(self._num_layers))
 
     def _submit(
@@ -97,6 +103,7 @@ class CopyEngine(ABC):
             return
         held = False
         try:
+            _check_targets(parts, self._targets_known if layer is None else _LAYERWISE_TARGETS)
             arena.hold()
             held = True
             self._enqueue(job_id, direction, layer, parts, arena)
@@ -168,6 +175,11 @@ class CopyEngine(ABC):
     @abstractmethod
     def close(self) -> None:
         """Lets submitted copies end, bounded, and stops. Any thread; more than once is fine."""
+
+
+def _check_targets(parts: Sequence[PagePart], known: frozenset[int]) -> None:
+    if unknown := {part.target for part in parts} - known:
+        raise ValueError(f"parts of targets {sorted(unknown)}, where those are {sorted(known)}")
 
 
 def first_units(part: PagePart, *, geometry: PageGeometry, block_units: int) -> range:

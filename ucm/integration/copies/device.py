@@ -27,11 +27,10 @@ from ucm.integration.copies.accelerator import Accelerator, BatchedCopy, DeviceE
 from ucm.integration.copies.arena import Arena
 from ucm.integration.copies.copy_engine import CLOSE_TIMEOUT_S, COPY_TIMEOUT_S, CopyEngine
 from ucm.integration.copies.jobs import Direction, PagePart
-from ucm.integration.copies.lane import HOLD_S, Lane, Submission
-from ucm.integration.copies.layout import LayerView
+from ucm.integration.copies.lane import HOLD_S, Lane, LaneTarget, Submission
 from ucm.integration.copies.routes import plan_routes
 from ucm.integration.copies.tails import TailBlanker
-from ucm.store.blocks.page_layout import PageGeometry, RankShare
+from ucm.integration.copies.target import CopyTarget
 
 logger = logging.getLogger(__name__)
 
@@ -62,16 +61,14 @@ class DeviceCopyEngine(CopyEngine):
 
     def __init__(
         self,
-        views: Sequence[LayerView],
+        targets: Sequence[CopyTarget],
         *,
-        geometry: PageGeometry,
-        share: RankShare,
         accelerator: Accelerator | None = None,
         batched: BatchedCopy | None = None,
         limits: CopyLimits = DEFAULT_LIMITS,
     ) -> None:
-        super().__init__(len(views))
-        device = views[0].parts[0].device
+        super().__init__(targets)
+        device = targets[0].views[0].parts[0].device
         self._accelerator = accelerator or Accelerator(device, batched=batched)
         self._fence_grace_s = limits.fence_grace_s
         self._after_forward: DeviceEvent | None = None
@@ -79,20 +76,23 @@ class DeviceCopyEngine(CopyEngine):
         # The last submission of each open job, and of each layer's loads by layer.
         self._open: dict[int, Submission] = {}
         self._layer_loads: dict[int, Submission] = {}
-        routes = plan_routes(
-            views,
-            geometry=geometry,
-            share=share,
-            staging_bytes=limits.staging_bytes,
-            direct_run_bytes=limits.direct_run_bytes,
-        )
+        of_lanes = [
+            LaneTarget(
+                plan_routes(
+                    target,
+                    staging_bytes=limits.staging_bytes,
+                    direct_run_bytes=limits.direct_run_bytes,
+                ),
+                TailBlanker(target.geometry, target.share),
+            )
+            for target in targets
+        ]
         self._lanes = {
             direction: Lane(
                 direction,
-                routes,
+                of_lanes,
                 accelerator=self._accelerator,
                 ledger=self._ledger,
-                tails=TailBlanker(geometry, share),
                 hold_s=limits.hold_s,
             )
             for direction in Direction

@@ -44,11 +44,10 @@ from ucm.integration.copies.copy_engine import (
     check_blocks,
     first_units,
 )
-from ucm.integration.copies.jobs import Direction, PagePart
-from ucm.integration.copies.layout import LayerView
+from ucm.integration.copies.jobs import Direction, PagePart, by_target
 from ucm.integration.copies.placement import PlacedPart, placed_parts
 from ucm.integration.copies.tails import TailBlanker
-from ucm.store.blocks.page_layout import PageGeometry, RankShare
+from ucm.integration.copies.target import CopyTarget
 
 logger = logging.getLogger(__name__)
 
@@ -80,28 +79,50 @@ class _HostTask:
     parts: Sequence[PagePart]
 
 
-class HostCopyEngine(CopyEngine):
-    """`num_threads` copying threads: by default one per CPU, at most four."""
+class _PlacedTarget:
+    """Which parts of a target are copied with all of its layers (None), or with one."""
 
-    def __init__(
-        self,
-        views: Sequence[LayerView],
-        *,
-        geometry: PageGeometry,
-        share: RankShare,
-        num_threads: int | None = None,
-    ) -> None:
-        super().__init__(len(views))
-        self._geometry = geometry
-        self._block_units = views[0].num_units
-        self._tails = TailBlanker(geometry, share)
-        placed = placed_parts(views, geometry=geometry, share=share)
+    def __init__(self, target: CopyTarget) -> None:
+        self.tails = TailBlanker(target.geometry, target.share)
+        self._geometry = target.geometry
+        self._block_units = target.block_units
+        placed = placed_parts(target)
+        self._num_blocks = min(p.tensor.shape[1] for p in placed)
         self._placed: dict[int | None, tuple[PlacedPart, ...]] = {None: placed}
-        for layer in range(len(views)):
+        for layer in range(len(target.views)):
             self._placed[layer] = tuple(
                 p.within(range(layer, layer + 1)) for p in placed if layer in p.layers
             )
-        share_bytes = len(share.layers) * len(share.heads) * geometry.head_bytes
+
+    def add_views(
+        self,
+        parts: Sequence[PagePart],
+        arena: Arena,
+        layer: int | None,
+        *,
+        device: list[Tensor],
+        slots: list[Tensor],
+    ) -> None:
+        """Pairs of the same elements, in the blocks and in the pages. Page by page, K next to V: a
+        tenth faster than all K and then all V."""
+        placed = self._placed[layer]
+        memories = [arena.typed(p.tensor.dtype) for p in placed]
+        for part in parts:
+            check_blocks(part, num_blocks=self._num_blocks)
+            units = first_units(part, geometry=self._geometry, block_units=self._block_units)
+            for block_id, unit in zip(part.block_ids, units, strict=True):
+                for p, memory in zip(placed, memories, strict=True):
+                    device.append(p.tensor.select(1, block_id))
+                    slots.append(p.in_slot(memory, slot_offset=part.slot_offset, first_unit=unit))
+
+
+class HostCopyEngine(CopyEngine):
+    """`num_threads` copying threads: by default one per CPU, at most four."""
+
+    def __init__(self, targets: Sequence[CopyTarget], *, num_threads: int | None = None) -> None:
+        super().__init__(targets)
+        self._targets = [_PlacedTarget(target) for target in targets]
+        share_bytes = max(target.share_bytes for target in targets)
         self._task_pages = max(1, _TASK_BYTES // share_bytes)
 
         # Guards the queues, the submissions' counts and `_layer_loads`.
@@ -228,22 +249,16 @@ class HostCopyEngine(CopyEngine):
         return True
 
     def _copy(self, task: _HostTask) -> None:
-        submission = task.submission
-        placed = self._placed[submission.layer]
-        memories = [submission.arena.typed(p.tensor.dtype) for p in placed]
+        arena, layer = task.submission.arena, task.submission.layer
+        parts_of = by_target(task.parts)
         device: list[Tensor] = []
         slots: list[Tensor] = []
-        # Page by page, K next to V: a tenth faster than all K and then all V.
-        for part in task.parts:
-            check_blocks(part, num_blocks=placed[0].tensor.shape[1])
-            units = first_units(part, geometry=self._geometry, block_units=self._block_units)
-            for block_id, unit in zip(part.block_ids, units, strict=True):
-                for p, memory in zip(placed, memories, strict=True):
-                    device.append(p.tensor.select(1, block_id))
-                    slots.append(p.in_slot(memory, slot_offset=part.slot_offset, first_unit=unit))
-        if submission.direction is Direction.DUMP:
+        for at, parts in parts_of.items():
+            self._targets[at].add_views(parts, arena, layer, device=device, slots=slots)
+        if task.submission.direction is Direction.DUMP:
             _copy_all(into=slots, out_of=device)
-            self._tails.blank(task.parts, submission.arena, submission.layer)
+            for at, parts in parts_of.items():
+                self._targets[at].tails.blank(parts, arena, layer)
         else:
             _copy_all(into=_in_strips(device, like=device), out_of=_in_strips(slots, like=device))
 

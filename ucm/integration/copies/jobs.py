@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 from enum import Enum
 
@@ -16,15 +17,17 @@ class Direction(Enum):
 
 @dataclass(frozen=True)
 class PagePart:
-    """The engine's blocks `block_ids` hold the tokens [first_token, first_token + n) of the page
-    whose slot starts at `slot_offset`; n is the number of blocks times the engine's block size.
+    """The blocks `block_ids` of a target hold the tokens [first_token, first_token + n) of the page
+    whose slot starts at `slot_offset`; n is the number of blocks times the target's block size.
 
-    With `tail_tokens` a dump is that of a tail of so many: its page has zeros behind them."""
+    With `tail_tokens` a dump is that of a tail of so many: its page has zeros behind them.
+    `target` is a position in what the copy engine was made for (`CopyTarget`)."""
 
     slot_offset: int
     first_token: int
     block_ids: tuple[int, ...]
     tail_tokens: int = 0
+    target: int = 0
 
 
 @dataclass(frozen=True)
@@ -37,3 +40,11 @@ class CopyJob:
     request_id: str
     generation: int
     parts: tuple[PagePart, ...]
+
+
+def by_target(parts: Iterable[PagePart]) -> dict[int, list[PagePart]]:
+    """The parts of each target that has any, in their order."""
+    grouped: dict[int, list[PagePart]] = {}
+    for part in parts:
+        grouped.setdefault(part.target, []).append(part)
+    return grouped

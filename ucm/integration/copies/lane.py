@@ -15,7 +15,7 @@ import logging
 import threading
 import time
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -27,7 +27,7 @@ from ucm.integration.copies.accelerator import Accelerator, DeviceEvent
 from ucm.integration.copies.arena import Arena
 from ucm.integration.copies.copy_engine import check_blocks
 from ucm.integration.copies.job_ledger import JobLedger
-from ucm.integration.copies.jobs import Direction, PagePart
+from ucm.integration.copies.jobs import Direction, PagePart, by_target
 from ucm.integration.copies.ring import GivenUpError, Transfers
 from ucm.integration.copies.routes import Route, RoutePages
 from ucm.integration.copies.tails import TailBlanker
@@ -56,25 +56,39 @@ class Submission:
     kept: object = None
 
 
+@dataclass(frozen=True)
+class LaneTarget:
+    """The ways of one target's layers. Lanes of both directions use it."""
+
+    routes: Sequence[Route]
+    tails: TailBlanker
+
+    @property
+    def num_blocks(self) -> int:
+        return min(route.num_blocks for route in self.routes)
+
+    @property
+    def staging_bytes(self) -> int:
+        return max(route.staging_bytes for route in self.routes)
+
+
 class Lane(threading.Thread):
-    """One direction: a thread, a stream, a staging buffer."""
+    """One direction: a thread, a stream, a staging buffer that is large enough for any target."""
 
     def __init__(
         self,
         direction: Direction,
-        routes: Sequence[Route],
+        targets: Sequence[LaneTarget],
         *,
         accelerator: Accelerator,
         ledger: JobLedger,
-        tails: TailBlanker,
         hold_s: float,
     ) -> None:
         super().__init__(name=f"ucm-{direction.value}", daemon=True)
         self._direction = direction
-        self._routes = routes
+        self._targets = targets
         self._accelerator = accelerator
         self._ledger = ledger
-        self._tails = tails
         self._hold_s = hold_s
         self._cond = threading.Condition()
         self._waiting: deque[Submission] = deque()
@@ -84,9 +98,7 @@ class Lane(threading.Thread):
         self._failing_since_s: float | None = None
         self._has_stream = False
         self._transfers = Transfers(direction, accelerator)
-        self._staging = accelerator.empty(max(route.staging_bytes for route in routes))
-        self._num_blocks = min(route.num_blocks for route in routes)
-        self._needs_ids = any(route.staging_bytes for route in routes)
+        self._staging = accelerator.empty(max(target.staging_bytes for target in targets))
 
     def put(self, submission: Submission) -> None:
         with self._cond:
@@ -157,24 +169,36 @@ class Lane(threading.Thread):
     def _copy(self, submission: Submission) -> None:
         job_id = submission.job_id
         self._transfers.begin(lambda: self._ledger.is_failing(job_id))
-        for part in submission.parts:
-            check_blocks(part, num_blocks=self._num_blocks)
-        pages = RoutePages(submission.parts, submission.arena, self._upload(submission.parts))
+        parts_of = by_target(submission.parts)
+        for at, parts in parts_of.items():
+            num_blocks = self._targets[at].num_blocks
+            for part in parts:
+                check_blocks(part, num_blocks=num_blocks)
+        ids = self._upload(parts_of)
         self._accelerator.wait(submission.after)
-        for route in self._routes:
-            layers = route.layers
-            if submission.layer is not None:
-                layers = range(submission.layer, submission.layer + 1)
-            if layers.start in route.layers:
-                route.copy(pages, layers, self._transfers, self._staging)
+        for at, parts in parts_of.items():
+            pages = RoutePages(parts, submission.arena, ids.get(at))
+            for route in self._targets[at].routes:
+                layers = route.layers
+                if submission.layer is not None:
+                    layers = range(submission.layer, submission.layer + 1)
+                if layers.start in route.layers:
+                    route.copy(pages, layers, self._transfers, self._staging)
 
-    def _upload(self, parts: Sequence[PagePart]) -> Tensor | None:
-        """Before the stream waits for anything: a driver that lets the host wait for an upload
-        must not let it wait for the forward pass."""
-        ids = [block_id for part in parts for block_id in part.block_ids]
-        if not self._needs_ids or not ids:
-            return None
-        return self._accelerator.upload(np.array(ids, dtype=np.int64))
+    def _upload(self, parts_of: Mapping[int, Sequence[PagePart]]) -> dict[int, Tensor]:
+        """The block ids of each target that stages, in one upload. Before the stream waits for
+        anything: a driver that lets the host wait for an upload must not let it wait for the
+        forward pass."""
+        ids = {
+            at: [block_id for part in parts for block_id in part.block_ids]
+            for at, parts in parts_of.items()
+            if self._targets[at].staging_bytes
+        }
+        flat = np.array([block_id for some in ids.values() for block_id in some], dtype=np.int64)
+        if not flat.size:
+            return {}
+        pieces = torch.split(self._accelerator.upload(flat), [len(some) for some in ids.values()])
+        return dict(zip(ids, pieces, strict=True))
 
     def _drain(self, submission: Submission) -> None:
         """After a failure some copies may be on the stream: the job ends after them."""
@@ -226,7 +250,8 @@ class Lane(threading.Thread):
     def _blank_tails(self, submission: Submission) -> None:
         """All that the device, or the ring, brings to the slots is there."""
         try:
-            self._tails.blank(submission.parts, submission.arena, submission.layer)
+            for at, parts in by_target(submission.parts).items():
+                self._targets[at].tails.blank(parts, submission.arena, submission.layer)
         except Exception:
             logger.exception("job %d: what is behind a tail can't be blanked", submission.job_id)
             submission.ok = False

@@ -9,6 +9,7 @@ from ucm.integration.copies.copy_engine import CopyEngine
 from ucm.integration.copies.device import STAGING_BYTES, CopyLimits, DeviceCopyEngine
 from ucm.integration.copies.host import HostCopyEngine
 from ucm.integration.copies.layout import LayerView
+from ucm.integration.copies.target import CopyTarget
 from ucm.store.blocks.page_layout import PageGeometry, RankShare
 
 
@@ -21,17 +22,22 @@ def make_copy_engine(
     batched: BatchedCopy | None = None,
     staging_bytes: int = STAGING_BYTES,
 ) -> CopyEngine:
-    """The engine for the device that the views are on. `views` are in the order of `share.layers`.
-    `batched` is the engine's own call for many copies at once, if it has one."""
-    block_tokens = {view.num_units * geometry.unit_tokens for view in views}
-    if block_tokens != {engine_block_tokens}:
-        raise ValueError(f"views of {sorted(block_tokens)} tokens, blocks of {engine_block_tokens}")
-    if views[0].parts[0].device.type == "cpu":
-        return HostCopyEngine(views, geometry=geometry, share=share)
-    return DeviceCopyEngine(
-        views,
-        geometry=geometry,
-        share=share,
-        batched=batched,
-        limits=CopyLimits(staging_bytes=staging_bytes),
-    )
+    """`make_engine_of` one target, whose blocks must be of `engine_block_tokens`."""
+    target = CopyTarget(views, geometry, share)
+    if target.block_tokens != engine_block_tokens:
+        raise ValueError(f"views of {target.block_tokens} tokens, blocks of {engine_block_tokens}")
+    return make_engine_of([target], batched=batched, staging_bytes=staging_bytes)
+
+
+def make_engine_of(
+    targets: Sequence[CopyTarget],
+    *,
+    batched: BatchedCopy | None = None,
+    staging_bytes: int = STAGING_BYTES,
+) -> CopyEngine:
+    """The engine for the device that the targets are on. `batched` is the serving engine's own call
+    for many copies at once, if it has one."""
+    if targets[0].views[0].parts[0].device.type == "cpu":
+        return HostCopyEngine(targets)
+    limits = CopyLimits(staging_bytes=staging_bytes)
+    return DeviceCopyEngine(targets, batched=batched, limits=limits)

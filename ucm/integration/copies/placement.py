@@ -12,14 +12,15 @@ from dataclasses import dataclass
 from torch import Tensor
 
 from ucm.integration.copies.layout import INTEGER_OF_BYTES, LayerView
-from ucm.store.blocks.page_layout import PageGeometry, RankShare
+from ucm.integration.copies.target import CopyTarget
+from ucm.store.blocks.page_layout import PageGeometry
 
 
 @dataclass(frozen=True)
 class PlacedPart:
-    """One part of neighbouring layers, and where it lies in a page.
+    """One part of layers that follow each other in a target, and where it lies in a page.
 
-    `tensor` is [layer, block, head, unit, size]; `layers` are positions in the rank's share.
+    `tensor` is [layer, block, head, unit, size]; `layers` are positions in the target's share.
     In a page the element [layer, head, unit, i] lies `page_offset_bytes` after the slot's start,
     plus `page_strides` (of layer, head, unit, i; in elements of `tensor`).
     """
@@ -55,12 +56,10 @@ class PlacedPart:
         )
 
 
-def placed_parts(
-    views: Sequence[LayerView], *, geometry: PageGeometry, share: RankShare
-) -> tuple[PlacedPart, ...]:
-    """All parts of all layers of a rank, joined over layers where their strides allow it."""
-    if len(views) != len(share.layers):
-        raise ValueError(f"{len(views)} layer views for {len(share.layers)} layers")
+def placed_parts(target: CopyTarget) -> tuple[PlacedPart, ...]:
+    """All parts of all layers of a target, joined over layers where their strides allow it."""
+    views, geometry, share = target.views, target.geometry, target.share
+    layer_bytes = share.layer_stride_bytes(geometry)
     placed: list[PlacedPart] = []
     start = 0
     while start < len(views):
@@ -73,7 +72,7 @@ def placed_parts(
             tensor = _widest(_join([view.parts[index] for view in views[start:end]]), geometry)
             first = geometry.offset(share.layers[start], share.heads.start)
             item_bytes = tensor.element_size()
-            strides = (geometry.layer_bytes, geometry.head_bytes, geometry.unit_bytes, item_bytes)
+            strides = (layer_bytes, geometry.head_bytes, geometry.unit_bytes, item_bytes)
             layer_stride, head_stride, unit_stride, _ = (s // item_bytes for s in strides)
             placed.append(
                 PlacedPart(

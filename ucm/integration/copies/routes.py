@@ -3,10 +3,11 @@
     direct   block and page agree in long runs: each run is one transfer
     staged   otherwise: one gather (a load: scatter) per stack of layers between the blocks and a
              staging buffer in page order, then one transfer per page, or per layer and page if the
-             rank holds only some heads
+             rank holds only some heads, or its layers are no neighbours in the page
 
-A stack is neighbouring layers at one distance in one storage: vLLM 0.32 has one, older ones have
-one per layer. Everything here is called by a lane's thread and happens in the order of its stream.
+A stack is layers of a target that follow each other at one distance in one storage: vLLM 0.32 has
+one, older ones have one per layer. Everything here is called by a lane's thread and happens in the
+order of its stream.
 """
 
 from __future__ import annotations
@@ -23,16 +24,16 @@ from torch import Tensor
 from ucm.integration.copies.arena import Arena
 from ucm.integration.copies.copy_engine import first_units
 from ucm.integration.copies.jobs import Direction, PagePart
-from ucm.integration.copies.layout import LayerView
 from ucm.integration.copies.placement import PlacedPart, placed_parts
 from ucm.integration.copies.ring import Offsets, Transfers
+from ucm.integration.copies.target import CopyTarget
 from ucm.store.blocks.page_layout import PageGeometry, RankShare
 
 
 @dataclass(frozen=True)
 class RoutePages:
-    """What one submission copies. `ids` are the block ids of all parts in order, on the device;
-    None if there are no blocks, or no route has a `staging_bytes`."""
+    """What one submission copies of one target. `ids` are the block ids of all parts in order, on
+    the device; None if no route of the target has a `staging_bytes`, or no block is copied."""
 
     parts: Sequence[PagePart]
     arena: Arena
@@ -51,17 +52,10 @@ class Route(ABC):
         """Puts the copies of `layers`, all of this route's or one of them, on the stream."""
 
 
-def plan_routes(
-    views: Sequence[LayerView],
-    *,
-    geometry: PageGeometry,
-    share: RankShare,
-    staging_bytes: int,
-    direct_run_bytes: int,
-) -> list[Route]:
-    placed = placed_parts(views, geometry=geometry, share=share)
+def plan_routes(target: CopyTarget, *, staging_bytes: int, direct_run_bytes: int) -> list[Route]:
+    geometry, share = target.geometry, target.share
     routes: list[Route] = []
-    for _, group in itertools.groupby(placed, key=lambda p: p.layers):
+    for _, group in itertools.groupby(placed_parts(target), key=lambda p: p.layers):
         stack = tuple(group)
         if len(stack) == 1 and _runs(stack[0]).nbytes >= direct_run_bytes:
             routes.append(_DirectRoute(stack[0], geometry=geometry))
@@ -142,7 +136,7 @@ class _DirectRoute(Route):
 
 
 class _StagedRoute(Route):
-    """A staging buffer holds pages as [page][layer][head][unit][content], this rank's share."""
+    """A staging buffer holds pages as [page][layer][head][unit][content], the target's share."""
 
     def __init__(
         self,
@@ -228,6 +222,7 @@ class _StagedRoute(Route):
         geometry, heads = self._geometry, self._share.heads
         first = geometry.offset(self._share.layers[layers.start], heads.start)
         in_part = units.stop - units.start
+        layer_stride_bytes = self._share.layer_stride_bytes(geometry)
         each_layer = np.arange(len(layers), dtype=np.int64)
         if direction is Direction.DUMP and in_part < geometry.num_units:
             # The rest of the page is another dump's: only these units may be written.
@@ -235,15 +230,15 @@ class _StagedRoute(Route):
             each_head += units.start * geometry.unit_bytes
             return (
                 np.add.outer(each_layer * self._layer_bytes, each_head).reshape(-1),
-                first + np.add.outer(each_layer * geometry.layer_bytes, each_head).reshape(-1),
+                first + np.add.outer(each_layer * layer_stride_bytes, each_head).reshape(-1),
                 in_part * geometry.unit_bytes,
             )
-        if len(heads) == geometry.num_kv_heads:
+        if self._layer_bytes == layer_stride_bytes:
             whole = np.zeros(1, dtype=np.int64)
             return whole, whole + first, len(layers) * self._layer_bytes
         return (
             each_layer * self._layer_bytes,
-            first + each_layer * geometry.layer_bytes,
+            first + each_layer * layer_stride_bytes,
             self._layer_bytes,
         )
 

@@ -22,13 +22,13 @@ from ucm.store.blocks.page_layout import PageGeometry, RankShare
 
 @dataclass(frozen=True)
 class TailBlanker:
-    """One rank's. Any thread, for slots that nobody else writes this share of."""
+    """One target's. Any thread, for slots that nobody else writes this share of."""
 
     geometry: PageGeometry
     share: RankShare
 
     def blank(self, parts: Sequence[PagePart], arena: Arena, layer: int | None) -> None:
-        """All of the rank's layers, or `layer`, a position in its share. Raises UcmError for what
+        """All of the target's layers, or `layer`, a position in its share. Raises UcmError for what
         can't be a tail's page, and RuntimeError for one outside of the arena."""
         layers = self.share.layers
         if layer is not None:
@@ -48,6 +48,6 @@ class TailBlanker:
             )
         return arena.bytes.as_strided(
             (len(layers), len(heads), (block_tokens - tail_tokens) * geometry.unit_bytes),
-            (geometry.layer_bytes, geometry.head_bytes, 1),
+            (self.share.layer_stride_bytes(geometry), geometry.head_bytes, 1),
             part.slot_offset + geometry.offset(layers.start, heads.start, tail_tokens),
         )

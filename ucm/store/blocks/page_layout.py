@@ -8,8 +8,9 @@ A page is the canonical form of one block, the same for every engine and every r
 opaque layout has one engine block as its unit, one head per tensor parallel rank, and raw bytes as
 its content. All sizes are in bytes, all ranges are half-open.
 
-A rank holds some layers (its pipeline stage) and some heads (its tensor parallel share) of every
-page: one contiguous run of bytes per layer.
+A rank holds some layers (its pipeline stage, or one of an engine's cache groups, which may be every
+nth layer) and some heads (its tensor parallel share) of every page: one contiguous run of bytes per
+layer.
 """
 
 from __future__ import annotations
@@ -112,7 +113,8 @@ class PageGeometry:
 
 @dataclass(frozen=True, slots=True)
 class RankShare:
-    """The part of every page that one rank holds: `layers` x `heads`, positions in the page.
+    """The part of every page that one rank holds: `layers` x `heads`, positions in the page. The
+    layers may have a step.
 
     `dumps` is False on a rank whose part another rank holds too and writes. All ranks load.
     """
@@ -121,9 +123,13 @@ class RankShare:
     heads: range
     dumps: bool
 
+    def layer_stride_bytes(self, geometry: PageGeometry) -> int:
+        """From one of these layers to the next, in a page."""
+        return self.layers.step * geometry.layer_bytes
+
 
 def rank_share(geometry: PageGeometry, *, tp_rank: int, tp_size: int, layers: range) -> RankShare:
-    """What rank `tp_rank` of `tp_size` holds of the `layers` of its pipeline stage.
+    """What rank `tp_rank` of `tp_size` holds of these layers, of which it computes a part.
 
     As engines do it: with no more ranks than heads each rank has its own neighbouring heads. With
     more, each head is held by neighbouring ranks, and the first of them dumps. MLA has one head.
@@ -131,8 +137,8 @@ def rank_share(geometry: PageGeometry, *, tp_rank: int, tp_size: int, layers: ra
     num_heads = geometry.num_kv_heads
     if not 0 <= tp_rank < tp_size:
         raise ValueError(f"tensor parallel rank {tp_rank} of {tp_size} does not exist")
-    if layers.step != 1 or not 0 <= layers.start < layers.stop <= geometry.num_layers:
-        raise ValueError(f"layers {layers} are not neighbouring layers of {geometry.num_layers}")
+    if layers.step < 1 or not layers or not 0 <= layers[0] <= layers[-1] < geometry.num_layers:
+        raise ValueError(f"layers {layers} are not some of {geometry.num_layers}, first to last")
     if num_heads % tp_size == 0:
         width = num_heads // tp_size
         return RankShare(layers, range(tp_rank * width, (tp_rank + 1) * width), dumps=True)
