@@ -20,7 +20,7 @@ from ucm.integration.copies.arena import Arena
 from ucm.integration.copies.copy_engine import CopyEngine
 from ucm.integration.copies.device import CopyLimits, DeviceCopyEngine
 from ucm.integration.copies.jobs import Direction, PagePart
-from ucm.integration.copies.make import make_engine_of
+from ucm.integration.copies.make import make_copy_engine
 from ucm.store.blocks.page_layout import PageGeometry
 
 PLACES = ("accelerator", "stand-in", "cpu")
@@ -92,7 +92,7 @@ class Place:
 
     def engine(self, rank: Rank, *, accelerator: Any = None, **more: Any) -> CopyEngine:
         if self.name == "cpu":
-            made: CopyEngine = make_engine_of([rank.target()])
+            made: CopyEngine = make_copy_engine([rank.target()])
         else:
             made = DeviceCopyEngine(
                 [rank.target()],

@@ -14,13 +14,14 @@ from tests.store.tiers.memory_tier import MemoryTier
 from ucm import handoff as h
 from ucm.config.settings import Settings, StoreSettings
 from ucm.integration.copies.layout_kind import LayoutKind
-from ucm.integration.engine.facts import EngineFacts
+from ucm.integration.engine.facts import EngineFacts, StrandFacts, TargetFacts
 from ucm.integration.vllm.metadata import RankReport, StepMetadata
 from ucm.integration.vllm.scheduler import SchedulerSide
 from ucm.integration.vllm.stats import UcmStats
 from ucm.metrics import series_key
 from ucm.store.blocks.namespace import Manifest
 from ucm.store.blocks.page_layout import PageGeometry
+from ucm.store.blocks.strands import ALL, Reach, ReachKind
 from ucm.store.client.answers import Answers
 from ucm.store.node import protocol as p
 from ucm.store.node.core import NodeCore
@@ -45,6 +46,24 @@ MANIFEST = Manifest(
     model_shape={},
     epoch=0,
 )
+
+
+def two_strands(window: int) -> dict[str, Any]:
+    """Facts of an engine whose second group has a window, in smaller pages."""
+    kind = LayoutKind.PACKED
+    side = PageGeometry(
+        num_layers=1, num_kv_heads=1, block_tokens=BLOCK, k_size=16, v_size=16, item_bytes=2
+    )
+    return {
+        "strands": (
+            StrandFacts("", ALL, GEOMETRY, kind, "", ("layers.0",)),
+            StrandFacts("w", Reach(ReachKind.WINDOW, window), side, kind, "", ("layers.1",)),
+        ),
+        "targets": (
+            TargetFacts(0, 0, BLOCK, ("layers.0",), range(1)),
+            TargetFacts(1, 1, BLOCK, ("layers.1",), range(1)),
+        ),
+    }
 
 
 class Loopback:
@@ -117,9 +136,11 @@ class Engine:
         layerwise=False,
         loads=True,
         manifest: Manifest = MANIFEST,
+        window: int | None = None,
         **more: Any,
     ) -> None:
-        self.link, self.layerwise = link, layerwise
+        """With a `window` it has two strands, and vLLM two groups."""
+        self.link, self.layerwise, self.window = link, layerwise, window
         store = StoreSettings(socket_path="/nowhere")
         settings = Settings(
             block_tokens=BLOCK,
@@ -142,6 +163,7 @@ class Engine:
             layout=LayoutKind.PACKED,
             layout_name="",
             geometry=GEOMETRY,
+            **({} if window is None else two_strands(window)),
         )
         self.stats = UcmStats()
         self.side = SchedulerSide(
@@ -187,12 +209,24 @@ class Engine:
         self.side.on_new_request(request)
         return request
 
-    def blocks(self, request: SimpleNamespace) -> list[int]:
-        return list(range(1, 1 + -(-request.num_prompt_tokens // BLOCK)))
+    def blocks(self, request: SimpleNamespace) -> tuple[list[int], ...]:
+        """Of each of vLLM's groups. Of one with a window vLLM has nothing that lies before what the
+        next token needs."""
+        num_blocks = -(-request.num_prompt_tokens // BLOCK)
+        base = list(range(1, 1 + num_blocks))
+        if self.window is None:
+            return (base,)
+        skipped = max(0, request.num_computed_tokens - self.window + 1) // BLOCK
+        return base, [0] * skipped + list(range(101 + skipped, 101 + num_blocks))
 
     def admit(self, request: SimpleNamespace) -> int:
         """Asks for a hit until there is an answer, and allocates."""
         extra, _ = self.side.matched_tokens(request, 0)
+        for _ in range(10):
+            if extra is not None:
+                break
+            self.step({})
+            extra, _ = self.side.matched_tokens(request, 0)
         assert extra is not None
         self.side.allocated(request, self.blocks(request), extra)
         request.num_computed_tokens = extra
@@ -201,7 +235,7 @@ class Engine:
 
     def step(self, scheduled: dict[str, int]) -> StepMetadata:
         def blocks_of(name: str) -> tuple[list[int], ...]:
-            return (self.blocks(self.requests[name]),)
+            return self.blocks(self.requests[name])
 
         metadata = self.side.step(
             SimpleNamespace(

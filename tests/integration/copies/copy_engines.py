@@ -18,7 +18,7 @@ from ucm.integration.copies.arena import Arena, Piece
 from ucm.integration.copies.copy_engine import CopyEngine
 from ucm.integration.copies.device import CopyLimits, DeviceCopyEngine
 from ucm.integration.copies.jobs import Direction, PagePart
-from ucm.integration.copies.make import make_engine_of
+from ucm.integration.copies.make import make_copy_engine
 from ucm.store.blocks.page_layout import PageGeometry
 
 HEADS = PageGeometry(
@@ -107,7 +107,7 @@ MakeEngine = Callable[..., CopyEngine]
 
 
 def on_host(*ranks: Rank) -> CopyEngine:
-    return make_engine_of([rank.target() for rank in ranks])
+    return make_copy_engine([rank.target() for rank in ranks])
 
 
 def on_device(

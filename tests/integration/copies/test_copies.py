@@ -28,7 +28,6 @@ from tests.integration.copies.kv_layouts import (
 )
 from ucm.integration.copies.host import HostCopyEngine
 from ucm.integration.copies.jobs import Direction, PagePart
-from ucm.integration.copies.make import make_copy_engine
 
 
 @pytest.mark.parametrize("layout", [*LAYOUTS, *LATENT_LAYOUTS])
@@ -223,14 +222,6 @@ def test_blocks_are_gathered_straight_into_the_staging_memory(
     engine.close()
     assert len(outs) == 1
     assert not [r for r in caplog.records if "need more memory" in r.getMessage()]
-
-
-def test_views_of_another_block_size_are_refused() -> None:
-    rank = rank_of("LBHNC")
-    with pytest.raises(ValueError, match="views of 32 tokens, blocks of 16"):
-        make_copy_engine(
-            rank.views(), geometry=rank.geometry, share=rank.share, engine_block_tokens=16
-        )
 
 
 def test_more_threads_than_pages_are_fine() -> None:

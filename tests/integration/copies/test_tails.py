@@ -28,6 +28,7 @@ from ucm.integration.copies.jobs import PagePart
 from ucm.integration.copies.layout import layer_view
 from ucm.integration.copies.layout_kind import LayoutKind
 from ucm.integration.copies.make import make_copy_engine
+from ucm.integration.copies.target import CopyTarget
 from ucm.store.blocks.page_layout import PageGeometry, rank_share
 
 BLOCK = HEADS.block_tokens
@@ -175,7 +176,7 @@ def test_a_tail_in_a_page_whose_units_are_larger_than_a_token_is_not_called_good
         cache, kind=LayoutKind.OPAQUE, geometry=geometry, num_heads=1, block_tokens=16
     )
     share = rank_share(geometry, tp_rank=0, tp_size=1, layers=range(1))
-    engine = make_copy_engine([view], geometry=geometry, share=share, engine_block_tokens=16)
+    engine = make_copy_engine([CopyTarget([view], geometry, share)])
     engine.submit(1, DUMP, [PagePart(0, 0, (3,), 16)], make_arena(1, geometry))
 
     assert failed_of(engine) == [1]

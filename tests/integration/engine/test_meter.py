@@ -246,12 +246,8 @@ def test_each_direction_has_its_own_time_from_the_first_submission_to_the_last_e
 
 def test_loads_that_run_at_the_same_time_share_it() -> None:
     """Ten that are under way together for a second have taken a second."""
-    meter = CopyMeter(
-        Counts(),
-        rank_share(GEOMETRY, tp_rank=0, tp_size=1, layers=range(GEOMETRY.num_layers)),
-        geometry=GEOMETRY,
-        block_tokens=BLOCK_TOKENS,
-    )
+    share = rank_share(GEOMETRY, tp_rank=0, tp_size=1, layers=range(GEOMETRY.num_layers))
+    meter = CopyMeter(Counts(), facts_of(), [share])
     meter.began(job(1, 0), Direction.LOAD)
     meter.busy({Direction.LOAD: 1.0, Direction.DUMP: 0.0})
     meter.began(job(2, 1), Direction.LOAD)

@@ -30,8 +30,7 @@ from ucm.integration.copies import generations as memories_module
 from ucm.integration.copies.arena import Arena
 from ucm.integration.copies.device import CopyLimits, DeviceCopyEngine
 from ucm.integration.copies.jobs import CopyJob, PagePart
-from ucm.integration.copies.make import make_engine_of
-from ucm.integration.copies.target import CopyTarget
+from ucm.integration.copies.make import make_copy_engine
 from ucm.integration.vllm import worker as worker_module
 from ucm.integration.vllm.device_facts import (
     head_major_pays,
@@ -73,11 +72,11 @@ class Bench:
                 limits=CopyLimits(direct_run_bytes=1, fence_grace_s=grace_s),
             )
         else:
-            make = make_engine_of
+            make = make_copy_engine
         monkeypatch.setattr(
             worker_module,
             "make_copy_engine",
-            lambda views, *, geometry, share, **more: make([CopyTarget(views, geometry, share)]),
+            lambda targets, **more: make(targets),
         )
         settings = Settings(
             block_tokens=GEOMETRY.block_tokens,

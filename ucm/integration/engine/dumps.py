@@ -4,60 +4,39 @@
 
 Slots are asked for one step ahead of the computation, so a long prompt holds no more memory than
 its next step can fill, and a step hardly ever waits for the answer. Blocks are copied and committed
-in prompt order. vLLM keeps a finished request's device blocks until its copies have ended; whose
-blocks may be read is asked of the ledger (`device_blocks.py`), and how far a prompt is its cursor
-(`ranges.py`).
+in prompt order, strand by strand (`dump_state.py`). vLLM keeps a finished request's device blocks
+until its copies have ended; whose blocks may be read is asked of the ledger (`device_blocks.py`),
+and how far a prompt is its cursor (`ranges.py`).
 """
 
 from __future__ import annotations
 
 import logging
 import time
-from collections import deque
-from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass, field, replace
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, replace
 from functools import partial
 
+from ucm.config.settings import Settings
 from ucm.integration.copies.jobs import CopyJob
 from ucm.integration.engine.device_blocks import BlockLedger, BlockReturn
+from ucm.integration.engine.dump_state import (
+    DeviceBlocks,
+    DumpJob,
+    RequestDump,
+    StrandDump,
+    parts_of,
+    touches,
+)
 from ucm.integration.engine.facts import EngineFacts
 from ucm.integration.engine.prompt import Prompt
-from ucm.integration.engine.ranges import DumpCursor, part_of_block
+from ucm.integration.engine.ranges import DumpCursor
 from ucm.store.blocks.keys import Key
+from ucm.store.blocks.strands import kept_blocks, needed_blocks
 from ucm.store.client.session import NodeSession
 from ucm.store.node import protocol as p
 
 logger = logging.getLogger(__name__)
-
-
-@dataclass(eq=False)
-class DumpJob:
-    """`device_blocks` are all of the request's when the job was planned: what it copies depends on
-    every one of them up to its own."""
-
-    job_id: int
-    blocks: list[int]
-    device_blocks: Sequence[int]
-    generation: int
-    ended: bool = False
-    failed: bool = False
-
-
-@dataclass(eq=False)
-class Dump:
-    """What of one request's prompt goes into the store. `device_blocks` are the request's as vLLM
-    has named them last. All that is said of its blocks is said in the `namespace` that it began
-    in, though the engine may be in another one by then."""
-
-    prompt: Prompt
-    namespace: int
-    cursor: DumpCursor
-    device_blocks: Sequence[int] = ()
-    jobs: deque[DumpJob] = field(default_factory=deque)
-    closed: bool = False
-
-    def keys_of(self, blocks: Iterable[int]) -> list[bytes]:
-        return [self.prompt.keys[block] for block in blocks]
 
 
 @dataclass(frozen=True)
@@ -73,56 +52,81 @@ class Dumps:
     """All dumps of one engine. Owned by the engine's thread."""
 
     def __init__(
-        self,
-        session: NodeSession,
-        facts: EngineFacts,
-        ledger: BlockLedger,
-        *,
-        timeout_s: float,
+        self, session: NodeSession, facts: EngineFacts, settings: Settings, ledger: BlockLedger
     ) -> None:
         # Told of each block that this engine itself is to bring.
         self.on_slot: Callable[[Key], None] = lambda key: None
         self._session = session
         self._ledger = ledger
         self._facts = facts
-        self._timeout_s = timeout_s
-        self._dumps: dict[str, Dump] = {}
-        self._jobs: dict[int, tuple[Dump, DumpJob]] = {}
+        self._timeout_s = settings.dump_timeout_ms / 1000
+        self._interval_tokens = facts.interval_tokens(settings.window_interval)
+        self._dumps: dict[str, RequestDump] = {}
+        self._jobs: dict[int, tuple[StrandDump, DumpJob]] = {}
         self._planned: list[CopyJob] = []
+        # Of these, those whose device blocks may be another request's in the next step.
+        self._at_once: list[int] = []
         self._fence: list[int] = []
         self._draining: dict[str, float] = {}
 
     # -- a request's life ------------------------------------------------------------------
 
     def plan(self, prompt: Prompt, todo: Iterable[int], *, num_computed: int) -> None:
-        """From now on these blocks of the request are dumped as they are computed."""
+        """From now on these blocks of the request are dumped as they are computed, and what the
+        other strands keep beside them."""
         if self._facts.dumps and prompt.request_id not in self._dumps:
-            cursor = DumpCursor(todo, len(prompt.keys))
-            dump = Dump(prompt, self._session.namespace, cursor)
-            self._dumps[prompt.request_id] = dump
+            strands = [
+                StrandDump(
+                    prompt,
+                    number,
+                    namespace,
+                    DumpCursor(
+                        self._side_todo(prompt, number, num_computed) if number else todo,
+                        len(prompt.keys),
+                        goes_on_behind_holes=number > 0,
+                    ),
+                )
+                for number, namespace in enumerate(self._session.namespaces)
+            ]
+            dump = self._dumps[prompt.request_id] = RequestDump(prompt, strands)
             self._reserve(dump, num_computed + self._facts.max_step_tokens)
+
+    def _side_todo(self, prompt: Prompt, strand: int, num_computed: int) -> list[int]:
+        """What of a strand is kept, as far as vLLM has it: nothing that lies further back than what
+        the first token needs that is to be computed."""
+        reach = self._facts.strands[strand].reach
+        kept = kept_blocks(
+            reach,
+            prompt.num_tokens,
+            len(prompt.keys),
+            prompt.block_tokens,
+            self._interval_tokens,
+        )
+        first = needed_blocks(reach, num_computed, prompt.block_tokens).start
+        return sorted(block for block in kept if block >= first)
 
     def is_planned(self, request_id: str) -> bool:
         return request_id in self._dumps
 
-    def allocated(self, request_id: str, device_blocks: Sequence[int]) -> None:
+    def allocated(self, request_id: str, device_blocks: DeviceBlocks) -> None:
         """vLLM has given the request these, of which it may have computed some before."""
         if (dump := self._dumps.get(request_id)) is not None:
             dump.device_blocks = device_blocks
 
-    def computed(self, request_id: str, num_tokens: int, device_blocks: Sequence[int]) -> None:
+    def computed(self, request_id: str, num_tokens: int, device_blocks: DeviceBlocks) -> None:
         """This step computes the request's tokens up to `num_tokens`, into these blocks."""
         dump = self._dumps.get(request_id)
         if dump is None:
             return
         dump.device_blocks = device_blocks
-        cursor = dump.cursor
-        if not cursor.todo:
+        if dump.is_done:
             return
         self._reserve(dump, num_tokens + self._facts.max_step_tokens)
         num_blocks = dump.prompt.blocks_in(num_tokens)
         # Answers take a tenth of the time; a step that doesn't get one copies in the next.
-        self._session.wait_for(lambda: not cursor.is_awaited(num_blocks))
+        for of_strand in dump.strands:
+            cursor = of_strand.cursor
+            self._session.wait_for(lambda cursor=cursor: not cursor.is_awaited(num_blocks))  # type: ignore[misc]
         self._copy(dump, num_blocks)
 
     def taken_back(self, request_id: str) -> None:
@@ -134,18 +138,18 @@ class Dumps:
         if dump is not None:
             self._close(dump)
 
-    def finished(self, request_id: str, num_tokens: int, device_blocks: Sequence[int]) -> DumpEnd:
+    def finished(self, request_id: str, num_tokens: int, device_blocks: DeviceBlocks) -> DumpEnd:
         """The request has ended with its tokens up to `num_tokens` computed, and no load of it is
         under way."""
         dump = self._dumps.get(request_id)
         if dump is None:
             return DumpEnd(is_copying=False, kept_blocks=0)
         dump.device_blocks = device_blocks
-        cursor = dump.cursor
-        cursor.end_at(dump.prompt.blocks_in(num_tokens))
+        for of_strand in dump.strands:
+            of_strand.cursor.end_at(dump.prompt.blocks_in(num_tokens))
         self._reserve(dump, num_tokens)
-        ended = DumpEnd(is_copying=True, kept_blocks=cursor.lost_from)
-        ending = self._ledger.finish(request_id, more_to_dump=bool(cursor.todo))
+        ended = DumpEnd(is_copying=True, kept_blocks=dump.kept_blocks(self._facts))
+        ending = self._ledger.finish(request_id, more_to_dump=not dump.is_done)
         if ending is BlockReturn.HELD:
             self._draining[request_id] = time.monotonic()
             return ended
@@ -164,14 +168,14 @@ class Dumps:
         released = []
         for request_id, since_s in list(self._draining.items()):
             dump = self._dumps[request_id]
-            todo = dump.cursor.todo
             self._copy(dump, len(dump.prompt.keys))
             late = time.monotonic() - since_s > self._timeout_s
-            if todo and (late or not self._session.can_store):
+            if not dump.is_done and (late or not self._session.can_store):
                 why = "no slots in time" if late else "the node cache doesn't answer"
-                logger.warning("%d blocks of %s not stored: %s", len(todo), request_id, why)
+                num_left = sum(len(of_strand.cursor.todo) for of_strand in dump.strands)
+                logger.warning("%d blocks of %s not stored: %s", num_left, request_id, why)
                 self._give_up(dump)
-            if not todo and self._ledger.release(request_id):
+            if dump.is_done and self._ledger.release(request_id):
                 del self._draining[request_id]
                 # Slots that were asked for in vain may still be given.
                 self._close(self._dumps.pop(request_id))
@@ -182,61 +186,66 @@ class Dumps:
         planned, self._planned = tuple(self._planned), []
         return planned
 
+    def take_at_once(self) -> tuple[int, ...]:
+        """Of the planned, those that have to end with their own step."""
+        at_once, self._at_once = tuple(self._at_once), []
+        return at_once
+
     def take_fence(self) -> tuple[int, ...]:
         fence, self._fence = tuple(self._fence), []
         return fence
 
-    def _reserve(self, dump: Dump, to_tokens: int) -> None:
+    def _reserve(self, dump: RequestDump, to_tokens: int) -> None:
         if not self._session.can_store:
             return
         prompt = dump.prompt
-        blocks = dump.cursor.ask(prompt.blocks_in(to_tokens))
-        if not blocks:
-            return
-        self._session.ask(
-            p.Reserve(
-                id=self._session.next_id(),
-                ns=dump.namespace,
-                keys=dump.keys_of(blocks),
-                parents=prompt.parents(blocks),
-                tail_tokens=prompt.tail_at(blocks[-1] + 1),
-            ),
-            partial(self._on_reply, dump, blocks),
-        )
+        for of_strand in dump.strands:
+            blocks = of_strand.cursor.ask(prompt.blocks_in(to_tokens))
+            if not blocks:
+                continue
+            self._session.ask(
+                p.Reserve(
+                    id=self._session.next_id(),
+                    ns=of_strand.namespace,
+                    keys=list(of_strand.keys_of(blocks)),
+                    parents=of_strand.parents(blocks),
+                    tail_tokens=prompt.tail_at(blocks[-1] + 1),
+                ),
+                partial(self._on_reply, of_strand, blocks),
+            )
 
-    def _on_reply(self, dump: Dump, blocks: list[int], reply: p.ReserveReply) -> None:
+    def _on_reply(self, dump: StrandDump, blocks: list[int], reply: p.ReserveReply) -> None:
         for block, offset in zip(blocks, reply.offsets, strict=True):
             dump.cursor.slots[block] = offset
             if offset >= 0:
-                self.on_slot(dump.prompt.keys[block])
+                self.on_slot(dump.prompt.key_of(block, dump.strand))
         if dump.closed:
             self._abort_slots(dump)
 
-    def _copy(self, dump: Dump, num_blocks: int) -> None:
-        """Plans the copies of leading blocks that are computed and have slots."""
-        prompt = dump.prompt
+    def _copy(self, dump: RequestDump, num_blocks: int) -> None:
+        """Plans the copies of leading blocks that are computed and have slots. The base comes last:
+        who finds its pages should find the others."""
+        for of_strand in reversed(dump.strands):
+            self._copy_strand(of_strand, dump.device_blocks, num_blocks)
+
+    def _copy_strand(self, dump: StrandDump, groups: DeviceBlocks, num_blocks: int) -> None:
         taken = dump.cursor.take(num_blocks)
         if not dump.cursor.todo:
             self._abort_slots(dump)
-        if not taken:
+        parts, blocks, gone = parts_of(dump, taken, groups, self._facts)
+        if gone:
+            dump.cursor.holes.update(gone)
+            self._session.send(p.Abort(ns=dump.namespace, keys=list(dump.keys_of(gone))))
+        if not blocks:
             return
-        parts = tuple(
-            part_of_block(
-                each.block,
-                each.offset,
-                dump.device_blocks,
-                num_tokens=prompt.tokens_of(each.block),
-                block_tokens=prompt.block_tokens,
-                unit=self._facts.block_tokens,
-            )
-            for each in taken
-        )
-        blocks = [each.block for each in taken]
-        job = DumpJob(self._session.next_id(), blocks, dump.device_blocks, self._session.generation)
+        job = DumpJob(self._session.next_id(), blocks, groups, self._session.generation)
         dump.jobs.append(job)
-        self._ledger.dump(prompt.request_id, job.job_id)
+        name = dump.prompt.request_id
+        self._ledger.dump(name, job.job_id)
         self._jobs[job.job_id] = (dump, job)
-        self._planned.append(CopyJob(job.job_id, prompt.request_id, job.generation, parts))
+        self._planned.append(CopyJob(job.job_id, name, job.generation, parts))
+        if dump.strand:
+            self._at_once.append(job.job_id)
 
     # -- endings ---------------------------------------------------------------------------
 
@@ -246,12 +255,12 @@ class Dumps:
     def spoiled(self, device_blocks: set[int]) -> None:
         """These blocks, which a step has computed with, hold no KV: nor does what was computed
         behind them. Nothing of it is committed. Other requests may have shared them."""
-        for dump, job in self._jobs.values():
-            if not device_blocks.isdisjoint(job.device_blocks):
+        for of_strand, job in self._jobs.values():
+            if job.touches(device_blocks):
                 job.failed = True
-                dump.cursor.lose(job.blocks[0])
+                of_strand.cursor.lose(job.blocks[0])
         for dump in self._dumps.values():
-            if not device_blocks.isdisjoint(dump.device_blocks):
+            if touches(dump.device_blocks, device_blocks):
                 self._close(dump)
 
     def prompt_of(self, job_id: int) -> Prompt | None:
@@ -270,25 +279,27 @@ class Dumps:
             done = dump.jobs.popleft()
             if done.generation != self._session.generation:
                 continue
-            keys = dump.keys_of(done.blocks)
+            keys: list[bytes] = list(dump.keys_of(done.blocks))
             if done.failed:
                 dump.cursor.lose(done.blocks[0])
                 self._session.send(p.Abort(ns=dump.namespace, keys=keys))
             else:
-                parents = dump.prompt.parents(done.blocks)
+                parents = dump.parents(done.blocks)
                 self._session.send(p.Commit(ns=dump.namespace, keys=keys, parents=parents))
 
-    def _give_up(self, dump: Dump) -> None:
-        dump.cursor.give_up()
-        self._abort_slots(dump)
+    def _give_up(self, dump: RequestDump) -> None:
+        for of_strand in dump.strands:
+            of_strand.cursor.give_up()
+            self._abort_slots(of_strand)
 
-    def _close(self, dump: Dump) -> None:
-        dump.closed = True
+    def _close(self, dump: RequestDump) -> None:
+        for of_strand in dump.strands:
+            of_strand.closed = True
         self._give_up(dump)
 
-    def _abort_slots(self, dump: Dump) -> None:
+    def _abort_slots(self, dump: StrandDump) -> None:
         """Gives back slots that nothing will be copied into."""
-        keys = dump.keys_of(dump.cursor.take_unused())
+        keys: list[bytes] = list(dump.keys_of(dump.cursor.take_unused()))
         if keys:
             self._session.send(p.Abort(ns=dump.namespace, keys=keys))
 
@@ -296,14 +307,16 @@ class Dumps:
         """What is being copied won't be committed, and nothing else begins. Jobs outlive their
         dumps: those of preempted requests run on. What waits to be committed waits for one of
         them."""
-        for dump, _ in self._jobs.values():
-            for job in dump.jobs:
+        for of_strand, _ in self._jobs.values():
+            for job in of_strand.jobs:
                 job.failed = True
         for dump in self._dumps.values():
-            dump.cursor.lose(0)
+            for of_strand in dump.strands:
+                of_strand.cursor.lose(0)
             self._close(dump)
 
     def node_lost(self) -> None:
         """Slots are gone with the node cache; running copies go into memory nobody reads."""
         for dump in self._dumps.values():
-            dump.cursor.node_lost()
+            for of_strand in dump.strands:
+                of_strand.cursor.node_lost()

@@ -52,14 +52,19 @@ class Epochs:
             expect_timeout_s=settings.expect_timeout_ms / 1000,
         )
 
-    def opening(self) -> p.OpenNamespace:
-        return p.OpenNamespace(
-            ns=self._number,
-            fingerprint=self.fingerprint,
-            page_bytes=self._facts.geometry.page_bytes,
-            block_tokens=self._settings.block_tokens,
-            manifest=to_json(self.manifest),
-        )
+    def openings(self) -> list[p.OpenNamespace]:
+        """One for each strand: all are one namespace, whose pages differ in size."""
+        strands = self._facts.strands
+        return [
+            p.OpenNamespace(
+                ns=self._number * len(strands) + number,
+                fingerprint=self.fingerprint,
+                page_bytes=strand.geometry.page_bytes,
+                block_tokens=self._settings.block_tokens,
+                manifest=to_json(self.manifest),
+            )
+            for number, strand in enumerate(strands)
+        ]
 
     def reset(self) -> bool:
         """vLLM has reset its caches. Whether a new epoch begins."""

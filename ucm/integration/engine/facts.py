@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 from ucm.integration.copies.layout_kind import LayoutKind
 from ucm.store.blocks.page_layout import PageGeometry
-from ucm.store.blocks.strands import ALL, Reach
+from ucm.store.blocks.strands import ALL, Reach, default_interval_tokens
 
 
 @dataclass(frozen=True)
@@ -73,3 +73,9 @@ class EngineFacts:
         if not self.targets:
             only = TargetFacts(0, 0, self.block_tokens, layers, range(len(layers)))
             object.__setattr__(self, "targets", (only,))
+
+    def interval_tokens(self, window_interval: int | None) -> int:
+        """How far apart boundaries are, by that setting."""
+        if window_interval is not None:
+            return window_interval
+        return default_interval_tokens(strand.reach for strand in self.strands)

@@ -10,7 +10,6 @@ ask again at its next step.
 from __future__ import annotations
 
 import time
-from dataclasses import dataclass
 from functools import partial
 
 import msgspec
@@ -19,11 +18,12 @@ from ucm.config.settings import Settings
 from ucm.integration.engine.counts import Counts
 from ucm.integration.engine.explorer import Explorer
 from ucm.integration.engine.facts import EngineFacts
+from ucm.integration.engine.hit import Hit, RequestLookups
 from ucm.integration.engine.load_policy import LoadPolicy
 from ucm.integration.engine.promise_book import PromiseBook
 from ucm.integration.engine.prompt import Prompt
 from ucm.integration.engine.ranges import missing_blocks, offered_tokens
-from ucm.integration.engine.receipt import Promise
+from ucm.integration.engine.side_lookups import SideLookups, SideWaits
 from ucm.integration.engine.step_waits import STEP_WAIT_S
 from ucm.integration.engine.turns import Turn, Turns
 from ucm.outcome import Outcome, missed_as
@@ -33,40 +33,6 @@ from ucm.store.node import protocol as p
 # The node cache settles a lookup by its deadline; an answer later than this will never come, unless
 # the machine itself stood still: it gets as long again from when that is noticed.
 _GRACE_S = 0.5
-
-
-@dataclass(eq=False)
-class RequestLookups:
-    """Those of one request: why the last has brought no more (FINE: it has brought all), and
-    whether there will be none any more."""
-
-    reason: Outcome = Outcome.FINE
-    no_loads: bool = False
-
-    def end(self, reason: Outcome) -> None:
-        self.reason, self.no_loads = reason, True
-
-
-@dataclass(eq=False)
-class Hit:
-    """One lookup. `offsets[i]` is the slot of block `read_from + i`, once answered. `promise`: that
-    which it was asked with."""
-
-    prompt: Prompt
-    of_request: RequestLookups
-    promise: Promise | None
-    lookup_id: int
-    generation: int
-    read_from: int
-    asked_s: float
-    overdue_s: float
-    is_last_wait: bool = False
-    reply: p.LookupReply | None = None
-
-    @property
-    def end_tokens(self) -> int:
-        count = len(self.reply.offsets) if self.reply is not None else 0
-        return (self.read_from + count) * self.prompt.block_tokens
 
 
 class Hits:
@@ -89,6 +55,7 @@ class Hits:
         self._stats = stats
         self._layerwise = settings.use_layerwise
         self._timeout_s = settings.lookup_timeout_ms / 1000
+        self._interval_tokens = facts.interval_tokens(settings.window_interval)
         self._turns = Turns(
             max_lookups=settings.max_lookups,
             max_handoffs=settings.max_handoffs,
@@ -124,9 +91,7 @@ class Hits:
             hit = self._ask(prompt, num_computed, load=loads, now_s=now_s)
         if not loads:
             return 0, False  # a producer only wants to know what is stored, and doesn't wait
-        if hit.reply is None:
-            self._session.wait_for_news()
-        if hit.reply is None:
+        if not self._is_settled_by_now(hit):
             if not self._is_given_up(hit):
                 return None, False
             self.drop(prompt.request_id)
@@ -136,6 +101,13 @@ class Hits:
         # There is something to do: the answers of others can be waited for in the next step.
         self._session.wait_at_most(STEP_WAIT_S)
         return self._offer(hit, num_computed)
+
+    def _is_settled_by_now(self, hit: Hit) -> bool:
+        if not hit.is_settled:
+            self._session.wait_for_news()
+        if hit.reply is not None and not hit.is_settled:
+            self._session.wait_for_news()  # of the other strands, which have just been asked for
+        return hit.is_settled
 
     def reason(self, request_id: str) -> Outcome:
         """Why the request's last lookup has brought no more; FINE as well if there was none."""
@@ -213,7 +185,8 @@ class Hits:
             hit.end_tokens,
             num_computed=num_computed,
             num_prompt=hit.prompt.num_tokens,
-            in_step=self._layerwise,
+            # With a window, the last token needs what the whole prompt's hit has no more.
+            in_step=self._layerwise or len(self._facts.strands) > 1,
         )
         if extra and not self._policy.takes(extra):
             hit.of_request.reason = Outcome.NOT_WORTH
@@ -230,10 +203,38 @@ class Hits:
         hit.of_request.reason = Outcome.NOT_WORTH if reply.refused else reply.reason
         self._count_reply(hit, reply)
         self._policy.read(reply)
+        if len(self._facts.strands) > 1 and reply.offsets:
+            self._begin_sides(hit, reply)
         if reply.refused:
             prompt, start = hit.prompt, hit.read_from + reply.num_stored
             num_full = len(prompt.keys) - bool(prompt.tail_tokens)
             self._explorer.try_again(prompt.keys[:num_full], start)
+
+    def _begin_sides(self, hit: Hit, reply: p.LookupReply) -> None:
+        """The base's pages are pinned: how far can the other strands go on?"""
+        now_s = time.monotonic()
+        left_s = hit.promise.left_s(now_s) if hit.promise is not None else 0.0
+        timeout_s = max(left_s, self._timeout_s)
+        hit.is_last_wait, hit.overdue_s = False, now_s + timeout_s + _GRACE_S
+        hit.sides = SideLookups(
+            self._session,
+            self._facts,
+            hit.prompt,
+            read_from=hit.read_from,
+            num_blocks=hit.read_from + len(reply.offsets),
+            interval_tokens=self._interval_tokens,
+            waits=SideWaits(
+                until_s=now_s + timeout_s,
+                promised_blocks=hit.promise.num_blocks if hit.promise and left_s > 0 else 0,
+            ),
+            on_shorter=partial(self._on_shorter, hit),
+        )
+
+    def _on_shorter(self, hit: Hit, num_blocks: int, reason: Outcome) -> None:
+        """A strand lacks something: the hit has so many blocks less."""
+        hit.of_request.reason = reason
+        if hit.promise is None or hit.promise.void:
+            self._stats.count("ucm_lookup_missed_blocks", num_blocks, reason=missed_as(reason))
 
     def _count_reply(self, hit: Hit, reply: p.LookupReply) -> None:
         if hit.promise is not None and not hit.promise.void:
@@ -279,8 +280,12 @@ class Hits:
     def release(self, hit: Hit) -> None:
         """Gives back what the lookup pinned, if the node cache is still there."""
         self._turns.ended(hit.lookup_id)
-        if hit.generation == self._session.generation and not _pins_nothing(hit):
+        if hit.generation == self._session.generation and not hit.pins_nothing:
             self._session.release(hit.lookup_id)
+        if hit.sides is not None:
+            if hit.generation == self._session.generation:
+                hit.sides.release()
+            hit.sides = None
         if hit.reply is not None:
             hit.reply = msgspec.structs.replace(hit.reply, offsets=[])
 
@@ -295,7 +300,3 @@ class Hits:
         lost = [name for name, hit in self._hits.items() if hit.reply is None or hit.reply.offsets]
         for name in lost:
             self._turns.ended(self._hits.pop(name).lookup_id)
-
-
-def _pins_nothing(hit: Hit) -> bool:
-    return hit.reply is not None and not hit.reply.offsets

@@ -9,17 +9,19 @@ have its memory.
 from __future__ import annotations
 
 import logging
-from collections.abc import Sequence
 from dataclasses import dataclass
 
 from ucm.integration.copies.jobs import NO_GENERATION, CopyJob, PagePart
 from ucm.integration.engine.counts import Counts
 from ucm.integration.engine.device_blocks import BlockLedger
+from ucm.integration.engine.dump_state import NULL_BLOCK, DeviceBlocks
 from ucm.integration.engine.facts import EngineFacts
-from ucm.integration.engine.hits import Hit, Hits, RequestLookups
+from ucm.integration.engine.hit import Hit, RequestLookups
+from ucm.integration.engine.hits import Hits
 from ucm.integration.engine.prompt import Prompt
 from ucm.integration.engine.ranges import parts_of_tokens
 from ucm.outcome import Outcome
+from ucm.store.blocks.strands import first_needed_token
 from ucm.store.client.session import NodeSession
 
 logger = logging.getLogger(__name__)
@@ -27,11 +29,12 @@ logger = logging.getLogger(__name__)
 
 @dataclass(eq=False)
 class Load:
-    """Copies into `device_blocks`, for which the slowest rank took `took_s`. Without a hit they can
-    only fail."""
+    """Copies of `num_tokens` into `device_blocks`, for which the slowest rank took `took_s`.
+    Without a hit they can only fail."""
 
     of_request: RequestLookups
     hit: Hit | None
+    num_tokens: int
     device_blocks: list[int]
     took_s: float = 0.0
 
@@ -63,7 +66,7 @@ class Loads:
         return bool(self._loading)
 
     def allocated(
-        self, prompt: Prompt, device_blocks: Sequence[int], start: int, num_tokens: int
+        self, prompt: Prompt, device_blocks: DeviceBlocks, start: int, num_tokens: int
     ) -> None:
         """vLLM has given device blocks to tokens [start, start + num_tokens) of the store's."""
         if self._ledger.is_loading(prompt.request_id):
@@ -76,43 +79,58 @@ class Loads:
                 self._hits.release(hit)
             self._plan_failure(prompt, device_blocks, start, end)
             return
-        self._plan(prompt, hit, hit.generation, parts)
+        self._plan(prompt, hit, hit.generation, parts, num_tokens)
         from_files = min(num_tokens, hit.reply.from_files * prompt.block_tokens)
         self._stats.count("ucm_hit_tokens", from_files, source="files")
         self._stats.count("ucm_hit_tokens", num_tokens - from_files, source="memory")
 
     def _parts(
-        self, hit: Hit, device_blocks: Sequence[int], start: int, end: int
+        self, hit: Hit, device_blocks: DeviceBlocks, start: int, end: int
     ) -> tuple[PagePart, ...]:
         """Nothing if this is not what was offered, of this node cache."""
         if hit.generation != self._session.generation or hit.reply is None:
             return ()
-        unit = self._facts.block_tokens
         covered = hit.read_from * hit.prompt.block_tokens <= start < end <= hit.end_tokens
-        if not covered or start % unit:
+        if not covered or (hit.sides is not None and end != hit.sides.end_tokens):
             return ()
-        return parts_of_tokens(
-            start,
-            end,
-            {hit.read_from + i: offset for i, offset in enumerate(hit.reply.offsets)},
-            device_blocks,
-            block_tokens=hit.prompt.block_tokens,
-            unit=unit,
-        )
+        parts: list[PagePart] = []
+        for number, target in enumerate(self._facts.targets):
+            unit, blocks = target.block_tokens, device_blocks[target.group]
+            first = first_needed_token(self._facts.strands[target.strand].reach, end)
+            # vLLM has whole blocks of what it needs, and knows them by their tokens from then on.
+            begin = max(start, first // unit * unit)
+            if begin % unit:
+                return ()
+            while target.strand and begin < end and blocks[begin // unit] == NULL_BLOCK:
+                begin += unit  # it needs less than we think
+            parts += parts_of_tokens(
+                begin,
+                end,
+                hit.offsets(target.strand),
+                blocks,
+                block_tokens=hit.prompt.block_tokens,
+                unit=unit,
+                target=number,
+            )
+        return tuple(parts)
 
     def _plan(
-        self, prompt: Prompt, hit: Hit | None, generation: int, parts: tuple[PagePart, ...]
+        self,
+        prompt: Prompt,
+        hit: Hit | None,
+        generation: int,
+        parts: tuple[PagePart, ...],
+        num_tokens: int,
     ) -> None:
         job = CopyJob(self._session.next_id(), prompt.request_id, generation, parts)
         device_blocks = [block for part in parts for block in part.block_ids]
-        self._loading[job.job_id] = Load(self._hits.of_request(prompt), hit, device_blocks)
+        of_request = self._hits.of_request(prompt)
+        self._loading[job.job_id] = Load(of_request, hit, num_tokens, device_blocks)
         if not self._layerwise:
             self._ledger.load(prompt.request_id, job.job_id)
         self._planned.append(job)
 
-    def _plan_failure(
-        self, prompt: Prompt, device_blocks: Sequence[int], start: int, end: int
-    ) -> None:
+    def _plan_failure(self, prompt: Prompt, groups: DeviceBlocks, start: int, end: int) -> None:
         """vLLM counts on tokens that nobody has (any more): it must hear of a load, and that it has
         failed. No rank has the memory of NO_GENERATION."""
         logger.error(
@@ -122,10 +140,11 @@ class Loads:
             start,
             end,
         )
-        unit = self._facts.block_tokens
-        blocks = tuple(device_blocks[start // unit : -(-end // unit)])
+        base = self._facts.targets[0]
+        unit = base.block_tokens
+        blocks = tuple(groups[base.group][start // unit : -(-end // unit)])
         part = PagePart(slot_offset=0, first_token=0, block_ids=blocks)
-        self._plan(prompt, None, NO_GENERATION, (part,))
+        self._plan(prompt, None, NO_GENERATION, (part,), end - start)
 
     def take_planned(self) -> tuple[CopyJob, ...]:
         """The loads for this step's metadata."""

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from ucm.integration.copies.jobs import CopyJob, Direction
 from ucm.integration.engine.counts import Counts
-from ucm.store.blocks.page_layout import PageGeometry, RankShare
+from ucm.integration.engine.facts import EngineFacts
+from ucm.store.blocks.page_layout import RankShare
 
 _BYTES = {Direction.LOAD: "ucm_loaded_bytes", Direction.DUMP: "ucm_dumped_bytes"}
 _SECONDS = {Direction.LOAD: "ucm_load_seconds", Direction.DUMP: "ucm_dump_seconds"}
@@ -23,20 +24,22 @@ class _Copy:
 
 
 class CopyMeter:
-    """Used by the rank's thread alone. `block_tokens` are the tokens of one of vLLM's blocks."""
+    """Used by the rank's thread alone. `shares` are those of the engine's targets."""
 
-    def __init__(
-        self, stats: Counts, share: RankShare, *, geometry: PageGeometry, block_tokens: int
-    ) -> None:
+    def __init__(self, stats: Counts, facts: EngineFacts, shares: Sequence[RankShare]) -> None:
         self._stats = stats
-        num_units = block_tokens // geometry.unit_tokens
-        num_rows = len(share.layers) * len(share.heads)
-        self._block_bytes = num_rows * num_units * geometry.unit_bytes
+        # Of one of vLLM's blocks, of each target.
+        self._block_bytes: list[int] = []
+        for target, share in zip(facts.targets, shares, strict=True):
+            geometry = facts.strands[target.strand].geometry
+            num_rows = len(share.layers) * len(share.heads)
+            num_units = target.block_tokens // geometry.unit_tokens
+            self._block_bytes.append(num_rows * num_units * geometry.unit_bytes)
         self._begun: dict[int, _Copy] = {}
 
     def began(self, job: CopyJob, direction: Direction) -> None:
-        num_blocks = sum(len(part.block_ids) for part in job.parts)
-        self._begun[job.job_id] = _Copy(direction, num_blocks * self._block_bytes)
+        nbytes = sum(len(part.block_ids) * self._block_bytes[part.target] for part in job.parts)
+        self._begun[job.job_id] = _Copy(direction, nbytes)
 
     def failed(self, job_id: int) -> None:
         self._begun.pop(job_id, None)

@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
-from ucm.store.blocks.keys import Item, Key, TailKey, block_keys, root_key, tail_key
+from ucm.store.blocks.keys import Item, Key, TailKey, block_keys, root_key, strand_key, tail_key
 
 
 @dataclass(frozen=True)
@@ -34,6 +34,14 @@ class Prompt:
     keys: tuple[Key, ...] = ()
     lora_request: Any = None
     lora_digest: bytes | None = None
+    is_salted: bool = False
+    # Of the strands beside the base, whose keys follow from those of the base.
+    strand_names: tuple[str, ...] = ("",)
+
+    def key_of(self, block: int, strand: int = 0) -> Key:
+        """Of a block in one of the strands."""
+        key, name = self.keys[block], self.strand_names[strand]
+        return strand_key(key, name, is_salted=self.is_salted) if strand else key
 
     @property
     def tail_tokens(self) -> int:
@@ -75,6 +83,7 @@ def named_prompt(
     named: NamedItems,
     lora_digest: bytes | None = None,
     with_tail: bool = False,
+    strand_names: tuple[str, ...] = ("",),
 ) -> Prompt:
     """With keys of the prompt's full blocks, with `with_tail` also of what is left behind them;
     those wholly before the first item that has no name. None where nothing can be named: streamed
@@ -108,5 +117,10 @@ def named_prompt(
             )
         )
     return replace(
-        prompt, keys=tuple(keys), lora_request=request.lora_request, lora_digest=lora_digest
+        prompt,
+        keys=tuple(keys),
+        lora_request=request.lora_request,
+        lora_digest=lora_digest,
+        is_salted=salt is not None,
+        strand_names=strand_names,
     )

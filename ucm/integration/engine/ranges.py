@@ -61,8 +61,12 @@ class DumpCursor:
     lacks, in the prompt's order: one leaves it when its copy is on its way, when somebody else has
     it, or when it is given up. Each is asked for once, until the node cache is lost."""
 
-    def __init__(self, todo: Iterable[int], num_blocks: int) -> None:
+    def __init__(
+        self, todo: Iterable[int], num_blocks: int, *, goes_on_behind_holes: bool = False
+    ) -> None:
         self.todo = deque(todo)
+        self.holes: set[int] = set()
+        self._goes_on = goes_on_behind_holes
         self.lost_from = num_blocks
         self.asked_to = 0
         # What the node cache has answered: offsets, HAVE or NO_ROOM.
@@ -86,15 +90,18 @@ class DumpCursor:
 
     def take(self, num_computed: int) -> list[SlotOfBlock]:
         """What can be copied when the first `num_computed` blocks are computed. Where there is no
-        room, all that follows is given up."""
+        room, all that follows is given up, unless it can be used without."""
         taken = []
         while self.todo and self.todo[0] < num_computed and self.todo[0] in self.slots:
             block = self.todo[0]
             offset = self.slots.pop(block)
-            if offset == p.NO_ROOM:
+            if offset == p.NO_ROOM and not self._goes_on:
                 self.give_up()
                 break
             self.todo.popleft()
+            if offset == p.NO_ROOM:
+                self.holes.add(block)
+                continue
             if offset != p.HAVE:
                 taken.append(SlotOfBlock(block, offset))
         return taken
@@ -108,6 +115,9 @@ class DumpCursor:
     def lose(self, block: int) -> None:
         """The store will lack it."""
         self.lost_from = min(self.lost_from, block)
+
+    def is_lost(self, block: int) -> bool:
+        return block in self.holes or block >= self.lost_from
 
     def end_at(self, num_computed: int) -> None:
         """Nothing more is computed."""
@@ -134,6 +144,7 @@ def part_of_block(
     num_tokens: int,
     block_tokens: int,
     unit: int,
+    target: int = 0,
 ) -> PagePart:
     """The first `num_tokens` of a block of `block_tokens`, kept in device blocks of `unit` tokens
     each. The last of these may reach further: fewer than a block's are a tail's."""
@@ -143,6 +154,7 @@ def part_of_block(
         first_token=0,
         block_ids=tuple(device_blocks[first : first - (-num_tokens // unit)]),
         tail_tokens=num_tokens if num_tokens < block_tokens else 0,
+        target=target,
     )
 
 
@@ -154,6 +166,7 @@ def parts_of_tokens(
     *,
     block_tokens: int,
     unit: int,
+    target: int = 0,
 ) -> tuple[PagePart, ...]:
     """The device blocks that hold tokens [start, end), block by block of the store.
 
@@ -171,6 +184,7 @@ def parts_of_tokens(
                 slot_offset=slot_offsets[block],
                 first_token=at - block * block_tokens,
                 block_ids=tuple(device_blocks[at // unit : stop // unit]),
+                target=target,
             )
         )
         at = stop

@@ -23,6 +23,7 @@ class StepMetadata(KVConnectorMetadata):
     requests have no copies left: each rank reports them to vLLM as finished. A step that is `idle`
     computes nothing. One that `writes_before_fence` zeroes or copies blocks, which some of vLLM's
     runners do before they call any hook: what is in `fence` then may have read what is there now.
+    The copies `at_once` of `dumps` end with the step: the next may give their blocks to others.
     A step that is `measured` has a number by which its end is reported.
     """
 
@@ -31,6 +32,7 @@ class StepMetadata(KVConnectorMetadata):
     loads: tuple[CopyJob, ...] = ()
     step_loads: tuple[CopyJob, ...] = ()
     dumps: tuple[CopyJob, ...] = ()
+    at_once: tuple[int, ...] = ()
     fence: tuple[int, ...] = ()
     writes_before_fence: bool = False
     released: tuple[str, ...] = ()

@@ -14,6 +14,7 @@ from vllm.v1.request import RequestStatus
 
 from ucm.config.settings import Settings
 from ucm.integration.engine.device_blocks import BlockLedger
+from ucm.integration.engine.dump_state import DeviceBlocks
 from ucm.integration.engine.dumps import DumpEnd, Dumps
 from ucm.integration.engine.epoch import Epochs
 from ucm.integration.engine.facts import EngineFacts
@@ -75,12 +76,11 @@ class SchedulerSide:
         self._failed: set[int] = set()
         self._idle_wait_s = IDLE_WAIT_S
         self._epochs = Epochs(settings, facts, manifest)
-        dump_timeout_s = settings.dump_timeout_ms / 1000
         self._session = NodeSession(
             link,
-            self._epochs.opening(),
+            *self._epochs.openings(),
             world_size=facts.world_size,
-            dump_timeout_s=dump_timeout_s,
+            dump_timeout_s=settings.dump_timeout_ms / 1000,
             log_path=log_path(settings.store),
         )
         self._promises = PromiseBook(self._session, self._epochs, stats)
@@ -107,8 +107,9 @@ class SchedulerSide:
             layerwise=settings.use_layerwise,
             stats=stats,
         )
-        self._dumps = Dumps(self._session, facts, self._ledger, timeout_s=dump_timeout_s)
-        self._proofs = Proofs(self._namer, self._dumps, timeout_s=dump_timeout_s)
+        self._dumps = Dumps(self._session, facts, settings, self._ledger)
+        proof_timeout_s = settings.dump_timeout_ms / 1000
+        self._proofs = Proofs(self._namer, self._dumps, timeout_s=proof_timeout_s)
         self._session.on_status = self._gauges.on_status
         self._dumps.on_slot = self._promises.on_slot
         self._session.on_saving = self._promises.on_saving
@@ -136,14 +137,15 @@ class SchedulerSide:
         may_load = not request.skip_reading_prefix_cache
         return self._hits.matched_tokens(state.prompt, num_computed, may_load=may_load)
 
-    def allocated(self, request: Any, device_blocks: list[int], num_external: int) -> None:
+    def allocated(self, request: Any, device_blocks: DeviceBlocks, num_external: int) -> None:
+        """`device_blocks` of each of vLLM's groups, here and below."""
         if RequestStatus.is_finished(request.status):
             return
         state = self._state_of(request)
         prompt = state.prompt
         reason = self._hits.reason(prompt.request_id)
         self._promises.close(prompt, state.local_tokens + num_external, reason)
-        self._plan_dump(state)
+        self._plan_dump(state, num_external)
         self._dumps.allocated(prompt.request_id, device_blocks)
         if num_external > 0:
             self._loads.allocated(prompt, device_blocks, state.local_tokens, num_external)
@@ -164,7 +166,7 @@ class SchedulerSide:
             self._plan_dump(state)
             if not self._dumps.is_planned(request_id):
                 continue
-            (device_blocks,) = block_state.get_block_ids(request_id)
+            device_blocks = block_state.get_block_ids(request_id)
             computed = state.request.num_computed_tokens + num_tokens
             self._dumps.computed(request_id, computed, device_blocks)
         released = self._dumps.drain()
@@ -181,6 +183,7 @@ class SchedulerSide:
             loads=() if layerwise else loads,
             step_loads=loads if layerwise else (),
             dumps=self._dumps.take_planned(),
+            at_once=self._dumps.take_at_once(),
             fence=self._dumps.take_fence(),
             writes_before_fence=writes_before_hooks(output),
             released=released,
@@ -235,14 +238,13 @@ class SchedulerSide:
     def _load_ended(self, job_id: int) -> None:
         load = self._loads.ended(job_id)
         if load is not None and load.took_s:
-            num_tokens = len(load.device_blocks) * self._facts.block_tokens
-            self._policy.copied(num_tokens, load.took_s)
+            self._policy.copied(load.num_tokens, load.took_s)
 
     def _is_under_way(self, job_id: int) -> bool:
         return self._loads.is_under_way(job_id) or self._dumps.is_under_way(job_id)
 
     def finished(
-        self, request: Any, device_blocks: list[int]
+        self, request: Any, device_blocks: DeviceBlocks
     ) -> tuple[bool, dict[str, Any] | None]:
         """Whether vLLM must keep the device blocks until the ranks report the request; and what its
         response carries as kv_transfer_params."""
@@ -253,12 +255,12 @@ class SchedulerSide:
         name = prompt.request_id
         if self._ledger.is_held(name):
             return True, None  # said twice: it is told once
-        if self._ledger.is_loading(name) or not device_blocks:
+        if self._ledger.is_loading(name) or not any(device_blocks):
             # vLLM hears of the load, and frees then; or it has preempted the request before.
             self._dumps.taken_back(name)
             ended = DumpEnd(is_copying=False, kept_blocks=0)
         else:
-            self._plan_dump(state, is_last_chance=True)
+            self._plan_dump(state, is_last=True)
             ended = self._dumps.finished(name, state.request.num_computed_tokens, device_blocks)
         self._hits.drop(name)
         receipt = self._promises.receipt(prompt, ended.kept_blocks)
@@ -279,7 +281,7 @@ class SchedulerSide:
         for request_id in self._states:
             self._namer.forget(request_id)
             self._bypassed(request_id)
-        self._session.reopen(self._epochs.opening())
+        self._session.reopen(*self._epochs.openings())
         self._stats.count("ucm_epochs")
 
     def close(self) -> None:
@@ -288,7 +290,7 @@ class SchedulerSide:
 
     # -- dumps follow lookups ----------------------------------------------------------------
 
-    def _plan_dump(self, state: _RequestState, *, is_last_chance: bool = False) -> None:
+    def _plan_dump(self, state: _RequestState, loaded: int = 0, *, is_last: bool = False) -> None:
         """Everything that the lookup did not find in the store. A producer's lookup may still be
         under way: then a later step plans it, or the request's end, with every block, of which the
         node cache then takes those it lacks."""
@@ -297,10 +299,10 @@ class SchedulerSide:
         if not prompt.keys or self._dumps.is_planned(name) or not self._facts.dumps:
             return
         missing = self._hits.missing_blocks(prompt)
-        if missing is None and is_last_chance:
+        if missing is None and is_last:
             missing = list(range(len(prompt.keys)))
         if missing is not None:
-            self._dumps.plan(prompt, missing, num_computed=state.local_tokens)
+            self._dumps.plan(prompt, missing, num_computed=state.local_tokens + loaded)
 
     def _find_preempted(self) -> None:
         for request_id, state in self._states.items():
@@ -332,6 +334,7 @@ class SchedulerSide:
             named=items,
             lora_digest=lora_digest,
             with_tail=self._promises.wants_tail(request.request_id),
+            strand_names=tuple(strand.name for strand in self._facts.strands),
         )
         self._states[request.request_id].prompt = prompt
         self._promises.named(prompt)

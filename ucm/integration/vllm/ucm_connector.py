@@ -17,10 +17,10 @@ from vllm.distributed.kv_transfer.kv_connector.v1.base import (
     KVConnectorMetadata,
     KVConnectorRole,
     KVConnectorWorkerMetadata,
+    SupportsHMA,
 )
 
 from ucm.config.settings import load_settings, start_epoch
-from ucm.errors import UnsupportedEngine
 from ucm.integration.engine.strand_report import strands_text
 from ucm.integration.vllm.device_facts import wanted_layout
 from ucm.integration.vllm.engine_facts import engine_facts
@@ -34,6 +34,7 @@ from ucm.store.client.link import NodeLink
 if TYPE_CHECKING:
     import torch
     from vllm.config import VllmConfig
+    from vllm.distributed.kv_transfer.kv_connector.v1.base import KVConnectorTransferResults
     from vllm.forward_context import ForwardContext
     from vllm.v1.attention.backend import AttentionMetadata
     from vllm.v1.core.kv_cache_manager import KVCacheBlocks
@@ -45,7 +46,7 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 
-class UCMConnector(KVConnectorBase_V1):
+class UCMConnector(KVConnectorBase_V1, SupportsHMA):
     """One per process and role. vLLM makes and drives it."""
 
     def __init__(
@@ -55,12 +56,6 @@ class UCMConnector(KVConnectorBase_V1):
         _log_like_vllm()
         settings = load_settings(vllm_config.kv_transfer_config.kv_connector_extra_config)
         facts = engine_facts(vllm_config, kv_cache_config, settings)
-        if len(facts.targets) > 1:
-            logger.info("%s", strands_text(facts.strands))
-            raise UnsupportedEngine(
-                "this model has layers of several kinds, which UCM can't serve yet: run it with "
-                "--disable-hybrid-kv-cache-manager"
-            )
         self._stats = UcmStats()
         self._scheduler: SchedulerSide | None = None
         self._worker: WorkerSide | None = None
@@ -71,6 +66,8 @@ class UCMConnector(KVConnectorBase_V1):
                 logger.warning(
                     "nothing is loaded from the store into this engine: %s", facts.why_no_hits
                 )
+            if len(facts.targets) > 1:
+                logger.info("%s", strands_text(facts.strands, settings.window_interval))
             self._scheduler = SchedulerSide(
                 settings,
                 facts,
@@ -142,6 +139,14 @@ class UCMConnector(KVConnectorBase_V1):
     def get_finished(self, finished_req_ids: set[str]) -> tuple[set[str] | None, set[str] | None]:
         return self._rank.take_finished(self._step)
 
+    def get_transfer_results(self, finished_req_ids: set[str]) -> KVConnectorTransferResults:
+        # Not every vLLM that this runs on asks for them, and has the class.
+        from vllm.distributed.kv_transfer.kv_connector.v1.base import KVConnectorTransferResults
+
+        finished, received = self._rank.take_finished(self._step)
+        failed = self._rank.take_failed_requests()
+        return KVConnectorTransferResults(finished, received, failed)
+
     def get_block_ids_with_load_errors(self) -> set[int]:
         return self._rank.take_bad_blocks()
 
@@ -161,8 +166,7 @@ class UCMConnector(KVConnectorBase_V1):
     def update_state_after_alloc(
         self, request: Request, blocks: KVCacheBlocks, num_external_tokens: int
     ) -> None:
-        (device_blocks,) = blocks.get_block_ids()
-        self._engine.allocated(request, device_blocks, num_external_tokens)
+        self._engine.allocated(request, blocks.get_block_ids(), num_external_tokens)
 
     def build_connector_meta(self, scheduler_output: SchedulerOutput) -> KVConnectorMetadata:
         return self._engine.step(scheduler_output)
@@ -174,6 +178,11 @@ class UCMConnector(KVConnectorBase_V1):
 
     def request_finished(
         self, request: Request, block_ids: list[int]
+    ) -> tuple[bool, dict[str, Any] | None]:
+        return self._engine.finished(request, (block_ids,))
+
+    def request_finished_all_groups(
+        self, request: Request, block_ids: tuple[list[int], ...]
     ) -> tuple[bool, dict[str, Any] | None]:
         return self._engine.finished(request, block_ids)
 

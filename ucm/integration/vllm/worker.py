@@ -26,11 +26,11 @@ from ucm.integration.copies.generations import Memories
 from ucm.integration.copies.jobs import CopyJob, Direction, PagePart
 from ucm.integration.copies.layout import layer_view
 from ucm.integration.copies.make import make_copy_engine
-from ucm.integration.engine.facts import EngineFacts
+from ucm.integration.copies.target import CopyTarget
+from ucm.integration.engine.facts import EngineFacts, TargetFacts
 from ucm.integration.engine.meter import CopyMeter
 from ucm.integration.engine.step_waits import IDLE_WAIT_S
 from ucm.integration.vllm.batched_copy import batched_copy
-from ucm.integration.vllm.kv_specs import layer_index
 from ucm.integration.vllm.metadata import RankReport, StepMetadata
 from ucm.integration.vllm.stats import UcmStats
 from ucm.store.blocks.page_layout import RankShare, rank_share
@@ -47,18 +47,19 @@ class WorkerSide:
     ) -> None:
         self._settings = settings
         self._facts = facts
-        first_layer = layer_index(facts.layer_names[0]) if facts.pp_size > 1 else 0
-        self._share: RankShare = rank_share(
-            facts.geometry,
-            tp_rank=tp_rank,
-            tp_size=facts.tp_size,
-            layers=range(first_layer, first_layer + len(facts.layer_names)),
-        )
-        self._meter = CopyMeter(
-            stats, self._share, geometry=facts.geometry, block_tokens=facts.block_tokens
-        )
+        self._shares: list[RankShare] = [
+            rank_share(
+                facts.strands[target.strand].geometry,
+                tp_rank=tp_rank,
+                tp_size=facts.tp_size,
+                layers=target.positions,
+            )
+            for target in facts.targets
+        ]
+        self._meter = CopyMeter(stats, facts, self._shares)
         self._layer_at = {name: i for i, name in enumerate(facts.layer_names)}
-        self._kernel_blocks = 1
+        # Of each target.
+        self._kernel_blocks: list[int] = []
         self._engine: CopyEngine | None = None
         self._memories: Memories | None = None
         self._link: RankLink | None = None
@@ -66,6 +67,7 @@ class WorkerSide:
         self._loads: dict[int, CopyJob] = {}
         self._received: set[str] = set()
         self._bad_blocks: set[int] = set()
+        self._failed_requests: set[str] = set()
         # The step whose loads were begun last, and that of the dumps, with what is known of it.
         self._loading: StepMetadata | None = None
         self._dumping: StepMetadata | None = None
@@ -77,36 +79,43 @@ class WorkerSide:
         """Takes the KV tensors of this rank. Raises UnsupportedEngine if they are not laid out as
         the configuration says."""
         facts = self._facts
-        missing = [name for name in facts.layer_names if name not in kv_caches]
-        if missing:
-            raise UnsupportedEngine(f"vLLM registered no KV cache for layer {missing[0]}")
-        tensors = [kv_caches[name] for name in facts.layer_names]
-        first = tensors[0][0] if isinstance(tensors[0], (tuple, list)) else tensors[0]
-        # Some kernels want smaller blocks than vLLM's manager hands out; ids then count those.
-        self._kernel_blocks = max(1, first.shape[0] // facts.num_blocks)
-        views = [
-            layer_view(
-                tensor,
-                kind=facts.layout,
-                geometry=facts.geometry,
-                num_heads=len(self._share.heads),
-                block_tokens=facts.block_tokens // self._kernel_blocks,
-            )
-            for tensor in tensors
+        targets = [
+            self._copy_target(target, share, kv_caches)
+            for target, share in zip(facts.targets, self._shares, strict=True)
         ]
         self._engine = make_copy_engine(
-            views,
-            geometry=facts.geometry,
-            share=self._share,
-            engine_block_tokens=facts.block_tokens // self._kernel_blocks,
-            batched=batched_copy(),
-            staging_bytes=self._settings.copy_staging_bytes,
+            targets, batched=batched_copy(), staging_bytes=self._settings.copy_staging_bytes
         )
-        self._memories = Memories(first.device, pin_piece_bytes=self._settings.pin_piece_bytes)
+        device = targets[0].views[0].parts[0].device
+        self._memories = Memories(device, pin_piece_bytes=self._settings.pin_piece_bytes)
         self._link = RankLink(
             self._settings.store, engine_id=facts.engine_id, on_memory=self._memories
         )
         self._link.start()
+
+    def _copy_target(
+        self, target: TargetFacts, share: RankShare, kv_caches: dict[str, Any]
+    ) -> CopyTarget:
+        missing = [name for name in target.layer_names if name not in kv_caches]
+        if missing:
+            raise UnsupportedEngine(f"vLLM registered no KV cache for layer {missing[0]}")
+        strand = self._facts.strands[target.strand]
+        tensors = [kv_caches[name] for name in target.layer_names]
+        first = tensors[0][0] if isinstance(tensors[0], (tuple, list)) else tensors[0]
+        # Some kernels want smaller blocks than vLLM's manager hands out; ids then count those.
+        kernel_blocks = max(1, first.shape[0] // self._facts.num_blocks)
+        self._kernel_blocks.append(kernel_blocks)
+        views = [
+            layer_view(
+                tensor,
+                kind=strand.layout,
+                geometry=strand.geometry,
+                num_heads=len(share.heads),
+                block_tokens=target.block_tokens // kernel_blocks,
+            )
+            for tensor in tensors
+        ]
+        return CopyTarget(views, strand.geometry, share)
 
     # -- a step, in order ------------------------------------------------------------------
 
@@ -173,6 +182,8 @@ class WorkerSide:
             if not self._forward_ended:
                 self._forward_ended = True
                 self._dump_the_rest()
+                if step.at_once:
+                    self._copying.fence(step.at_once)
         if self._facts.can_sleep and self._engine is not None:
             # vLLM waits for the device, and for nobody's queue, before it unmaps the KV cache.
             self._engine.wait_until_queued()
@@ -196,8 +207,14 @@ class WorkerSide:
         return set(step.released), received
 
     def take_bad_blocks(self) -> set[int]:
+        """Where vLLM has several groups it can't tell by blocks what has failed."""
         bad, self._bad_blocks = self._bad_blocks, set()
-        return bad
+        return set() if len(self._facts.targets) > 1 else bad
+
+    def take_failed_requests(self) -> set[str]:
+        """Those whose loads have failed, where blocks don't tell."""
+        failed, self._failed_requests = self._failed_requests, set()
+        return failed if len(self._facts.targets) > 1 else set()
 
     def take_report(self) -> RankReport | None:
         report, self._report = self._report, RankReport()
@@ -238,6 +255,7 @@ class WorkerSide:
         load = self._loads.get(job_id)
         if load is not None:
             self._bad_blocks.update(b for part in load.parts for b in part.block_ids)
+            self._failed_requests.add(load.request_id)
 
     def _begin_dumps(self, step: StepMetadata) -> None:
         """Once per step."""
@@ -246,7 +264,7 @@ class WorkerSide:
         self._dumping, self._step_dumps = step, []
         self._saved_layers, self._forward_ended = set(), False
         for job in step.dumps:
-            if not self._share.dumps:
+            if not any(self._shares[part.target].dumps for part in job.parts):
                 self._ended(job.job_id)  # another rank has the same bytes and copies them
             elif arena := self._begin(job, Direction.DUMP):
                 self._step_dumps.append((job, arena))
@@ -259,7 +277,8 @@ class WorkerSide:
         elif self._step_dumps:
             self._order_after_forward()
             for job, arena in self._step_dumps:
-                self._copying.submit(job.job_id, Direction.DUMP, self._parts(job), arena)
+                parts = [part for part in self._parts(job) if self._shares[part.target].dumps]
+                self._copying.submit(job.job_id, Direction.DUMP, parts, arena)
         self._step_dumps = []
 
     def _order_after_forward(self) -> None:
@@ -283,11 +302,10 @@ class WorkerSide:
             self._received.add(load.request_id)  # vLLM holds the request back until then
 
     def _parts(self, job: CopyJob) -> Sequence[PagePart]:
-        count = self._kernel_blocks
-        if count == 1:
-            return job.parts
         return [
-            replace(
+            part
+            if (count := self._kernel_blocks[part.target]) == 1
+            else replace(
                 part, block_ids=tuple(b * count + i for b in part.block_ids for i in range(count))
             )
             for part in job.parts

@@ -30,13 +30,12 @@ def _say_trouble(opened: p.NamespaceOpened) -> None:
 
 class NodeSession:
     """Owned by one thread, which polls it and on which the handlers are called; its user sets them.
-    `namespace` is the number of the one that is open now."""
+    `namespaces` are the numbers of those that are open now, `namespace` is the first."""
 
     def __init__(
         self,
         link: NodeLink,
-        opening: p.OpenNamespace,
-        *,
+        *openings: p.OpenNamespace,
         world_size: int = 0,
         dump_timeout_s: float = 0.0,
         log_path: str = "",
@@ -50,8 +49,7 @@ class NodeSession:
         self.on_status: Callable[[p.Status], None] = lambda status: None
         self._link = link
         self._log_path = log_path
-        self._opening = opening
-        self.namespace = opening.ns
+        self._openings = openings
         self._world_size = world_size
         self._dump_timeout_s = dump_timeout_s
         self._ids = itertools.count(1)
@@ -59,12 +57,20 @@ class NodeSession:
         self._unanswered: dict[int, Callable[[Any], None]] = {}
         self._seen_generation = link.generation
         self._opened_generation = -1
-        self._refused = False
+        self._refused: set[int] = set()
         self._heard_s = 0.0
         self._silent_since_s: float | None = None
         self._allowance_s = 0.0
         self._has_news = False
         self._notices = Notices(time.monotonic)
+
+    @property
+    def namespaces(self) -> tuple[int, ...]:
+        return tuple(opening.ns for opening in self._openings)
+
+    @property
+    def namespace(self) -> int:
+        return self._openings[0].ns
 
     # -- the node cache of now -------------------------------------------------------------
 
@@ -164,13 +170,12 @@ class NodeSession:
         next poll."""
         self._link.send(message)
 
-    def reopen(self, opening: p.OpenNamespace) -> None:
-        """Everything that follows is about another namespace."""
-        self._opening = opening
-        self.namespace = opening.ns
-        self._refused = False
+    def reopen(self, *openings: p.OpenNamespace) -> None:
+        """Everything that follows is about other namespaces."""
+        self._openings = openings
+        self._refused.clear()
         if self._opened_generation == self._link.generation:
-            self._link.send(opening)
+            self._open_all()
 
     def close(self) -> None:
         self._link.close()
@@ -187,9 +192,10 @@ class NodeSession:
         generation = self._link.generation
         if self._link.client is not None and self._opened_generation != generation:
             self._opened_generation = generation
-            self._refused, self._silent_since_s = False, None
+            self._silent_since_s = None
+            self._refused.clear()
             self._unanswered.clear()
-            self._link.send(self._opening)
+            self._open_all()
             if self._link.generation == generation:  # it has not gone again
                 self.on_met()
         if messages:
@@ -199,6 +205,10 @@ class NodeSession:
         for message in messages:
             self._hand_out(message)
 
+    def _open_all(self) -> None:
+        for opening in self._openings:
+            self._link.send(opening)
+
     def _hand_out(self, message: p.NodeMessage) -> None:
         if isinstance(message, (p.LookupReply, p.ReserveReply, p.Found, p.ManifestFound)):
             on_answer = self._unanswered.pop(message.id, None)
@@ -207,8 +217,9 @@ class NodeSession:
         elif isinstance(message, p.SavingNews):
             self.on_saving(message)
         elif isinstance(message, p.NamespaceOpened):
-            if message.ns == self.namespace:
-                self._refused = message.refused and bool(message.error)
+            if message.ns in self.namespaces:
+                if message.refused and message.error:
+                    self._refused.add(message.ns)
                 self.on_opened(message)
         elif isinstance(message, p.Notice):
             logger.warning("the node cache (its log: %s): %s", self._log_path, message.text)

@@ -1,0 +1,162 @@
+"""Small models whose layers need unlike parts of a prompt, with seeded random weights.
+
+Made by transformers from a configuration, so that names and shapes of weights are the model's own.
+Weights are wide, as those of the tiny model are: outputs depend on what attention reads.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Final
+
+from examples.cluster.models import END, MAX_POSITION, made_once, token_id, write_tokenizer
+
+_CHAT_TEMPLATE: Final = "{% for message in messages %}{{ message['content'] }}{% endfor %}"
+_LOCAL, _GLOBAL = "sliding_attention", "full_attention"
+
+
+@dataclass(frozen=True)
+class HybridModel:
+    """`config` names a class of transformers and its arguments; `flags` are what vLLM needs for it
+    here. `window` is that of its local layers."""
+
+    name: str
+    config: str
+    window: int
+    fields: Mapping[str, Any]
+    flags: tuple[str, ...] = ()
+    dtype: str = "float32"
+    block_size: int = 128
+    edit: Callable[[dict[str, Any]], None] = field(default=lambda weights: None)
+
+
+_COMMON: Final = {
+    "hidden_size": 128,
+    "intermediate_size": 256,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "head_dim": 32,
+    "max_position_embeddings": MAX_POSITION,
+    "tie_word_embeddings": False,
+}
+
+
+def _gemma3(window: int) -> HybridModel:
+    return HybridModel(
+        name=f"gemma3-w{window}",
+        config="Gemma3TextConfig",
+        window=window,
+        fields={
+            **_COMMON,
+            "num_hidden_layers": 6,
+            "sliding_window": window,
+            "layer_types": [_LOCAL] * 5 + [_GLOBAL],
+            "query_pre_attn_scalar": 32,
+        },
+    )
+
+
+MODELS: Final = {
+    model.name: model
+    for model in (
+        _gemma3(256),
+        _gemma3(129),
+        HybridModel(
+            name="gemma2",
+            config="Gemma2Config",
+            window=256,
+            fields={
+                **_COMMON,
+                "num_hidden_layers": 4,
+                "sliding_window": 256,
+                "query_pre_attn_scalar": 32,
+                "tie_word_embeddings": True,
+            },
+        ),
+        HybridModel(
+            name="gpt-oss",
+            config="GptOssConfig",
+            window=128,
+            fields={
+                **_COMMON,
+                "num_hidden_layers": 4,
+                "sliding_window": 128,
+                "num_local_experts": 2,
+                "num_experts_per_tok": 1,
+                "head_dim": 64,
+                "hidden_size": 128,
+                "intermediate_size": 128,
+                "layer_types": [_LOCAL, _GLOBAL] * 2,
+                "rope_scaling": None,
+            },
+        ),
+        HybridModel(
+            name="cohere2",
+            config="Cohere2Config",
+            window=256,
+            fields={**_COMMON, "num_hidden_layers": 4, "sliding_window": 256},
+        ),
+        HybridModel(
+            name="ministral",
+            config="MinistralConfig",
+            window=256,
+            fields={
+                **_COMMON,
+                "num_hidden_layers": 4,
+                "sliding_window": 256,
+                "layer_types": [_LOCAL] * 3 + [_GLOBAL],
+            },
+        ),
+        HybridModel(
+            name="llama4",
+            config="Llama4TextConfig",
+            window=512,
+            fields={
+                **_COMMON,
+                "num_hidden_layers": 4,
+                "attention_chunk_size": 512,
+                "num_local_experts": 2,
+                "num_experts_per_tok": 1,
+                "intermediate_size_mlp": 256,
+                "no_rope_layers": [1, 1, 1, 0],
+                "moe_layers": [],
+                "interleave_moe_layer_step": 0,
+                "attn_temperature_tuning": False,
+            },
+        ),
+    )
+}
+
+
+def make_hybrid(directory: Path, model: HybridModel) -> Path:
+    """Makes it, or finds the one made earlier."""
+    return made_once(directory, model.name, lambda folder: _write(folder, model))
+
+
+def _write(folder: Path, model: HybridModel) -> None:
+    import torch
+    import transformers
+
+    tokenizer = write_tokenizer(folder, chat_template=_CHAT_TEMPLATE)
+    end = token_id(tokenizer, END)
+    config = getattr(transformers, model.config)(
+        **model.fields,
+        vocab_size=tokenizer.get_vocab_size(),
+        bos_token_id=None,
+        eos_token_id=end,
+        pad_token_id=end,
+        torch_dtype="float32",
+    )
+    torch.manual_seed(0)
+    with torch.device("cpu"):
+        made = transformers.AutoModelForCausalLM.from_config(config)
+    with torch.no_grad():
+        for name, weight in made.named_parameters():
+            if weight.dim() >= 2:
+                weight.normal_(std=1.6 / math.sqrt(weight.shape[-1]))
+            elif "sinks" in name:
+                weight.normal_()
+    made.save_pretrained(folder)

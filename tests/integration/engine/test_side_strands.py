@@ -1,0 +1,176 @@
+"""Models with windows: what a prefill stores of them, where a hit ends, and what may be missing."""
+
+from __future__ import annotations
+
+import pytest
+
+pytest.importorskip("vllm")
+
+from tests.integration.scheduler_parts import BLOCK, Engine, Loopback
+from tests.store.tiers.memory_tier import MemoryTier
+from ucm import handoff as h
+from ucm.integration.copies.jobs import CopyJob
+from ucm.store.blocks.keys import Key, strand_key
+
+# The last token of a prompt needs two blocks before its own.
+WINDOW = 2 * BLOCK + 1
+PROMPT = 10 * BLOCK
+
+
+@pytest.fixture
+def tier() -> MemoryTier:
+    return MemoryTier()
+
+
+def started(tier: MemoryTier, **more: object) -> Engine:
+    more.setdefault("window_interval", 0)
+    return Engine(Loopback(tier=tier), window=WINDOW, **more)  # type: ignore[arg-type]
+
+
+def side_keys(engine: Engine, name: str) -> list[Key]:
+    keys = engine.side._states[name].prompt.keys
+    return [strand_key(key, "w", is_salted=False) for key in keys]
+
+
+def stored(tier: MemoryTier) -> set[Key]:
+    return {key for _, key in tier._pages}
+
+
+def remove(tier: MemoryTier, key: Key) -> bytes:
+    (at,) = [each for each in tier._pages if each[1] == key]
+    return tier._pages.pop(at)
+
+
+def prefill(engine: Engine, **says: h.Handoff) -> dict[str, object] | None:
+    """Two blocks a step, as a long prompt is computed. Returns the receipt."""
+    request = engine.add("r", PROMPT, **says)
+    engine.admit(request)
+    while request.num_computed_tokens < PROMPT:
+        engine.step({"r": 2 * BLOCK})
+    _, receipt = engine.side.finished(request, engine.blocks(request))
+    engine.step({})
+    engine.copied(*engine.take_dumping())
+    engine.step({})
+    return receipt
+
+
+def parts_of(job: CopyJob, target: int) -> list[tuple[int, ...]]:
+    return [part.block_ids for part in job.parts if part.target == target]
+
+
+def test_a_prefill_stores_all_of_the_base_and_of_a_window_what_its_end_needs(
+    tier: MemoryTier,
+) -> None:
+    engine = started(tier)
+    prefill(engine)
+    engine.add("s", PROMPT)
+    keys, sides = engine.side._states["s"].prompt.keys, side_keys(engine, "s")
+
+    assert set(keys) <= stored(tier)
+    # At the end, and one token before it.
+    assert stored(tier) & set(sides) == set(sides[7:])
+
+
+def test_a_hit_is_all_but_the_last_token_and_loads_the_window_alone_of_the_other_strand(
+    tier: MemoryTier,
+) -> None:
+    prefill(started(tier))
+    engine = started(tier)
+    request = engine.add("s", PROMPT)
+
+    assert engine.admit(request) == PROMPT - 1
+    (job,) = engine.step({}).loads
+    assert parts_of(job, 0) == [(1 + block,) for block in range(10)]
+    assert parts_of(job, 1) == [(101 + block,) for block in range(7, 10)]
+    engine.copied(job.job_id)
+    assert engine.slots()["pins"] == 0
+
+
+def test_without_a_page_of_the_window_a_hit_ends_at_the_boundary_before(tier: MemoryTier) -> None:
+    prefill(started(tier, window_interval=4 * BLOCK))
+    engine = started(tier, window_interval=4 * BLOCK)
+    request = engine.add("s", PROMPT)
+    remove(tier, side_keys(engine, "s")[8])
+
+    assert engine.admit(request) == 8 * BLOCK
+    assert engine.counted("ucm_lookup_missed_blocks", reason="never_stored") == 2
+    (job,) = engine.step({}).loads
+    assert parts_of(job, 0) == [(1 + block,) for block in range(8)]
+    assert parts_of(job, 1) == [(101 + block,) for block in range(6, 8)]
+    engine.copied(job.job_id)
+    assert engine.slots()["pins"] == 0
+
+
+def test_without_any_boundary_nothing_is_loaded_and_nothing_stays_pinned(tier: MemoryTier) -> None:
+    prefill(started(tier))
+    engine = started(tier)
+    request = engine.add("s", PROMPT)
+    remove(tier, side_keys(engine, "s")[9])
+
+    assert engine.admit(request) == 0
+    assert engine.counted("ucm_lookup_missed_blocks", reason="never_stored") == 10
+    assert engine.slots()["pins"] == 0
+
+
+def test_a_window_block_that_vllm_has_taken_back_is_a_hole_and_the_rest_is_stored(
+    tier: MemoryTier,
+) -> None:
+    engine = started(tier, window_interval=2 * BLOCK)
+    request = engine.add("r", PROMPT)
+    engine.admit(request)
+    sides = side_keys(engine, "r")
+    engine.link.mute = True  # slots come too late
+    engine.step({"r": 4 * BLOCK})
+    engine.step({"r": 2 * BLOCK})
+    engine.link.mute = False
+    while request.num_computed_tokens < PROMPT:
+        engine.step({"r": BLOCK})
+    engine.side.finished(request, engine.blocks(request))
+    engine.step({})
+    engine.copied(*engine.take_dumping())
+
+    assert not stored(tier) & set(sides[:4])
+    assert stored(tier) & set(sides[7:]) == set(sides[7:])
+    slots = engine.slots()
+    assert slots["filling"] == slots["pins"] == 0
+
+
+def test_copies_of_a_window_end_with_their_step(tier: MemoryTier) -> None:
+    engine = started(tier)
+    request = engine.add("r", PROMPT)
+    engine.admit(request)
+    engine.step({"r": 4 * BLOCK})
+    step = engine.step({"r": 6 * BLOCK})
+    windows = {job.job_id for job in step.dumps if parts_of(job, 1)}
+    assert windows and windows == set(step.at_once)
+
+
+@pytest.mark.parametrize("has_window", [True, False])
+def test_a_receipt_is_given_only_if_the_window_at_its_end_is_kept(
+    tier: MemoryTier, has_window: bool
+) -> None:
+    engine = started(tier)
+    request = engine.add("r", PROMPT, says=h.Wanted())
+    engine.admit(request)
+    if not has_window:
+        engine.side._dumps._dumps["r"].strands[1].cursor.give_up()
+    while request.num_computed_tokens < PROMPT:
+        engine.step({"r": 2 * BLOCK})
+    _, params = engine.side.finished(request, engine.blocks(request))
+    assert (params is not None) == has_window
+
+
+def test_a_promised_window_is_waited_for(tier: MemoryTier) -> None:
+    receipt = prefill(started(tier), says=h.Wanted())
+    decode = started(tier)
+    request = decode.add("s", PROMPT, says=h.parse(receipt))
+    late = side_keys(decode, "s")[9]
+    (at,) = [each for each in tier._pages if each[1] == late]
+    page = tier._pages.pop(at)
+    assert decode.side.matched_tokens(request, 0) == (None, False)
+    tier._pages[at] = page
+    for _ in range(20):
+        decode.link.now_s += 0.1
+        decode.link.core.tick()
+        decode.link.timers.fire()
+    assert decode.side.matched_tokens(request, 0) == (PROMPT - 1, True)

@@ -1,0 +1,155 @@
+"""How far a hit can go in the strands beside the base: windows, of which only some blocks are kept.
+
+A hit ends at a boundary, where every strand has what the next token needs. The longest that the
+base has is tried first; where a strand lacks a block, the next is the longest boundary that can do
+without it. What a boundary needs is pinned, as the base's pages are, or nothing of it.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from functools import partial
+from typing import Final
+
+from ucm.integration.engine.facts import EngineFacts
+from ucm.integration.engine.prompt import Prompt
+from ucm.outcome import Outcome
+from ucm.store.blocks.strands import boundaries, needed_blocks
+from ucm.store.client.session import NodeSession
+from ucm.store.node import protocol as p
+
+# Each takes a round of messages, and perhaps reads.
+_MAX_TRIES: Final = 8
+
+
+@dataclass(frozen=True)
+class SideWaits:
+    """Answers are due by `until_s` (monotonic). The first `promised_blocks` of the prompt are on
+    their way and are waited for."""
+
+    until_s: float
+    promised_blocks: int
+
+
+@dataclass(eq=False)
+class _SideQuestion:
+    """`offsets[i]` of the reply is the slot of block `first + i`."""
+
+    lookup_id: int
+    strand: int
+    first: int
+    num_blocks: int
+    reply: p.LookupReply | None = None
+
+    @property
+    def missing(self) -> int | None:
+        """The first block that can't be had."""
+        assert self.reply is not None
+        found = len(self.reply.offsets)
+        return None if found == self.num_blocks else self.first + found
+
+
+@dataclass(eq=False)
+class SideLookups:
+    """Of one hit, whose base has the prompt's blocks [read_from, num_blocks). Owned by the engine's
+    thread; `release` gives back what is pinned. `end_tokens` is how far vLLM can be told to go, 0
+    for nothing."""
+
+    session: NodeSession
+    facts: EngineFacts
+    prompt: Prompt
+    read_from: int
+    num_blocks: int
+    interval_tokens: int
+    waits: SideWaits
+    # Told how many blocks of the base can't be used, and why.
+    on_shorter: Callable[[int, Outcome], None]
+    is_settled: bool = False
+    end_tokens: int = 0
+    _asked: list[_SideQuestion] = field(default_factory=list)
+    _tries: int = 0
+
+    def __post_init__(self) -> None:
+        self._try(min(self.num_blocks * self.prompt.block_tokens, self.prompt.num_tokens))
+
+    def offsets(self, strand: int) -> dict[int, int]:
+        return {
+            asked.first + i: offset
+            for asked in self._asked
+            if asked.strand == strand and asked.reply is not None
+            for i, offset in enumerate(asked.reply.offsets)
+        }
+
+    def release(self) -> None:
+        for asked in self._asked:
+            if asked.reply is None or asked.reply.offsets:
+                self.session.release(asked.lookup_id)
+        self._asked = []
+
+    def _try(self, boundary: int) -> None:
+        """Asks for all that is needed at the boundary, which is a number of tokens."""
+        prompt = self.prompt
+        self._tries += 1
+        # vLLM computes the last token in any case.
+        self.end_tokens = min(boundary, prompt.num_tokens - 1)
+        if self.end_tokens <= self.read_from * prompt.block_tokens:
+            self.end_tokens = 0
+            self.is_settled = True
+            return
+        for strand in range(1, len(self.facts.strands)):
+            reach = self.facts.strands[strand].reach
+            needed = needed_blocks(reach, self.end_tokens, prompt.block_tokens)
+            first = max(needed.start, self.read_from)
+            asked = _SideQuestion(self.session.next_id(), strand, first, needed.stop - first)
+            self._asked.append(asked)
+        self._asked = [asked for asked in self._asked if asked.num_blocks > 0]
+        self.is_settled = not self._asked
+        for asked in list(self._asked):
+            self._ask(asked)
+
+    def _ask(self, asked: _SideQuestion) -> None:
+        prompt, stop = self.prompt, asked.first + asked.num_blocks
+        left_s = max(0.0, self.waits.until_s - time.monotonic())
+        self.session.ask(
+            p.Lookup(
+                id=asked.lookup_id,
+                ns=self.session.namespaces[asked.strand],
+                keys=[prompt.key_of(block, asked.strand) for block in range(asked.first, stop)],
+                read_from=0,
+                load=True,
+                timeout_ms=int(left_s * 1000),
+                promised=max(0, min(stop, self.waits.promised_blocks) - asked.first),
+                tail_tokens=prompt.tail_at(stop),
+            ),
+            partial(self._on_reply, asked),
+        )
+
+    def _on_reply(self, asked: _SideQuestion, reply: p.LookupReply) -> None:
+        if asked not in self._asked:
+            return
+        asked.reply = reply
+        if any(each.reply is None for each in self._asked):
+            return
+        missing = [each.missing for each in self._asked if each.missing is not None]
+        if not missing:
+            self.is_settled = True
+            return
+        reasons = [each.reply.reason for each in self._asked if each.reply and each.reply.reason]
+        self.release()
+        block_tokens = self.prompt.block_tokens
+        end_tokens = self._boundary_before(min(missing) * block_tokens)
+        lost_tokens = self.end_tokens - max(end_tokens, self.read_from * block_tokens)
+        self.on_shorter(-(-lost_tokens // block_tokens), reasons[0])
+        self._try(end_tokens)
+
+    def _boundary_before(self, num_tokens: int) -> int:
+        """The longest that needs nothing behind so many tokens."""
+        if self._tries >= _MAX_TRIES or time.monotonic() >= self.waits.until_s:
+            return 0
+        prompt = self.prompt
+        ends = boundaries(
+            prompt.num_tokens, len(prompt.keys), prompt.block_tokens, self.interval_tokens
+        )
+        return next((end for end in ends if end <= num_tokens and end < self.end_tokens), 0)
