@@ -164,9 +164,9 @@ _TABLE = (
     Metric(
         "ucm_node_stored_bytes",
         "gauge",
-        "Bytes in storage, as far as they were counted, and how many there may be; 0 without a "
-        f"limit. {_OF_THE_NODE}",
-        {"of": ("used", "limit")},
+        "Bytes in storage, as far as they were counted, which of them are no pages and can't be "
+        f"reclaimed, and how many there may be; 0 without a limit. {_OF_THE_NODE}",
+        {"of": ("used", "other", "limit")},
     ),
     Metric(
         "ucm_node_reclaimed_files",

@@ -68,8 +68,13 @@ class NodeGauges:
 
     def _show_reclaim(self, counters: Mapping[str, int]) -> None:
         gauge = self._stats.gauge
-        gauge("ucm_node_stored_bytes", counters.get("stored_bytes", 0), of="used")
-        gauge("ucm_node_stored_bytes", counters.get("stored_limit_bytes", 0), of="limit")
+        stored = {
+            "used": "stored_bytes",
+            "other": "stored_other_bytes",
+            "limit": "stored_limit_bytes",
+        }
+        for of, counter in stored.items():
+            gauge("ucm_node_stored_bytes", counters.get(counter, 0), of=of)
         for limit in METRICS["ucm_node_reclaimed_files"].labels["limit"]:
             for what in ("files", "bytes"):
                 number = counters.get(f"reclaimed_{what}_{limit}", 0)

@@ -15,7 +15,7 @@ from ucm.store.tiers.posix.filesystem_clock import FilesystemClock
 from ucm.store.tiers.posix.lease import ReclaimLease, holder_in
 from ucm.store.tiers.posix.os_errors import READ_ONLY_ERRNOS, translated
 from ucm.store.tiers.posix.plain_files import NotPlain
-from ucm.store.tiers.posix.reclaim_plan import WHOLE, Want
+from ucm.store.tiers.posix.reclaim_plan import WHOLE, Want, limit_of_pages
 from ucm.store.tiers.posix.reclaim_record_files import ReclaimRecorder
 from ucm.store.tiers.posix.reclaim_run import Reclaimed, ReclaimRun, ReclaimStopped
 from ucm.store.tiers.posix.rights import UMASK_DECIDES, FileRights
@@ -109,11 +109,13 @@ def _reclaim(
     count = count_stored(root, clock.now_ns, lambda: keeper.keep([], {}))
     stored_bytes = count.nbytes[WHOLE]
     wanted_bytes = order.free_bytes
+    pages_bytes = stored_bytes - count.other_bytes[WHOLE]
     if wanted_bytes is None:
-        wanted_bytes = max(0, stored_bytes - order.keep_bytes)
+        most_bytes = limit_of_pages(order.keep_bytes, count.other_bytes[WHOLE])
+        wanted_bytes = max(0, pages_bytes - most_bytes)
     done = Reclaimed(is_enough=True)
     if wanted_bytes:
-        share = min(1.0, _SPARE * wanted_bytes / max(1, stored_bytes))
+        share = min(1.0, _SPARE * wanted_bytes / max(1, pages_bytes))
         recorder = None if order.is_dry else ReclaimRecorder(order.rights)
         run = ReclaimRun(
             backend,

@@ -244,6 +244,37 @@ def test_temporary_files_count_and_strangers_are_never_deleted(tmp_path: Path) -
     assert (directory / f"{'0' * 64}.kv").is_symlink()
 
 
+@pytest.mark.parametrize("where", ["beside the pages", "in quarantine"])
+def test_what_can_not_be_freed_empties_no_store_and_is_said_with_what_to_do(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, where: str
+) -> None:
+    """It is larger than the limit, so that nothing that is deleted would help."""
+    tier = limited_tier(tmp_path, limit_bytes=LIMIT)
+    with reclaiming(tier) as node:
+        write_many(lambda number: write(tier, NS, number), 80)
+        if where == "in quarantine":
+            stranger = tmp_path / paths.QUARANTINE / NS.fingerprint.hex() / "damaged"
+        else:
+            page = Path(paths.block_path(str(tmp_path), NS.fingerprint, make_key(1000)))
+            stranger = page.parent / "backup.tar"
+        stranger.parent.mkdir(parents=True, exist_ok=True)
+        stranger.write_bytes(bytes(2 * LIMIT))
+        until(lambda: "files that reclaim can't free" in caplog.text, "it is said")
+        assert "posix_capacity_gb leaves it: remove them" in caplog.text
+        until(lambda: not write(tier, NS, 1), "the limit is reached")
+        number = 2
+        for _ in range(10):
+            number += write(tier, NS, number)
+            time.sleep(0.1)
+        assert number == 2, "nothing is written"
+        assert node["stored_other_bytes"] == 2 * LIMIT
+        # A run may free a tenth below the trigger.
+        assert len(stored(tmp_path, NS.fingerprint)) * FILE >= 0.9 * 0.7 * LIMIT / 4 - FILE
+
+        stranger.unlink()
+        until(lambda: write(tier, NS, number), "it goes on once that is gone")
+
+
 def test_nothing_is_followed_out_of_the_store(tmp_path: Path) -> None:
     store, outside = tmp_path / "store", tmp_path / "outside"
     tier = limited_tier(store, limit_bytes=MIB)

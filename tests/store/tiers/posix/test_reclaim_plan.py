@@ -159,6 +159,31 @@ def test_a_run_begins_at_the_trigger_and_ends_below_it(
         assert want.free_bytes >= int(used * share)
 
 
+@given(
+    st.integers(0, 1 << 40),
+    st.integers(0, 1 << 41),
+    st.integers(1, 1 << 40),
+    st.floats(0.05, 1),
+    st.booleans(),
+)
+def test_what_can_not_be_freed_leaves_pages_less_and_never_less_than_a_quarter(
+    pages: int, others: int, limit: int, trigger: float, is_refused: bool
+) -> None:
+    want = want_of(
+        used_bytes=pages + others,
+        other_bytes=others,
+        limit_bytes=limit,
+        trigger=trigger,
+        share=0.1,
+        is_refused=is_refused,
+    )
+    left = pages - (want.free_bytes if want is not None else 0)
+
+    assert left >= min(pages, int(0.9 * min(trigger, 0.9) * limit / 4) - 1)
+    # With that the limit is kept wherever it can be.
+    assert left + others <= max(limit, others + limit / 4)
+
+
 def test_who_was_refused_is_made_room_for_below_the_trigger_too() -> None:
     """At a trigger of 1 the last page that would reach it does not fit."""
     full = {"used_bytes": 99, "limit_bytes": 100, "trigger": 1.0, "share": 0.1}

@@ -11,10 +11,11 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from tests.store.tiers.posix.reclaim_parts import limited_tier, write
+from tests.store.tiers.posix.reclaim_parts import MIB, limited_tier, write
 from tests.store.tiers.tier_contract import make_key, make_namespace
 from ucm.errors import TierError
 from ucm.store.blocks.keys import salt_tag
+from ucm.store.tiers.posix import paths
 from ucm.store.tiers.posix.allowance import Allowance
 from ucm.store.tiers.posix.grants import NodeAccount
 from ucm.store.tiers.posix.quotas import quotas_of, salt_account
@@ -55,6 +56,35 @@ def test_a_large_store_is_estimated_and_rather_too_high(tmp_path: Path) -> None:
     shares = sorted(count.nbytes[""] / (num_files * 4096) for count in counts)
     assert all(0.02 < count.error < 0.04 for count in counts)
     assert 0.9 < shares[0] and shares[2] > 0.98 and shares[-1] < 1.25
+
+
+def test_what_is_no_page_is_told_apart_and_one_large_file_stands_for_no_others(
+    tmp_path: Path,
+) -> None:
+    folder = tmp_path / ("0" * 64)
+    for number in range(4000):
+        key = make_key(number).hex()
+        leaf = folder / key[:2] / key[2:4]
+        leaf.mkdir(parents=True, exist_ok=True)
+        (leaf / f"{key}.kv").write_bytes(b"x" * 4096)
+        with (leaf / "backup.tar").open("wb") as file:  # of 100 MiB, and no blocks yet
+            file.truncate(100 * MIB)
+    num_large = len(list(folder.rglob("backup.tar")))
+    quarantine = tmp_path / paths.QUARANTINE / ("0" * 64)
+    quarantine.mkdir(parents=True)
+    (quarantine / "damaged").write_bytes(b"x" * 8192)
+    (leaf / f".{key}.kv.tmp").write_bytes(b"x" * 4096)
+    root = os.open(tmp_path, os.O_RDONLY)
+    try:
+        whole = count_stored(root, time.time_ns, lambda: None)
+        some = [count_stored(root, time.time_ns, lambda: None, enough=400) for _ in range(5)]
+    finally:
+        os.close(root)
+
+    assert whole.other_bytes[""] == num_large * 100 * MIB + 8192 + 4096
+    assert whole.nbytes[""] == whole.other_bytes[""] + 4000 * 4096
+    assert whole.nbytes["0" * 64] == whole.nbytes[""] - 8192
+    assert all(count.other_bytes[""] < whole.other_bytes[""] / 2 for count in some)
 
 
 def test_salts_with_a_quota_are_counted_apart_and_a_small_one_with_its_own_error(

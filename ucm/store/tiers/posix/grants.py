@@ -42,12 +42,13 @@ class NodeNote(msgspec.Struct, frozen=True):
 
 class GrantsNote(msgspec.Struct, frozen=True):
     """What the holder of the lease says: by node, by account, how far it may go; and what is used
-    of each account, for people. `number` grows with each: a client of a shared filesystem may read
-    an old one again."""
+    of each account, and of the whole what is no page, for people. `number` grows with each: a
+    client of a shared filesystem may read an old one again."""
 
     number: int
     used_bytes: dict[str, int]
     up_to_bytes: dict[str, dict[str, int]]
+    other_bytes: int = 0
 
 
 def granted(

@@ -101,6 +101,7 @@ class Reclaimer(Chore):
         return {
             **self._counts,
             "stored_bytes": self._beats.stored_bytes,
+            "stored_other_bytes": self._beats.other_bytes,
             "stored_limit_bytes": 0 if whole is None else whole.nbytes,
             "reclaim_leases": int(self._lease.is_held),
             "reclaim_refused_writes": self._allowance.num_refused,
@@ -208,16 +209,18 @@ class Reclaimer(Chore):
             if limit is None:
                 continue
             used[name] = self._book.used_bytes(name)
+            other_bytes = self._book.other_bytes(name)
+            self._says.others(limit, other_bytes)
             shares = granted(
-                limit_bytes=limit.nbytes,
-                used_bytes=self._book.most_bytes(name),
+                limit_bytes=max(0, limit.nbytes - other_bytes),
+                used_bytes=self._book.most_bytes(name) - other_bytes,
                 nodes={node: each[name] for node, each in nodes.items() if name in each},
                 spare_share=self._rules.spare_share,
                 refused=self._beats.refusing(name),
             )
             for node, nbytes in shares.items():
                 up_to[node][name] = nbytes
-        self._beats.publish(root, used, up_to)
+        self._beats.publish(root, used, up_to, other_bytes=self._book.other_bytes(WHOLE))
 
     def _wants(self, root: int) -> dict[str, Want]:
         refused = self._beats.take_refused()
@@ -230,6 +233,7 @@ class Reclaimer(Chore):
                 trigger=self._rules.trigger,
                 share=self._rules.share,
                 is_refused=name in refused,
+                other_bytes=self._book.other_bytes(name),
             )
             if want:
                 wants[name] = want

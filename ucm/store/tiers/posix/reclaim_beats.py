@@ -33,7 +33,7 @@ class ReclaimBeats:
     def __init__(self, allowance: Allowance, rules: ReclaimRules, rights: FileRights) -> None:
         self.node = paths.reclaim_node_name(secrets.token_hex(8))
         # As whoever has the lease said last.
-        self.stored_bytes = 0
+        self.stored_bytes = self.other_bytes = 0
         self._allowance = allowance
         self._rules = rules
         self._rights = rights
@@ -94,7 +94,7 @@ class ReclaimBeats:
         if note.number < self._number and now_s - self._obeyed_s < self._rules.stale_s:
             return  # an old one: what it grants may be others' by now
         self._number, self._obeyed_s = note.number, now_s
-        self.stored_bytes = note.used_bytes.get(WHOLE, 0)
+        self.stored_bytes, self.other_bytes = note.used_bytes.get(WHOLE, 0), note.other_bytes
         self._granted = note.up_to_bytes
         self._refused.clear()
         self._refusing = {}
@@ -130,10 +130,16 @@ class ReclaimBeats:
         return self._refusing.get(account, ())
 
     def publish(
-        self, root: int, used_bytes: dict[str, int], up_to_bytes: dict[str, dict[str, int]]
+        self,
+        root: int,
+        used_bytes: dict[str, int],
+        up_to_bytes: dict[str, dict[str, int]],
+        *,
+        other_bytes: int,
     ) -> None:
-        """What is used of each account, and how far each node may go."""
-        self.stored_bytes = used_bytes.get(WHOLE, 0)
+        """What is used of each account, and how far each node may go. `other_bytes`: of the whole,
+        what is no page."""
+        self.stored_bytes, self.other_bytes = used_bytes.get(WHOLE, 0), other_bytes
         self._refusing = {}
         self._granted = up_to_bytes
         self._allowance.grant(up_to_bytes[self.node])
@@ -143,9 +149,10 @@ class ReclaimBeats:
         if is_for_others or now_s - self._published_s >= self._rules.heartbeat_s:
             self._published_s = now_s
             self._number += 1
-            note = msgspec.json.encode(GrantsNote(self._number, used_bytes, up_to_bytes))
+            note = GrantsNote(self._number, used_bytes, up_to_bytes, other_bytes)
             with unless_full():
-                write_small(root, paths.RECLAIM_GRANTS, note, self._rights)
+                encoded = msgspec.json.encode(note)
+                write_small(root, paths.RECLAIM_GRANTS, encoded, self._rights)
 
     def _note_refusals(self) -> None:
         self._are_refused(self.node, self._allowance.take_refusals())

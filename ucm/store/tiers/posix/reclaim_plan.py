@@ -11,6 +11,8 @@ what it deletes, and not with what is kept.
   been promised it.
 * Every namespace and salt that has a quota first gives what it has too much, of its own files only;
   then all give together what the store has too much.
+* What is no page can't be freed, and leaves pages less of a limit; but a quarter of it is theirs
+  whatever else is there, so that nothing empties a store that has nothing to do with it.
 """
 
 from __future__ import annotations
@@ -25,6 +27,7 @@ _SECOND_NS = 1_000_000_000
 _LEAST_SHARE = 1 / 32
 # A page that does not fit is less than the rest.
 _REFUSED_TRIGGER = 0.9
+_LEAST_FOR_PAGES = 1 / 4
 
 
 @dataclass(frozen=True, slots=True)
@@ -116,15 +119,29 @@ def choose_from_pool(
 
 
 def want_of(
-    *, used_bytes: int, limit_bytes: int, trigger: float, share: float, is_refused: bool = False
+    *,
+    used_bytes: int,
+    limit_bytes: int,
+    trigger: float,
+    share: float,
+    is_refused: bool = False,
+    other_bytes: int = 0,
 ) -> Want | None:
-    """What an account has to give: if it is at its trigger, or so full that a writer was refused, a
-    `share` of what it holds, and at least what is above the trigger."""
-    mark_bytes = int(limit_bytes * (min(trigger, _REFUSED_TRIGGER) if is_refused else trigger))
-    if used_bytes <= 0 or used_bytes < mark_bytes:
+    """What an account has to give: if its pages are at their trigger, or so many that a writer was
+    refused, a `share` of them, and at least what is above the trigger. `other_bytes` of those that
+    are used are no pages'."""
+    pages_bytes = used_bytes - other_bytes
+    most_bytes = limit_of_pages(limit_bytes, other_bytes)
+    mark_bytes = int(most_bytes * (min(trigger, _REFUSED_TRIGGER) if is_refused else trigger))
+    if pages_bytes <= 0 or pages_bytes < mark_bytes:
         return None
-    free_bytes = max(int(used_bytes * share), used_bytes - mark_bytes, 1)
-    return Want(free_bytes, min(1.0, max(free_bytes / used_bytes, _LEAST_SHARE)))
+    free_bytes = max(int(pages_bytes * share), pages_bytes - mark_bytes, 1)
+    return Want(free_bytes, min(1.0, max(free_bytes / pages_bytes, _LEAST_SHARE)))
+
+
+def limit_of_pages(limit_bytes: int, other_bytes: int) -> int:
+    """How much pages may take beside `other_bytes` that are none, and can't be freed."""
+    return max(limit_bytes - other_bytes, int(limit_bytes * _LEAST_FOR_PAGES))
 
 
 def _order(file: StoredFile) -> tuple[bool, int, str]:

@@ -7,11 +7,13 @@ import time
 
 from ucm.errors import TierError
 from ucm.store.tiers.posix.os_errors import READ_ONLY_ERRNOS
+from ucm.store.tiers.posix.quotas import Limit
 from ucm.store.tiers.posix.reclaim_run import Reclaimed
 
 _logger = logging.getLogger(__name__)
 
 _SAY_EVERY_S = 60.0
+_MANY_OTHERS = 1 / 4
 _GIB = 1 << 30
 
 
@@ -33,6 +35,19 @@ class ReclaimSays:
         if self._may_tell("unheard"):
             _logger.warning(
                 "%s: a node is not heard, so its writes are refused: %s", self._path, problem
+            )
+
+    def others(self, limit: Limit, other_bytes: int) -> None:
+        """`other_bytes` of a limit are no pages'."""
+        if other_bytes > limit.nbytes * _MANY_OTHERS and self._may_tell(f"others {limit.setting}"):
+            _logger.warning(
+                "%s: files that reclaim can't free (quarantine, temporary files, files that are "
+                "not UCM's) take %.2f of the %.2f GiB that %s leaves it: remove them, or set it to "
+                "more; beside them less is kept, and nothing is written once the limit is reached",
+                self._path,
+                other_bytes / _GIB,
+                limit.nbytes / _GIB,
+                limit.setting,
             )
 
     def done(self, done: Reclaimed, grace_s: float, used_bytes: int) -> None:
@@ -58,13 +73,7 @@ class ReclaimSays:
                 self._path,
                 done.unrecorded,
             )
-        if not done.is_enough and not done.num_kept and self._may_tell("nothing left"):
-            _logger.warning(
-                "%s: reclaim has freed less than it should: no page is left, and what else is "
-                "there (quarantine, files of dead writers) takes more than the limit leaves it",
-                self._path,
-            )
-        elif not done.is_enough and self._may_tell("not enough"):
+        if not done.is_enough and done.num_kept and self._may_tell("not enough"):
             _logger.warning(
                 "%s: reclaim has freed less than it should: what is left is younger than "
                 "posix_gc_grace_sec (%g s), or can't be removed",

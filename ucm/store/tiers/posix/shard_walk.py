@@ -22,6 +22,8 @@ from ucm.store.tiers.posix.reclaim_plan import WHOLE, StoredFile
 from ucm.store.tiers.posix.score import bounded_score_ns
 
 _BYTES = 256
+# More than a page has.
+_LARGE_BYTES = 64 << 20
 # What has just been written may not have its blocks yet.
 _SETTLED_NS = 60_000_000_000
 
@@ -29,12 +31,14 @@ _SETTLED_NS = 60_000_000_000
 @dataclass
 class Leaf:
     """A directory with pages of one namespace, open as `fd` while the walk is at it. `other_bytes`:
-    of files that are no pages, such as those that are being written."""
+    of files that are no pages, such as those that are being written; `large_bytes`: of those that
+    are larger than a page is. Of these nothing says that other directories have such, too."""
 
     namespace: str
     fd: int
     files: list[StoredFile]
     other_bytes: int = 0
+    large_bytes: int = 0
 
     def __post_init__(self) -> None:
         # That all pages of it have.
@@ -42,7 +46,8 @@ class Leaf:
 
     @property
     def nbytes(self) -> int:
-        return self.other_bytes + sum(file.nbytes for file in self.files)
+        pages_bytes = sum(file.nbytes for file in self.files)
+        return self.other_bytes + self.large_bytes + pages_bytes
 
 
 class ShardWalk:
@@ -132,7 +137,10 @@ class ShardWalk:
             return
         nbytes = real_bytes(status, self._now_ns())
         if not (entry.name.startswith(shard) and paths.is_block_name(entry.name)):
-            leaf.other_bytes += nbytes
+            if nbytes > _LARGE_BYTES:
+                leaf.large_bytes += nbytes
+            else:
+                leaf.other_bytes += nbytes
             return
         leaf.files.append(
             StoredFile(

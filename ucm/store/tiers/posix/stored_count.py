@@ -4,6 +4,9 @@ A small store is counted exactly. Of a larger one some shards are looked at, unt
 were seen: keys are digests, so the number of files in a sample is off by its square root, and what
 is estimated is taken two such errors higher, for each account by its own files. With 10,000 files
 one is 1%; of an account that has 100 of these it is 10%.
+
+What is no page counts as well, and is told apart, for reclaim can't free it: files that are being
+written or were left behind, damaged ones in quarantine, and what people have put there.
 """
 
 from __future__ import annotations
@@ -29,12 +32,14 @@ Nodes = Mapping[str, Mapping[str, NodeAccount]]
 
 @dataclass(frozen=True)
 class StoredCount:
-    """`nbytes` by account: rather too much than too little. `error` is one standard error of the
-    whole, as a share; 0 for what was counted whole."""
+    """`nbytes` by account: rather too much than too little; `other_bytes` are those of them that
+    are no pages'. `error` is one standard error of the whole, as a share; 0 for what was counted
+    whole."""
 
     nbytes: Mapping[str, int]
     error: float
     num_files: int
+    other_bytes: Mapping[str, int] = field(default_factory=dict)
 
 
 def count_stored(
@@ -48,13 +53,16 @@ def count_stored(
     """`tick` is called after each shard; `salts` are accounts. Raises OSError."""
     nbytes: Counter[str] = Counter()
     files: Counter[str] = Counter()
+    others: Counter[str] = Counter()
+    large: Counter[str] = Counter()
     part = 0.0
     with closing(ShardWalk(root, now_ns, _refuse, salts).shards()) as walk:
         for leaves, share in walk:
             close_all(leaf.fd for leaf in leaves)
             for leaf in leaves:
                 for name in leaf.accounts:
-                    nbytes[name] += leaf.other_bytes
+                    others[name] += leaf.other_bytes
+                    large[name] += leaf.large_bytes
                 for file in leaf.files:
                     files.update(file.accounts)
                     for name in file.accounts:
@@ -69,11 +77,12 @@ def count_stored(
     def error(name: str) -> float:
         return float((max(0.0, 1 - part) / max(1, files[name])) ** 0.5)
 
-    estimated = {
-        name: int(seen / part * (1 + _ERRORS_ABOVE * error(name))) for name, seen in nbytes.items()
-    }
-    estimated[WHOLE] = estimated.get(WHOLE, 0) + _quarantine_bytes(root, now_ns())
-    return StoredCount(estimated, error(WHOLE), int(files[WHOLE] / part))
+    large[WHOLE] += _quarantine_bytes(root, now_ns())
+    other_bytes = {name: large[name] + int(others[name] / part) for name in large}
+    estimated = Counter(other_bytes)
+    for name, seen in nbytes.items():
+        estimated[name] += int(seen / part * (1 + _ERRORS_ABOVE * error(name)))
+    return StoredCount(estimated, error(WHOLE), int(files[WHOLE] / part), other_bytes)
 
 
 def _refuse(name: str, error: OSError) -> None:
@@ -105,6 +114,8 @@ class UsedBook:
     counted, less what was deleted. For one thread."""
 
     _counted: Counter[str] = field(default_factory=Counter)
+    # Of that, what is no page.
+    _others: Mapping[str, int] = field(default_factory=dict)
     # What nodes may have written that are gone, beside what they have said.
     _unsure: Counter[str] = field(default_factory=Counter)
     # Of each node and account, what it had written then, and had been found.
@@ -115,6 +126,7 @@ class UsedBook:
         """`before`: the nodes as they were when the count began, so that what was written
         meanwhile, or is being written, is rather counted twice than missed."""
         self._counted, self._unsure = Counter(count.nbytes), Counter()
+        self._others = count.other_bytes
         self._marks = {
             node: {
                 name: account.written_bytes - account.in_flight_bytes
@@ -152,6 +164,10 @@ class UsedBook:
             if name in accounts
         )
         return max(0, self._counted[name] + since)
+
+    def other_bytes(self, name: str) -> int:
+        """Of an account, what reclaim can't free, as it was when it was counted."""
+        return self._others.get(name, 0)
 
     def names(self) -> set[str]:
         return {*self._counted, *(name for each in self._nodes.values() for name in each)}
