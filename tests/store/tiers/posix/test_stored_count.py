@@ -12,13 +12,14 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from tests.store.tiers.posix.reclaim_parts import MIB, limited_tier, write
-from tests.store.tiers.tier_contract import make_key, make_namespace
+from tests.store.tiers.tier_contract import make_key, make_namespace, make_page
 from ucm.errors import TierError
 from ucm.store.blocks.keys import salt_tag
 from ucm.store.tiers.posix import paths
 from ucm.store.tiers.posix.allowance import Allowance
 from ucm.store.tiers.posix.grants import NodeAccount
 from ucm.store.tiers.posix.quotas import quotas_of, salt_account
+from ucm.store.tiers.posix.shard_walk import Leaf, ShardWalk
 from ucm.store.tiers.posix.stored_count import StoredCount, UsedBook, count_stored
 
 NS = make_namespace("model", page_bytes=60 << 10)  # 64 KiB a file
@@ -85,6 +86,29 @@ def test_what_is_no_page_is_told_apart_and_one_large_file_stands_for_no_others(
     assert whole.nbytes[""] == whole.other_bytes[""] + 4000 * 4096
     assert whole.nbytes["0" * 64] == whole.nbytes[""] - 8192
     assert all(count.other_bytes[""] < whole.other_bytes[""] / 2 for count in some)
+
+
+def test_a_page_that_gets_its_name_while_it_is_looked_at_counts(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Between a listing of its directory and a look at it."""
+    tier = limited_tier(tmp_path)
+    tier.open_namespace(NS)
+    staged = tier.stage(NS, KEY, make_page(NS, "a"), num_tokens=128)
+    assert staged is not None
+    note = ShardWalk._note
+
+    def publish_and_note(self: ShardWalk, leaf: Leaf, entry: os.DirEntry[str], shard: str) -> None:
+        tier.publish(staged)
+        note(self, leaf, entry, shard)
+
+    monkeypatch.setattr(ShardWalk, "_note", publish_and_note)
+    root = os.open(tmp_path, os.O_RDONLY)
+    try:
+        count = count_stored(root, time.time_ns, lambda: None)
+    finally:
+        os.close(root)
+    assert count.nbytes[""] == FILE
 
 
 def test_salts_with_a_quota_are_counted_apart_and_a_small_one_with_its_own_error(

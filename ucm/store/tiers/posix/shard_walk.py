@@ -132,7 +132,15 @@ class ShardWalk:
         return leaf
 
     def _note(self, leaf: Leaf, entry: os.DirEntry[str], shard: str) -> None:
-        status = entry.stat(follow_symlinks=False)
+        try:
+            status = entry.stat(follow_symlinks=False)
+        except FileNotFoundError:
+            # What has got its own name this moment may have been listed under neither.
+            temp = paths.parse_temp_name(entry.name)
+            if temp is not None:
+                now_named = os.stat(temp.target, dir_fd=leaf.fd, follow_symlinks=False)
+                leaf.other_bytes += real_bytes(now_named, self._now_ns())
+            return
         if not stat.S_ISREG(status.st_mode):
             return
         nbytes = real_bytes(status, self._now_ns())
