@@ -81,7 +81,7 @@ def test_when_no_page_is_left_nothing_is_said_of_a_grace_period(filled: Store) -
 
 def test_one_at_a_time_reclaims_unless_it_is_forced(filled: Store) -> None:
     root = os.open(filled.path, os.O_RDONLY | os.O_DIRECTORY)
-    lease = ReclaimLease(60.0)
+    lease = ReclaimLease(60.0, 5.0)
     try:
         assert lease.hold(root)
         asked = filled.path, "--free-gb", gb(1), "--grace-s", 0

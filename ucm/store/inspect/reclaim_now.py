@@ -85,7 +85,7 @@ def reclaim_now(backend: str, order: ReclaimOrder) -> ReclaimedNow:
         try:
             if order.is_dry or order.is_forced:
                 return _reclaim(root, backend, order, None)
-            lease = ReclaimLease(_STALE_S, rights=order.rights)
+            lease = ReclaimLease(_STALE_S, _BEAT_S, rights=order.rights)
             if not lease.hold(root):
                 raise UcmError(
                     f"{backend}: {holder_in(read_small(root, paths.RECLAIM_LEASE))} reclaims it, "

@@ -16,6 +16,7 @@ from ucm.store.tiers.posix import paths
 from ucm.store.tiers.posix.lease import ReclaimLease
 
 STALE_S = 60.0
+BEAT_S = 7.5
 HERE = this_process()
 
 
@@ -42,7 +43,7 @@ def clock() -> Clock:
 def lease(clock: Clock, *, host: str = "node1", deletes: bool = True) -> ReclaimLease:
     """Of a process that nobody else can see."""
     here = replace(HERE, host=host, world=host.ljust(16, "f")[:16])
-    return ReclaimLease(STALE_S, deletes, here=here, clock=clock)
+    return ReclaimLease(STALE_S, BEAT_S, deletes, here=here, clock=clock)
 
 
 def test_the_first_gets_it_and_keeps_it(root: int, clock: Clock) -> None:
@@ -86,7 +87,8 @@ def test_that_of_a_process_that_can_be_seen_to_be_dead_is_taken_at_once(
     with subprocess.Popen([sys.executable, "-c", "input()"], stdin=subprocess.PIPE) as child:
         began = int(Path(f"/proc/{child.pid}/stat").read_text().rpartition(")")[2].split()[19])
         other = Process(HERE.host, HERE.world, child.pid, began)
-        dead, mine = ReclaimLease(STALE_S, here=other), ReclaimLease(STALE_S, clock=clock)
+        dead = ReclaimLease(STALE_S, BEAT_S, here=other)
+        mine = ReclaimLease(STALE_S, BEAT_S, clock=clock)
         assert dead.hold(root)
         assert not mine.hold(root)
         child.communicate(b"\n")
@@ -111,16 +113,48 @@ def test_one_that_is_released_is_free_and_nobody_elses_is(root: int, clock: Cloc
     assert two.hold(root)
 
 
-@pytest.mark.parametrize("content", [b"", b"{", b"[]", b"\xff" * 100, b'{"host": 1}'])
-def test_a_file_that_nobody_understands_is_watched_like_any_other(
+RUBBISH = pytest.mark.parametrize("content", [b"", b"{", b"[]", b"\xff" * 100, b'{"host": 1}'])
+
+
+@RUBBISH
+def test_one_that_nobody_understands_is_taken_when_no_beat_changes_it(
     tmp_path: Path, root: int, clock: Clock, content: bytes
 ) -> None:
     (tmp_path / paths.RECLAIM_LEASE).write_bytes(content)
     mine = lease(clock)
 
     assert not mine.hold(root)
-    clock.now_s += STALE_S
+    clock.now_s += BEAT_S
+    assert not mine.hold(root)
+    clock.now_s += BEAT_S
     assert mine.hold(root)
+
+
+def test_one_of_a_newer_version_that_beats_is_left_alone(
+    tmp_path: Path, root: int, clock: Clock
+) -> None:
+    mine = lease(clock)
+    for beat in range(100):
+        (tmp_path / paths.RECLAIM_LEASE).write_text(f'{{"holder": "of a newer version {beat}"}}')
+        assert not mine.hold(root)
+        clock.now_s += BEAT_S
+
+
+@RUBBISH
+def test_one_that_storage_tears_stays_its_holders(
+    tmp_path: Path, root: int, clock: Clock, content: bytes
+) -> None:
+    """Also after a beat that failed."""
+    one, two = lease(clock), lease(clock, host="node2")
+    one.hold(root)
+    assert not two.hold(root)
+    (tmp_path / paths.RECLAIM_LEASE).write_bytes(content)
+    one.is_held = False
+
+    assert not two.hold(root)
+    assert one.hold(root)
+    clock.now_s += BEAT_S
+    assert not two.hold(root)
 
 
 def test_two_that_take_it_in_one_instant_agree_with_the_next_beat(root: int, clock: Clock) -> None:

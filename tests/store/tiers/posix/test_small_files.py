@@ -15,7 +15,8 @@ from tests.store.tiers.tier_contract import make_namespace
 from ucm.errors import TierError
 from ucm.store.tiers.posix import paths
 from ucm.store.tiers.posix.lease import ReclaimLease
-from ucm.store.tiers.posix.small_files import read_small
+from ucm.store.tiers.posix.rights import UMASK_DECIDES
+from ucm.store.tiers.posix.small_files import read_small, write_small
 
 NS = make_namespace("model", page_bytes=60 << 10)  # 64 KiB a file
 OTHER = make_namespace("another", page_bytes=60 << 10)
@@ -75,12 +76,28 @@ def test_one_that_this_user_may_not_read_names_the_settings(root: int, tmp_path:
         os.seteuid(user)
 
 
+def test_a_write_that_storage_cuts_short_goes_on_and_one_that_it_refuses_leaves_the_old_content(
+    root: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    write = os.write
+    monkeypatch.setattr(os, "write", lambda fd, content: write(fd, content[:3]))
+    write_small(root, NAME, b"all of it", UMASK_DECIDES)
+    assert read_small(root, NAME) == b"all of it"
+
+    taken = iter([3, 0])
+    monkeypatch.setattr(os, "write", lambda fd, content: write(fd, content[: next(taken)]))
+    with pytest.raises(OSError, match="storage takes no more bytes"):
+        write_small(root, NAME, b"something new", UMASK_DECIDES)
+    assert read_small(root, NAME) == b"all of it"
+    assert [path.name for path in tmp_path.iterdir()] == [NAME]
+
+
 @PLANTS
 def test_nobody_holds_a_lease_that_is_none_and_that_is_said(
     root: int, tmp_path: Path, plant: Callable[[Path], None]
 ) -> None:
     plant(tmp_path / paths.RECLAIM_LEASE)
-    lease = ReclaimLease(60.0)
+    lease = ReclaimLease(60.0, 7.5)
     with pytest.raises(TierError, match=f"{paths.RECLAIM_LEASE}: {WORDS[plant]}; remove it"):
         lease.hold(root)
     lease.release(root)

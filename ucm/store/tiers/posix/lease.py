@@ -6,7 +6,9 @@ No lock of the filesystem's is used: several don't share them between nodes.
 
 Somebody else may take it over when its holder can be seen to be dead, or when it has not changed
 for `stale_s` while it was watched. That compares no clocks, so it does not matter whether they
-agree; who has just come watches first. Two that take it over in one moment both write; the later
+agree; who has just come watches first. One that can't be read, because storage has torn it, is
+taken back by its holder with its next beat, and by others when two beats have not changed it: no
+live holder leaves it so. Two that take it over in one moment both write; the later
 one's word stays, and the other sees that at its next beat. Until then both reclaim, which is
 harmless: a file goes once, and what is deleted may be a little more than was needed.
 """
@@ -31,6 +33,10 @@ from ucm.store.tiers.posix.small_files import link_small, read_small, write_smal
 from ucm.store.tiers.posix.writers import Fate, fate
 
 
+# More than one, as a newer version's note may be one that this one can't read.
+_TORN_BEATS = 2
+
+
 class LeaseNote(msgspec.Struct, frozen=True):
     """The file's content."""
 
@@ -53,6 +59,8 @@ class ReclaimLease:
     hold it."""
 
     stale_s: float
+    # A live holder renews it as often.
+    heartbeat_s: float
     deletes: bool = True
     rights: FileRights = UMASK_DECIDES
     here: Process = field(default_factory=this_process)
@@ -61,6 +69,8 @@ class ReclaimLease:
     is_held: bool = False
     _token: str = field(default_factory=lambda: secrets.token_hex(8))
     _beat: int = 0
+    # The last content that could be read.
+    _was_mine: bool = False
     # The content that was seen last, and since when.
     _seen: bytes | None = None
     _seen_since_s: float = 0.0
@@ -74,6 +84,8 @@ class ReclaimLease:
             self.is_held = self._renew(root)
         else:
             self.is_held = False
+        if self.is_held or found is None or _parse(found) is not None:
+            self._was_mine = self.is_held
         return self.is_held
 
     def still_held(self, root: int) -> bool:
@@ -102,19 +114,20 @@ class ReclaimLease:
 
     def _may_take_over(self, found: bytes) -> bool:
         note = _parse(found)
-        if note is not None:
-            if self.deletes and not note.deletes:
-                return True  # it only counts what is stored
-            seen = fate(note.process, here=self.here, is_running=self.is_running)
-            if seen is Fate.DEAD:
-                return True
-        return self._has_settled(found)
+        if note is None:
+            # Who takes one over writes what can be read.
+            after_s = min(self.stale_s, _TORN_BEATS * self.heartbeat_s)
+            return self._was_mine or self._has_settled(found, after_s)
+        if self.deletes and not note.deletes:
+            return True  # it only counts what is stored
+        seen = fate(note.process, here=self.here, is_running=self.is_running)
+        return seen is Fate.DEAD or self._has_settled(found, self.stale_s)
 
-    def _has_settled(self, found: bytes) -> bool:
-        """It has not changed for long."""
+    def _has_settled(self, found: bytes, after_s: float) -> bool:
+        """It has not changed for so long."""
         if found != self._seen:
             self._seen, self._seen_since_s = found, self.clock()
-        return self.clock() - self._seen_since_s >= self.stale_s
+        return self.clock() - self._seen_since_s >= after_s
 
     def _is_mine(self, found: bytes) -> bool:
         note = _parse(found)

@@ -70,6 +70,16 @@ def link_small(root: int, name: str, content: bytes, rights: FileRights) -> bool
     return True
 
 
+def _write_all(fd: int, content: bytes) -> None:
+    """Storage may take a part of it, as a disk that is getting full does."""
+    left = memoryview(content)
+    while left:
+        num_written = os.write(fd, left)
+        if num_written == 0:
+            raise OSError(errno.EIO, "storage takes no more bytes, and doesn't say why")
+        left = left[num_written:]
+
+
 def _make(
     root: int, name: str, content: bytes, rights: FileRights, put: Callable[[str], None]
 ) -> None:
@@ -78,7 +88,7 @@ def _make(
         fd = os.open(temp, _WRITE, 0o666, dir_fd=root)
         try:
             rights.give_file(fd)
-            os.write(fd, content)
+            _write_all(fd, content)
         finally:
             os.close(fd)
         put(temp)
