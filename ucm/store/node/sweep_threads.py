@@ -81,6 +81,10 @@ def say(path: str, swept: Swept) -> None:
             path,
             swept.num_quarantined,
         )
+    if swept.num_emptied:
+        logger.info(
+            "%s: removed %d directories that had been empty for a day", path, swept.num_emptied
+        )
     if swept.problem:
         logger.warning(
             "%s: temporary files of dead writers may be left: %s (and %d more like it)",

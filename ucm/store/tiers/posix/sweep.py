@@ -1,5 +1,5 @@
-"""Removes what writers that died have left under temporary names in one storage backend, and what
-has been in quarantine for long.
+"""Removes what writers that died have left under temporary names in one storage backend, what has
+been in quarantine for long, and directories of pages that have been empty for long.
 
 Such a file lies beside the page that it was to become, so the sweep walks the whole tree. It does
 that slowly: at most `dirs_per_s` directories a second, and no longer than a fifth of its time in
@@ -11,11 +11,17 @@ caches that never live long enough for all of it see all of it in turn.
 * A writer that can be seen from here has to be dead. What others have left has to be unchanged for
   `stale_s` by the filesystem's own clock, and unchanged while it is looked at twice: where clients
   give files their times, one whose clock is wrong makes files that look old (writers.py).
+* A directory that has no file, and has not changed for a day, goes: a namespace that nobody uses any
+  more would keep tens of thousands of them. The filesystem itself refuses where a writer has made a
+  file in it this moment, and a writer that finds it gone makes it again (tier.py). That of the
+  namespace stays, with its manifest: nobody could remove both at once, and a page that came between
+  would lie in a directory that nothing explains.
 * What can't be removed stays, and is told once.
 """
 
 from __future__ import annotations
 
+import errno
 import os
 import random
 import stat
@@ -35,6 +41,11 @@ _REST_PER_WORK = 4.0
 _MAX_REST_S = 10.0
 # Between the two looks at what others have left. A live writer's file grows within seconds.
 _SETTLE_S = 60.0
+# By when its writers, if there are any, come back to a directory.
+_EMPTY_S = 86_400.0
+# Of the levels below a backend: those that `make_dirs` makes again, and hold pages alone.
+_FAN_OUT = (2, 3)
+_NOT_EMPTY = frozenset({errno.ENOTEMPTY, errno.EEXIST})
 # Bounds for memory. What is beyond them is found by the next sweep.
 _MAX_FOUND = 10_000
 # A directory may have been filled with names that aren't ours.
@@ -48,6 +59,7 @@ class Swept:
     num_files: int = 0
     num_bytes: int = 0
     num_quarantined: int = 0
+    num_emptied: int = 0
     num_directories: int = 0
     num_problems: int = 0
     problem: str = ""
@@ -84,6 +96,8 @@ class Sweep:
     settle_s: float = _SETTLE_S
     # How long what is in quarantine stays there; 0: for ever.
     quarantine_s: float = 0.0
+    # How long a directory stays that is empty.
+    empty_s: float = _EMPTY_S
     here: Process = field(default_factory=this_process)
     is_running: Callable[[int, int], bool | None] = is_running
     swept: Swept = field(default_factory=Swept)
@@ -120,9 +134,9 @@ class Sweep:
             os.close(root)
         return self.swept
 
-    def _walk(self, root: int, fd: int, directory: tuple[str, ...]) -> None:
-        """`fd` is that of `directory`."""
-        names, below = self._look(fd, len(directory) + 1)
+    def _walk(self, root: int, fd: int, directory: tuple[str, ...]) -> bool:
+        """`fd` is that of `directory`. Whether nothing was in it."""
+        names, below, is_empty = self._look(fd, len(directory) + 1)
         for name in names:
             self._meet(root, fd, directory, name)
         self.swept.num_directories += 1
@@ -130,21 +144,39 @@ class Sweep:
         random.shuffle(below)
         for name in below:
             self._enter(root, fd, (*directory, name))
+        return is_empty
 
     def _enter(self, root: int, above: int, directory: tuple[str, ...]) -> None:
         try:
             fd = os.open(directory[-1], DIRECTORY_FLAGS, dir_fd=above)
             try:
-                self._walk(root, fd, directory)
+                is_empty = self._walk(root, fd, directory)
+                found = os.fstat(fd)
             finally:
                 os.close(fd)
+            if is_empty and len(directory) in _FAN_OUT:
+                self._remove_empty(root, above, directory[-1], found)
         except OSError as error:
             self.swept.note(self._name(directory), error)
 
-    def _look(self, fd: int, level: int) -> tuple[list[str], list[str]]:
-        """The temporary names in a directory, and the directories to go on with."""
+    def _remove_empty(self, root: int, above: int, name: str, found: os.stat_result) -> None:
+        """A directory that was seen without anything in it. Raises OSError."""
+        if not is_stale(self._age_s(root, found), stale_s=self.empty_s):
+            return
+        try:
+            os.rmdir(name, dir_fd=above)
+        except OSError as error:
+            if error.errno not in _NOT_EMPTY:
+                raise
+        else:
+            self.swept.num_emptied += 1
+
+    def _look(self, fd: int, level: int) -> tuple[list[str], list[str], bool]:
+        """The temporary names in a directory, the directories to go on with, and whether nothing is
+        in it."""
         names: list[str] = []
         below: list[str] = []
+        number = 0
         with os.scandir(fd) as entries:
             for number, entry in enumerate(entries, 1):
                 if number % _NAMES_PER_REST == 0:
@@ -153,7 +185,7 @@ class Sweep:
                     names += [entry.name] * (len(names) < _MAX_FOUND)
                 elif paths.is_own_directory(entry.name, level=level) and _is_directory(entry):
                     below += [entry.name] * (len(below) < _MAX_FOUND)
-        return names, below
+        return names, below, not number
 
     def _meet(self, root: int, fd: int, directory: tuple[str, ...], name: str) -> None:
         parsed = paths.parse_temp_name(name)

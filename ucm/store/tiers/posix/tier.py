@@ -302,8 +302,11 @@ class PosixTier(Tier):
             try:
                 backend.make_dirs(os.path.dirname(target))
                 return backend.try_direct(write)
-            except FileNotFoundError:
-                # The store was emptied under us, and its manifest with it.
+            except OSError as error:
+                if not is_gone(error):
+                    raise
+                # The sweep has removed an empty directory; or the store was emptied under us, and
+                # its manifest with it.
                 known = backend, backend.identity.generation, namespace.fingerprint
                 self._has_manifest.discard(known)
                 backend.forget_dirs()
