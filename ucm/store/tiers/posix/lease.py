@@ -32,7 +32,6 @@ from ucm.store.tiers.posix.rights import UMASK_DECIDES, FileRights
 from ucm.store.tiers.posix.small_files import link_small, read_small, write_small
 from ucm.store.tiers.posix.writers import Fate, fate
 
-
 # More than one, as a newer version's note may be one that this one can't read.
 _TORN_BEATS = 2
 

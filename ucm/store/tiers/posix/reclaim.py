@@ -59,9 +59,7 @@ class Reclaimer(Chore):
         self._backend = backend
         self._allowance = allowance
         self._rules = rules
-        self._lease = ReclaimLease(
-            rules.stale_s, rules.heartbeat_s, rules.deletes, backend.rights
-        )
+        self._lease = ReclaimLease(rules.stale_s, rules.heartbeat_s, rules.deletes, backend.rights)
         self._beats = ReclaimBeats(allowance, rules, backend.rights)
         self._book = UsedBook()
         self._stop = threading.Event()

@@ -11,11 +11,11 @@ caches that never live long enough for all of it see all of it in turn.
 * A writer that can be seen from here has to be dead. What others have left has to be unchanged for
   `stale_s` by the filesystem's own clock, and unchanged while it is looked at twice: where clients
   give files their times, one whose clock is wrong makes files that look old (writers.py).
-* A directory that has no file, and has not changed for a day, goes: a namespace that nobody uses any
-  more would keep tens of thousands of them. The filesystem itself refuses where a writer has made a
-  file in it this moment, and a writer that finds it gone makes it again (tier.py). That of the
-  namespace stays, with its manifest: nobody could remove both at once, and a page that came between
-  would lie in a directory that nothing explains.
+* A directory that has no file, and has not changed for a day, goes: a namespace that nobody uses
+  any more would keep tens of thousands of them. The filesystem itself refuses where a writer has
+  made a file in it this moment, and a writer that finds it gone makes it again (tier.py). That of
+  the namespace stays, with its manifest: nobody could remove both at once, and a page that came
+  between would lie in a directory that nothing explains.
 * What can't be removed stays, and is told once.
 """
 
