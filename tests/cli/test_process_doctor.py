@@ -70,8 +70,11 @@ def test_a_read_only_mount_is_looked_at_and_not_written_to(filled: Store, tmp_pa
     mount_read_only(filled.path, tmp_path / "mnt")
 
     found = findings(tmp_path / "mnt")
-    assert found["rights"].verdict == "warning" and "may not write" in found["rights"].fix
+    assert found["rights"].verdict == "warning" and "read-only" in found["rights"].found
+    assert found["rights"].fix.startswith("mount it with rw")
     assert "write" not in found
+    said = ucm("doctor", tmp_path / "mnt").stdout.splitlines()[-1]
+    assert said.startswith("Fit to read a store, not to write one")
 
 
 @own_mounts

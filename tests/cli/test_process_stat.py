@@ -13,7 +13,7 @@ import pytest
 
 from tests.cli.parts import ROOT, ucm
 from tests.store.api import whole_store as api
-from tests.store.node.support import Place, engine, make_keys
+from tests.store.node.support import Place, engine, kill, make_keys
 from ucm.store.inspect.node_view import NodeView, StatusSample, node_view
 from ucm.store.node import protocol as p
 
@@ -67,6 +67,17 @@ def test_without_a_node_cache_it_is_one_line(place: Place, tmp_path: Path) -> No
     assert os.listdir(place.store) == []
 
 
+def test_without_a_node_cache_it_says_how_one_starts(place: Place) -> None:
+    """Also where one has been killed, and left its socket."""
+    settings = place.settings()
+    with engine(settings) as client:
+        kill(client.pid)
+    for node in (place.store, settings.socket_path):
+        said = ucm("stat", node).stderr
+        assert "no node cache runs" in said and "ucm node-cache --config FILE" in said
+        assert "Errno" not in said
+
+
 def sample(at_s: float, **counters: int) -> StatusSample:
     slots = ("free", "filling", "ready", "aside", "pins", "evictions", "capacity_bytes")
     status = p.Status(
@@ -93,10 +104,11 @@ def test_hits_are_split_by_where_the_pages_were() -> None:
         tier_read_us=50_000,
         lookup_ended_never_stored=3,
         write_failed_full=2,
+        dump_dropped_full=1,
     )
     view = node_view(before, after, socket="/s", backends=[])
 
     assert (view.rates.blocks_asked, view.rates.hit_memory, view.rates.hit_files) == (50, 30, 10)
     assert view.read_ms == 2.5 and view.write_ms is None
-    assert view.missed == {"lookup_ended_never_stored": 3}
-    assert view.unwritten == {"write_failed_full": 2}
+    assert view.missed == {"never_stored": 3}
+    assert view.unwritten == {"full": 3}

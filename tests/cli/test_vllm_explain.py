@@ -129,6 +129,13 @@ def test_never_stored_corrupt_and_reclaimed_are_told_apart(
     assert {block.state for block in found.blocks} == {"reclaimed"}
 
 
+def test_a_prompt_file_that_is_missing_is_told_before_vllm_is_asked(tmp_path: Path) -> None:
+    missing = tmp_path / "none.txt"
+    done = ucm("explain", tmp_path, "--model", tmp_path / "none", "--prompt-file", missing)
+    assert (done.returncode, done.stdout) == (1, "")
+    assert done.stderr == f"ucm explain: {missing}: can't be read: No such file or directory\n"
+
+
 def test_what_vllm_says_no_to_is_one_line(store: Path, prompt_file: Path) -> None:
     done = ucm("explain", store, "--model", store / "none", "--prompt-file", prompt_file)
     assert done.returncode == 1

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from ucm.cli.ending import one_line_for_errors
-from ucm.cli.printing import STATUS_WRONG, AsJson, count, print_json, say
+from ucm.cli.printing import ASKING_VLLM, STATUS_WRONG, AsJson, count, print_json, progress, say
 
 if TYPE_CHECKING:
     from ucm.store.inspect.examine import Examined, ExaminedPlace
@@ -74,7 +74,7 @@ def doctor(
         print_json(Diagnosis(backends=found, model=of_model))
     else:
         _print(found, of_model)
-        say(_sentence(findings))
+        say(_sentence(found, findings))
     if any(finding.verdict == "wrong" for finding in findings):
         raise typer.Exit(STATUS_WRONG)
 
@@ -86,15 +86,15 @@ def _of_model(place: ExaminedPlace, store: str, model: str, vllm_args: list[str]
     from ucm.store.inspect.examine import examine_model
     from ucm.store.inspect.verdicts import Finding
 
-    identity = ask_vllm(
-        EngineQuestion(
-            model=model,
-            vllm_args=vllm_args,
-            config_file=store if place.is_settings else "",
-            prompt_file="",
-            adapters=[],
-        )
+    question = EngineQuestion(
+        model=model,
+        vllm_args=vllm_args,
+        config_file=store if place.is_settings else "",
+        prompt_file="",
+        adapters=[],
     )
+    with progress(ASKING_VLLM):
+        identity = ask_vllm(question)
     manifest = from_json(identity.manifest_json.encode())
     return in_a_child(partial(examine_model, store, model, manifest), list[Finding])
 
@@ -117,11 +117,11 @@ def _print_finding(finding: Finding) -> None:
         say(f"  {'':<15} -> {finding.fix}")
 
 
-def _sentence(findings: list[Finding]) -> str:
+def _sentence(found: list[Examined], findings: list[Finding]) -> str:
     wrong = sum(finding.verdict == "wrong" for finding in findings)
     warnings = sum(finding.verdict == "warning" for finding in findings)
     if wrong:
         return f"Not fit for a store: {count(wrong, 'thing is', 'things are')} wrong (X)."
-    if warnings:
-        return f"Fit for a store, with {count(warnings, 'warning')} (!)."
-    return "Fit for a store."
+    is_read_only = any(each.facts is not None and each.facts.is_read_only for each in found)
+    fit = "Fit to read a store, not to write one" if is_read_only else "Fit for a store"
+    return f"{fit}, with {count(warnings, 'warning')} (!)." if warnings else f"{fit}."

@@ -9,6 +9,7 @@ import typer
 
 from ucm.cli.ending import one_line_for_errors
 from ucm.cli.printing import (
+    ASKING_VLLM,
     STATUS_WRONG,
     AsJson,
     StoreArgument,
@@ -18,6 +19,7 @@ from ucm.cli.printing import (
     progress,
     say,
 )
+from ucm.errors import UcmError
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
@@ -70,15 +72,16 @@ def explain(
 
     with one_line_for_errors("ucm explain"):
         given = given_store(store)
-        identity = ask_vllm(
-            EngineQuestion(
-                model=model,
-                vllm_args=vllm_args or [],
-                config_file=store if given.settings is not None else "",
-                prompt_file=prompt_file,
-                adapters=[*([adapter] if adapter is not None else []), *(other_adapters or [])],
-            )
+        _check_readable(prompt_file)
+        question = EngineQuestion(
+            model=model,
+            vllm_args=vllm_args or [],
+            config_file=store if given.settings is not None else "",
+            prompt_file=prompt_file,
+            adapters=[*([adapter] if adapter is not None else []), *(other_adapters or [])],
         )
+        with progress(ASKING_VLLM):
+            identity = ask_vllm(question)
         asked = _asked(identity, salt, other_salts or [], has_adapter=adapter is not None)
         with progress("reading") as on_progress:
             found = explained(
@@ -94,6 +97,14 @@ def explain(
         _print(found)
     if any(block.state in ("corrupt", "unreadable") for block in _all_blocks(found)):
         raise typer.Exit(STATUS_WRONG)
+
+
+def _check_readable(prompt_file: str) -> None:
+    """Before vLLM is started for it. Raises UcmError."""
+    try:
+        open(prompt_file, "rb").close()
+    except OSError as error:
+        raise UcmError(f"{prompt_file}: can't be read: {error.strerror}") from error
 
 
 def _asked(

@@ -4,6 +4,7 @@ runs: one that needs the proxy's packages doesn't keep the others from being use
 from __future__ import annotations
 
 import sys
+from typing import Annotated
 
 import typer
 
@@ -15,6 +16,7 @@ from ucm.cli.init import init
 from ucm.cli.inspect import inspect
 from ucm.cli.ls import ls
 from ucm.cli.node_cache import node_cache
+from ucm.cli.printing import say
 from ucm.cli.proxy import proxy
 from ucm.cli.reclaim import reclaim
 from ucm.cli.stat import stat
@@ -26,6 +28,28 @@ app = typer.Typer(
     add_completion=False,
     pretty_exceptions_enable=False,
 )
+
+
+def _say_version(is_asked_for: bool) -> None:
+    if is_asked_for:
+        from importlib.metadata import version
+
+        say(f"ucm {version('ucm')}")
+        raise typer.Exit
+
+
+@app.callback()
+def main(
+    version: Annotated[
+        bool,
+        typer.Option(
+            "--version", callback=_say_version, is_eager=True, help="Show the version and exit."
+        ),
+    ] = False,
+) -> None:
+    """All of it is done by subcommands."""
+
+
 # In this order, and each in one line: all of `ucm --help` is to fit a screen.
 app.command("node-cache", short_help="Run this node's cache in the foreground.")(node_cache)
 app.command("init", short_help="Make a directory a storage backend.")(init)

@@ -27,6 +27,8 @@ StoreArgument = Annotated[
     typer.Argument(metavar="STORE", help="a storage backend's directory, or a settings file"),
 ]
 
+# What a bar says meanwhile.
+ASKING_VLLM: Final = "asking vLLM, which takes some seconds"
 # What was asked was done, and something is wrong with what was looked at.
 STATUS_WRONG: Final = 3
 

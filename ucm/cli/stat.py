@@ -105,8 +105,8 @@ def lines(view: NodeView) -> list[str]:
         f"writes   {rates.pages_written:,.0f} pages/s, {size(rates.bytes_written)}/s"
         + _each(view.write_ms),
         "",
-        f"missed   {_counts(view.missed, 'lookup_ended_')}",
-        f"unwritten {_counts(view.unwritten, '')}",
+        f"missed   {_counts(view.missed)}",
+        f"unwritten {_counts(view.unwritten)}",
         _sentence(view),
     ]
 
@@ -127,9 +127,8 @@ def _each(ms: float | None) -> str:
     return f", {ms:.1f} ms each" if ms is not None else ""
 
 
-def _counts(counters: dict[str, int], start: str) -> str:
-    named = (f"{name.removeprefix(start)} {number:,}" for name, number in counters.items())
-    return ", ".join(named) or "none"
+def _counts(by_reason: dict[str, int]) -> str:
+    return ", ".join(f"{reason} {number:,}" for reason, number in by_reason.items()) or "none"
 
 
 def _sentence(view: NodeView) -> str:

@@ -12,7 +12,7 @@ from typing import Protocol
 
 from ucm.integration.engine.counts import Counts
 from ucm.metrics import METRICS
-from ucm.outcome import UNWRITTEN, Outcome
+from ucm.outcome import UNWRITTEN
 from ucm.store.node import protocol as p
 
 PERIOD_S = 5.0
@@ -55,7 +55,7 @@ class NodeGauges:
         gauge("ucm_node_evictions", status.slots["evictions"])
         gauge("ucm_node_dropped_clients", status.counters.get("clients_dropped", 0))
         for reason in UNWRITTEN:
-            gauge("ucm_node_unwritten_pages", _unwritten(status, reason), reason=reason)
+            gauge("ucm_node_unwritten_pages", status.unwritten(reason), reason=reason)
         for op in METRICS["ucm_node_stalled"].labels["op"]:
             gauge("ucm_node_stalled", status.slots[f"{op}s_stalled"], op=op)
         self._show_reclaim(status.counters)
@@ -82,9 +82,3 @@ class NodeGauges:
         gauge("ucm_node_reclaim_seconds", counters.get("reclaim_us", 0) * _MICROSECOND_S)
         gauge("ucm_node_refused_writes", counters.get("reclaim_refused_writes", 0))
         gauge("ucm_node_reclaim_leases", counters.get("reclaim_leases", 0))
-
-
-def _unwritten(status: p.Status, reason: Outcome) -> int:
-    """Failed writes count by what storage said, pages that were never tried by why not."""
-    names = (f"write_failed_{reason}", f"dump_dropped_{reason}", f"dump_{reason}")
-    return sum(status.counters.get(name, 0) for name in names)

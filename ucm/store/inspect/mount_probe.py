@@ -56,9 +56,9 @@ class CallFacts(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class BackendFacts(msgspec.Struct, frozen=True, kw_only=True):
-    """Of one backend. `skew_s`: how far its clock is ahead of this machine's; what could not be
-    tried or looked at is None or empty, and `troubles` say why, for people. `leftovers` are folders
-    of tools that were killed."""
+    """Of one backend. `is_read_only`: nobody may write to its mount. `skew_s`: how far its clock is
+    ahead of this machine's; what could not be tried or looked at is None or empty, and `troubles`
+    say why, for people. `leftovers` are folders of tools that were killed."""
 
     backend: str
     mount: MountFacts
@@ -66,6 +66,7 @@ class BackendFacts(msgspec.Struct, frozen=True, kw_only=True):
     mode: int
     uid: int
     may_write: bool
+    is_read_only: bool
     space: SpaceFacts
     skew_s: float | None
     calls: CallFacts | None
@@ -131,6 +132,7 @@ def look_at_backend(
         mode=stat.S_IMODE(status.st_mode),
         uid=os.geteuid(),
         may_write=may_write,
+        is_read_only=bool(os.statvfs(backend).f_flag & os.ST_RDONLY),
         space=_space(backend),
         skew_s=tried.skew_s,
         calls=tried.calls,

@@ -14,7 +14,7 @@ import msgspec
 from ucm.config.node_socket import default_socket_path
 from ucm.config.settings import PIPELINES, StoreSettings, load_settings_file
 from ucm.errors import ConfigError, NodeUnavailable
-from ucm.outcome import MISSED, UNWRITTEN
+from ucm.outcome import MISSED, UNWRITTEN, Outcome
 from ucm.store.inspect.node_client import connect_tool, first_answer
 from ucm.store.node import protocol as p
 
@@ -95,7 +95,16 @@ class NodeWatch:
     def __init__(self, settings: StoreSettings) -> None:
         """Raises NodeUnavailable, ConfigError or ProtocolError."""
         self._socket = settings.socket_path
-        self._client = connect_tool(settings, timeout_s=_CONNECT_S)
+        try:
+            self._client = connect_tool(settings, timeout_s=_CONNECT_S)
+        except NodeUnavailable as error:
+            if not isinstance(error.__cause__, (FileNotFoundError, ConnectionRefusedError)):
+                raise
+            raise NodeUnavailable(
+                f"no node cache runs: nobody is at {self._socket}. The first engine starts one, or "
+                f"ucm node-cache --config FILE; where a node_cache_socket is set, name the "
+                f"settings file"
+            ) from error
         self._asked = 0
 
     def sample(self) -> StatusSample:
@@ -145,23 +154,17 @@ def node_view(
         pins=slots["pins"],
         queues=dict(status.queues),
         stalled={op: slots[f"{op}_stalled"] for op in ("reads", "writes")},
-        missed=_by_reason(counters, [f"lookup_ended_{reason}" for reason in MISSED]),
-        unwritten=_by_reason(
-            counters,
-            [
-                f"{start}_{reason}"
-                for start in ("write_failed", "dump_dropped", "dump")
-                for reason in UNWRITTEN
-            ],
-        ),
+        missed=_those({reason: counters.get(f"lookup_ended_{reason}", 0) for reason in MISSED}),
+        unwritten=_those({reason: status.unwritten(reason) for reason in UNWRITTEN}),
         rates=change.rates(),
         read_ms=change.ms_for_each("tier_read"),
         write_ms=change.ms_for_each("tier_write"),
     )
 
 
-def _by_reason(counters: Mapping[str, int], names: list[str]) -> dict[str, int]:
-    return {name: counters[name] for name in names if counters.get(name)}
+def _those(numbers: Mapping[Outcome, int]) -> dict[str, int]:
+    """Without those that never occurred."""
+    return {str(reason): number for reason, number in numbers.items() if number}
 
 
 class _Change:

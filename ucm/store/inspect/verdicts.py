@@ -128,6 +128,14 @@ def _id(facts: BackendFacts) -> Finding:
 
 
 def _rights(facts: BackendFacts, wishes: Wishes) -> Iterator[Finding]:
+    if facts.is_read_only:
+        found = "nobody may write: it is mounted read-only"
+        fix = (
+            "mount it with rw; else pages of this node stay in its memory, and what others have "
+            "stored is read"
+        )
+        yield Finding(check="rights", verdict="warning", found=found, fix=fix)
+        return
     found = f"mode {facts.mode:04o}, uid {facts.uid} may {'' if facts.may_write else 'not '}write"
     said = problems(
         facts.mode, may_write=facts.may_write, uid=facts.uid, is_sealed=wishes.is_sealed

@@ -273,6 +273,12 @@ class Status(msgspec.Struct, frozen=True, kw_only=True, tag=True, array_like=Tru
     invariant: str  # empty: holds, or was not checked
     tier: str = ""  # its name; empty: memory is all there is
 
+    def unwritten(self, reason: Outcome) -> int:
+        """Pages that did not get to storage. Failed writes count by what storage said, pages that
+        were never tried by why not."""
+        names = (f"write_failed_{reason}", f"dump_dropped_{reason}", f"dump_{reason}")
+        return sum(self.counters.get(name, 0) for name in names)
+
 
 ClientMessage = (
     Hello

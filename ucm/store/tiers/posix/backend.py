@@ -199,8 +199,8 @@ class Backend:
         made = f"{self.path}: made a new storage backend, {self.identity.id:016x}, on {where}"
         if mount is not None and mount.is_local:
             _logger.warning(
-                "%s: only this machine sees it. If nodes are to share it, mount it, and delete "
-                "what is there now",
+                "%s: only this machine sees it. If nodes are to share it, remove it again, mount "
+                "shared storage there, and begin anew",
                 made,
             )
         else:
