@@ -255,6 +255,7 @@ def test_a_store_that_begins_on_a_disk_of_this_machine_is_said(
         PosixTier([str(tmp_path / "store")]).open_namespace(SMALL)
     said = [record.getMessage() for record in caplog.records if record.levelno >= logging.WARNING]
     assert len(said) == 1 and "only this machine sees it" in said[0]
+    assert said[0].endswith("remove it again, mount shared storage there, and begin anew")
 
 
 def ucm_init(*args: str) -> subprocess.CompletedProcess[str]:
