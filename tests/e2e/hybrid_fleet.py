@@ -1,0 +1,181 @@
+"""Servers of a model with several strands, and what of it lies in the store.
+
+Tokens alone would not show KV that is wrong a little: answers are compared with their logprobs.
+"""
+
+from __future__ import annotations
+
+import http
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from examples.cluster.client import Client, RequestFailed
+from examples.cluster.processes import VllmServer
+from tests.e2e.checks import Prompt, counted, wait_until
+from tests.e2e.deployment import KV_CACHE_BYTES, Deployment, Engine
+from tests.e2e.hybrid_models import HybridModel, make_hybrid
+from tests.e2e.store import BLOCK_TOKENS, Namespace, Store
+from ucm.store.blocks.keys import Key, strand_key
+from ucm.store.blocks.namespace import from_json
+from ucm.store.blocks.page_layout import PageGeometry
+from ucm.store.blocks.strands import (
+    Reach,
+    ReachKind,
+    default_interval_tokens,
+    kept_blocks,
+    needed_blocks,
+)
+from ucm.store.tiers.posix import paths
+
+MAX_TOKENS = 12
+# In float32 other chunks and other ranks change logprobs by less than a hundredth of it, and KV
+# that is another token's by a hundred times as much and more.
+SAME_LOGPROBS = 1e-3
+
+# Of a strand in a manifest.
+_SIZES = ("num_layers", "num_kv_heads", "k_size", "v_size", "item_bytes")
+
+
+@dataclass(frozen=True)
+class Said:
+    """An answer, with the logprob of each of its tokens."""
+
+    token_ids: tuple[int, ...]
+    logprobs: tuple[float, ...]
+
+    def is_like(self, other: Said) -> bool:
+        pairs = zip(self.logprobs, other.logprobs, strict=True)
+        same = all(abs(one - two) < SAME_LOGPROBS for one, two in pairs)
+        return self.token_ids == other.token_ids and same
+
+
+def ask(client: Client, prompt: Prompt, *, max_tokens: int = MAX_TOKENS, **more: object) -> Said:
+    body = {
+        "prompt": list(prompt),
+        "max_tokens": max_tokens,
+        "temperature": 0,
+        "ignore_eos": True,
+        "logprobs": 1,
+        "return_token_ids": True,
+    }
+    status, text = client.post("/v1/completions", {**body, **more})
+    if status != http.HTTPStatus.OK:
+        raise RequestFailed(status, text)
+    (choice,) = json.loads(text)["choices"]
+    return Said(tuple(choice["token_ids"]), tuple(choice["logprobs"]["token_logprobs"]))
+
+
+def ask_counted(engine: Engine, prompt: Prompt) -> tuple[Said, int, int]:
+    """The answer, and how many tokens came from the engine's own cache and from the store."""
+    before = engine.client.counters()
+    said = ask(engine.client, prompt)
+    gained = counted(engine.client, before, len(prompt))
+    return said, gained.local_hits, gained.external_hits
+
+
+def hit_tokens(prompt: Sequence[int]) -> int:
+    """All of a prompt's full blocks, but for its last token."""
+    return min(len(prompt) // BLOCK_TOKENS * BLOCK_TOKENS, len(prompt) - 1)
+
+
+@dataclass(frozen=True)
+class StoredStrand:
+    """As a manifest of format 2 describes it. `namespace` has the size of its pages."""
+
+    name: str
+    reach: Reach
+    namespace: Namespace
+
+    def key(self, prompt: Prompt, block: int) -> Key:
+        key = self.namespace.keys(prompt)[block]
+        return strand_key(key, self.name, is_salted=False) if self.name else key
+
+    def needed(self, end_tokens: int) -> range:
+        return needed_blocks(self.reach, end_tokens, BLOCK_TOKENS)
+
+
+def strands(store: Store) -> list[StoredStrand]:
+    """The base first. Needs a block in the store."""
+    (file,) = store.folder.glob(f"*/{paths.MANIFEST}")
+    text = file.read_bytes()
+    manifest = from_json(text)
+    assert manifest.strands, "a model with several strands"
+    found = []
+    for each in manifest.strands:
+        kind, _, num_tokens = str(each["reach"]).partition(" ")
+        sizes = {name: int(str(each[name])) for name in _SIZES}
+        page = PageGeometry(block_tokens=manifest.block_tokens, **sizes)
+        namespace = Namespace(bytes.fromhex(file.parent.name), text, page.page_bytes)
+        reach = Reach(ReachKind(kind), int(num_tokens or 0))
+        found.append(StoredStrand(str(each["name"]), reach, namespace))
+    return found
+
+
+def kept_files(store: Store, prompt: Prompt) -> dict[str, dict[int, Path]]:
+    """Where the pages of the prompt's full blocks lie, or will lie, by strand and block."""
+    found = strands(store)
+    interval = default_interval_tokens(strand.reach for strand in found)
+    num_blocks = len(prompt) // BLOCK_TOKENS
+    files: dict[str, dict[int, Path]] = {}
+    for strand in found:
+        kept = kept_blocks(strand.reach, len(prompt), num_blocks, BLOCK_TOKENS, interval)
+        fingerprint = strand.namespace.fingerprint
+        files[strand.name] = {
+            block: Path(paths.block_path(str(store.folder), fingerprint, strand.key(prompt, block)))
+            for block in sorted(kept)
+        }
+    return files
+
+
+def wait_kept(store: Store, prompt: Prompt) -> None:
+    """Until all that prefill keeps of the prompt is in files, of every strand."""
+    if len(prompt) < BLOCK_TOKENS:
+        return
+    wait_until(lambda: bool(list(store.folder.glob(f"*/{paths.MANIFEST}"))), "a manifest")
+
+    def missing() -> list[str]:
+        return [
+            f"{name or 'base'} {block}"
+            for name, files in kept_files(store, prompt).items()
+            for block, file in files.items()
+            if not file.exists()
+        ]
+
+    try:
+        wait_until(lambda: not missing(), "all pages stored")
+    except AssertionError as error:
+        raise AssertionError(f"{len(prompt)} tokens: {missing()} not stored in time") from error
+
+
+class HybridFleet(Deployment):
+    """Of one model: servers over one store, and `plain`, a vLLM without UCM, which computes every
+    prompt cold."""
+
+    def __init__(self, folder: Path, model: HybridModel) -> None:
+        super().__init__(folder, make_hybrid(folder, model))
+        self.model = model
+        self.plain = VllmServer(
+            self._model,
+            log=folder / "plain.log",
+            dtype=model.dtype,
+            block_size=model.block_size,
+            kv_cache_bytes=KV_CACHE_BYTES,
+            args=["--no-enable-prefix-caching", *model.flags],
+        )
+        self._answers: dict[tuple[Prompt, int], Said] = {}
+
+    def expected(self, prompt: Prompt, *, max_tokens: int = MAX_TOKENS) -> Said:
+        key = (prompt, max_tokens)
+        if key not in self._answers:
+            self._answers[key] = ask(self.plain.client, prompt, max_tokens=max_tokens)
+        return self._answers[key]
+
+    def wait_ready(self) -> None:
+        super().wait_ready()
+        self.plain.wait_ready()
+
+    def kill(self) -> None:
+        super().kill()
+        self.plain.kill()
