@@ -6,35 +6,52 @@ has no UCM and computes all of it.
 
 from __future__ import annotations
 
+from collections import Counter
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+
 import pytest
 
-from tests.e2e.checks import make_prompt
-from tests.e2e.deployment import Deployment, Fleets
+from examples.cluster.client import by_label
+from tests.e2e.checks import at_once, make_prompt, metric
+from tests.e2e.deployment import Deployment, Engine, Fleets
 from tests.e2e.hybrid_fleet import (
     HybridFleet,
     ask,
     ask_counted,
     hit_tokens,
+    kept_files,
     strands,
     wait_kept,
 )
-from tests.e2e.hybrid_models import MODELS, make_hybrid
+from tests.e2e.hybrid_models import MODELS, HybridModel, make_hybrid
 from tests.e2e.node import Node
-from tests.e2e.store import BLOCK_TOKENS
+from tests.e2e.store import BLOCK_TOKENS, cut_short, flip_bit
 
 pytestmark = [pytest.mark.vllm, pytest.mark.timeout(900)]
 
 LENGTHS = (40, 128, 1500, 3400)
 INTERVAL = 2048
+MANY_TOKENS = 24
 
 
-@pytest.fixture(params=MODELS)
+# Of the engine's memory, in blocks of its groups: about two prompts' of the test's that uses it.
+CRAMPED_BLOCKS = dict.fromkeys(MODELS, 90)
+
+
+@pytest.fixture(scope="module", params=MODELS)
+def model(request: pytest.FixtureRequest) -> HybridModel:
+    """All tests of one model come after each other."""
+    return MODELS[request.param]
+
+
+@pytest.fixture
 def fleet(
-    request: pytest.FixtureRequest, fleets: Fleets, tmp_path_factory: pytest.TempPathFactory
+    model: HybridModel, fleets: Fleets, tmp_path_factory: pytest.TempPathFactory
 ) -> HybridFleet:
     """`prefill` and `decode` on nodes of their own, and `cramped`, on decode's node, with blocks
     for two prompts. The last two have prefix caches."""
-    model = MODELS[request.param]
 
     def start() -> HybridFleet:
         made = HybridFleet(tmp_path_factory.mktemp(model.name), model)
@@ -48,10 +65,6 @@ def fleet(
     made = fleets.use(f"hybrid {model.name}", start)
     assert isinstance(made, HybridFleet)
     return made
-
-
-# In as many groups as vLLM makes of a model's layers.
-CRAMPED_BLOCKS = dict.fromkeys(MODELS, 90)
 
 
 def test_from_the_store_a_model_with_windows_answers_as_it_did_when_it_computed_all(
@@ -101,3 +114,90 @@ def test_decode_answers_as_plain_vllm_does_from_what_prefill_has_stored(
         assert (local, hits) == (0, hit_tokens(prompt)), f"{length} tokens"
         assert said.is_like(expected), f"decode, {length} tokens: {said}, {expected}"
     assert fleet.store.bad_files() == []
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("num_local", [640, 1280])
+def test_what_decode_has_itself_and_what_it_loads_meet_in_one_request(
+    fleet: HybridFleet, num_local: int
+) -> None:
+    """Behind the second, less is loaded than a window."""
+    decode = fleet["decode"]
+    prompt = make_prompt(1500, f"shared {num_local}")
+    own = (*prompt[:num_local], 5)
+    assert ask(decode.client, own).is_like(fleet.expected(own))
+    assert ask(fleet["prefill"].client, prompt).is_like(fleet.expected(prompt))
+    wait_kept(fleet.store, prompt)
+    said, local, hits = ask_counted(decode, prompt)
+    assert (local, hits) == (num_local, hit_tokens(prompt) - num_local)
+    assert said.is_like(fleet.expected(prompt))
+
+
+@pytest.mark.long
+def test_the_identity_test_fails_when_the_pages_of_any_strand_are_zeros_after_verification(
+    fleet: HybridFleet,
+) -> None:
+    decode = fleet["decode"]
+    # What is in a prefix cache is not loaded again, so each strand has a prompt of its own.
+    for number in range(len(strands(fleet.store))):
+        prompt = make_prompt(1500, f"control {number}")
+        ask(fleet["prefill"].client, prompt)
+        wait_kept(fleet.store, prompt)
+        strand = strands(fleet.store)[number]
+        keys = [strand.key(prompt, block) for block in strand.needed(hit_tokens(prompt))]
+        with decode.node.pages(strand.namespace, keys) as pages:
+            for page in pages:
+                page[:] = bytes(len(page))
+            said, local, hits = ask_counted(decode, prompt)
+        assert (local, hits) == (0, hit_tokens(prompt))
+        assert not said.is_like(fleet.expected(prompt)), strand.reach
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("damage", [Path.unlink, flip_bit, cut_short])
+def test_without_a_page_of_its_windows_a_prompt_is_loaded_to_an_earlier_boundary_or_not_at_all(
+    fleet: HybridFleet, damage: Callable[[Path], None]
+) -> None:
+    decode = fleet["decode"]
+    reason = "never_stored" if damage is Path.unlink else "corrupt"
+    for length, earlier in ((1500, 0), (3400, INTERVAL)):
+        prompt = make_prompt(length, f"damage {damage.__name__}")
+        ask(fleet["prefill"].client, prompt)
+        wait_kept(fleet.store, prompt)
+        (windows,) = (files for name, files in kept_files(fleet.store, prompt).items() if name)
+        damage(windows[max(windows)])
+        before = missed(decode)
+        said, local, hits = ask_counted(decode, prompt)
+        assert said.is_like(fleet.expected(prompt))
+        assert (local, hits) == (0, earlier), f"{length} tokens"
+        gained = {name: count - before[name] for name, count in missed(decode).items()}
+        num_missed = (hit_tokens(prompt) - earlier) // BLOCK_TOKENS
+        assert {name: count for name, count in gained.items() if count} == {reason: num_missed}
+        # Decode has computed it, and stores what was not there.
+        wait_kept(fleet.store, prompt)
+        decode.node.wait_quiet()
+        assert fleet.store.bad_files() == []
+
+
+@pytest.mark.long
+def test_preempted_requests_are_answered_as_plain_vllm_does(fleet: HybridFleet) -> None:
+    """Half of the prompts are in the store."""
+    engine = fleet["cramped"]
+    prompts = [make_prompt(BLOCK_TOKENS * (4 + i) + 118, "cramped") for i in range(8)]
+    for prompt in prompts[::2]:
+        ask(fleet["prefill"].client, prompt)
+        wait_kept(fleet.store, prompt)
+    expected = [fleet.expected(prompt, max_tokens=MANY_TOKENS) for prompt in prompts]
+    before = metric(engine.client, "vllm:num_preemptions_total")
+    for _ in range(3):
+        asking = (partial(ask, engine.client, each, max_tokens=MANY_TOKENS) for each in prompts)
+        for said, right in zip(at_once(asking), expected, strict=True):
+            assert said.is_like(right)
+    preempted = metric(engine.client, "vllm:num_preemptions_total") - before
+    assert preempted > 0, "the test must be harder"
+    engine.node.wait_quiet()
+    assert fleet.store.bad_files() == []
+
+
+def missed(engine: Engine) -> Counter[str]:
+    return by_label(engine.client.metrics(), "ucm_lookup_missed_blocks_total", "reason")

@@ -1,0 +1,75 @@
+"""Hand-off of a model with windows, through the proxy and between engines of unlike ranks."""
+
+from __future__ import annotations
+
+from functools import partial
+
+import pytest
+
+from examples.cluster.processes import HttpServer
+from tests.e2e.checks import Prompt, at_once, counted, handed_over, handed_over_since, make_prompt
+from tests.e2e.deployment import Fleets
+from tests.e2e.hybrid_fleet import HybridFleet, ask, ask_counted, hit_tokens, wait_kept
+from tests.e2e.hybrid_models import MODELS
+from tests.e2e.node import Node
+from tests.e2e.proxies import ONE_TO_ONE, proxy
+
+pytestmark = [pytest.mark.vllm, pytest.mark.long, pytest.mark.timeout(900)]
+
+PLACES = {"p1": "prefill", "d1": "decode"}
+NUM_CLIENTS = 4
+RACING = [make_prompt(1500, f"windows race {i}") for i in range(20)]
+
+
+@pytest.fixture
+def fleet(fleets: Fleets, tmp_path_factory: pytest.TempPathFactory) -> HybridFleet:
+    """Two engines of one rank each and one of two, on nodes of their own."""
+
+    def start() -> HybridFleet:
+        made = HybridFleet(tmp_path_factory.mktemp("windows-handoff"), MODELS["gemma3-w256"])
+        made.start("prefill", Node("windows-prefill"), chunk=512)
+        made.start("decode", Node("windows-decode"))
+        made.start("tp2", Node("windows-tp2"), chunk=512, args=["--tensor-parallel-size", "2"])
+        return made
+
+    made = fleets.use("windows handoff", start)
+    assert isinstance(made, HybridFleet)
+    return made
+
+
+@pytest.mark.parametrize("handoff", ["chain", "overlap"])
+def test_decode_asked_at_once_loads_every_promised_token_of_a_model_with_windows(
+    fleet: HybridFleet, handoff: str
+) -> None:
+    decode = fleet["decode"]
+    expected = {prompt: fleet.expected(prompt) for prompt in RACING}
+    vllm_before, before = decode.client.counters(), handed_over(decode.client)
+
+    def client(server: HttpServer, mine: list[Prompt]) -> None:
+        for prompt in mine:
+            # With a salt the keys are others, for tokens that are answered already.
+            said = ask(server.client, prompt, cache_salt=handoff)
+            assert said.is_like(expected[prompt])
+
+    with proxy(fleet, f"{ONE_TO_ONE} --handoff {handoff}", PLACES) as server:
+        at_once(partial(client, server, RACING[i::NUM_CLIENTS]) for i in range(NUM_CLIENTS))
+    promised = len(RACING) * 1499
+    gained = handed_over_since(decode.client, before, promised)
+    assert (gained.promised, gained.loaded, gained.recomputed) == (promised, promised, {})
+    assert gained.receipts == ({"taken": len(RACING)} if handoff == "chain" else {})
+    assert counted(decode.client, vllm_before, len(RACING) * 1500).external_hits == promised
+
+
+@pytest.mark.parametrize(("producer", "consumer"), [("tp2", "decode"), ("prefill", "tp2")])
+def test_engines_of_other_tensor_parallelism_share_the_pages_of_a_model_with_windows(
+    fleet: HybridFleet, producer: str, consumer: str
+) -> None:
+    for length in (40, 128, 256, 1500, 3400):
+        prompt = make_prompt(length, f"ranks {producer}")
+        expected = fleet.expected(prompt)
+        assert ask(fleet[producer].client, prompt).is_like(expected)
+        wait_kept(fleet.store, prompt)
+        said, _, hits = ask_counted(fleet[consumer], prompt)
+        assert hits == hit_tokens(prompt), f"{length} tokens"
+        assert said.is_like(expected), f"{length} tokens"
+    assert fleet.store.bad_files() == []
