@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 
 pytest.importorskip("vllm")
@@ -9,8 +11,11 @@ pytest.importorskip("vllm")
 from tests.integration.scheduler_parts import BLOCK, Engine, Loopback
 from tests.store.tiers.memory_tier import MemoryTier
 from ucm import handoff as h
+from ucm.errors import TierError
 from ucm.integration.copies.jobs import CopyJob
+from ucm.outcome import Outcome
 from ucm.store.blocks.keys import Key, strand_key
+from ucm.store.tiers.tier import Staged, TierNamespace
 
 # The last token of a prompt needs two blocks before its own.
 WINDOW = 2 * BLOCK + 1
@@ -174,3 +179,19 @@ def test_a_promised_window_is_waited_for(tier: MemoryTier) -> None:
         decode.link.core.tick()
         decode.link.timers.fire()
     assert decode.side.matched_tokens(request, 0) == (PROMPT - 1, True)
+
+
+def test_the_last_page_of_a_window_is_published_after_all_others_of_it(tier: MemoryTier) -> None:
+    """Who waits for a promised window takes a page that is missing before its last one for gone."""
+    engine = started(tier)
+    engine.add("s", PROMPT)
+    sides = side_keys(engine, "s")
+
+    def stage(namespace: TierNamespace, key: Key, *args: Any, **kwargs: Any) -> Staged | None:
+        if key == sides[7]:
+            raise TierError("no", reason=Outcome.IO_ERROR)
+        return MemoryTier.stage(tier, namespace, key, *args, **kwargs)
+
+    tier.stage = stage  # type: ignore[method-assign]
+    prefill(engine)
+    assert stored(tier).isdisjoint(sides)

@@ -44,12 +44,14 @@ class DumpJob:
 @dataclass(eq=False)
 class StrandDump:
     """All that is said of its blocks is said in the `namespace` that it began in, though the engine
-    may be in another one by then."""
+    may be in another one by then. `kept` are the blocks of a strand beside the base that are to be
+    in the store."""
 
     prompt: Prompt
     strand: int
     namespace: int
     cursor: DumpCursor
+    kept: frozenset[int] = frozenset()
     jobs: deque[DumpJob] = field(default_factory=deque)
     closed: bool = False
 
@@ -57,8 +59,14 @@ class StrandDump:
         return [self.prompt.key_of(block, self.strand) for block in blocks]
 
     def parents(self, blocks: Sequence[int]) -> list[bytes]:
-        """Of another strand than the base each block stands for itself."""
-        return [b""] * len(blocks) if self.strand else self.prompt.parents(blocks)
+        """The key before each block, empty for the first of the prompt, and in another strand than
+        the base for the first of a window: who waits for a window goes by its last page."""
+        if not self.strand:
+            return self.prompt.parents(blocks)
+        return [
+            self.prompt.key_of(block - 1, self.strand) if block - 1 in self.kept else b""
+            for block in blocks
+        ]
 
 
 @dataclass(eq=False)

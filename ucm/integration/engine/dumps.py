@@ -76,20 +76,20 @@ class Dumps:
         other strands keep beside them."""
         if self._facts.dumps and prompt.request_id not in self._dumps:
             strands = [
-                StrandDump(
+                self._strand(
                     prompt,
                     number,
-                    namespace,
-                    DumpCursor(
-                        self._side_todo(prompt, number, num_computed) if number else todo,
-                        len(prompt.keys),
-                        goes_on_behind_holes=number > 0,
-                    ),
+                    self._side_todo(prompt, number, num_computed) if number else [*todo],
                 )
-                for number, namespace in enumerate(self._session.namespaces)
+                for number in range(len(self._session.namespaces))
             ]
             dump = self._dumps[prompt.request_id] = RequestDump(prompt, strands)
             self._reserve(dump, num_computed + self._facts.max_step_tokens)
+
+    def _strand(self, prompt: Prompt, number: int, todo: list[int]) -> StrandDump:
+        cursor = DumpCursor(todo, len(prompt.keys), goes_on_behind_holes=number > 0)
+        namespace = self._session.namespaces[number]
+        return StrandDump(prompt, number, namespace, cursor, kept=frozenset(todo))
 
     def _side_todo(self, prompt: Prompt, strand: int, num_computed: int) -> list[int]:
         """What of a strand is kept, as far as vLLM has it: nothing that lies further back than what
