@@ -1,4 +1,4 @@
-"""Hand-off of a model with windows, through the proxy and between engines of unlike ranks."""
+"""A model with windows: hand-off through the proxy, and engines that cut its KV differently."""
 
 from __future__ import annotations
 
@@ -23,13 +23,15 @@ RACING = [make_prompt(1500, f"windows race {i}") for i in range(20)]
 
 @pytest.fixture
 def fleet(fleets: Fleets, tmp_path_factory: pytest.TempPathFactory) -> HybridFleet:
-    """Two engines of one rank each and one of two, on nodes of their own."""
+    """Two alike; one of two ranks, and one whose blocks are half as large and that has a prefix
+    cache. Each has a node to itself."""
 
     def start() -> HybridFleet:
         made = HybridFleet(tmp_path_factory.mktemp("windows-handoff"), MODELS["gemma3-w256"])
         made.start("prefill", Node("windows-prefill"), chunk=512)
         made.start("decode", Node("windows-decode"))
         made.start("tp2", Node("windows-tp2"), chunk=512, args=["--tensor-parallel-size", "2"])
+        made.start("block64", Node("windows-block64"), block_size=64, prefix_caching=True)
         return made
 
     made = fleets.use("windows handoff", start)
@@ -60,12 +62,15 @@ def test_decode_asked_at_once_loads_every_promised_token_of_a_model_with_windows
     assert counted(decode.client, vllm_before, len(RACING) * 1500).external_hits == promised
 
 
-@pytest.mark.parametrize(("producer", "consumer"), [("tp2", "decode"), ("prefill", "tp2")])
-def test_engines_of_other_tensor_parallelism_share_the_pages_of_a_model_with_windows(
+@pytest.mark.parametrize(
+    ("producer", "consumer"),
+    [("tp2", "decode"), ("prefill", "tp2"), ("block64", "decode"), ("prefill", "block64")],
+)
+def test_engines_of_other_tensor_parallelism_and_block_size_share_a_model_with_windows(
     fleet: HybridFleet, producer: str, consumer: str
 ) -> None:
     for length in (40, 128, 256, 1500, 3400):
-        prompt = make_prompt(length, f"ranks {producer}")
+        prompt = make_prompt(length, f"{producer} to {consumer}")
         expected = fleet.expected(prompt)
         assert ask(fleet[producer].client, prompt).is_like(expected)
         wait_kept(fleet.store, prompt)
@@ -73,3 +78,18 @@ def test_engines_of_other_tensor_parallelism_share_the_pages_of_a_model_with_win
         assert hits == hit_tokens(prompt), f"{length} tokens"
         assert said.is_like(expected), f"{length} tokens"
     assert fleet.store.bad_files() == []
+
+
+@pytest.mark.parametrize("num_local", [192, 1216, 1344])
+def test_a_local_hit_that_ends_inside_a_block_is_continued_with_what_the_window_needs(
+    fleet: HybridFleet, num_local: int
+) -> None:
+    engine = fleet["block64"]
+    prompt = make_prompt(1500, f"inside a block {num_local}")
+    own = (*prompt[:num_local], 5)
+    assert ask(engine.client, own).is_like(fleet.expected(own))
+    assert ask(fleet["prefill"].client, prompt).is_like(fleet.expected(prompt))
+    wait_kept(fleet.store, prompt)
+    said, local, hits = ask_counted(engine, prompt)
+    assert (local, hits) == (num_local, hit_tokens(prompt) - num_local)
+    assert said.is_like(fleet.expected(prompt))
