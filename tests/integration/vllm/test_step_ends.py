@@ -1,0 +1,42 @@
+"""What has to be over when a step is: the next may give its blocks to others."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator
+
+import pytest
+
+pytest.importorskip("vllm")
+
+from tests.integration.copies.kv_layouts import page_in
+from tests.integration.rank_parts import GEOMETRY
+from tests.integration.vllm.test_worker import BLOCKS, Bench, job
+from ucm.integration.vllm.metadata import StepMetadata
+
+
+@pytest.fixture
+def bench(monkeypatch: pytest.MonkeyPatch) -> Iterator[Bench]:
+    made = Bench(monkeypatch)
+    yield made
+    made.close()
+
+
+def test_a_dump_that_ends_with_its_step_has_read_its_blocks_before_the_next_writes_them(
+    bench: Bench,
+) -> None:
+    """Blocks that a window has left, which the scheduler gives to another request at once."""
+    bench.pin()
+    bench.write(3)
+    warm = StepMetadata(dumps=(job(1, 1),))
+    bench.connector.bind_connector_metadata(warm)
+    bench.connector.wait_for_save()
+    assert bench.until_ended(1) == set()
+
+    bench.device.streams["ucm-dump"].put(lambda: time.sleep(0.3))
+    step = StepMetadata(dumps=(job(2, 0),), at_once=(2,))
+    bench.connector.bind_connector_metadata(step)
+    bench.connector.wait_for_save()
+    bench.write(0, BLOCKS)
+    assert bench.until_ended(2) == set()
+    assert bool((page_in(bench.arena, GEOMETRY, 0) == 3).all())
