@@ -11,6 +11,7 @@ pytest.importorskip("vllm")
 from vllm.v1.request import RequestStatus
 
 from tests.integration.scheduler_parts import BLOCK, Engine, Loopback
+from ucm.store.node import protocol as p
 
 
 def test_a_prompt_that_was_prefilled_is_a_hit_and_its_pins_go_with_the_load():
@@ -152,6 +153,28 @@ def test_a_new_node_cache_gets_what_the_old_one_lost():
     assert engine.slots()["ready"] == 0
     assert engine.prefill("b", 64) is not None
     assert engine.slots()["ready"] == 4
+
+
+def test_slots_of_a_node_cache_that_is_lost_in_the_middle_of_a_step_are_no_place_in_the_next():
+    """A rank may have the memory of the next one by then, with pages of others in it."""
+    link = Loopback()
+    engine = Engine(link)
+    request = engine.add("a", 12 * BLOCK)
+    engine.admit(request)
+    engine.step({"a": BLOCK})
+    send = link.send
+
+    def send_into_nowhere(message: p.ClientMessage) -> bool:
+        """As NodeLink does, which tells of the loss by its generation."""
+        if isinstance(message, p.Reserve):
+            link.generation += 1
+            return False
+        return send(message)
+
+    link.send = send_into_nowhere
+    step = engine.step({"a": BLOCK})
+    assert link.generation == 1
+    assert [job.generation for job in step.dumps] == [0]
 
 
 def test_a_node_cache_that_stops_answering_costs_one_request_its_wait_and_others_nothing():

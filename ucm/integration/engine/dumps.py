@@ -238,7 +238,9 @@ class Dumps:
             self._session.send(p.Abort(ns=dump.namespace, keys=list(dump.keys_of(gone))))
         if not blocks:
             return
-        job = DumpJob(self._session.next_id(), blocks, groups, self._session.generation)
+        # The slots are those of the node cache that has given them.
+        generation = self._session.told_generation
+        job = DumpJob(self._session.next_id(), blocks, groups, generation)
         dump.jobs.append(job)
         name = dump.prompt.request_id
         self._ledger.dump(name, job.job_id)

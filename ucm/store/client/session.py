@@ -79,6 +79,12 @@ class NodeSession:
         return self._link.generation
 
     @property
+    def told_generation(self) -> int:
+        """As far as `on_lost` has told: whatever was answered before was answered in this one. A
+        loss that a message has met shows in `generation` at once, and is told by the next poll."""
+        return self._seen_generation
+
+    @property
     def connection(self) -> NodeClient | None:
         """For who waits for several things at once. Valid until the next `poll`."""
         return self._link.client
