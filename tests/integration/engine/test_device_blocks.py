@@ -50,6 +50,44 @@ def test_a_request_that_leaves_during_its_load_is_told_of_once_though_its_head_w
     assert engine.slots()["pins"] == engine.slots()["filling"] == 0
 
 
+@pytest.mark.parametrize("has_head", [True, False])
+def test_a_request_that_leaves_while_another_connector_loads_is_neither_read_nor_held(
+    has_head: bool,
+):
+    """vLLM frees it when it hears of that load, and ends if it hears of it twice."""
+    engine = Engine(Loopback())
+    request = engine.add("b", 6 * BLOCK)
+    engine.side.matched_tokens(request, 2 * BLOCK * has_head)
+    engine.step({})
+    assert engine.side.matched_tokens(request, 2 * BLOCK * has_head) == (0, False)
+    engine.side.allocated(request, engine.blocks(request), 0)
+    request.num_computed_tokens = 5 * BLOCK  # with what is being loaded
+    request.status = RequestStatus.WAITING_FOR_REMOTE_KVS
+    engine.step({})
+
+    request.status = RequestStatus.FINISHED_ABORTED
+    held, _ = engine.side.finished(request, engine.blocks(request))
+    later = [engine.step({}) for _ in range(3)]
+
+    assert not held
+    assert not [each for each in later if each.dumps or each.released]
+    assert engine.slots()["pins"] == engine.slots()["filling"] == 0
+
+
+def test_what_another_connector_has_loaded_is_stored_when_a_step_has_gone_on_behind_it():
+    engine = Engine(Loopback())
+    request = engine.add("b", 6 * BLOCK)
+    engine.admit(request)
+    request.num_computed_tokens = 5 * BLOCK
+    engine.step({})
+    engine.side.allocated(request, engine.blocks(request), 0)
+    engine.step({"b": BLOCK})
+    engine.side.finished(request, engine.blocks(request))
+    engine.step({})
+    engine.copied(*engine.take_dumping())
+    assert engine.slots()["ready"] == 6
+
+
 def test_a_head_that_was_lost_is_dumped_when_the_load_behind_it_has_ended():
     engine = engine_that_lost_its_head()
     request = engine.add("b", 6 * BLOCK + 4)
@@ -99,6 +137,38 @@ def test_blocks_computed_behind_a_load_that_failed_in_the_same_step_are_not_comm
 
     assert engine.slots()["ready"] == 4, "only what was read from storage"
     assert engine.slots()["filling"] == engine.slots()["pins"] == 0
+
+
+def test_blocks_computed_behind_a_load_of_another_connector_that_failed_are_not_committed():
+    engine = Engine(Loopback())
+    for name in "ab":
+        engine.admit(engine.add(name, 6 * BLOCK, salt=name))
+    engine.requests["b"].num_computed_tokens = 2 * BLOCK  # loaded in the step that computes
+    engine.blocks_of = {"b": ([*range(21, 27)],)}
+    engine.step({"a": 3 * BLOCK, "b": 3 * BLOCK})
+
+    engine.side.blocks_invalid({22})
+    engine.copied(*engine.take_dumping())
+    engine.step({"a": BLOCK, "b": BLOCK})
+    engine.copied(*engine.take_dumping())
+
+    assert engine.slots()["ready"] == 4, "those of the other request"
+
+
+def test_a_load_of_its_own_that_fails_spoils_no_dump_of_its_request():
+    engine = engine_that_lost_its_head()
+    request = engine.add("b", 6 * BLOCK + 4)
+    extra, _ = engine.side.matched_tokens(request, 2 * BLOCK)
+    engine.side.allocated(request, engine.blocks(request), extra)
+    (load,) = engine.step({}).loads
+
+    engine.side.blocks_invalid({block for part in load.parts for block in part.block_ids})
+    engine.copied(load.job_id, failed=True)
+    request.num_computed_tokens = 2 * BLOCK
+    engine.step({"b": BLOCK})
+    engine.copied(*engine.take_dumping())
+
+    assert engine.link.core.counters["dump_committed"] == 2, "its head"
 
 
 def test_a_finished_request_that_vllm_asks_about_again_is_released_once():

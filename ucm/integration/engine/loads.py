@@ -65,6 +65,12 @@ class Loads:
     def is_loading(self) -> bool:
         return bool(self._loading)
 
+    @property
+    def awaited_blocks(self) -> set[int]:
+        """The device blocks of loads that vLLM waits for: nothing is computed with them before."""
+        loads = () if self._layerwise else self._loading.values()
+        return {block for load in loads for block in load.device_blocks}
+
     def allocated(
         self, prompt: Prompt, device_blocks: DeviceBlocks, start: int, num_tokens: int
     ) -> None:

@@ -7,7 +7,6 @@ while nothing is computed.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from typing import Any
 
 from vllm.v1.request import RequestStatus
@@ -24,27 +23,18 @@ from ucm.integration.engine.load_policy import LoadPolicy
 from ucm.integration.engine.loads import Loads
 from ucm.integration.engine.naming import Namer
 from ucm.integration.engine.promise_book import PromiseBook
-from ucm.integration.engine.prompt import NamedItems, Prompt, named_prompt, unnamed_prompt
+from ucm.integration.engine.prompt import NamedItems, named_prompt, unnamed_prompt
 from ucm.integration.engine.proofs import Proofs
 from ucm.integration.engine.step_waits import IDLE_WAIT_MAX_S, IDLE_WAIT_S, STEP_WAIT_S
 from ucm.integration.vllm.device_facts import writes_before_hooks
 from ucm.integration.vllm.items import VllmItems
 from ucm.integration.vllm.metadata import RankReport, StepMetadata
+from ucm.integration.vllm.request_state import RequestState
 from ucm.integration.vllm.stats import UcmStats
 from ucm.store.blocks.namespace import Manifest
 from ucm.store.client.link import NodeLink
 from ucm.store.client.session import NodeSession
 from ucm.store.client.start import log_path
-
-
-@dataclass(eq=False)
-class _RequestState:
-    """From vLLM's first word of a request to its last. `prompt` has keys once it is named;
-    `local_tokens` is how much of it vLLM had itself when it last asked."""
-
-    request: Any
-    prompt: Prompt
-    local_tokens: int = 0
 
 
 class SchedulerSide:
@@ -70,7 +60,7 @@ class SchedulerSide:
             timeout_s=settings.lookup_timeout_ms / 1000,
             adapter_rules=facts.adapter_rules,
         )
-        self._states: dict[str, _RequestState] = {}
+        self._states: dict[str, RequestState] = {}
         self._ledger = BlockLedger()
         self._acks: dict[int, int] = {}
         self._failed: set[int] = set()
@@ -142,6 +132,7 @@ class SchedulerSide:
         if RequestStatus.is_finished(request.status):
             return
         state = self._state_of(request)
+        state.had_tokens = state.local_tokens
         prompt = state.prompt
         reason = self._hits.reason(prompt.request_id)
         self._promises.close(prompt, state.local_tokens + num_external, reason)
@@ -159,16 +150,17 @@ class SchedulerSide:
         self._find_preempted()
         self._proofs.settle()
         block_state = output.kv_connector_block_state
+        prompt_tokens = 0
         for request_id, num_tokens in output.num_scheduled_tokens.items():
             state = self._states.get(request_id)
             if state is None or self._ledger.is_loading(request_id):
                 continue
+            prompt_tokens += state.computes(num_tokens)
             self._plan_dump(state)
             if not self._dumps.is_planned(request_id):
                 continue
             device_blocks = block_state.get_block_ids(request_id)
-            computed = state.request.num_computed_tokens + num_tokens
-            self._dumps.computed(request_id, computed, device_blocks)
+            self._dumps.computed(request_id, state.had_tokens, device_blocks)
         released = self._dumps.drain()
         for request_id in released:
             self._forget(request_id)
@@ -187,17 +179,8 @@ class SchedulerSide:
             fence=self._dumps.take_fence(),
             writes_before_fence=writes_before_hooks(output),
             released=released,
-            measured=self._policy.prefill.begin(self._prompt_tokens(output)),
+            measured=self._policy.prefill.begin(prompt_tokens),
         )
-
-    def _prompt_tokens(self, output: Any) -> int:
-        """How many tokens of prompts the step computes."""
-        total = 0
-        for request_id, num_tokens in output.num_scheduled_tokens.items():
-            if state := self._states.get(request_id):
-                left = state.prompt.num_tokens - state.request.num_computed_tokens
-                total += max(0, min(num_tokens, left))
-        return total
 
     def _wait_s(self, *, idle: bool) -> float:
         """The ranks wait for a load themselves. Nobody else has anything to do in an idle step."""
@@ -208,6 +191,11 @@ class SchedulerSide:
         wait_s = IDLE_WAIT_S if has_news or self._dumps.is_draining else self._idle_wait_s
         self._idle_wait_s = min(2 * wait_s, IDLE_WAIT_MAX_S)
         return wait_s
+
+    def blocks_invalid(self, device_blocks: set[int]) -> None:
+        """A load into these has failed, perhaps another connector's, and a step may have computed
+        with them. Told before the ranks' reports of that step."""
+        self._dumps.spoiled(device_blocks - self._loads.awaited_blocks)
 
     def ranks_reported(self, report: RankReport) -> None:
         """Adds up acknowledgements; a job has ended when every rank has ended it. Jobs that nobody
@@ -255,7 +243,8 @@ class SchedulerSide:
         name = prompt.request_id
         if self._ledger.is_held(name):
             return True, None  # said twice: it is told once
-        if self._ledger.is_loading(name) or not any(device_blocks):
+        is_loading = self._ledger.is_loading(name) or state.is_being_loaded
+        if is_loading or not any(device_blocks):
             # vLLM hears of the load, and frees then; or it has preempted the request before.
             self._dumps.taken_back(name)
             ended = DumpEnd(is_copying=False, kept_blocks=0)
@@ -290,7 +279,7 @@ class SchedulerSide:
 
     # -- dumps follow lookups ----------------------------------------------------------------
 
-    def _plan_dump(self, state: _RequestState, loaded: int = 0, *, is_last: bool = False) -> None:
+    def _plan_dump(self, state: RequestState, loaded: int = 0, *, is_last: bool = False) -> None:
         """Everything that the lookup did not find in the store. A producer's lookup may still be
         under way: then a later step plans it, or the request's end, with every block, of which the
         node cache then takes those it lacks."""
@@ -317,11 +306,11 @@ class SchedulerSide:
 
     # -- from the first word to the last -----------------------------------------------------
 
-    def _state_of(self, request: Any) -> _RequestState:
+    def _state_of(self, request: Any) -> RequestState:
         state = self._states.get(request.request_id)
         if state is None:
             prompt = unnamed_prompt(request, block_tokens=self._settings.block_tokens)
-            state = self._states[request.request_id] = _RequestState(request, prompt)
+            state = self._states[request.request_id] = RequestState(request, prompt)
             self._promises.begin(request)
             self._namer.begin(request)
         return state

@@ -172,6 +172,8 @@ class UCMConnector(KVConnectorBase_V1, SupportsHMA):
         return self._engine.step(scheduler_output)
 
     def update_connector_output(self, connector_output: KVConnectorOutput) -> None:
+        if connector_output.invalid_block_ids:
+            self._engine.blocks_invalid(connector_output.invalid_block_ids)
         report = connector_output.kv_connector_worker_meta
         if isinstance(report, RankReport):
             self._engine.ranks_reported(report)
