@@ -15,6 +15,7 @@ from ucm.errors import TierError
 from ucm.integration.copies.jobs import CopyJob
 from ucm.outcome import Outcome
 from ucm.store.blocks.keys import Key, strand_key
+from ucm.store.node import protocol as p
 from ucm.store.tiers.tier import Staged, TierNamespace
 
 # The last token of a prompt needs two blocks before its own.
@@ -163,6 +164,45 @@ def test_a_receipt_is_given_only_if_the_window_at_its_end_is_kept(
         engine.step({"r": 2 * BLOCK})
     _, params = engine.side.finished(request, engine.blocks(request))
     assert (params is not None) == has_window
+
+
+def test_a_receipt_does_not_end_where_no_window_is_kept(tier: MemoryTier) -> None:
+    """Decode would wait for pages that nobody ever writes."""
+    engine = started(tier)
+    request = engine.add("r", PROMPT, says=h.Wanted())
+    engine.admit(request)
+    engine.side._dumps._dumps["r"].strands[0].cursor.lose(5)
+    while request.num_computed_tokens < PROMPT:
+        engine.step({"r": 2 * BLOCK})
+    assert engine.side.finished(request, engine.blocks(request))[1] is None
+
+
+def test_a_window_that_could_not_be_copied_costs_its_own_boundary_alone(tier: MemoryTier) -> None:
+    engine = started(tier, window_interval=4 * BLOCK)
+    request = engine.add("r", PROMPT, says=h.Wanted())
+    engine.admit(request)
+    step = engine.step({"r": 4 * BLOCK})
+    engine.take_dumping()
+    for job in step.dumps:
+        engine.copied(job.job_id, failed=bool(parts_of(job, 1)))
+    while request.num_computed_tokens < PROMPT:
+        engine.step({"r": 2 * BLOCK})
+    receipt = h.parse(engine.side.finished(request, engine.blocks(request))[1])
+    assert isinstance(receipt, h.Receipt) and receipt.tokens == PROMPT
+    engine.step({})
+    engine.copied(*engine.take_dumping())
+    assert not stored(tier) & set(side_keys(engine, "r")[1:4])
+
+
+def test_a_receipt_is_not_given_for_a_window_that_storage_has_refused(tier: MemoryTier) -> None:
+    engine = started(tier)
+    request = engine.add("r", PROMPT, says=h.Wanted())
+    engine.admit(request)
+    while request.num_computed_tokens < PROMPT:
+        engine.step({"r": 2 * BLOCK})
+    refused: list[bytes] = [side_keys(engine, "r")[8]]
+    engine.side._promises.on_saving(p.SavingNews(refused=refused, saved=[], reason=Outcome.FULL))
+    assert engine.side.finished(request, engine.blocks(request))[1] is None
 
 
 def test_a_promised_window_is_waited_for(tier: MemoryTier) -> None:

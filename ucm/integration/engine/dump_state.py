@@ -8,7 +8,7 @@ while the request runs: one whose slot comes too late is a hole, and the rest go
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Iterable, Sequence
+from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass, field
 
 from ucm.integration.copies.jobs import PagePart
@@ -82,10 +82,13 @@ class RequestDump:
         """Nothing is left to be copied."""
         return not any(dump.cursor.todo for dump in self.strands)
 
-    def kept_blocks(self, facts: EngineFacts) -> int:
+    def kept_blocks(self, facts: EngineFacts, unsaved: Collection[bytes]) -> int:
         """How many leading blocks a receipt may promise: those of the base, if all that the other
-        strands need to go on behind them is kept as well."""
+        strands need to go on behind them is kept as well. The keys `unsaved` are not."""
         kept = self.strands[0].cursor.lost_from
+        if unsaved:
+            keys = self.prompt.keys
+            kept = next((block for block in range(kept) if keys[block] in unsaved), kept)
         num_tokens = min(kept * self.prompt.block_tokens, self.prompt.num_tokens)
         for dump in self.strands[1:]:
             needed = needed_blocks(
@@ -93,7 +96,9 @@ class RequestDump:
                 min(num_tokens, self.prompt.num_tokens - 1),
                 self.prompt.block_tokens,
             )
-            if any(dump.cursor.is_lost(block) for block in needed):
+            if not all(map(dump.cursor.is_kept, needed)):
+                return 0
+            if unsaved and not set(dump.keys_of(needed)).isdisjoint(unsaved):
                 return 0
         return kept
 

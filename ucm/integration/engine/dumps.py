@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Collection, Iterable
 from dataclasses import dataclass, replace
 from functools import partial
 
@@ -138,9 +138,16 @@ class Dumps:
         if dump is not None:
             self._close(dump)
 
-    def finished(self, request_id: str, num_tokens: int, device_blocks: DeviceBlocks) -> DumpEnd:
+    def finished(
+        self,
+        request_id: str,
+        num_tokens: int,
+        device_blocks: DeviceBlocks,
+        *,
+        unsaved: Collection[bytes] = (),
+    ) -> DumpEnd:
         """The request has ended with its tokens up to `num_tokens` computed, and no load of it is
-        under way."""
+        under way. Storage will not have the pages of the keys `unsaved`."""
         dump = self._dumps.get(request_id)
         if dump is None:
             return DumpEnd(is_copying=False, kept_blocks=0)
@@ -148,7 +155,7 @@ class Dumps:
         for of_strand in dump.strands:
             of_strand.cursor.end_at(dump.prompt.blocks_in(num_tokens))
         self._reserve(dump, num_tokens)
-        ended = DumpEnd(is_copying=True, kept_blocks=dump.kept_blocks(self._facts))
+        ended = DumpEnd(is_copying=True, kept_blocks=dump.kept_blocks(self._facts, unsaved))
         ending = self._ledger.finish(request_id, more_to_dump=not dump.is_done)
         if ending is BlockReturn.HELD:
             self._draining[request_id] = time.monotonic()
@@ -283,7 +290,7 @@ class Dumps:
                 continue
             keys: list[bytes] = list(dump.keys_of(done.blocks))
             if done.failed:
-                dump.cursor.lose(done.blocks[0])
+                dump.cursor.fail(done.blocks)
                 self._session.send(p.Abort(ns=dump.namespace, keys=keys))
             else:
                 parents = dump.parents(done.blocks)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import time
 from collections import OrderedDict
+from collections.abc import Collection
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
@@ -121,10 +122,6 @@ class PromiseBook:
         wants_one = account is not None and isinstance(account.handoff, h.Wanted)
         if not wants_one or not self._session.can_store:
             return None
-        if self._unsaved:
-            # What storage has refused, or will not get, is in this node's memory at best.
-            refused = (i for i in range(kept_blocks) if prompt.keys[i] in self._unsaved)
-            kept_blocks = next(refused, kept_blocks)
         receipt = receipt_for(
             prompt.keys,
             kept_blocks,
@@ -142,6 +139,11 @@ class PromiseBook:
         self._accounts.pop(request_id, None)
 
     # -- what is not saved -----------------------------------------------------------------
+
+    @property
+    def unsaved(self) -> Collection[bytes]:
+        """The keys of what storage has refused, or will not get: in this node's memory at best."""
+        return self._unsaved.keys()
 
     def on_saving(self, news: p.SavingNews) -> None:
         """The node cache says of which pages it can't keep what a receipt would promise. It says so

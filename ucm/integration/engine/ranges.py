@@ -67,6 +67,7 @@ class DumpCursor:
         self.todo = deque(todo)
         self.holes: set[int] = set()
         self._goes_on = goes_on_behind_holes
+        self._planned = frozenset(self.todo)
         self.lost_from = num_blocks
         self.asked_to = 0
         # What the node cache has answered: offsets, HAVE or NO_ROOM.
@@ -116,8 +117,16 @@ class DumpCursor:
         """The store will lack it."""
         self.lost_from = min(self.lost_from, block)
 
-    def is_lost(self, block: int) -> bool:
-        return block in self.holes or block >= self.lost_from
+    def fail(self, blocks: Sequence[int]) -> None:
+        """These could not be copied."""
+        if self._goes_on:
+            self.holes.update(blocks)
+        else:
+            self.lose(blocks[0])
+
+    def is_kept(self, block: int) -> bool:
+        """Of a dump that goes on behind holes: whether the store will have it."""
+        return block in self._planned and block not in self.holes and block < self.lost_from
 
     def end_at(self, num_computed: int) -> None:
         """Nothing more is computed."""

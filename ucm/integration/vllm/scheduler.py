@@ -250,7 +250,12 @@ class SchedulerSide:
             ended = DumpEnd(is_copying=False, kept_blocks=0)
         else:
             self._plan_dump(state, is_last=True)
-            ended = self._dumps.finished(name, state.request.num_computed_tokens, device_blocks)
+            ended = self._dumps.finished(
+                name,
+                state.request.num_computed_tokens,
+                device_blocks,
+                unsaved=self._promises.unsaved,
+            )
         self._hits.drop(name)
         receipt = self._promises.receipt(prompt, ended.kept_blocks)
         if not ended.is_copying:
