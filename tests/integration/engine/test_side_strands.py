@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import pytest
 
 pytest.importorskip("vllm")
 
-from tests.integration.scheduler_parts import BLOCK, Engine, Loopback
+from tests.integration.scheduler_parts import BLOCK, MANIFEST, Engine, Loopback
 from tests.store.tiers.memory_tier import MemoryTier
 from ucm import handoff as h
 from ucm.errors import TierError
 from ucm.integration.copies.jobs import CopyJob
+from ucm.integration.engine.epoch import Epochs
 from ucm.outcome import Outcome
 from ucm.store.blocks.keys import Key, strand_key
 from ucm.store.node import protocol as p
@@ -203,6 +205,15 @@ def test_a_receipt_is_not_given_for_a_window_that_storage_has_refused(tier: Memo
     refused: list[bytes] = [side_keys(engine, "r")[8]]
     engine.side._promises.on_saving(p.SavingNews(refused=refused, saved=[], reason=Outcome.FULL))
     assert engine.side.finished(request, engine.blocks(request))[1] is None
+
+
+def test_there_are_no_tails_where_one_strand_has_pages_of_units_larger_than_a_token() -> None:
+    side = started(MemoryTier()).side
+    base, window = side._facts.strands
+    assert side._epochs.rules.keeps_tails
+    opaque = replace(window, geometry=replace(window.geometry, unit_tokens=BLOCK))
+    facts = replace(side._facts, strands=(base, opaque))
+    assert not Epochs(side._settings, facts, MANIFEST).rules.keeps_tails
 
 
 def test_a_promised_window_is_waited_for(tier: MemoryTier) -> None:

@@ -43,7 +43,7 @@ class Epochs:
     def rules(self) -> PromiseRules:
         settings = self._settings
         # Where a page's units are larger than a token, a tail would end inside of one.
-        has_tails = self._facts.geometry.unit_tokens == 1
+        has_tails = all(each.geometry.unit_tokens == 1 for each in self._facts.strands)
         return PromiseRules(
             fingerprint=self.fingerprint,
             block_tokens=settings.block_tokens,
