@@ -207,6 +207,19 @@ def test_a_receipt_is_not_given_for_a_window_that_storage_has_refused(tier: Memo
     assert engine.side.finished(request, engine.blocks(request))[1] is None
 
 
+def test_a_promised_window_is_not_waited_for_where_no_prefill_keeps_one(tier: MemoryTier) -> None:
+    receipt = prefill(started(tier), says=h.Wanted())
+    decode = started(tier)
+    request = decode.add("s", PROMPT, says=h.parse(receipt))
+    remove(tier, decode.side._states["s"].prompt.keys[5])
+    for _ in range(4):  # well before the promise is over
+        decode.side.matched_tokens(request, 0)
+        decode.link.now_s += 0.1
+        decode.link.core.tick()
+        decode.link.timers.fire()
+    assert decode.side.matched_tokens(request, 0) == (0, False)
+
+
 def test_there_are_no_tails_where_one_strand_has_pages_of_units_larger_than_a_token() -> None:
     side = started(MemoryTier()).side
     base, window = side._facts.strands

@@ -27,7 +27,7 @@ _MAX_TRIES: Final = 8
 @dataclass(frozen=True)
 class SideWaits:
     """Answers are due by `until_s` (monotonic). The first `promised_blocks` of the prompt are on
-    their way and are waited for."""
+    their way: what boundaries need of them is waited for."""
 
     until_s: float
     promised_blocks: int
@@ -70,6 +70,7 @@ class SideLookups:
     end_tokens: int = 0
     _asked: list[_SideQuestion] = field(default_factory=list)
     _tries: int = 0
+    _promised_blocks: int = 0
 
     def __post_init__(self) -> None:
         self._try(min(self.num_blocks * self.prompt.block_tokens, self.prompt.num_tokens))
@@ -98,6 +99,7 @@ class SideLookups:
             self.end_tokens = 0
             self.is_settled = True
             return
+        self._promised_blocks = self._promised_at(boundary)
         for strand in range(1, len(self.facts.strands)):
             reach = self.facts.strands[strand].reach
             needed = needed_blocks(reach, self.end_tokens, prompt.block_tokens)
@@ -120,7 +122,7 @@ class SideLookups:
                 read_from=0,
                 load=True,
                 timeout_ms=int(left_s * 1000),
-                promised=max(0, min(stop, self.waits.promised_blocks) - asked.first),
+                promised=max(0, min(stop, self._promised_blocks) - asked.first),
                 tail_tokens=prompt.tail_at(stop),
             ),
             partial(self._on_reply, asked),
@@ -144,12 +146,21 @@ class SideLookups:
         self.on_shorter(-(-lost_tokens // block_tokens), reasons[0])
         self._try(end_tokens)
 
+    def _promised_at(self, boundary: int) -> int:
+        """Where the base ends before what is promised, at no boundary, no prefill keeps a window.
+        That of a shorter prompt has its own end."""
+        promised = self.waits.promised_blocks
+        is_end = -(-boundary // self.prompt.block_tokens) == promised
+        return promised if is_end or boundary in self._boundaries() else 0
+
+    def _boundaries(self) -> list[int]:
+        prompt = self.prompt
+        num_blocks, block_tokens = len(prompt.keys), prompt.block_tokens
+        return boundaries(prompt.num_tokens, num_blocks, block_tokens, self.interval_tokens)
+
     def _boundary_before(self, num_tokens: int) -> int:
         """The longest that needs nothing behind so many tokens."""
         if self._tries >= _MAX_TRIES or time.monotonic() >= self.waits.until_s:
             return 0
-        prompt = self.prompt
-        ends = boundaries(
-            prompt.num_tokens, len(prompt.keys), prompt.block_tokens, self.interval_tokens
-        )
+        ends = self._boundaries()
         return next((end for end in ends if end <= num_tokens and end < self.end_tokens), 0)
