@@ -57,7 +57,7 @@ def test_a_page_and_an_error_are_told_so_as_well(evil: Store) -> None:
     assert SHOWN in done.stdout and is_tame(done.stdout)
 
     root = os.open(evil.path, os.O_RDONLY)
-    assert ReclaimLease(60.0).hold(root)
+    assert ReclaimLease(60.0, 5.0).hold(root)
     os.close(root)
     lease = evil.path / paths.RECLAIM_LEASE
     lease.write_text(json.dumps({**json.loads(lease.read_text()), "host": EVIL}))

@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from tests.store.tiers.posix.reclaim_parts import MIB, limited_tier, write
 from tests.store.tiers.tier_contract import make_key, make_namespace, make_page
 from ucm.errors import TierError
-from ucm.store.blocks.keys import salt_tag
+from ucm.store.blocks.keys import Key, salt_tag
 from ucm.store.tiers.posix import paths
 from ucm.store.tiers.posix.allowance import Allowance
 from ucm.store.tiers.posix.grants import NodeAccount
@@ -137,6 +137,27 @@ def test_salts_with_a_quota_are_counted_apart_and_a_small_one_with_its_own_error
     # Of the small one some 25 files are in a sample: two errors are 40%.
     assert sum(count.nbytes[salts[0]] >= 100 * 4096 for count in some) >= 15
     assert all(count.nbytes[salts[1]] < 1.3 * 2000 * 4096 for count in some)
+
+
+def test_what_is_being_written_for_a_salt_counts_for_it(tmp_path: Path) -> None:
+    """It has its own name soon, and nobody says so again."""
+    tier = limited_tier(tmp_path)
+    key = Key(make_key(1)[:-8] + salt_tag("one"))
+    tier.open_namespace(NS)
+    staged = tier.stage(NS, key, make_page(NS, "a"), num_tokens=1)
+    assert staged is not None
+    salts = [salt_account(salt_tag("one")), salt_account(salt_tag("two"))]
+    root = os.open(tmp_path, os.O_RDONLY)
+    try:
+        before = count_stored(root, time.time_ns, lambda: None, salts=salts)
+        tier.publish(staged)
+        after = count_stored(root, time.time_ns, lambda: None, salts=salts)
+    finally:
+        os.close(root)
+    for count in (before, after):
+        assert count.nbytes.get(salts[0], 0) == count.nbytes[""] == FILE
+        assert count.nbytes.get(salts[1], 0) == 0
+    assert after.other_bytes.get(salts[0], 0) == 0
 
 
 def test_a_node_that_is_not_heard_of_writes_no_more(tmp_path: Path) -> None:

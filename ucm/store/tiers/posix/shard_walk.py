@@ -10,9 +10,10 @@ from __future__ import annotations
 import os
 import random
 import stat
+from collections import Counter
 from collections.abc import Callable, Collection, Generator, Iterable
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from ucm.store.tiers.posix import paths
 from ucm.store.tiers.posix.os_errors import is_not_there
@@ -32,13 +33,15 @@ _SETTLED_NS = 60_000_000_000
 class Leaf:
     """A directory with pages of one namespace, open as `fd` while the walk is at it. `other_bytes`:
     of files that are no pages, such as those that are being written; `large_bytes`: of those that
-    are larger than a page is. Of these nothing says that other directories have such, too."""
+    are larger than a page is. Of these nothing says that other directories have such, too.
+    `salt_bytes`: of the former, by the account of the salt whose page is to be."""
 
     namespace: str
     fd: int
     files: list[StoredFile]
     other_bytes: int = 0
     large_bytes: int = 0
+    salt_bytes: Counter[str] = field(default_factory=Counter)
 
     def __post_init__(self) -> None:
         # That all pages of it have.
@@ -139,16 +142,13 @@ class ShardWalk:
             temp = paths.parse_temp_name(entry.name)
             if temp is not None:
                 now_named = os.stat(temp.target, dir_fd=leaf.fd, follow_symlinks=False)
-                leaf.other_bytes += real_bytes(now_named, self._now_ns())
+                self._note_other(leaf, entry.name, real_bytes(now_named, self._now_ns()))
             return
         if not stat.S_ISREG(status.st_mode):
             return
         nbytes = real_bytes(status, self._now_ns())
         if not (entry.name.startswith(shard) and paths.is_block_name(entry.name)):
-            if nbytes > _LARGE_BYTES:
-                leaf.large_bytes += nbytes
-            else:
-                leaf.other_bytes += nbytes
+            self._note_other(leaf, entry.name, nbytes)
             return
         leaf.files.append(
             StoredFile(
@@ -160,6 +160,17 @@ class ShardWalk:
                 accounts=self._accounts(leaf, entry.name),
             )
         )
+
+    def _note_other(self, leaf: Leaf, name: str, nbytes: int) -> None:
+        """What is no page, or not yet."""
+        if nbytes > _LARGE_BYTES:
+            leaf.large_bytes += nbytes
+            return
+        leaf.other_bytes += nbytes
+        temp = paths.parse_temp_name(name)
+        if temp is not None and paths.is_block_name(temp.target):
+            for account in self._accounts(leaf, temp.target)[len(leaf.accounts) :]:
+                leaf.salt_bytes[account] += nbytes
 
     def _accounts(self, leaf: Leaf, name: str) -> tuple[str, ...]:
         if self._salts:

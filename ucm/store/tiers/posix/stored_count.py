@@ -63,6 +63,7 @@ def count_stored(
                 for name in leaf.accounts:
                     others[name] += leaf.other_bytes
                     large[name] += leaf.large_bytes
+                others.update(leaf.salt_bytes)
                 for file in leaf.files:
                     files.update(file.accounts)
                     for name in file.accounts:
@@ -78,7 +79,9 @@ def count_stored(
         return float((max(0.0, 1 - part) / max(1, files[name])) ** 0.5)
 
     large[WHOLE] += _quarantine_bytes(root, now_ns())
-    other_bytes = {name: large[name] + int(others[name] / part) for name in large}
+    other_bytes = {
+        name: large[name] + int(others[name] / part) for name in large.keys() | others.keys()
+    }
     estimated = Counter(other_bytes)
     for name, seen in nbytes.items():
         estimated[name] += int(seen / part * (1 + _ERRORS_ABOVE * error(name)))
