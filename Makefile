@@ -27,7 +27,11 @@ test: $(READY) ## unit tests, then real processes, then real vLLM (CPU); stops b
 
 .PHONY: test-long
 test-long: $(READY) ## storms and matrices: what `make test` leaves out because it takes minutes each
-	@exec $(BIN)/python -m pytest -m long $(ARGS)
+	@exec $(BIN)/python -m pytest -m "long and not models" $(ARGS)
+
+.PHONY: test-models
+test-models: $(READY) ## the models of docs/models.md that others stand for in `make test-long`
+	@exec $(BIN)/python -m pytest -m models $(ARGS)
 
 .PHONY: test-gpu
 test-gpu: ## copies between a GPU and slots; uses PYTHON's own torch, skipped without an accelerator

@@ -40,7 +40,15 @@ MANY_TOKENS = 24
 CRAMPED_BLOCKS = dict.fromkeys(MODELS, 90)
 
 
-@pytest.fixture(scope="module", params=MODELS)
+# A window of a block and a token, sinks, and chunks: the others are of the same kinds.
+STAND_FOR_OTHERS = ("gemma3-w129", "gpt-oss", "llama4")
+EACH = [
+    pytest.param(name, marks=() if name in STAND_FOR_OTHERS else pytest.mark.models)
+    for name in MODELS
+]
+
+
+@pytest.fixture(scope="module", params=EACH)
 def model(request: pytest.FixtureRequest) -> HybridModel:
     """All tests of one model come after each other."""
     return MODELS[request.param]
