@@ -51,8 +51,9 @@ def test_a_request_that_leaves_during_its_load_is_told_of_once_though_its_head_w
 
 
 @pytest.mark.parametrize("has_head", [True, False])
+@pytest.mark.parametrize("has_failed", [True, False])
 def test_a_request_that_leaves_while_another_connector_loads_is_neither_read_nor_held(
-    has_head: bool,
+    has_failed: bool, has_head: bool
 ):
     """vLLM frees it when it hears of that load, and ends if it hears of it twice."""
     engine = Engine(Loopback())
@@ -65,6 +66,8 @@ def test_a_request_that_leaves_while_another_connector_loads_is_neither_read_nor
     request.status = RequestStatus.WAITING_FOR_REMOTE_KVS
     engine.step({})
 
+    if has_failed:
+        request.num_computed_tokens = 2 * BLOCK * has_head
     request.status = RequestStatus.FINISHED_ABORTED
     held, _ = engine.side.finished(request, engine.blocks(request))
     later = [engine.step({}) for _ in range(3)]

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import random
 from collections import deque
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -16,21 +17,22 @@ from vllm.distributed.kv_transfer.kv_connector.utils import KVOutputAggregator
 from vllm.sampling_params import SamplingParams
 from vllm.utils.hashing import sha256
 from vllm.v1.core.kv_cache_utils import get_request_block_hasher, init_none_hash
-from vllm.v1.outputs import ModelRunnerOutput
+from vllm.v1.outputs import KVConnectorOutput, ModelRunnerOutput
 from vllm.v1.request import Request, RequestStatus
 
 from tests.integration.scheduler_parts import MANIFEST
-from tests.integration.vllm.storm_device import UNIT, Rank, kv_of, kv_of_prompt
+from tests.integration.vllm.storm_device import UNIT, Rank, kv_in_group, kv_of, kv_of_prompt
 from tests.integration.vllm.storm_engine import VOCABULARY, Weather, make_scheduler
 from tests.integration.vllm.storm_node import Clock, StormNode
 from ucm import handoff as h
 from ucm.config.settings import Settings, StoreSettings
 from ucm.integration.copies.layout_kind import LayoutKind
-from ucm.integration.engine.facts import EngineFacts
+from ucm.integration.engine.facts import EngineFacts, StrandFacts, TargetFacts
 from ucm.integration.vllm.scheduler import SchedulerSide
 from ucm.integration.vllm.stats import UcmStats
 from ucm.integration.vllm.ucm_connector import UCMConnector
 from ucm.store.blocks.page_layout import PageGeometry
+from ucm.store.blocks.strands import ALL
 
 
 class StormConnector(UCMConnector):
@@ -44,10 +46,10 @@ class StormConnector(UCMConnector):
         self._worker = None
         self._scheduler = StormConnector.made_by.make_side(self._stats)
 
-    def request_finished(
-        self, request: Any, block_ids: list[int]
+    def request_finished_all_groups(
+        self, request: Any, block_ids: tuple[list[int], ...]
     ) -> tuple[bool, dict[str, Any] | None]:
-        held, params = super().request_finished(request, block_ids)
+        held, params = super().request_finished_all_groups(request, block_ids)
         if (receipt := h.parse(params)) is not None:
             StormConnector.made_by.receipts.append(receipt)
         return held, params
@@ -80,6 +82,7 @@ class Storm:
                 memory_of=self.node.memory_of,
                 rng=self.rng,
                 failing=weather.failing,
+                sides=weather.sides,
             )
             for number in range(weather.world_size)
         ]
@@ -106,6 +109,7 @@ class Storm:
             dump_timeout_ms=300,
             handoff_timeout_ms=300,
             expect_timeout_ms=500,
+            window_interval=self.rng.choice((0, 3 * UNIT)) if weather.sides else None,
         )
         facts = EngineFacts(
             engine_id="e",
@@ -121,6 +125,11 @@ class Storm:
             layout=LayoutKind.PACKED,
             layout_name="",
             geometry=self.geometry,
+            strands=self._strands(),
+            targets=tuple(
+                TargetFacts(group, group, UNIT, (f"layers.{group}",), range(1))
+                for group in range(1 + len(weather.sides))
+            ),
         )
         manifest = MANIFEST.__class__(
             **{
@@ -130,6 +139,14 @@ class Storm:
         )
         self.side = SchedulerSide(settings, facts, manifest, self.node, stats=stats)  # type: ignore[arg-type]
         return self.side
+
+    def _strands(self) -> tuple[StrandFacts, ...]:
+        return tuple(
+            StrandFacts(
+                f"{group or ''}", reach, self.geometry, LayoutKind.PACKED, "", (f"layers.{group}",)
+            )
+            for group, reach in enumerate((ALL, *self.weather.sides))
+        )
 
     # -- clients -------------------------------------------------------------------------------
 
@@ -169,12 +186,12 @@ class Storm:
     def _expect_pages(self, request: Request) -> None:
         truth = self._truth[request.request_id][: request.num_prompt_tokens]
         size = self.weather.block_tokens
-        keys = self.side._states[request.request_id].prompt.keys
-        self.node.heads.update(keys[:2])
-        for i, key in enumerate(keys):
-            values = truth[i * size : (i + 1) * size]
+        prompt = self.side._states[request.request_id].prompt
+        self.node.heads.update(prompt.keys[:2])
+        for i, group in product(range(len(prompt.keys)), range(1 + len(self.weather.sides))):
+            values = [kv_in_group(value, group) for value in truth[i * size : (i + 1) * size]]
             # Behind a tail there is nothing.
-            self.node.expected[key] = values + [0] * (size - len(values))
+            self.node.expected[prompt.key_of(i, group)] = values + [0] * (size - len(values))
 
     def leave(self) -> None:
         there = [each for each in self.scheduler.requests.values() if not each.is_finished()]
@@ -234,7 +251,7 @@ class Storm:
             request = self.scheduler.requests[name]
             # vLLM has counted them already.
             end = request.num_computed_tokens
-            (blocks,) = manager.get_block_ids(name)
+            blocks = manager.get_block_ids(name)
             values = {
                 rank.compute(request._all_token_ids, blocks, end - count, end)
                 for rank in self.ranks
@@ -248,17 +265,27 @@ class Storm:
 
     def _update(self, output: Any, sampled: dict[str, list[int]]) -> None:
         step = output.kv_connector_metadata
+        self._end(
+            output,
+            sampled,
+            [rank.report(step, all_of_them=self.node.calm) for rank in self.ranks],
+        )
+
+    def _end(
+        self, output: Any, sampled: dict[str, list[int]], of_ranks: list[KVConnectorOutput]
+    ) -> None:
         names = list(sampled)
         reports = [
             ModelRunnerOutput(
                 req_ids=names,
                 req_id_to_index={name: i for i, name in enumerate(names)},
                 sampled_token_ids=list(sampled.values()),
-                kv_connector_output=rank.report(step, all_of_them=self.node.calm),
+                kv_connector_output=of_rank,
             )
-            for rank in self.ranks
+            for of_rank in of_ranks
         ]
-        known = {name: self.scheduler.requests[name] for name in names}
+        requests = self.scheduler.requests
+        known = {name: requests[name] for name in names if name in requests}
         had = {name: request.num_output_tokens for name, request in known.items()}
         self.scheduler.update_from_output(output, self._aggregator.aggregate(reports))
         for name, request in known.items():
@@ -280,9 +307,9 @@ class Storm:
             for copy in rank.copies.values():
                 name = copy.job.request_id
                 assert name in self.scheduler.requests, f"{name} is gone, and is still copied"
-                (held,) = self.scheduler.kv_cache_manager.get_block_ids(name)
+                held = set().union(*self.scheduler.kv_cache_manager.get_block_ids(name)) - {0}
                 kind = "load" if copy.is_load else "dump"
-                assert copy.blocks <= set(held), f"{name}: a {kind} touches blocks of others"
+                assert copy.blocks <= held, f"{name}: a {kind} touches blocks of others"
 
     def _used_generations(self) -> set[int]:
         return {copy.job.generation for rank in self.ranks for copy in rank.copies.values()}

@@ -9,13 +9,14 @@ from __future__ import annotations
 
 import random
 from collections import deque
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 
 from vllm.v1.outputs import KVConnectorOutput
 
 from ucm.integration.copies.jobs import CopyJob, PagePart
 from ucm.integration.vllm.metadata import RankReport, StepMetadata
+from ucm.store.blocks.strands import Reach, ReachKind
 
 UNIT = 16
 # As a page has it: one row, a token's content after the other's.
@@ -33,6 +34,11 @@ def kv_of_prompt(tokens: Iterable[int]) -> list[int]:
         before = kv_of(before, token)
         values.append(before)
     return values
+
+
+def kv_in_group(value: int, group: int) -> int:
+    """What a group has of a token whose KV in the first one is `value`."""
+    return (value ^ group * 0x5DEECE66D) & _MASK
 
 
 @dataclass(eq=False)
@@ -59,6 +65,7 @@ class Rank:
         memory_of: Callable[[int], memoryview | None],
         rng: random.Random,
         failing: float,
+        sides: Sequence[Reach] = (),
     ) -> None:
         self.number = number
         self.device = [[-1] * UNIT for _ in range(num_blocks)]
@@ -67,6 +74,7 @@ class Rank:
         self._memory_of = memory_of
         self._rng = rng
         self._failing = failing
+        self._sides = sides
         self._ended: list[_Copy] = []
 
     # -- a step ----------------------------------------------------------------------------
@@ -87,6 +95,9 @@ class Rank:
             self._begin(job, is_load=True)
         for job in step.dumps:
             self._begin(job, is_load=False)
+        for job_id in step.at_once:
+            if job_id in self.copies:
+                self._advance(self.copies[job_id], to_the_end=True)
 
     def run_some(self) -> None:
         """Copies go on, a part here and a part there."""
@@ -95,7 +106,7 @@ class Rank:
                 self._advance(copy, to_the_end=self._rng.random() < 0.3)
 
     def report(self, step: StepMetadata, *, all_of_them: bool) -> KVConnectorOutput:
-        report, received, bad = RankReport(), set(), set()
+        report, received, bad, failed = RankReport(), set(), set(), set()
         in_step = {job.job_id for job in step.step_loads}
         for copy in list(self._ended):
             job_id = copy.job.job_id
@@ -107,11 +118,15 @@ class Rank:
                 received.add(copy.job.request_id)
             if copy.fails:
                 report.failed[job_id] = 1
-                bad |= copy.blocks if copy.is_load else set()
+                if copy.is_load and self._sides:
+                    failed.add(copy.job.request_id)
+                elif copy.is_load:
+                    bad |= copy.blocks
         return KVConnectorOutput(
             finished_sending=set(step.released) or None,
             finished_recving=received or None,
             invalid_block_ids=bad,
+            failed_recving=failed,
             kv_connector_worker_meta=report if report.ended else None,
         )
 
@@ -158,12 +173,21 @@ class Rank:
 
     # -- the forward pass --------------------------------------------------------------------
 
-    def compute(self, tokens: list[int], blocks: list[int], start: int, end: int) -> int:
+    def compute(self, tokens: list[int], groups: Sequence[list[int]], start: int, end: int) -> int:
         """Writes the KV of tokens [start, end). Returns the last one's."""
+        blocks = groups[0]
+        for group, reach in enumerate(self._sides, 1):
+            is_window, size = reach.kind is ReachKind.WINDOW, reach.num_tokens
+            first = max(0, start - size + 1) if is_window else start // size * size
+            for at in range(first, start):
+                here = self._kv_at(groups[group], at)
+                right = kv_in_group(self._kv_at(blocks, at), group)
+                assert here == right, f"the {reach} holds another's token {at} of {start}"
         before = self._kv_at(blocks, start - 1) if start else 0
         for at in range(start, end):
             before = kv_of(before, tokens[at])
-            self.device[blocks[at // UNIT]][at % UNIT] = before
+            for group, ids in enumerate(groups):
+                self.device[ids[at // UNIT]][at % UNIT] = kv_in_group(before, group)
         return before
 
     def _kv_at(self, blocks: list[int], at: int) -> int:

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import random
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import torch
 from transformers import Qwen2Config
@@ -16,16 +17,21 @@ from vllm.config import (
     SchedulerConfig,
     VllmConfig,
 )
+from vllm.v1.core.sched.async_scheduler import AsyncScheduler
 from vllm.v1.core.sched.scheduler import Scheduler
 from vllm.v1.kv_cache_interface import (
+    AttentionSpec,
+    ChunkedLocalAttentionSpec,
     FullAttentionSpec,
     KVCacheConfig,
     KVCacheGroupSpec,
     KVCacheTensor,
+    SlidingWindowSpec,
 )
 from vllm.v1.structured_output import StructuredOutputManager
 
 from tests.integration.vllm.storm_device import UNIT
+from ucm.store.blocks.strands import Reach, ReachKind
 
 VOCABULARY = 50
 MAX_TOKENS = 16 * UNIT
@@ -46,6 +52,9 @@ class Weather:
     num_slots: int = 40
     keeps_unpinned: bool = True
     failing: float = 0.02
+    # Of each group beside that of full attention.
+    sides: tuple[Reach, ...] = ()
+    schedules_ahead: bool = False
 
     @classmethod
     def of(cls, rng: random.Random) -> Weather:
@@ -61,6 +70,23 @@ class Weather:
             num_slots=rng.choice((6, 40, 200)),
             keeps_unpinned=rng.random() < 0.8,
             failing=rng.choice((0.0, 0.05)),
+        )
+
+    @classmethod
+    def with_windows(cls, rng: random.Random) -> Weather:
+        return replace(
+            cls.of(rng),
+            layerwise=False,
+            num_blocks=rng.choice((60, 80, 200)),
+            sides=rng.choice(
+                (
+                    (Reach(ReachKind.WINDOW, UNIT + 1),),
+                    (Reach(ReachKind.WINDOW, 3 * UNIT),),
+                    (Reach(ReachKind.WINDOW, 20), Reach(ReachKind.WINDOW, 70)),
+                    (Reach(ReachKind.CHUNK, 4 * UNIT),),
+                )
+            ),
+            schedules_ahead=rng.random() < 0.5,
         )
 
 
@@ -82,8 +108,8 @@ def make_scheduler(folder: Path, weather: Weather, *, connector_module: str) -> 
         max_model_len=MAX_TOKENS,
         enable_chunked_prefill=True,
         is_encoder_decoder=False,
-        disable_hybrid_kv_cache_manager=True,
-        async_scheduling=False,
+        disable_hybrid_kv_cache_manager=not weather.sides,
+        async_scheduling=weather.schedules_ahead,
     )
     model_config = ModelConfig(
         model=str(folder),
@@ -109,24 +135,42 @@ def make_scheduler(folder: Path, weather: Weather, *, connector_module: str) -> 
             kv_load_failure_policy="recompute" if weather.recompute else "fail",
         ),
     )
-    spec = FullAttentionSpec(block_size=UNIT, num_kv_heads=1, head_size=64, dtype=torch.float32)
-    page = spec.page_size_bytes
-    kv_cache_config = KVCacheConfig(
+    kind = AsyncScheduler if weather.schedules_ahead else Scheduler
+    return kind(
+        vllm_config=config,
+        kv_cache_config=_kv_cache_config(weather),
+        structured_output_manager=StructuredOutputManager(config),
+        block_size=UNIT,
+        log_stats=False,
+    )
+
+
+def _kv_cache_config(weather: Weather) -> KVCacheConfig:
+    shape: dict[str, Any] = {
+        "block_size": UNIT,
+        "num_kv_heads": 1,
+        "head_size": 64,
+        "dtype": torch.float32,
+    }
+    specs: list[AttentionSpec] = [FullAttentionSpec(**shape)]
+    for reach in weather.sides:
+        if reach.kind is ReachKind.WINDOW:
+            specs.append(SlidingWindowSpec(**shape, sliding_window=reach.num_tokens))
+        else:
+            specs.append(ChunkedLocalAttentionSpec(**shape, attention_chunk_size=reach.num_tokens))
+    page = specs[0].page_size_bytes
+    return KVCacheConfig(
         num_blocks=weather.num_blocks,
         kv_cache_tensors=[
             KVCacheTensor(
                 size=page * weather.num_blocks,
-                layers=["layers.0"],
+                layers=[f"layers.{number}"],
                 layer_stride=page * weather.num_blocks,
                 block_stride=page,
             )
+            for number in range(len(specs))
         ],
-        kv_cache_groups=[KVCacheGroupSpec(["layers.0"], spec)],
-    )
-    return Scheduler(
-        vllm_config=config,
-        kv_cache_config=kv_cache_config,
-        structured_output_manager=StructuredOutputManager(config),
-        block_size=UNIT,
-        log_stats=False,
+        kv_cache_groups=[
+            KVCacheGroupSpec([f"layers.{number}"], spec) for number, spec in enumerate(specs)
+        ],
     )

@@ -10,9 +10,10 @@ import pytest
 pytest.importorskip("vllm")
 
 from tests.integration.vllm.storm import Storm
+from tests.integration.vllm.storm_async import AsyncStorm
 from tests.integration.vllm.storm_engine import Weather
 from tests.integration.vllm.storm_node import Clock
-from ucm.integration.engine import dumps, hits, promise_book
+from ucm.integration.engine import dumps, hits, promise_book, side_lookups
 from ucm.store.client import session
 
 STEPS = 250
@@ -29,10 +30,12 @@ def run_storm(
     folder: Path, seed: int, steps: int, patch: pytest.MonkeyPatch, weather: Weather | None = None
 ) -> Storm:
     clock = Clock()
-    for module in (dumps, hits, promise_book, session):
+    for module in (dumps, hits, promise_book, session, side_lookups):
         patch.setattr(module, "time", clock)
     rng = random.Random(seed)
-    storm = Storm(folder, weather or Weather.of(rng), seed=seed, clock=clock)
+    weather = weather or Weather.of(rng)
+    kind = AsyncStorm if weather.schedules_ahead else Storm
+    storm = kind(folder, weather, seed=seed, clock=clock)
     node = storm.node
     rare = (
         lambda: node.mute(rng.choice((0.05, 0.5, 2.0))),
@@ -64,6 +67,14 @@ def test_a_storm_leaves_the_scheduler_alive_every_token_right_and_nothing_behind
     seed: int, model_folder: Path, monkeypatch: pytest.MonkeyPatch
 ):
     assert run_storm(model_folder, seed, STEPS, monkeypatch).answered
+
+
+@pytest.mark.parametrize("seed", range(40))
+def test_a_storm_around_a_model_with_windows_stores_and_loads_what_is_right(
+    seed: int, model_folder: Path, monkeypatch: pytest.MonkeyPatch
+):
+    weather = Weather.with_windows(random.Random(seed))
+    assert run_storm(model_folder, seed, STEPS, monkeypatch, weather).answered
 
 
 @pytest.mark.long

@@ -132,7 +132,7 @@ class SchedulerSide:
         if RequestStatus.is_finished(request.status):
             return
         state = self._state_of(request)
-        state.had_tokens = state.local_tokens
+        state.is_computed = False
         prompt = state.prompt
         reason = self._hits.reason(prompt.request_id)
         self._promises.close(prompt, state.local_tokens + num_external, reason)
@@ -155,12 +155,14 @@ class SchedulerSide:
             state = self._states.get(request_id)
             if state is None or self._ledger.is_loading(request_id):
                 continue
-            prompt_tokens += state.computes(num_tokens)
+            state.is_computed = True
+            prompt_tokens += state.prompt_tokens(num_tokens)
             self._plan_dump(state)
             if not self._dumps.is_planned(request_id):
                 continue
             device_blocks = block_state.get_block_ids(request_id)
-            self._dumps.computed(request_id, state.had_tokens, device_blocks)
+            computed = state.request.num_computed_tokens + num_tokens
+            self._dumps.computed(request_id, computed, device_blocks)
         released = self._dumps.drain()
         for request_id in released:
             self._forget(request_id)
@@ -243,8 +245,7 @@ class SchedulerSide:
         name = prompt.request_id
         if self._ledger.is_held(name):
             return True, None  # said twice: it is told once
-        is_loading = self._ledger.is_loading(name) or state.is_being_loaded
-        if is_loading or not any(device_blocks):
+        if not state.is_computed or not any(device_blocks):
             # vLLM hears of the load, and frees then; or it has preempted the request before.
             self._dumps.taken_back(name)
             ended = DumpEnd(is_copying=False, kept_blocks=0)
