@@ -79,6 +79,7 @@ def test_the_engines_pages_are_found_by_its_flags_alone(
         assert files_of([str(store)], block.key) == [block.where]
 
 
+@pytest.mark.long
 def test_another_salt_and_another_dtype_are_told(
     store: Path, model: Path, prompt_file: Path
 ) -> None:
@@ -137,6 +138,7 @@ def test_a_prompt_file_that_is_missing_is_told_before_vllm_is_asked(store: Path)
     assert done.stderr == f"ucm explain: {missing}: can't be read: No such file or directory\n"
 
 
+@pytest.mark.long
 def test_what_vllm_says_no_to_is_one_line(store: Path, prompt_file: Path) -> None:
     done = ucm("explain", store, "--model", store / "none", "--prompt-file", prompt_file)
     assert done.returncode == 1

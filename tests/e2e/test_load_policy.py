@@ -17,7 +17,7 @@ from tests.faults.fuse import mount_fuse, needs_fuse
 from ucm.errors import UcmError
 from ucm.integration.engine.rates import MIN_SAMPLES
 
-pytestmark = [pytest.mark.vllm, pytest.mark.timeout(600), needs_fuse]
+pytestmark = [pytest.mark.long, pytest.mark.vllm, pytest.mark.timeout(600), needs_fuse]
 
 # A page is read in several reads; eight threads read at once.
 SLOW_S = 0.3
