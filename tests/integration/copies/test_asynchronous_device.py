@@ -73,16 +73,19 @@ class Machine:
         real = [self.device.real(t) for t in tensors]
         self.device.launch(lambda: [t.fill_(value) for t in real])
 
+    def close(self) -> None:
+        for engine in self.engines:
+            engine.close()
+        for arena in self.arenas:
+            assert arena.close()
+        self.device.close()
+
 
 @pytest.fixture
 def machine(request: pytest.FixtureRequest) -> Iterator[Machine]:
     machine = Machine(**getattr(request, "param", {}))
     yield machine
-    for engine in machine.engines:
-        engine.close()
-    for arena in machine.arenas:
-        assert arena.close()
-    machine.device.close()
+    machine.close()
 
 
 @pytest.mark.parametrize("pinned", ["all", "half", "none"])

@@ -18,11 +18,7 @@ from ucm.integration.copies.jobs import PagePart
 def machine(request: pytest.FixtureRequest) -> Iterator[Machine]:
     machine = Machine(is_batched=request.param)
     yield machine
-    for engine in machine.engines:
-        engine.close()
-    for arena in machine.arenas:
-        assert arena.close()
-    machine.device.close()
+    machine.close()
 
 
 @pytest.mark.parametrize("pinned", ["all", "half", "none"])

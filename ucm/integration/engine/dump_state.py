@@ -44,14 +44,12 @@ class DumpJob:
 @dataclass(eq=False)
 class StrandDump:
     """All that is said of its blocks is said in the `namespace` that it began in, though the engine
-    may be in another one by then. `kept` are the blocks of a strand beside the base that are to be
-    in the store."""
+    may be in another one by then."""
 
     prompt: Prompt
     strand: int
     namespace: int
     cursor: DumpCursor
-    kept: frozenset[int] = frozenset()
     jobs: deque[DumpJob] = field(default_factory=deque)
     closed: bool = False
 
@@ -64,7 +62,7 @@ class StrandDump:
         if not self.strand:
             return self.prompt.parents(blocks)
         return [
-            self.prompt.key_of(block - 1, self.strand) if block - 1 in self.kept else b""
+            self.prompt.key_of(block - 1, self.strand) if block - 1 in self.cursor.planned else b""
             for block in blocks
         ]
 

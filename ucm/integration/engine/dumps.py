@@ -89,7 +89,7 @@ class Dumps:
     def _strand(self, prompt: Prompt, number: int, todo: list[int]) -> StrandDump:
         cursor = DumpCursor(todo, len(prompt.keys), goes_on_behind_holes=number > 0)
         namespace = self._session.namespaces[number]
-        return StrandDump(prompt, number, namespace, cursor, kept=frozenset(todo))
+        return StrandDump(prompt, number, namespace, cursor)
 
     def _side_todo(self, prompt: Prompt, strand: int, num_computed: int) -> list[int]:
         """What of a strand is kept, as far as vLLM has it: nothing that lies further back than what

@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
-from ucm.store.blocks.keys import Item, Key, TailKey, block_keys, root_key, strand_key, tail_key
+from ucm.store.blocks.keys import Item, Key, TailKey, prompt_keys, root_key, strand_key
 
 
 @dataclass(frozen=True)
@@ -101,21 +101,14 @@ def named_prompt(
     salt = request.cache_salt
     root = root_key(fingerprint, lora_digest=lora_digest, cache_salt=salt)
     items = [item for item in named.items if item.start < len(tokens)]
-    keys = block_keys(root, tokens, block_tokens=block_tokens, items=items, cache_salt=salt)
-    start = len(keys) * block_tokens
-    # A hit must leave something computed in front of the last token, which vLLM computes again.
-    if with_tail and start < len(tokens) and len(tokens) > 1:
-        parent = keys[-1] if keys else root
-        keys.append(
-            tail_key(
-                parent,
-                tokens[start:],
-                block_tokens=block_tokens,
-                first_token=start,
-                items=items,
-                cache_salt=salt,
-            )
-        )
+    keys = prompt_keys(
+        root,
+        tokens,
+        block_tokens=block_tokens,
+        items=items,
+        cache_salt=salt,
+        with_tail=with_tail,
+    )
     return replace(
         prompt,
         keys=tuple(keys),

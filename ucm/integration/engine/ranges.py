@@ -67,7 +67,7 @@ class DumpCursor:
         self.todo = deque(todo)
         self.holes: set[int] = set()
         self._goes_on = goes_on_behind_holes
-        self._planned = frozenset(self.todo)
+        self.planned = frozenset(self.todo)
         self.lost_from = num_blocks
         self.asked_to = 0
         # What the node cache has answered: offsets, HAVE or NO_ROOM.
@@ -126,7 +126,7 @@ class DumpCursor:
 
     def is_kept(self, block: int) -> bool:
         """Of a dump that goes on behind holes: whether the store will have it."""
-        return block in self._planned and block not in self.holes and block < self.lost_from
+        return block in self.planned and block not in self.holes and block < self.lost_from
 
     def end_at(self, num_computed: int) -> None:
         """Nothing more is computed."""

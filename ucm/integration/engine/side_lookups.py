@@ -70,7 +70,6 @@ class SideLookups:
     end_tokens: int = 0
     _asked: list[_SideQuestion] = field(default_factory=list)
     _tries: int = 0
-    _promised_blocks: int = 0
 
     def __post_init__(self) -> None:
         self._try(min(self.num_blocks * self.prompt.block_tokens, self.prompt.num_tokens))
@@ -99,7 +98,6 @@ class SideLookups:
             self.end_tokens = 0
             self.is_settled = True
             return
-        self._promised_blocks = self._promised_at(boundary)
         for strand in range(1, len(self.facts.strands)):
             reach = self.facts.strands[strand].reach
             needed = needed_blocks(reach, self.end_tokens, prompt.block_tokens)
@@ -108,10 +106,11 @@ class SideLookups:
             self._asked.append(asked)
         self._asked = [asked for asked in self._asked if asked.num_blocks > 0]
         self.is_settled = not self._asked
+        promised_blocks = self._promised_at(boundary)
         for asked in list(self._asked):
-            self._ask(asked)
+            self._ask(asked, promised_blocks)
 
-    def _ask(self, asked: _SideQuestion) -> None:
+    def _ask(self, asked: _SideQuestion, promised_blocks: int) -> None:
         prompt, stop = self.prompt, asked.first + asked.num_blocks
         left_s = max(0.0, self.waits.until_s - time.monotonic())
         self.session.ask(
@@ -122,7 +121,7 @@ class SideLookups:
                 read_from=0,
                 load=True,
                 timeout_ms=int(left_s * 1000),
-                promised=max(0, min(stop, self._promised_blocks) - asked.first),
+                promised=max(0, min(stop, promised_blocks) - asked.first),
                 tail_tokens=prompt.tail_at(stop),
             ),
             partial(self._on_reply, asked),

@@ -168,6 +168,33 @@ def strand_key(key: Key, name: str, *, is_salted: bool) -> Key:
     return Key(TailKey(made, key.num_tokens) if isinstance(key, TailKey) else made)
 
 
+def prompt_keys(
+    root: Key,
+    tokens: Sequence[int],
+    *,
+    block_tokens: int,
+    items: Sequence[Item] = (),
+    cache_salt: str | None = None,
+    with_tail: bool,
+) -> list[Key]:
+    """Of a prompt's full blocks; `with_tail` also of what is left behind them. A single token has
+    no tail: a hit must leave something computed in front of the last token, which vLLM computes
+    again."""
+    keys = block_keys(root, tokens, block_tokens=block_tokens, items=items, cache_salt=cache_salt)
+    start = len(keys) * block_tokens
+    if with_tail and start < len(tokens) and len(tokens) > 1:
+        tail = tail_key(
+            keys[-1] if keys else root,
+            tokens[start:],
+            block_tokens=block_tokens,
+            first_token=start,
+            items=items,
+            cache_salt=cache_salt,
+        )
+        keys.append(tail)
+    return keys
+
+
 def num_tokens_of(key: Key, *, block_tokens: int) -> int:
     return key.num_tokens if isinstance(key, TailKey) else block_tokens
 

@@ -16,7 +16,7 @@ from enum import Enum
 
 import msgspec
 
-from ucm.store.blocks.keys import Key, TailKey, block_keys, root_key, tail_key
+from ucm.store.blocks.keys import Key, TailKey, prompt_keys, root_key
 from ucm.store.blocks.namespace import Manifest, differences, fingerprint
 from ucm.store.blocks.page_key import PageKey
 from ucm.store.inspect.contents import model_label
@@ -187,17 +187,10 @@ def _explained(
 
 
 def _keys(of: Manifest, asked: AskedPrompt, salt: str | None, adapter: bytes | None) -> list[Key]:
-    size, tokens = of.block_tokens, asked.tokens
     root = root_key(fingerprint(of), lora_digest=adapter, cache_salt=salt)
-    keys = block_keys(root, tokens, block_tokens=size, cache_salt=salt)
-    start = len(keys) * size
-    # As engines name it: of a single token there is none.
-    if start < len(tokens) and len(tokens) > 1:
-        parent = keys[-1] if keys else root
-        keys.append(
-            tail_key(parent, tokens[start:], block_tokens=size, first_token=start, cache_salt=salt)
-        )
-    return keys
+    return prompt_keys(
+        root, asked.tokens, block_tokens=of.block_tokens, cache_salt=salt, with_tail=True
+    )
 
 
 def _own_state(

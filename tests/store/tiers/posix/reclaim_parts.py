@@ -129,3 +129,14 @@ def write_many(write_one: Callable[[int], bool], num_pages: int) -> int:
 
 def stored(store: Path, fingerprint: bytes) -> set[str]:
     return {path.name for path in (store / fingerprint.hex()).rglob("*.kv")}
+
+
+def until_full(tier: PosixTier, namespace: TierNamespace, store: Path, node: Reclaiming) -> None:
+    """Writes until the node, which has the lease, has no room for more."""
+    until(
+        lambda: (
+            not write(tier, namespace, len(stored(store, namespace.fingerprint)))
+            and node["reclaim_leases"]
+        ),
+        "full",
+    )

@@ -20,6 +20,7 @@ from tests.store.tiers.posix.reclaim_parts import (
     reclaiming,
     stored,
     until,
+    until_full,
     write,
     write_many,
 )
@@ -207,13 +208,7 @@ def test_a_full_store_says_which_setting_is_in_the_way(tmp_path: Path) -> None:
 def test_without_the_right_to_delete_a_node_keeps_to_the_limit_all_the_same(tmp_path: Path) -> None:
     tier = limited_tier(tmp_path, limit_bytes=MIB, rules=patient(deletes=False))
     with reclaiming(tier) as node:
-        until(
-            lambda: (
-                not write(tier, NS, len(stored(tmp_path, NS.fingerprint)))
-                and node["reclaim_leases"]
-            ),
-            "full",
-        )
+        until_full(tier, NS, tmp_path, node)
         until(
             lambda: (
                 len(stored(tmp_path, NS.fingerprint)) > 10

@@ -19,6 +19,7 @@ from tests.store.tiers.posix.reclaim_parts import (
     patient,
     reclaiming,
     until,
+    until_full,
     write,
 )
 from tests.store.tiers.posix.test_reclaim import FILE, NS, stored
@@ -62,13 +63,7 @@ def test_a_node_that_can_free_nothing_beats_all_the_same(
     tier = limited_tier(tmp_path, limit_bytes=MIB, rules=patient(grace_s=3600))
     (allowance,) = tier._allowances.values()
     with reclaiming(tier) as node:
-        until(
-            lambda: (
-                not write(tier, NS, len(stored(tmp_path, NS.fingerprint)))
-                and node["reclaim_leases"]
-            ),
-            "full",
-        )
+        until_full(tier, NS, tmp_path, node)
         until(lambda: not allowance.take_refusals(), "it has heard of that")
         before_s = allowance._until_s
         until(lambda: allowance._until_s > before_s + RULES.stale_s, "it beats")
