@@ -223,3 +223,19 @@ def test_a_node_that_falls_silent_may_have_written_all_that_it_was_granted() -> 
     book.counted(StoredCount({"": 90}, 0.0, 1), {"two": {"": NodeAccount(7, 10)}})
     assert book.used_bytes("") == book.most_bytes("") == 90
     assert not book.is_unsure
+
+
+@pytest.mark.parametrize("is_counted_meanwhile", [False, True])
+def test_what_a_node_had_written_before_it_fell_silent_counts_once_when_it_is_back(
+    is_counted_meanwhile: bool,
+) -> None:
+    """Else a node that was stopped for a while costs a store all that it keeps."""
+    book = UsedBook()
+    book.counted(StoredCount({"": 100}, 0.0, 1), {"one": {"": NodeAccount(80, 80)}})
+    book.heard({"one": {"": NodeAccount(90, 90)}})
+    book.heard({})
+    if is_counted_meanwhile:
+        book.counted(StoredCount({"": 110}, 0.0, 1), {})
+
+    book.heard({"one": {"": NodeAccount(92, 95)}})
+    assert book.used_bytes("") == 112

@@ -26,6 +26,8 @@ from ucm.store.tiers.posix.shard_walk import ShardWalk, close_all, real_bytes
 
 _ENOUGH_FILES = 10_000
 _ERRORS_ABOVE = 2.0
+# So many nodes that have fallen silent are known again.
+_MAX_SILENT = 10_000
 
 Nodes = Mapping[str, Mapping[str, NodeAccount]]
 
@@ -121,7 +123,8 @@ class UsedBook:
     _others: Mapping[str, int] = field(default_factory=dict)
     # What nodes may have written that are gone, beside what they have said.
     _unsure: Counter[str] = field(default_factory=Counter)
-    # Of each node and account, what it had written then, and had been found.
+    # Of each node and account, what it had written then, and had been found; of one that is silent,
+    # what it had said last.
     _marks: dict[str, dict[str, int]] = field(default_factory=dict)
     _nodes: dict[str, Mapping[str, NodeAccount]] = field(default_factory=dict)
 
@@ -130,21 +133,23 @@ class UsedBook:
         meanwhile, or is being written, is rather counted twice than missed."""
         self._counted, self._unsure = Counter(count.nbytes), Counter()
         self._others = count.other_bytes
-        self._marks = {
-            node: {
+        silent = [each for each in self._marks.items() if each[0] not in before]
+        self._marks = dict(silent[-_MAX_SILENT:])
+        for node, accounts in before.items():
+            self._marks[node] = {
                 name: account.written_bytes - account.in_flight_bytes
                 for name, account in accounts.items()
             }
-            for node, accounts in before.items()
-        }
 
     def heard(self, nodes: Nodes) -> None:
-        """All nodes that live. Who is missing may have written all that it was granted."""
+        """All nodes that live. Who is missing may have written all that it was granted; if it
+        comes back, what it had said before is not counted again."""
         for node in self._nodes.keys() - nodes.keys():
-            for name, account in self._nodes.pop(node).items():
+            said = self._nodes.pop(node)
+            for name, account in said.items():
                 self._counted[name] += account.written_bytes - self._mark(node, name)
                 self._unsure[name] += max(0, (account.up_to_bytes or 0) - account.written_bytes)
-            self._marks.pop(node, None)
+            self._marks[node] = {name: account.written_bytes for name, account in said.items()}
         self._nodes.update(nodes)
 
     def deleted(self, nbytes: Mapping[str, int]) -> None:
