@@ -4,16 +4,11 @@ from __future__ import annotations
 
 import re
 
-import pytest
-
+from benchmarks.model_bytes import PROMPTS, bytes_table, shapes_table
 from tests.documents.document_tables import ROOT, quoted, table
 from tests.documents.messages import messages
 from tests.e2e.hybrid_models import MODELS
-from ucm.integration.copies.layout_kind import LayoutKind
-from ucm.integration.engine.facts import StrandFacts
-from ucm.integration.engine.strand_report import strands_text
 from ucm.integration.vllm import kv_specs
-from ucm.store.blocks.page_layout import PageGeometry
 from ucm.store.blocks.strands import Reach, ReachKind, default_interval_tokens
 
 TEXT = (ROOT / "docs" / "models.md").read_text()
@@ -58,27 +53,11 @@ def test_the_sentences_that_it_quotes_are_those_of_the_code() -> None:
     assert set(quotes) <= messages().keys()
 
 
-@pytest.mark.parametrize("row", table("models.md", "What it takes"), ids=lambda row: row[0])
-def test_what_a_model_takes_is_what_an_engine_would_say(row: list[str]) -> None:
-    _, shape, per_token, by_default, ends_only = row
-    (heads, size), strands = re.findall(r"(\d+) heads of (\d+)", shape)[0], []
-    for kind, num_tokens, num_layers in re.findall(r"`(\w+) ?(\d*)`: (\d+) layers", shape):
-        geometry = PageGeometry(
-            num_layers=int(num_layers),
-            num_kv_heads=int(heads),
-            block_tokens=128,
-            k_size=int(size),
-            v_size=int(size),
-            item_bytes=2,
-        )
-        reach = Reach(ReachKind(kind), int(num_tokens or 0))
-        strands.append(StrandFacts("", reach, geometry, LayoutKind.PACKED, "", ()))
-    token_bytes = sum(each.geometry.page_bytes for each in strands) // 128
-    assert per_token == f"{token_bytes // 1024} KiB"
-    for interval, cell in ((None, by_default), (0, ends_only)):
-        written, percentage = cell.split(", ")
-        said = f"writes {written} per 1000 tokens, {percentage} of its KV"
-        assert said in strands_text(strands, interval)
+def test_what_is_written_is_what_the_program_prints() -> None:
+    section = TEXT.partition("\n## What is written\n")[2]
+    assert "`python benchmarks/model_bytes.py`" in section
+    for printed in (shapes_table(1), bytes_table(PROMPTS, 1)):
+        assert "\n".join(("", *printed, "")) in section
 
 
 def test_the_default_distance_of_boundaries_is_that_of_the_code() -> None:
