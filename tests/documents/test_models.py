@@ -30,7 +30,7 @@ def test_it_names_the_models_that_are_tried_and_no_other() -> None:
 
 
 def test_it_has_every_reach() -> None:
-    rows = re.findall(r"^\| `(all|window|chunk)[^`]*` \|", TEXT, re.MULTILINE)
+    rows = re.findall(r"^\| `(all|window|chunk|state)[^`]*` \|", TEXT, re.MULTILINE)
     assert rows == [kind.value for kind in ReachKind]
 
 

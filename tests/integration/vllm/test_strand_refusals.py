@@ -11,6 +11,7 @@ pytest.importorskip("vllm")
 
 import torch
 from vllm.platforms import current_platform
+from vllm.v1.attention.backends.registry import MambaAttentionBackendEnum
 from vllm.v1.kv_cache_interface import (
     CrossAttentionSpec,
     FullAttentionSpec,
@@ -40,12 +41,10 @@ from tests.integration.vllm.strand_engine import (
 )
 from ucm.errors import UnsupportedEngine
 
-MAMBA = MambaSpec(block_size=BLOCK, shapes=((4, 4),), dtypes=(torch.float32,))
 INDEXER = MLAAttentionSpec(
     **{**SHAPE, "num_kv_heads": 1, "head_size": 132}, cache_role=SparseCacheRole.INDEXER
 )
 SPECS_THAT_ARE_REFUSED = {
-    "linear-attention or Mamba layers": MAMBA,
     "cross-attention": CrossAttentionSpec(**SHAPE),
     "reference sliding window": RSWASpec(**SHAPE, rswa_window=4),
     "static sinks": SinkFullAttentionSpec(**SHAPE, sink_len=4),
@@ -84,6 +83,37 @@ def test_layers_that_can_not_be_stored_are_named(words: str) -> None:
     assert said.startswith(f"this model has {words}") or words in said
     assert type(spec).__name__ in said and f"{name(2)} and 1 more" in said
     assert "run it without UCM" in said
+
+
+def test_states_that_are_not_kept_or_not_told_apart_are_refused() -> None:
+    kept: dict[str, Any] = {"block_size": BLOCK, "mamba_cache_mode": "align"}
+    two = {**kept, "shapes": ((3, 384), (8, 32, 64)), "dtypes": (torch.float32,) * 2}
+
+    def refused(spec: MambaSpec, **more: Any) -> str:
+        with pytest.raises(UnsupportedEngine) as caught:
+            facts_of(grouped((spec, [0, 1, 2]), (FULL, [3])), **{"block_tokens": BLOCK, **more})
+        return str(caught.value)
+
+    assert "set --enable-prefix-caching" in refused(
+        MambaSpec(**{**two, "mamba_cache_mode": "none"})
+    )
+    assert "leave out --speculative-config" in refused(MambaSpec(**two, num_speculative_blocks=2))
+    assert f"every {BLOCK} tokens: set block_tokens to {BLOCK}" in refused(
+        MambaSpec(**two), block_tokens=2 * BLOCK
+    )
+    for kind in (MambaAttentionBackendEnum.LINEAR, MambaAttentionBackendEnum.GDN_ATTN):
+        unknown = MambaSpec(**kept, shapes=((4, 8, 8),), dtypes=(torch.float32,), mamba_type=kind)
+        assert f"state UCM doesn't know ({kind.name}, 4x8x8)" in refused(unknown)
+    assert "can't tell which are whose" in refused(
+        MambaSpec(**{**two, "shapes": ((3, 385), (8, 32, 64))})
+    )
+    assert "no layer of this model attends to the whole prompt" in refused_alone(MambaSpec(**two))
+
+
+def refused_alone(spec: MambaSpec) -> str:
+    with pytest.raises(UnsupportedEngine) as caught:
+        facts_of(grouped((spec, [0, 1, 2])), block_tokens=BLOCK)
+    return str(caught.value)
 
 
 def test_a_model_without_layers_that_see_the_whole_prompt_is_refused() -> None:

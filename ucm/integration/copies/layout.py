@@ -12,6 +12,7 @@ backends, platforms and model families lives in that one function:
     MLA      [B, N, C], [B, 1, N, C] or [B, N, 1, C];    one per tensor
              or a tuple of those that share C
     OPAQUE   anything whose blocks are runs of bytes     one: head and unit are 1, size is bytes
+    STATE    the same                                    one, for each field (`state_view`)
 
 The parts of a layer, put side by side along `size`, are the content of a page; `placement` says
 where they lie in one.
@@ -31,6 +32,7 @@ from torch import Tensor
 
 from ucm.errors import UnsupportedEngine
 from ucm.integration.copies.layout_kind import LayoutKind
+from ucm.integration.copies.state_field import StateField
 from ucm.store.blocks.page_layout import PageGeometry
 
 KV: TypeAlias = Tensor | Sequence[Tensor]
@@ -77,6 +79,33 @@ def layer_view(
     block_shape = (num_heads, block_tokens // geometry.unit_tokens)
     _check(parts, kind=kind, geometry=geometry, block_shape=block_shape)
     return LayerView(tuple(p.view(INTEGER_OF_BYTES[p.element_size()]) for p in parts))
+
+
+def state_view(kv: KV, field: StateField, *, num_heads: int) -> LayerView:
+    """The view of one field of a layer's states, of which this rank has `num_heads` heads.
+
+    Raises UnsupportedEngine if the engine's blocks are not runs of bytes that hold it.
+    """
+    raw = _raw_blocks(_only((kv,) if isinstance(kv, Tensor) else tuple(kv), LayoutKind.STATE))
+    geometry, item_bytes = field.geometry, field.geometry.item_bytes
+    shape = (num_heads, geometry.num_units, geometry.content_size)
+    last = sum((size - 1) * step for size, step in zip(shape, field.strides, strict=True))
+    end_bytes = field.block_offset_bytes + (last + 1) * item_bytes
+    starts = (raw.storage_offset(), raw.stride(0), field.block_offset_bytes)
+    if end_bytes > raw.shape[3] or any(start % item_bytes for start in starts):
+        raise UnsupportedEngine(
+            f"the states of a layer are blocks of {raw.shape[3]} bytes {raw.stride(0)} apart, "
+            f"where {field.name} ends at {end_bytes} and has items of {item_bytes} bytes"
+        )
+    dtype = INTEGER_OF_BYTES[item_bytes]
+    start = (raw.storage_offset() + field.block_offset_bytes) // item_bytes
+    part = torch.empty(0, dtype=dtype, device=raw.device).set_(
+        raw.untyped_storage(),
+        start,
+        (raw.shape[0], *shape),
+        (raw.stride(0) // item_bytes, *field.strides),
+    )
+    return LayerView((part,))
 
 
 def _only(tensors: tuple[Tensor, ...], kind: LayoutKind) -> Tensor:

@@ -11,3 +11,4 @@ class LayoutKind(Enum):
     SPLIT = "split"
     MLA = "mla"
     OPAQUE = "opaque"
+    STATE = "state"

@@ -15,11 +15,14 @@ from ucm.integration.copies.jobs import PagePart
 from ucm.integration.engine.facts import EngineFacts
 from ucm.integration.engine.prompt import Prompt
 from ucm.integration.engine.ranges import DumpCursor, SlotOfBlock, part_of_block
+from ucm.integration.engine.state_dumps import (
+    NULL_BLOCK,
+    StateBlocks,
+    StateCursor,
+    parts_of_state,
+)
 from ucm.store.blocks.keys import Key
-from ucm.store.blocks.strands import needed_blocks
-
-# vLLM's block that stands for those that a request has no more, or never had.
-NULL_BLOCK = 0
+from ucm.store.blocks.strands import boundaries, needed_blocks
 
 # Of each of the engine's groups, the device blocks of a request.
 DeviceBlocks = Sequence[Sequence[int]]
@@ -69,16 +72,26 @@ class StrandDump:
 
 @dataclass(eq=False)
 class RequestDump:
-    """`device_blocks` are the request's as vLLM has named them last. `strands[0]` is the base."""
+    """`device_blocks` are the request's as vLLM has named them last, and `states` where it has
+    states in this step. Of the prompt it had `start_tokens`. `strands[0]` is the base."""
 
     prompt: Prompt
     strands: list[StrandDump]
+    start_tokens: int = 0
     device_blocks: DeviceBlocks = ()
+    states: StateBlocks = field(default_factory=dict)
 
     @property
     def is_done(self) -> bool:
         """Nothing is left to be copied."""
         return not any(dump.cursor.todo for dump in self.strands)
+
+    def offer(self, states: StateBlocks) -> None:
+        """In this step the engine has these."""
+        self.states = states
+        for dump in self.strands:
+            if isinstance(dump.cursor, StateCursor):
+                dump.cursor.offer(states.keys())
 
     def kept_blocks(self, facts: EngineFacts, unsaved: Collection[bytes]) -> int:
         """How many leading blocks a receipt may promise: those of the base, if all that the other
@@ -87,18 +100,25 @@ class RequestDump:
         if unsaved:
             keys = self.prompt.keys
             kept = next((block for block in range(kept) if keys[block] in unsaved), kept)
-        num_tokens = min(kept * self.prompt.block_tokens, self.prompt.num_tokens)
+        prompt = self.prompt
+        if not facts.has_states:
+            end = min(kept * prompt.block_tokens, prompt.num_tokens - 1)
+            return kept if self._goes_on_at(end, facts, unsaved) else 0
+        interval = facts.state_interval_tokens
+        ends = boundaries(prompt.num_tokens, kept, prompt.block_tokens, interval, with_states=True)
+        at = next((end for end in ends if self._goes_on_at(end, facts, unsaved)), 0)
+        return at // prompt.block_tokens
+
+    def _goes_on_at(self, num_tokens: int, facts: EngineFacts, unsaved: Collection[bytes]) -> bool:
+        """Whether all strands beside the base keep what is needed there."""
         for dump in self.strands[1:]:
-            needed = needed_blocks(
-                facts.strands[dump.strand].reach,
-                min(num_tokens, self.prompt.num_tokens - 1),
-                self.prompt.block_tokens,
-            )
+            reach = facts.strands[dump.strand].reach
+            needed = needed_blocks(reach, num_tokens, self.prompt.block_tokens)
             if not all(map(dump.cursor.is_kept, needed)):
-                return 0
+                return False
             if unsaved and not set(dump.keys_of(needed)).isdisjoint(unsaved):
-                return 0
-        return kept
+                return False
+        return True
 
 
 def touches(groups: DeviceBlocks, device_blocks: set[int]) -> bool:
@@ -107,7 +127,7 @@ def touches(groups: DeviceBlocks, device_blocks: set[int]) -> bool:
 
 
 def parts_of(
-    dump: StrandDump, taken: Sequence[SlotOfBlock], groups: DeviceBlocks, facts: EngineFacts
+    dump: StrandDump, taken: Sequence[SlotOfBlock], of_request: RequestDump, facts: EngineFacts
 ) -> tuple[tuple[PagePart, ...], list[int], list[int]]:
     """The copies of `taken`; the blocks that they are of; and those that vLLM has taken back."""
     targets = [
@@ -115,11 +135,16 @@ def parts_of(
         for number, target in enumerate(facts.targets)
         if target.strand == dump.strand
     ]
-    prompt = dump.prompt
+    prompt, groups = dump.prompt, of_request.device_blocks
     parts: list[PagePart] = []
     copied: list[int] = []
     gone: list[int] = []
     for each in taken:
+        if facts.strands[dump.strand].has_states:
+            of_state = parts_of_state(each, of_request.states.get(each.block, {}), targets)
+            (copied if of_state else gone).append(each.block)
+            parts += of_state
+            continue
         of_block = [
             part_of_block(
                 each.block,

@@ -31,6 +31,7 @@ from ucm.integration.engine.dump_state import (
 from ucm.integration.engine.facts import EngineFacts
 from ucm.integration.engine.prompt import Prompt
 from ucm.integration.engine.ranges import DumpCursor
+from ucm.integration.engine.state_dumps import StateBlocks, StateCursor, states_at
 from ucm.store.blocks.keys import Key
 from ucm.store.blocks.strands import kept_blocks, needed_blocks
 from ucm.store.client.session import NodeSession
@@ -83,11 +84,15 @@ class Dumps:
                 )
                 for number in range(len(self._session.namespaces))
             ]
-            dump = self._dumps[prompt.request_id] = RequestDump(prompt, strands)
+            dump = self._dumps[prompt.request_id] = RequestDump(prompt, strands, num_computed)
             self._reserve(dump, num_computed + self._facts.max_step_tokens)
 
     def _strand(self, prompt: Prompt, number: int, todo: list[int]) -> StrandDump:
-        cursor = DumpCursor(todo, len(prompt.keys), goes_on_behind_holes=number > 0)
+        cursor = (
+            StateCursor(todo, len(prompt.keys))
+            if self._facts.strands[number].has_states
+            else DumpCursor(todo, len(prompt.keys), goes_on_behind_holes=number > 0)
+        )
         namespace = self._session.namespaces[number]
         return StrandDump(prompt, number, namespace, cursor)
 
@@ -101,6 +106,7 @@ class Dumps:
             len(prompt.keys),
             prompt.block_tokens,
             self._interval_tokens,
+            with_states=self._facts.has_states,
         )
         first = needed_blocks(reach, num_computed, prompt.block_tokens).start
         return sorted(block for block in kept if block >= first)
@@ -113,13 +119,20 @@ class Dumps:
         if (dump := self._dumps.get(request_id)) is not None:
             dump.device_blocks = device_blocks
 
-    def computed(self, request_id: str, num_tokens: int, device_blocks: DeviceBlocks) -> None:
-        """This step computes the request's tokens up to `num_tokens`, into these blocks."""
+    def computed(
+        self, request_id: str, tokens: range, device_blocks: DeviceBlocks, states: StateBlocks
+    ) -> None:
+        """This step computes these of the request's tokens, into these blocks. With its end there
+        are these `states`."""
         dump = self._dumps.get(request_id)
         if dump is None:
             return
+        num_tokens = tokens.stop
         dump.device_blocks = device_blocks
-        if dump.is_done:
+        if tokens.start == dump.start_tokens:
+            states = {**states_at(tokens.start, device_blocks, self._facts), **states}
+        dump.offer(states)
+        if dump.is_done and not states:
             return
         self._reserve(dump, num_tokens + self._facts.max_step_tokens)
         num_blocks = dump.prompt.blocks_in(num_tokens)
@@ -233,13 +246,13 @@ class Dumps:
         """Plans the copies of leading blocks that are computed and have slots. The base comes last:
         who finds its pages should find the others."""
         for of_strand in reversed(dump.strands):
-            self._copy_strand(of_strand, dump.device_blocks, num_blocks)
+            self._copy_strand(of_strand, dump, num_blocks)
 
-    def _copy_strand(self, dump: StrandDump, groups: DeviceBlocks, num_blocks: int) -> None:
+    def _copy_strand(self, dump: StrandDump, of_request: RequestDump, num_blocks: int) -> None:
         taken = dump.cursor.take(num_blocks)
         if not dump.cursor.todo:
             self._abort_slots(dump)
-        parts, blocks, gone = parts_of(dump, taken, groups, self._facts)
+        parts, blocks, gone = parts_of(dump, taken, of_request, self._facts)
         if gone:
             dump.cursor.holes.update(gone)
             self._session.send(p.Abort(ns=dump.namespace, keys=list(dump.keys_of(gone))))
@@ -247,7 +260,7 @@ class Dumps:
             return
         # The slots are those of the node cache that has given them.
         generation = self._session.told_generation
-        job = DumpJob(self._session.next_id(), blocks, groups, generation)
+        job = DumpJob(self._session.next_id(), blocks, of_request.device_blocks, generation)
         dump.jobs.append(job)
         name = dump.prompt.request_id
         self._ledger.dump(name, job.job_id)

@@ -5,15 +5,17 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from ucm.integration.copies.layout_kind import LayoutKind
+from ucm.integration.copies.state_field import StateField
 from ucm.store.blocks.page_layout import PageGeometry
-from ucm.store.blocks.strands import ALL, Reach, default_interval_tokens
+from ucm.store.blocks.strands import ALL, STATE, Reach, default_interval_tokens
 
 
 @dataclass(frozen=True)
 class StrandFacts:
     """Layers that need the same part of a prompt and have KV of one shape: a page of `geometry` per
     block. `name` is part of the keys of its pages; that of the base strand is empty. `layer_names`
-    are in the page's order."""
+    are in the page's order. A page of states is raw bytes by its `geometry`; `fields` are what is
+    in it."""
 
     name: str
     reach: Reach
@@ -21,18 +23,30 @@ class StrandFacts:
     layout: LayoutKind
     layout_name: str
     layer_names: tuple[str, ...]
+    fields: tuple[StateField, ...] = ()
+
+    @property
+    def has_states(self) -> bool:
+        return self.reach == STATE
 
 
 @dataclass(frozen=True)
 class TargetFacts:
     """Layers of one strand in one group of the engine, both by their numbers. A group's blocks, of
-    `block_tokens`, have ids of their own. The layers have `positions` in the strand's page."""
+    `block_tokens`, have ids of their own. The layers have `positions` in the strand's page. Of
+    states it is one `field` of these layers."""
 
     strand: int
     group: int
     block_tokens: int
     layer_names: tuple[str, ...]
     positions: range
+    field: StateField | None = None
+
+    @property
+    def page_offset_bytes(self) -> int:
+        """In the strand's page, where what `positions` count begins."""
+        return self.field.page_offset_bytes if self.field is not None else 0
 
 
 @dataclass(frozen=True)
@@ -44,7 +58,10 @@ class EngineFacts:
 
     `strands` and `targets` are what there is to store and where it lies. Most models have one each,
     and the fields above them describe it (it need not be given of an engine with one stage). Of a
-    model with several they describe the base strand, which is the first one."""
+    model with several they describe the base strand, which is the first one.
+
+    `state_interval_tokens` is how far apart an engine keeps states in its own cache, 0 for the ends
+    of prompts only: it keeps none for us alone."""
 
     engine_id: str
     loads: bool
@@ -64,6 +81,7 @@ class EngineFacts:
     can_sleep: bool = False
     strands: tuple[StrandFacts, ...] = ()
     targets: tuple[TargetFacts, ...] = ()
+    state_interval_tokens: int = 0
 
     def __post_init__(self) -> None:
         layers = self.layer_names
@@ -74,8 +92,20 @@ class EngineFacts:
             only = TargetFacts(0, 0, self.block_tokens, layers, range(len(layers)))
             object.__setattr__(self, "targets", (only,))
 
+    @property
+    def has_states(self) -> bool:
+        return any(strand.has_states for strand in self.strands)
+
+    def geometry_of(self, target: TargetFacts) -> PageGeometry:
+        """That which its `positions` count in."""
+        if target.field is not None:
+            return target.field.geometry
+        return self.strands[target.strand].geometry
+
     def interval_tokens(self, window_interval: int | None) -> int:
         """How far apart boundaries are, by that setting."""
+        if self.has_states:
+            return self.state_interval_tokens
         if window_interval is not None:
             return window_interval
         return default_interval_tokens(strand.reach for strand in self.strands)

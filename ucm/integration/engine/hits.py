@@ -188,6 +188,8 @@ class Hits:
             # With a window, the last token needs what the whole prompt's hit has no more.
             in_step=self._layerwise or len(self._facts.strands) > 1,
         )
+        if self._facts.has_states and num_computed % hit.prompt.block_tokens:
+            extra = 0  # what it has itself ends inside a block, whose rest can't be loaded
         if extra and not self._policy.takes(extra):
             hit.of_request.reason = Outcome.NOT_WORTH
             refused = -(-extra // hit.prompt.block_tokens)

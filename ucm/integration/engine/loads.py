@@ -14,12 +14,13 @@ from dataclasses import dataclass
 from ucm.integration.copies.jobs import NO_GENERATION, CopyJob, PagePart
 from ucm.integration.engine.counts import Counts
 from ucm.integration.engine.device_blocks import BlockLedger
-from ucm.integration.engine.dump_state import NULL_BLOCK, DeviceBlocks
+from ucm.integration.engine.dump_state import DeviceBlocks
 from ucm.integration.engine.facts import EngineFacts
 from ucm.integration.engine.hit import Hit, RequestLookups
 from ucm.integration.engine.hits import Hits
 from ucm.integration.engine.prompt import Prompt
 from ucm.integration.engine.ranges import parts_of_tokens
+from ucm.integration.engine.state_dumps import NULL_BLOCK
 from ucm.outcome import Outcome
 from ucm.store.blocks.strands import first_needed_token
 from ucm.store.client.session import NodeSession
@@ -108,11 +109,14 @@ class Loads:
             if begin % unit:
                 return ()
             while target.strand and begin < end and blocks[begin // unit] == NULL_BLOCK:
+                if target.field is not None:
+                    return ()  # a state is all or nothing
                 begin += unit  # it needs less than we think
+            offsets = hit.offsets(target.strand)
             parts += parts_of_tokens(
                 begin,
                 end,
-                hit.offsets(target.strand),
+                {block: offset + target.page_offset_bytes for block, offset in offsets.items()},
                 blocks,
                 block_tokens=hit.prompt.block_tokens,
                 unit=unit,

@@ -31,9 +31,11 @@ class CopyMeter:
         # Of one of vLLM's blocks, of each target.
         self._block_bytes: list[int] = []
         for target, share in zip(facts.targets, shares, strict=True):
-            geometry = facts.strands[target.strand].geometry
+            geometry = facts.geometry_of(target)
             num_rows = len(share.layers) * len(share.heads)
             num_units = target.block_tokens // geometry.unit_tokens
+            if target.field is not None:
+                num_units = geometry.num_units  # one block is all of a page
             self._block_bytes.append(num_rows * num_units * geometry.unit_bytes)
         self._begun: dict[int, _Copy] = {}
 

@@ -16,7 +16,7 @@ from typing import Final
 from ucm.integration.engine.facts import EngineFacts
 from ucm.integration.engine.prompt import Prompt
 from ucm.outcome import Outcome
-from ucm.store.blocks.strands import boundaries, needed_blocks
+from ucm.store.blocks.strands import boundaries, last_boundary, needed_blocks
 from ucm.store.client.session import NodeSession
 from ucm.store.node import protocol as p
 
@@ -72,7 +72,7 @@ class SideLookups:
     _tries: int = 0
 
     def __post_init__(self) -> None:
-        self._try(min(self.num_blocks * self.prompt.block_tokens, self.prompt.num_tokens))
+        self._try(self._last_boundary)
 
     def offsets(self, strand: int) -> dict[int, int]:
         return {
@@ -92,7 +92,7 @@ class SideLookups:
         """Asks for all that is needed at the boundary, which is a number of tokens."""
         prompt = self.prompt
         self._tries += 1
-        # vLLM computes the last token in any case.
+        # vLLM computes the last token in any case. A boundary of states leaves it one.
         self.end_tokens = min(boundary, prompt.num_tokens - 1)
         if self.end_tokens <= self.read_from * prompt.block_tokens:
             self.end_tokens = 0
@@ -153,13 +153,33 @@ class SideLookups:
         return promised if is_end or boundary in self._boundaries() else 0
 
     def _boundaries(self) -> list[int]:
-        prompt = self.prompt
+        """Those where a prefill of this prompt keeps what is needed. Of states, one block before
+        the last as well: that is where one is kept of a prompt that ended here."""
+        prompt, has_states = self.prompt, self.facts.has_states
         num_blocks, block_tokens = len(prompt.keys), prompt.block_tokens
-        return boundaries(prompt.num_tokens, num_blocks, block_tokens, self.interval_tokens)
+        found = boundaries(
+            prompt.num_tokens,
+            num_blocks,
+            block_tokens,
+            self.interval_tokens,
+            with_states=has_states,
+        )
+        before = self._last_boundary - block_tokens
+        return sorted({*found, before}, reverse=True) if has_states else found
+
+    @property
+    def _last_boundary(self) -> int:
+        """The longest that the base has."""
+        return last_boundary(
+            self.prompt.num_tokens,
+            self.num_blocks,
+            self.prompt.block_tokens,
+            with_states=self.facts.has_states,
+        )
 
     def _boundary_before(self, num_tokens: int) -> int:
         """The longest that needs nothing behind so many tokens."""
         if self._tries >= _MAX_TRIES or time.monotonic() >= self.waits.until_s:
             return 0
         ends = self._boundaries()
-        return next((end for end in ends if end <= num_tokens and end < self.end_tokens), 0)
+        return next((end for end in ends if 0 < end <= num_tokens and end < self.end_tokens), 0)

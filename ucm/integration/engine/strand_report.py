@@ -18,17 +18,26 @@ def strands_text(strands: Sequence[StrandFacts], interval_tokens: int | None = N
     apart (None: as by default, 0: at the ends of prompts only)."""
     reaches = [strand.reach for strand in strands]
     interval = default_interval_tokens(reaches) if interval_tokens is None else interval_tokens
-    written = sum(_written_bytes(strand, interval) for strand in strands)
-    dense = sum(_token_bytes(strand) for strand in strands) * _PROMPT_TOKENS
+    with_states = any(strand.has_states for strand in strands)
+    written = sum(_written_bytes(strand, interval, with_states) for strand in strands)
+    dense = sum(_token_bytes(each) for each in strands if not each.has_states) * _PROMPT_TOKENS
     per_1000 = f"{_size(written * 1000 / _PROMPT_TOKENS)} per 1000 tokens"
+    hint = (
+        "; vLLM keeps states for more of them with --prefix-cache-retention-interval"
+        if with_states
+        else ""
+    )
     return (
         f"this model has {len(strands)} strands: {'; '.join(map(_strand_text, strands))}. With a "
         f"boundary every {interval or _PROMPT_TOKENS} tokens a prompt of {_PROMPT_TOKENS} writes "
-        f"{per_1000}, {round(100 * written / dense)} % of its KV"
+        f"{per_1000}, {round(100 * written / dense)} % of its KV{hint}"
     )
 
 
 def _strand_text(strand: StrandFacts) -> str:
+    if strand.has_states:
+        size = _size(strand.geometry.page_bytes)
+        return f"{strand.reach}, {len(strand.layer_names)} layers, {size} per boundary"
     return (
         f"{strand.reach}, {strand.geometry.num_layers} layers, {_size(_token_bytes(strand))} per "
         f"token, {_size(strand.geometry.page_bytes)} per block"
@@ -39,10 +48,17 @@ def _token_bytes(strand: StrandFacts) -> float:
     return strand.geometry.page_bytes / strand.geometry.block_tokens
 
 
-def _written_bytes(strand: StrandFacts, interval_tokens: int) -> int:
+def _written_bytes(strand: StrandFacts, interval_tokens: int, with_states: bool) -> int:
     block_tokens = strand.geometry.block_tokens
     num_blocks = _PROMPT_TOKENS // block_tokens
-    kept = kept_blocks(strand.reach, _PROMPT_TOKENS, num_blocks, block_tokens, interval_tokens)
+    kept = kept_blocks(
+        strand.reach,
+        _PROMPT_TOKENS,
+        num_blocks,
+        block_tokens,
+        interval_tokens,
+        with_states=with_states,
+    )
     return len(kept) * strand.geometry.page_bytes
 
 

@@ -46,7 +46,14 @@ def engine_facts(vllm_config: Any, kv_cache_config: Any, settings: Settings) -> 
         can_sleep=can_sleep(vllm_config.model_config),
         strands=strands,
         targets=targets,
+        state_interval_tokens=_state_interval_tokens(vllm_config, settings),
     )
+
+
+def _state_interval_tokens(vllm_config: Any, settings: Settings) -> int:
+    """vLLM spells "every block" as None."""
+    interval = getattr(vllm_config.cache_config, "prefix_cache_retention_interval", 0)
+    return settings.block_tokens if interval is None else int(interval)
 
 
 def why_no_hits(vllm_config: Any) -> str:

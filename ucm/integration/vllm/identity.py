@@ -13,6 +13,7 @@ import msgspec
 
 from ucm.config.settings import Settings
 from ucm.errors import UnsupportedEngine
+from ucm.integration.copies.state_field import StateField
 from ucm.integration.engine.facts import EngineFacts, StrandFacts
 from ucm.integration.vllm.kv_specs import layer_index
 from ucm.store.blocks.model_shape import model_shape
@@ -64,6 +65,19 @@ def _strand(strand: StrandFacts) -> dict[str, object]:
         "v_size": geometry.v_size,
         "item_bytes": geometry.item_bytes,
         "layout": _layout(strand.layout_name),
+        **({"fields": [_state_field(field) for field in strand.fields]} if strand.fields else {}),
+    }
+
+
+def _state_field(field: StateField) -> dict[str, object]:
+    num_layers, num_heads, num_rows, num_columns = field.geometry.shape
+    return {
+        "name": field.name,
+        "num_layers": num_layers,
+        "num_heads": num_heads,
+        "num_rows": num_rows,
+        "num_columns": num_columns,
+        "dtype": field.dtype,
     }
 
 

@@ -12,17 +12,13 @@ from dataclasses import dataclass
 from typing import Any, Final
 
 from ucm.errors import UnsupportedEngine
-from ucm.store.blocks.strands import ALL, Reach, ReachKind
+from ucm.store.blocks.strands import ALL, STATE, Reach, ReachKind
 
 _SHOWN_LAYERS: Final = 3
 _LAYER_INDEX: Final = re.compile(r"(?:^|\.)(\d+)(?:\.|$)")
 
 # What the layers are that have a spec of such a type, and why they are refused.
 _REFUSED: Final = {
-    "MambaSpec": (
-        "linear-attention or Mamba layers",
-        "UCM can't store their states yet; run it without UCM",
-    ),
     "SlidingWindowMLASpec": (
         "MLA layers with a sliding window",
         "UCM can't store them yet; run it without UCM",
@@ -54,7 +50,7 @@ _REFUSED: Final = {
 }
 _OTHER: Final = (
     "layers of a kind that UCM doesn't know",
-    "it stores full attention, MLA, sliding windows and chunked attention; run it without UCM",
+    "it stores full attention, MLA, windows, chunked attention and states; run it without UCM",
 )
 _INDEXER: Final = (
     "an indexer beside its MLA layers",
@@ -86,7 +82,7 @@ def cached_layers(kv_cache_config: Any) -> list[CachedLayer]:
                 what, why = _INDEXER if _is_indexer(spec) else _REFUSED.get(kind, _OTHER)
                 refused.setdefault((what, kind, why), []).append(name)
             else:
-                _refuse_what_is_no_plain_kv(spec)
+                _refuse_what_is_no_plain_kv(spec, reach)
                 layers.append(CachedLayer(name, number, spec, reach))
     for (what, kind, why), names in refused.items():
         raise UnsupportedEngine(f"this model has {what} ({kind} in {_shown(names)}): {why}")
@@ -115,6 +111,7 @@ def _reach(spec: Any) -> Reach | None:
     from vllm.v1.kv_cache_interface import (
         ChunkedLocalAttentionSpec,
         FullAttentionSpec,
+        MambaSpec,
         MLAAttentionSpec,
         SlidingWindowSpec,
     )
@@ -126,7 +123,7 @@ def _reach(spec: Any) -> Reach | None:
         return Reach(ReachKind.WINDOW, int(spec.sliding_window))
     if kind is ChunkedLocalAttentionSpec:
         return Reach(ReachKind.CHUNK, int(spec.attention_chunk_size))
-    return None
+    return STATE if kind is MambaSpec else None
 
 
 def _is_indexer(spec: Any) -> bool:
@@ -134,13 +131,32 @@ def _is_indexer(spec: Any) -> bool:
     return getattr(role, "value", "") == "indexer"
 
 
-def _refuse_what_is_no_plain_kv(spec: Any) -> None:
+def _refuse_what_is_no_plain_kv(spec: Any, reach: Reach) -> None:
+    if reach == STATE:
+        _refuse_states_that_are_not_kept(spec)
+        return
     if getattr(spec, "non_causal", False):
         raise UnsupportedEngine(
             "this model's attention is not causal: a token's KV depends on those that follow it"
         )
     if spec.state_content_bytes is not None or spec.tokens_per_state != 1:
         raise UnsupportedEngine("this KV cache dtype packs its own scales or states into a block")
+
+
+def _refuse_states_that_are_not_kept(spec: Any) -> None:
+    """A state is that of the last token computed; only with prefix caching vLLM keeps others, and
+    says which."""
+    if spec.mamba_cache_mode != "align":
+        raise UnsupportedEngine(
+            "this model has linear-attention or Mamba layers, whose states vLLM keeps only with "
+            "prefix caching: set --enable-prefix-caching"
+        )
+    if spec.num_speculative_blocks:
+        raise UnsupportedEngine(
+            "this model has linear-attention or Mamba layers, whose states hold guessed tokens "
+            "with speculative decoding, and UCM can't tell them apart yet: leave out "
+            "--speculative-config"
+        )
 
 
 def _refuse_what_is_elsewhere(group: Any) -> None:

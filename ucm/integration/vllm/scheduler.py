@@ -25,6 +25,7 @@ from ucm.integration.engine.naming import Namer
 from ucm.integration.engine.promise_book import PromiseBook
 from ucm.integration.engine.prompt import NamedItems, named_prompt, unnamed_prompt
 from ucm.integration.engine.proofs import Proofs
+from ucm.integration.engine.state_dumps import offered_states
 from ucm.integration.engine.step_waits import IDLE_WAIT_MAX_S, IDLE_WAIT_S, STEP_WAIT_S
 from ucm.integration.vllm.device_facts import writes_before_hooks
 from ucm.integration.vllm.items import VllmItems
@@ -150,19 +151,22 @@ class SchedulerSide:
         self._find_preempted()
         self._proofs.settle()
         block_state = output.kv_connector_block_state
-        prompt_tokens = 0
+        prompt_tokens, has_states = 0, self._facts.has_states
         for request_id, num_tokens in output.num_scheduled_tokens.items():
             state = self._states.get(request_id)
             if state is None or self._ledger.is_loading(request_id):
                 continue
             state.is_computed = True
             prompt_tokens += state.prompt_tokens(num_tokens)
-            self._plan_dump(state)
+            offers = block_state.boundary_state_offloads.get(request_id, ()) if has_states else ()
+            states = offered_states(offers, state.prompt)
+            self._plan_dump(state, is_last=bool(states))
             if not self._dumps.is_planned(request_id):
                 continue
             device_blocks = block_state.get_block_ids(request_id)
-            computed = state.request.num_computed_tokens + num_tokens
-            self._dumps.computed(request_id, computed, device_blocks)
+            start = int(state.request.num_computed_tokens)
+            tokens = range(start, start + num_tokens)
+            self._dumps.computed(request_id, tokens, device_blocks, states)
         released = self._dumps.drain()
         for request_id in released:
             self._forget(request_id)

@@ -8,16 +8,19 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from typing import Any
 
 from ucm.config.settings import Settings
 from ucm.errors import UnsupportedEngine
+from ucm.integration.copies.layout_kind import LayoutKind
 from ucm.integration.engine.facts import StrandFacts, TargetFacts
 from ucm.integration.vllm.identity import draft_with_kv
 from ucm.integration.vllm.kv_specs import CachedLayer, layer_index
+from ucm.integration.vllm.state_layout import state_fields, state_kind
 from ucm.integration.vllm.strand_layout import geometry_of, layout_of
 from ucm.store.blocks.page_layout import PageGeometry
-from ucm.store.blocks.strands import ALL, Reach, ReachKind
+from ucm.store.blocks.strands import ALL, STATE, Reach, ReachKind
 
 
 def read_strands(
@@ -29,6 +32,7 @@ def read_strands(
     if len(sharing) > 1 or len({layer.group for layer in layers}) > 1:
         _refuse_with_several(vllm_config, settings, sharing)
     _refuse_unlike_blocks(settings, layers)
+    _refuse_blocks_without_states(settings, layers)
     strands: list[StrandFacts] = []
     targets: list[TargetFacts] = []
     for of_strand in sharing:
@@ -37,7 +41,9 @@ def read_strands(
             _strand(vllm_config, of_strand, settings, is_base=is_base, is_only=len(sharing) == 1)
         )
         first = _first_position(vllm_config, of_strand)
-        targets += _targets(len(strands) - 1, of_strand, first)
+        for target in _targets(len(strands) - 1, of_strand, first):
+            fields = strands[-1].fields
+            targets += [replace(target, field=field) for field in fields] if fields else [target]
     assert len({strand.name for strand in strands}) == len(strands), "two strands have one name"
     return tuple(strands), tuple(targets)
 
@@ -54,6 +60,10 @@ def _sharing(
     strands: dict[tuple[object, ...], list[CachedLayer]] = {}
     for layer in ordered:
         spec = layer.spec
+        if layer.reach == STATE:
+            of_state = (STATE, spec.shapes, spec.dtypes, state_kind(spec))
+            strands.setdefault(of_state, []).append(layer)
+            continue
         shape = (type(spec) if layer.reach == ALL else None, int(spec.num_kv_heads))
         sizes = (int(spec.head_size), int(spec.head_size_v), str(spec.dtype))
         kind = (layer.reach, shape, sizes, layout_of(vllm_config, spec, settings))
@@ -78,6 +88,8 @@ def _strand(
     is_only: bool,
 ) -> StrandFacts:
     spec, reach = layers[0].spec, layers[0].reach
+    if reach == STATE:
+        return _of_states(vllm_config, layers, settings)
     layout, layout_name = layout_of(vllm_config, spec, settings)
     geometry = geometry_of(
         vllm_config,
@@ -99,6 +111,33 @@ def _strand(
         layout=layout,
         layout_name=layout_name,
         layer_names=tuple(layer.name for layer in layers),
+    )
+
+
+def _of_states(vllm_config: Any, layers: Sequence[CachedLayer], settings: Settings) -> StrandFacts:
+    spec = layers[0].spec
+    fields = state_fields(vllm_config, spec, num_layers=len(layers))
+    last = fields[-1]
+    geometry = PageGeometry(
+        num_layers=1,
+        num_kv_heads=1,
+        block_tokens=settings.block_tokens,
+        k_size=last.page_offset_bytes + last.geometry.page_bytes,
+        v_size=0,
+        item_bytes=1,
+        unit_tokens=settings.block_tokens,
+    )
+    content = "+".join(
+        f"{'x'.join(map(str, field.geometry.shape[1:]))}:{field.dtype}" for field in fields
+    )
+    return StrandFacts(
+        name=f"{STATE}/{state_kind(spec).lower()}/{content}",
+        reach=STATE,
+        geometry=geometry,
+        layout=LayoutKind.STATE,
+        layout_name="",
+        layer_names=tuple(layer.name for layer in layers),
+        fields=fields,
     )
 
 
@@ -192,6 +231,19 @@ def _refuse_unlike_blocks(settings: Settings, layers: Sequence[CachedLayer]) -> 
     raise UnsupportedEngine(
         f"block_tokens is {settings.block_tokens} and this engine has blocks of "
         f"{' and '.join(map(str, sizes))} tokens: set block_tokens to {fitting} on all instances"
+    )
+
+
+def _refuse_blocks_without_states(settings: Settings, layers: Sequence[CachedLayer]) -> None:
+    """vLLM keeps a state at the last end of a block of its own, which need not be one of a larger
+    block."""
+    sizes = {int(layer.spec.block_size) for layer in layers if layer.reach == STATE}
+    if not sizes or sizes == {settings.block_tokens}:
+        return
+    raise UnsupportedEngine(
+        f"block_tokens is {settings.block_tokens}, and this engine keeps the states of its "
+        f"linear-attention or Mamba layers every {max(sizes)} tokens: set block_tokens to "
+        f"{max(sizes)} on all instances, and --block-size where theirs differ"
     )
 
 

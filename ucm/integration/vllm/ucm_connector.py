@@ -67,7 +67,8 @@ class UCMConnector(KVConnectorBase_V1, SupportsHMA):
                     "nothing is loaded from the store into this engine: %s", facts.why_no_hits
                 )
             if len(facts.targets) > 1:
-                logger.info("%s", strands_text(facts.strands, settings.window_interval))
+                interval = facts.interval_tokens(settings.window_interval)
+                logger.info("%s", strands_text(facts.strands, interval))
             self._scheduler = SchedulerSide(
                 settings,
                 facts,

@@ -24,7 +24,7 @@ from ucm.integration.copies.arena import Arena
 from ucm.integration.copies.copy_engine import CopyEngine
 from ucm.integration.copies.generations import Memories
 from ucm.integration.copies.jobs import CopyJob, Direction, PagePart
-from ucm.integration.copies.layout import layer_view
+from ucm.integration.copies.layout import layer_view, state_view
 from ucm.integration.copies.make import make_copy_engine
 from ucm.integration.copies.target import CopyTarget
 from ucm.integration.engine.facts import EngineFacts, TargetFacts
@@ -49,7 +49,7 @@ class WorkerSide:
         self._facts = facts
         self._shares: list[RankShare] = [
             rank_share(
-                facts.strands[target.strand].geometry,
+                facts.geometry_of(target),
                 tp_rank=tp_rank,
                 tp_size=facts.tp_size,
                 layers=target.positions,
@@ -99,8 +99,13 @@ class WorkerSide:
         missing = [name for name in target.layer_names if name not in kv_caches]
         if missing:
             raise UnsupportedEngine(f"vLLM registered no KV cache for layer {missing[0]}")
-        strand = self._facts.strands[target.strand]
+        strand, geometry = self._facts.strands[target.strand], self._facts.geometry_of(target)
         tensors = [kv_caches[name] for name in target.layer_names]
+        if target.field is not None:
+            self._kernel_blocks.append(1)
+            num_heads = len(share.heads)
+            states = [state_view(each, target.field, num_heads=num_heads) for each in tensors]
+            return CopyTarget(states, geometry, share)
         first = tensors[0][0] if isinstance(tensors[0], (tuple, list)) else tensors[0]
         # Some kernels want smaller blocks than vLLM's manager hands out; ids then count those.
         kernel_blocks = max(1, first.shape[0] // self._facts.num_blocks)
@@ -109,13 +114,13 @@ class WorkerSide:
             layer_view(
                 tensor,
                 kind=strand.layout,
-                geometry=strand.geometry,
+                geometry=geometry,
                 num_heads=len(share.heads),
                 block_tokens=target.block_tokens // kernel_blocks,
             )
             for tensor in tensors
         ]
-        return CopyTarget(views, strand.geometry, share)
+        return CopyTarget(views, geometry, share)
 
     # -- a step, in order ------------------------------------------------------------------
 
