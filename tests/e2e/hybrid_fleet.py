@@ -1,4 +1,4 @@
-"""Servers of a model with several strands, and what of it lies in the store.
+"""Servers of a model with several strands or with windows, and what of it lies in the store.
 
 Tokens alone would not show KV that is wrong a little: answers are compared with their logprobs.
 """
@@ -21,8 +21,10 @@ from ucm.store.blocks.keys import Key, strand_key
 from ucm.store.blocks.namespace import from_json
 from ucm.store.blocks.page_layout import PageGeometry
 from ucm.store.blocks.strands import (
+    ALL,
     Reach,
     ReachKind,
+    boundaries,
     default_interval_tokens,
     kept_blocks,
     needed_blocks,
@@ -97,11 +99,11 @@ class StoredStrand:
 
 
 def strands(store: Store) -> list[StoredStrand]:
-    """The base first. Needs a block in the store."""
+    """The base first, if there is one. Needs a block in the store."""
     (file,) = store.folder.glob(f"*/{paths.MANIFEST}")
     text = file.read_bytes()
     manifest = from_json(text)
-    assert manifest.strands, "a model with several strands"
+    assert manifest.strands, "a model that is more than full attention of one kind"
     found = []
     for each in manifest.strands:
         kind, _, num_tokens = str(each["reach"]).partition(" ")
@@ -127,6 +129,27 @@ def kept_files(store: Store, prompt: Prompt) -> dict[str, dict[int, Path]]:
             for block in sorted(kept)
         }
     return files
+
+
+def longest_end(store: Store, prompt: Prompt, *, without: Path) -> int:
+    """Where a hit on the prompt ends, of all that prefill keeps of it but this file. With a strand
+    of which every block is kept others are kept at boundaries only; else a hit may end wherever
+    what it needs happens to be there."""
+    found, num_blocks = strands(store), len(prompt) // BLOCK_TOKENS
+    there = {
+        name: {block for block, file in files.items() if file != without}
+        for name, files in kept_files(store, prompt).items()
+    }
+    ends = [block * BLOCK_TOKENS for block in range(num_blocks, 0, -1)]
+    if found[0].reach == ALL:
+        interval = default_interval_tokens(strand.reach for strand in found)
+        ends = boundaries(len(prompt), num_blocks, BLOCK_TOKENS, interval)
+
+    def is_there(end: int) -> bool:
+        end = min(end, len(prompt) - 1)
+        return all(there[strand.name].issuperset(strand.needed(end)) for strand in found)
+
+    return next(filter(is_there, ends), 0)
 
 
 def wait_kept(store: Store, prompt: Prompt) -> None:

@@ -59,11 +59,23 @@ def _gemma3(window: int) -> HybridModel:
     )
 
 
+def _mistral(window: int) -> HybridModel:
+    """All of its layers have the window."""
+    return HybridModel(
+        name=f"mistral-w{window}",
+        config="MistralConfig",
+        window=window,
+        fields={**_COMMON, "num_hidden_layers": 4, "sliding_window": window},
+    )
+
+
 MODELS: Final = {
     model.name: model
     for model in (
         _gemma3(256),
         _gemma3(129),
+        _mistral(256),
+        _mistral(129),
         HybridModel(
             name="gemma2",
             config="Gemma2Config",

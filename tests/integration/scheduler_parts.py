@@ -66,6 +66,24 @@ def two_strands(window: int) -> dict[str, Any]:
     }
 
 
+def windows_only(window: int, other: int) -> dict[str, Any]:
+    """Facts of an engine whose two groups both have windows, in pages of one size."""
+    kind = LayoutKind.PACKED
+    return {
+        "strands": tuple(
+            StrandFacts(name, Reach(ReachKind.WINDOW, size), GEOMETRY, kind, "", (f"layers.{i}",))
+            for i, (name, size) in enumerate((("", window), ("w", other)))
+        ),
+        "targets": tuple(TargetFacts(i, i, BLOCK, (f"layers.{i}",), range(1)) for i in range(2)),
+    }
+
+
+def _facts_with(window: int | None, base_window: int | None) -> dict[str, Any]:
+    if window is None:
+        return {}
+    return two_strands(window) if base_window is None else windows_only(base_window, window)
+
+
 class Loopback:
     """A node cache in this process, behind the interface of NodeLink. `mute` keeps its answers."""
 
@@ -137,10 +155,13 @@ class Engine:
         loads=True,
         manifest: Manifest = MANIFEST,
         window: int | None = None,
+        base_window: int | None = None,
         **more: Any,
     ) -> None:
-        """With a `window` it has two strands, and vLLM two groups."""
+        """With a `window` it has two strands, and vLLM two groups. With a `base_window` that of the
+        first has one as well."""
         self.link, self.layerwise, self.window = link, layerwise, window
+        self.base_window = base_window
         store = StoreSettings(socket_path="/nowhere")
         settings = Settings(
             block_tokens=BLOCK,
@@ -163,7 +184,7 @@ class Engine:
             layout=LayoutKind.PACKED,
             layout_name="",
             geometry=GEOMETRY,
-            **({} if window is None else two_strands(window)),
+            **_facts_with(window, base_window),
         )
         self.stats = UcmStats()
         self.side = SchedulerSide(
@@ -217,11 +238,13 @@ class Engine:
         if request.request_id in self.blocks_of:
             return self.blocks_of[request.request_id]
         num_blocks = -(-request.num_prompt_tokens // BLOCK)
-        base = list(range(1, 1 + num_blocks))
-        if self.window is None:
-            return (base,)
-        skipped = max(0, request.num_computed_tokens - self.window + 1) // BLOCK
-        return base, [0] * skipped + list(range(101 + skipped, 101 + num_blocks))
+
+        def with_nulls(window: int | None, first: int) -> list[int]:
+            skipped = max(0, request.num_computed_tokens - (window or 1 << 30) + 1) // BLOCK
+            return [0] * skipped + list(range(first + skipped, first + num_blocks))
+
+        base = with_nulls(self.base_window, 1)
+        return (base,) if self.window is None else (base, with_nulls(self.window, 101))
 
     def admit(self, request: SimpleNamespace) -> int:
         """Asks for a hit until there is an answer, and allocates."""

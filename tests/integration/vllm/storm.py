@@ -32,7 +32,6 @@ from ucm.integration.vllm.scheduler import SchedulerSide
 from ucm.integration.vllm.stats import UcmStats
 from ucm.integration.vllm.ucm_connector import UCMConnector
 from ucm.store.blocks.page_layout import PageGeometry
-from ucm.store.blocks.strands import ALL
 
 
 class StormConnector(UCMConnector):
@@ -82,7 +81,7 @@ class Storm:
                 memory_of=self.node.memory_of,
                 rng=self.rng,
                 failing=weather.failing,
-                sides=weather.sides,
+                reaches=weather.reaches,
             )
             for number in range(weather.world_size)
         ]
@@ -109,7 +108,7 @@ class Storm:
             dump_timeout_ms=300,
             handoff_timeout_ms=300,
             expect_timeout_ms=500,
-            window_interval=self.rng.choice((0, 3 * UNIT)) if weather.sides else None,
+            window_interval=None if weather.is_plain else self.rng.choice((0, 3 * UNIT)),
         )
         facts = EngineFacts(
             engine_id="e",
@@ -128,7 +127,7 @@ class Storm:
             strands=self._strands(),
             targets=tuple(
                 TargetFacts(group, group, UNIT, (f"layers.{group}",), range(1))
-                for group in range(1 + len(weather.sides))
+                for group in range(len(weather.reaches))
             ),
         )
         manifest = MANIFEST.__class__(
@@ -145,7 +144,7 @@ class Storm:
             StrandFacts(
                 f"{group or ''}", reach, self.geometry, LayoutKind.PACKED, "", (f"layers.{group}",)
             )
-            for group, reach in enumerate((ALL, *self.weather.sides))
+            for group, reach in enumerate(self.weather.reaches)
         )
 
     # -- clients -------------------------------------------------------------------------------
@@ -188,7 +187,7 @@ class Storm:
         size = self.weather.block_tokens
         prompt = self.side._states[request.request_id].prompt
         self.node.heads.update(prompt.keys[:2])
-        for i, group in product(range(len(prompt.keys)), range(1 + len(self.weather.sides))):
+        for i, group in product(range(len(prompt.keys)), range(len(self.weather.reaches))):
             values = [kv_in_group(value, group) for value in truth[i * size : (i + 1) * size]]
             # Behind a tail there is nothing.
             self.node.expected[prompt.key_of(i, group)] = values + [0] * (size - len(values))

@@ -16,7 +16,7 @@ from vllm.v1.outputs import KVConnectorOutput
 
 from ucm.integration.copies.jobs import CopyJob, PagePart
 from ucm.integration.vllm.metadata import RankReport, StepMetadata
-from ucm.store.blocks.strands import Reach, ReachKind
+from ucm.store.blocks.strands import ALL, Reach, ReachKind
 
 UNIT = 16
 # As a page has it: one row, a token's content after the other's.
@@ -65,7 +65,7 @@ class Rank:
         memory_of: Callable[[int], memoryview | None],
         rng: random.Random,
         failing: float,
-        sides: Sequence[Reach] = (),
+        reaches: Sequence[Reach] = (ALL,),
     ) -> None:
         self.number = number
         self.device = [[-1] * UNIT for _ in range(num_blocks)]
@@ -74,7 +74,7 @@ class Rank:
         self._memory_of = memory_of
         self._rng = rng
         self._failing = failing
-        self._sides = sides
+        self._reaches = reaches
         self._ended: list[_Copy] = []
 
     # -- a step ----------------------------------------------------------------------------
@@ -118,7 +118,7 @@ class Rank:
                 received.add(copy.job.request_id)
             if copy.fails:
                 report.failed[job_id] = 1
-                if copy.is_load and self._sides:
+                if copy.is_load and self._reaches != (ALL,):
                     failed.add(copy.job.request_id)
                 elif copy.is_load:
                     bad |= copy.blocks
@@ -176,13 +176,16 @@ class Rank:
     def compute(self, tokens: list[int], groups: Sequence[list[int]], start: int, end: int) -> int:
         """Writes the KV of tokens [start, end). Returns the last one's."""
         blocks = groups[0]
-        for group, reach in enumerate(self._sides, 1):
+        for group, reach in enumerate(self._reaches):
+            if reach == ALL:
+                continue
             is_window, size = reach.kind is ReachKind.WINDOW, reach.num_tokens
             first = max(0, start - size + 1) if is_window else start // size * size
+            right = kv_of_prompt(tokens[:start]) if group == 0 else []
             for at in range(first, start):
                 here = self._kv_at(groups[group], at)
-                right = kv_in_group(self._kv_at(blocks, at), group)
-                assert here == right, f"the {reach} holds another's token {at} of {start}"
+                then = right[at] if right else kv_in_group(self._kv_at(blocks, at), group)
+                assert here == then, f"the {reach} holds another's token {at} of {start}"
         before = self._kv_at(blocks, start - 1) if start else 0
         for at in range(start, end):
             before = kv_of(before, tokens[at])

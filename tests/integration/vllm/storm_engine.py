@@ -31,7 +31,7 @@ from vllm.v1.kv_cache_interface import (
 from vllm.v1.structured_output import StructuredOutputManager
 
 from tests.integration.vllm.storm_device import UNIT
-from ucm.store.blocks.strands import Reach, ReachKind
+from ucm.store.blocks.strands import ALL, Reach, ReachKind
 
 VOCABULARY = 50
 MAX_TOKENS = 16 * UNIT
@@ -52,9 +52,18 @@ class Weather:
     num_slots: int = 40
     keeps_unpinned: bool = True
     failing: float = 0.02
-    # Of each group beside that of full attention.
+    # Of the first group, and of each beside it.
+    base: Reach = ALL
     sides: tuple[Reach, ...] = ()
     schedules_ahead: bool = False
+
+    @property
+    def reaches(self) -> tuple[Reach, ...]:
+        return (self.base, *self.sides)
+
+    @property
+    def is_plain(self) -> bool:
+        return self.reaches == (ALL,)
 
     @classmethod
     def of(cls, rng: random.Random) -> Weather:
@@ -89,6 +98,16 @@ class Weather:
             schedules_ahead=rng.random() < 0.5,
         )
 
+    @classmethod
+    def with_windows_only(cls, rng: random.Random) -> Weather:
+        """No group has every block; the first has the longest window."""
+        size, *others = rng.choice(((UNIT + 1,), (3 * UNIT,), (70, 20), (5 * UNIT, 2)))
+        return replace(
+            cls.with_windows(rng),
+            base=Reach(ReachKind.WINDOW, size),
+            sides=tuple(Reach(ReachKind.WINDOW, other) for other in others),
+        )
+
 
 def make_scheduler(folder: Path, weather: Weather, *, connector_module: str) -> Scheduler:
     if not (folder / "config.json").exists():
@@ -108,7 +127,7 @@ def make_scheduler(folder: Path, weather: Weather, *, connector_module: str) -> 
         max_model_len=MAX_TOKENS,
         enable_chunked_prefill=True,
         is_encoder_decoder=False,
-        disable_hybrid_kv_cache_manager=not weather.sides,
+        disable_hybrid_kv_cache_manager=weather.is_plain,
         async_scheduling=weather.schedules_ahead,
     )
     model_config = ModelConfig(
@@ -152,9 +171,11 @@ def _kv_cache_config(weather: Weather) -> KVCacheConfig:
         "head_size": 64,
         "dtype": torch.float32,
     }
-    specs: list[AttentionSpec] = [FullAttentionSpec(**shape)]
-    for reach in weather.sides:
-        if reach.kind is ReachKind.WINDOW:
+    specs: list[AttentionSpec] = []
+    for reach in weather.reaches:
+        if reach == ALL:
+            specs.append(FullAttentionSpec(**shape))
+        elif reach.kind is ReachKind.WINDOW:
             specs.append(SlidingWindowSpec(**shape, sliding_window=reach.num_tokens))
         else:
             specs.append(ChunkedLocalAttentionSpec(**shape, attention_chunk_size=reach.num_tokens))

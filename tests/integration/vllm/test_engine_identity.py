@@ -74,7 +74,7 @@ def config(
 
 def named(given: SimpleNamespace) -> Manifest:
     settings = Settings(store=StoreSettings(socket_path="/nowhere"))
-    facts: Any = SimpleNamespace(geometry=GEOMETRY, layout_name="", strands=[None])
+    facts: Any = SimpleNamespace(geometry=GEOMETRY, layout_name="", strands=[None], is_plain=True)
     return manifest(given, facts, settings, epoch=0)
 
 

@@ -76,6 +76,20 @@ def test_a_plain_model_is_one_strand_and_one_target() -> None:
     assert replace(facts, strands=(), targets=()) == facts
 
 
+def test_a_model_whose_layers_all_have_windows_begins_with_the_longest() -> None:
+    longer = SlidingWindowSpec(**SHAPE, sliding_window=2 * WINDOW)
+    (strand,) = facts_of(by_vllm(config(), [WINDOWED] * 4)).strands
+    assert (strand.name, strand.reach) == ("", Reach(ReachKind.WINDOW, WINDOW))
+
+    cache = by_vllm(config(), [CHUNKED, WINDOWED, longer, WINDOWED])
+    facts = facts_of(cache)
+    first, *others = facts.strands
+    assert (first.name, first.reach) == ("", Reach(ReachKind.WINDOW, 2 * WINDOW))
+    assert sorted(each.name for each in others) == ["chunk-8192/4x64+64/2", "window-256/4x64+64/2"]
+    assert not facts.has_base and not facts.is_plain
+    check_targets(facts, cache)
+
+
 def test_windows_and_full_attention_are_two_strands_in_as_many_groups_as_vllm_likes() -> None:
     """Gemma 3: five windows, one full layer, and so on; 26 layers, the last group is short."""
     specs = [FULL if n % 6 == 5 else WINDOWED for n in range(26)]
@@ -232,9 +246,11 @@ def test_engines_whose_strands_differ_are_in_namespaces_of_their_own() -> None:
         named(hybrid, by_vllm(hybrid, [WINDOWED, WINDOWED, FULL, FULL])),
         named(hybrid, by_vllm(hybrid, [other, FULL, other, FULL])),
         named(plain, by_vllm(plain, [WINDOWED, FULL, WINDOWED, FULL])),
+        named(hybrid, by_vllm(hybrid, [WINDOWED] * 4)),
     ]
     assert len({fingerprint(each) for each in found}) == len(found)
-    assert [each.format_version for each in found] == [2, 2, 2, 1]
+    assert [each.format_version for each in found] == [2, 2, 2, 1, 2]
+    assert named(hybrid, by_vllm(hybrid, [FULL] * 4)) == found[3]
     assert differences(found[0], found[1]) == [
         "strands.0.layers: [1,3] (there) / [2,3] (here)",
         "strands.1.layers: [0,2] (there) / [0,1] (here)",

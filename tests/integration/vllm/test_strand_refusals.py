@@ -16,6 +16,7 @@ from vllm.v1.kv_cache_interface import (
     CrossAttentionSpec,
     FullAttentionSpec,
     KVCacheGroupSpec,
+    KVCacheSpec,
     MambaSpec,
     MLAAttentionSpec,
     RSWASpec,
@@ -116,9 +117,10 @@ def refused_alone(spec: MambaSpec) -> str:
     return str(caught.value)
 
 
-def test_a_model_without_layers_that_see_the_whole_prompt_is_refused() -> None:
-    with pytest.raises(UnsupportedEngine, match=r"window 256: 4 layers.*--disable-sliding-window"):
-        facts_of(by_vllm(config(), [WINDOWED] * 4))
+def test_a_model_that_keeps_nothing_behind_some_boundaries_is_refused() -> None:
+    """Behind a whole chunk nothing is needed, so nobody could tell what is stored."""
+    with pytest.raises(UnsupportedEngine, match=r"whole prompt \(chunk 8192: 4 layers\)"):
+        facts_of(by_vllm(config(), [CHUNKED] * 4))
 
 
 def test_a_model_that_keeps_nothing_is_refused() -> None:
@@ -126,8 +128,16 @@ def test_a_model_that_keeps_nothing_is_refused() -> None:
         facts_of(grouped())
 
 
-def test_what_only_plain_models_can_have_is_refused_by_name() -> None:
-    specs = [WINDOWED, FULL]
+@pytest.mark.parametrize(
+    ("specs", "kinds"),
+    [
+        ([WINDOWED, FULL], "(all: 1 layers, window 256: 1 layers)"),
+        ([WINDOWED] * 2, "(window 256: 2 layers)"),
+    ],
+)
+def test_what_only_plain_models_can_have_is_refused_by_name(
+    specs: list[KVCacheSpec], kinds: str
+) -> None:
     draft = SimpleNamespace(method="eagle3", draft_model_config=SimpleNamespace())
     ngram = SimpleNamespace(method="ngram", draft_model_config=SimpleNamespace())
 
@@ -136,13 +146,12 @@ def test_what_only_plain_models_can_have_is_refused_by_name() -> None:
             facts_of(by_vllm(config(), specs), given, **more)
         return str(caught.value)
 
-    kinds = "(all: 1 layers, window 256: 1 layers)"
     assert f"{kinds}, and use_layerwise" in refused(config(), use_layerwise=True)
     assert f"{kinds}, and kv_layout: opaque" in refused(config(), kv_layout="opaque")
     assert "instead of --pipeline-parallel-size" in refused(config(pp_size=2))
     assert "draft model that keeps KV (eagle3)" in refused(config(speculative=draft))
     cache = by_vllm(config(), specs)
-    assert len(facts_of(cache, config(speculative=ngram)).strands) == 2
+    assert facts_of(cache, config(speculative=ngram)).strands
 
 
 def test_blocks_must_be_multiples_of_those_of_every_group() -> None:

@@ -1,8 +1,8 @@
 """What of one request's prompt goes into the store, strand by strand (ucm/store/blocks/strands.py).
 
 Each strand has pages, slots and a cursor of its own. The blocks of the base are dumped as the
-prompt grows. Of another strand only some blocks are kept, and vLLM takes its device blocks back
-while the request runs: one whose slot comes too late is a hole, and the rest goes on.
+prompt grows. Of a strand with a smaller reach only some blocks are kept, and vLLM takes its device
+blocks back while the request runs: one whose slot comes too late is a hole, and the rest goes on.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from ucm.integration.engine.state_dumps import (
     parts_of_state,
 )
 from ucm.store.blocks.keys import Key
-from ucm.store.blocks.strands import boundaries, needed_blocks
+from ucm.store.blocks.strands import ALL, Reach, boundaries, needed_blocks
 
 # Of each of the engine's groups, the device blocks of a request.
 DeviceBlocks = Sequence[Sequence[int]]
@@ -51,18 +51,24 @@ class StrandDump:
 
     prompt: Prompt
     strand: int
+    reach: Reach
     namespace: int
     cursor: DumpCursor
     jobs: deque[DumpJob] = field(default_factory=deque)
     closed: bool = False
 
+    @property
+    def is_base(self) -> bool:
+        """Every block is kept, and one that is not ends it."""
+        return not self.strand and self.reach == ALL
+
     def keys_of(self, blocks: Iterable[int]) -> list[Key]:
         return [self.prompt.key_of(block, self.strand) for block in blocks]
 
     def parents(self, blocks: Sequence[int]) -> list[bytes]:
-        """The key before each block, empty for the first of the prompt, and in another strand than
-        the base for the first of a window: who waits for a window goes by its last page."""
-        if not self.strand:
+        """The key before each block, empty for the first of the prompt, and of a window for its
+        first: who waits for a window goes by its last page."""
+        if self.is_base:
             return self.prompt.parents(blocks)
         return [
             self.prompt.key_of(block - 1, self.strand) if block - 1 in self.cursor.planned else b""
@@ -73,7 +79,8 @@ class StrandDump:
 @dataclass(eq=False)
 class RequestDump:
     """`device_blocks` are the request's as vLLM has named them last, and `states` where it has
-    states in this step. Of the prompt it had `start_tokens`. `strands[0]` is the base."""
+    states in this step. Of the prompt it had `start_tokens`. `strands[0]` is the base, if there is
+    one."""
 
     prompt: Prompt
     strands: list[StrandDump]
@@ -97,23 +104,24 @@ class RequestDump:
         """How many leading blocks a receipt may promise: those of the base, if all that the other
         strands need to go on behind them is kept as well. The keys `unsaved` are not."""
         kept = self.strands[0].cursor.lost_from
-        if unsaved:
+        if unsaved and self.strands[0].is_base:
             keys = self.prompt.keys
             kept = next((block for block in range(kept) if keys[block] in unsaved), kept)
         prompt = self.prompt
         if not facts.has_states:
-            end = min(kept * prompt.block_tokens, prompt.num_tokens - 1)
-            return kept if self._goes_on_at(end, facts, unsaved) else 0
+            end = min(prompt.tokens_before(kept), prompt.num_tokens - 1)
+            return kept if self._goes_on_at(end, unsaved) else 0
         interval = facts.state_interval_tokens
         ends = boundaries(prompt.num_tokens, kept, prompt.block_tokens, interval, with_states=True)
-        at = next((end for end in ends if self._goes_on_at(end, facts, unsaved)), 0)
+        at = next((end for end in ends if self._goes_on_at(end, unsaved)), 0)
         return at // prompt.block_tokens
 
-    def _goes_on_at(self, num_tokens: int, facts: EngineFacts, unsaved: Collection[bytes]) -> bool:
+    def _goes_on_at(self, num_tokens: int, unsaved: Collection[bytes]) -> bool:
         """Whether all strands beside the base keep what is needed there."""
-        for dump in self.strands[1:]:
-            reach = facts.strands[dump.strand].reach
-            needed = needed_blocks(reach, num_tokens, self.prompt.block_tokens)
+        for dump in self.strands:
+            if dump.is_base:
+                continue
+            needed = needed_blocks(dump.reach, num_tokens, self.prompt.block_tokens)
             if not all(map(dump.cursor.is_kept, needed)):
                 return False
             if unsaved and not set(dump.keys_of(needed)).isdisjoint(unsaved):
@@ -157,7 +165,7 @@ def parts_of(
             )
             for number, target in targets
         ]
-        if dump.strand and any(NULL_BLOCK in part.block_ids for part in of_block):
+        if dump.reach != ALL and any(NULL_BLOCK in part.block_ids for part in of_block):
             gone.append(each.block)
         else:
             copied.append(each.block)

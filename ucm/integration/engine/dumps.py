@@ -33,7 +33,7 @@ from ucm.integration.engine.prompt import Prompt
 from ucm.integration.engine.ranges import DumpCursor
 from ucm.integration.engine.state_dumps import StateBlocks, StateCursor, states_at
 from ucm.store.blocks.keys import Key
-from ucm.store.blocks.strands import kept_blocks, needed_blocks
+from ucm.store.blocks.strands import ALL, STATE, kept_blocks, needed_blocks
 from ucm.store.client.session import NodeSession
 from ucm.store.node import protocol as p
 
@@ -73,30 +73,28 @@ class Dumps:
     # -- a request's life ------------------------------------------------------------------
 
     def plan(self, prompt: Prompt, todo: Iterable[int], *, num_computed: int) -> None:
-        """From now on these blocks of the request are dumped as they are computed, and what the
-        other strands keep beside them."""
+        """From now on these blocks of the request are dumped as they are computed, and what is
+        kept of strands that don't need every block."""
         if self._facts.dumps and prompt.request_id not in self._dumps:
-            strands = [
-                self._strand(
-                    prompt,
-                    number,
-                    self._side_todo(prompt, number, num_computed) if number else [*todo],
-                )
-                for number in range(len(self._session.namespaces))
-            ]
+            numbers = range(len(self._session.namespaces))
+            strands = [self._strand(prompt, each, todo, num_computed) for each in numbers]
             dump = self._dumps[prompt.request_id] = RequestDump(prompt, strands, num_computed)
             self._reserve(dump, num_computed + self._facts.max_step_tokens)
 
-    def _strand(self, prompt: Prompt, number: int, todo: list[int]) -> StrandDump:
+    def _strand(
+        self, prompt: Prompt, number: int, of_base: Iterable[int], num_computed: int
+    ) -> StrandDump:
+        is_base = number == 0 and self._facts.has_base
+        todo = of_base if is_base else self._kept_of(prompt, number, num_computed)
+        reach, namespace = self._facts.strands[number].reach, self._session.namespaces[number]
         cursor = (
             StateCursor(todo, len(prompt.keys))
-            if self._facts.strands[number].has_states
-            else DumpCursor(todo, len(prompt.keys), goes_on_behind_holes=number > 0)
+            if reach == STATE
+            else DumpCursor(todo, len(prompt.keys), goes_on_behind_holes=not is_base)
         )
-        namespace = self._session.namespaces[number]
-        return StrandDump(prompt, number, namespace, cursor)
+        return StrandDump(prompt, number, reach, namespace, cursor)
 
-    def _side_todo(self, prompt: Prompt, strand: int, num_computed: int) -> list[int]:
+    def _kept_of(self, prompt: Prompt, strand: int, num_computed: int) -> list[int]:
         """What of a strand is kept, as far as vLLM has it: nothing that lies further back than what
         the first token needs that is to be computed."""
         reach = self._facts.strands[strand].reach
@@ -266,7 +264,7 @@ class Dumps:
         self._ledger.dump(name, job.job_id)
         self._jobs[job.job_id] = (dump, job)
         self._planned.append(CopyJob(job.job_id, name, job.generation, parts))
-        if dump.strand:
+        if dump.reach != ALL:
             self._at_once.append(job.job_id)
 
     # -- endings ---------------------------------------------------------------------------

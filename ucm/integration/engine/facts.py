@@ -13,7 +13,7 @@ from ucm.store.blocks.strands import ALL, STATE, Reach, default_interval_tokens
 @dataclass(frozen=True)
 class StrandFacts:
     """Layers that need the same part of a prompt and have KV of one shape: a page of `geometry` per
-    block. `name` is part of the keys of its pages; that of the base strand is empty. `layer_names`
+    block. `name` is part of the keys of its pages; that of the first strand is empty. `layer_names`
     are in the page's order. A page of states is raw bytes by its `geometry`; `fields` are what is
     in it."""
 
@@ -58,7 +58,8 @@ class EngineFacts:
 
     `strands` and `targets` are what there is to store and where it lies. Most models have one each,
     and the fields above them describe it (it need not be given of an engine with one stage). Of a
-    model with several they describe the base strand, which is the first one.
+    model with several they describe the first one: the base strand, of which every block is kept,
+    or where all layers have windows the one with the longest.
 
     `state_interval_tokens` is how far apart an engine keeps states in its own cache, 0 for the ends
     of prompts only: it keeps none for us alone."""
@@ -91,6 +92,16 @@ class EngineFacts:
         if not self.targets:
             only = TargetFacts(0, 0, self.block_tokens, layers, range(len(layers)))
             object.__setattr__(self, "targets", (only,))
+
+    @property
+    def has_base(self) -> bool:
+        """A strand needs every token, so a hit begins with those."""
+        return self.strands[0].reach == ALL
+
+    @property
+    def is_plain(self) -> bool:
+        """Every block of all that is stored is needed, so a hit may end anywhere."""
+        return all(strand.reach == ALL for strand in self.strands)
 
     @property
     def has_states(self) -> bool:

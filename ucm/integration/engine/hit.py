@@ -38,7 +38,8 @@ class Hit:
     overdue_s: float
     is_last_wait: bool = False
     reply: p.LookupReply | None = None
-    # Of the strands beside the base, in an engine that has any.
+    # Of the strands beside the base, in an engine that has any. Without a base `reply` says nothing
+    # of any block, and these are of all.
     sides: SideLookups | None = None
 
     @property
@@ -58,7 +59,15 @@ class Hit:
 
     def offsets(self, strand: int) -> dict[int, int]:
         """The slots of a strand's blocks."""
-        if strand and self.sides is not None:
+        if self.sides is not None and (strand or not self.sides.facts.has_base):
             return self.sides.offsets(strand)
         assert self.reply is not None
         return {self.read_from + i: offset for i, offset in enumerate(self.reply.offsets)}
+
+    def tokens_from_files(self, num_tokens: int) -> int:
+        """Of so many that are loaded. Without a base, the share of the pages that were read."""
+        assert self.reply is not None
+        if self.sides is not None and not self.sides.facts.has_base:
+            read, pages = self.sides.pages_from_files()
+            return num_tokens * read // max(1, pages)
+        return min(num_tokens, self.reply.from_files * self.prompt.block_tokens)

@@ -23,9 +23,10 @@ from ucm.integration.engine.load_policy import LoadPolicy
 from ucm.integration.engine.promise_book import PromiseBook
 from ucm.integration.engine.prompt import Prompt
 from ucm.integration.engine.ranges import missing_blocks, offered_tokens
-from ucm.integration.engine.side_lookups import SideLookups, SideWaits
+from ucm.integration.engine.side_lookups import SideLookups, SideWaits, ends_in_base
 from ucm.integration.engine.step_waits import STEP_WAIT_S
 from ucm.integration.engine.turns import Turn, Turns
+from ucm.integration.engine.window_search import WindowSearch
 from ucm.outcome import Outcome, missed_as
 from ucm.store.client.session import NodeSession
 from ucm.store.node import protocol as p
@@ -33,6 +34,12 @@ from ucm.store.node import protocol as p
 # The node cache settles a lookup by its deadline; an answer later than this will never come, unless
 # the machine itself stood still: it gets as long again from when that is noticed.
 _GRACE_S = 0.5
+
+
+# Of models without a base, which has no pages to ask for.
+_ABOUT_NOTHING = p.LookupReply(
+    id=0, offsets=[], num_stored=0, from_files=0, head_stored=0, reason=Outcome.FINE
+)
 
 
 class Hits:
@@ -81,6 +88,8 @@ class Hits:
             self.drop(prompt.request_id)
             hit = None
         if hit is None:
+            if not loads and not self._facts.has_base:
+                return 0, False  # what is stored of windows is told when they are dumped
             if not self._session.is_ready:
                 of_request.reason = self._session.why_not_ready
                 return 0, False
@@ -163,6 +172,18 @@ class Hits:
             self._promises.crowded_out(crowded_out)
             self.drop(crowded_out)  # it asks again, for what is there by now
         self._hits[prompt.request_id] = hit
+        if not self._facts.has_base:
+            WindowSearch(
+                self._session,
+                self._facts.strands[0].reach,
+                prompt,
+                read_from=hit.read_from,
+                own_ends=prompt.boundaries(self._interval_tokens),
+                promised_blocks=promise.num_blocks if promise is not None and wait_s > 0 else 0,
+                timeout_s=self._timeout_s,
+                on_ends=partial(self._on_ends, hit),
+            )
+            return hit
         self._session.ask(
             p.Lookup(
                 id=hit.lookup_id,
@@ -186,7 +207,7 @@ class Hits:
             num_computed=num_computed,
             num_prompt=hit.prompt.num_tokens,
             # With a window, the last token needs what the whole prompt's hit has no more.
-            in_step=self._layerwise or len(self._facts.strands) > 1,
+            in_step=self._layerwise or not self._facts.is_plain or len(self._facts.strands) > 1,
         )
         if self._facts.has_states and num_computed % hit.prompt.block_tokens:
             extra = 0  # what it has itself ends inside a block, whose rest can't be loaded
@@ -206,14 +227,27 @@ class Hits:
         self._count_reply(hit, reply)
         self._policy.read(reply)
         if len(self._facts.strands) > 1 and reply.offsets:
-            self._begin_sides(hit, reply)
+            num_blocks, interval = hit.read_from + len(reply.offsets), self._interval_tokens
+            self._begin_sides(hit, ends_in_base(self._facts, hit.prompt, num_blocks, interval))
         if reply.refused:
             prompt, start = hit.prompt, hit.read_from + reply.num_stored
             num_full = len(prompt.keys) - bool(prompt.tail_tokens)
             self._explorer.try_again(prompt.keys[:num_full], start)
 
-    def _begin_sides(self, hit: Hit, reply: p.LookupReply) -> None:
-        """The base's pages are pinned: how far can the other strands go on?"""
+    def _on_ends(self, hit: Hit, ends: list[int], reason: Outcome) -> None:
+        """These are likely ends of the hit, the longest first."""
+        if self._hits.get(hit.prompt.request_id) is not hit:
+            return
+        hit.of_request.reason = Outcome.FINE
+        hit.reply = _ABOUT_NOTHING
+        num_blocks, block_tokens = len(hit.prompt.keys), hit.prompt.block_tokens
+        found = max(hit.read_from, -(-ends[0] // block_tokens) if ends else 0)
+        if found < num_blocks:
+            self._on_shorter(hit, num_blocks - found, reason or Outcome.NEVER_STORED)
+        self._begin_sides(hit, ends)
+
+    def _begin_sides(self, hit: Hit, ends: list[int]) -> None:
+        """The base's pages are pinned, if there is a base. How far can all strands go on?"""
         now_s = time.monotonic()
         left_s = hit.promise.left_s(now_s) if hit.promise is not None else 0.0
         timeout_s = max(left_s, self._timeout_s)
@@ -223,14 +257,26 @@ class Hits:
             self._facts,
             hit.prompt,
             read_from=hit.read_from,
-            num_blocks=hit.read_from + len(reply.offsets),
-            interval_tokens=self._interval_tokens,
+            ends=ends,
             waits=SideWaits(
                 until_s=now_s + timeout_s,
                 promised_blocks=hit.promise.num_blocks if hit.promise and left_s > 0 else 0,
             ),
             on_shorter=partial(self._on_shorter, hit),
+            on_settled=partial(self._on_settled, hit),
         )
+
+    def _on_settled(self, hit: Hit) -> None:
+        if not self._facts.has_base:
+            self._turns.ended(hit.lookup_id)
+            self._observe_wait(hit)
+
+    def _observe_wait(self, hit: Hit) -> bool:
+        """Whether it has waited for what is promised."""
+        is_promised = hit.promise is not None and not hit.promise.void
+        if is_promised:
+            self._stats.observe("ucm_handoff_wait_seconds", time.monotonic() - hit.asked_s)
+        return is_promised
 
     def _on_shorter(self, hit: Hit, num_blocks: int, reason: Outcome) -> None:
         """A strand lacks something: the hit has so many blocks less."""
@@ -239,9 +285,7 @@ class Hits:
             self._stats.count("ucm_lookup_missed_blocks", num_blocks, reason=missed_as(reason))
 
     def _count_reply(self, hit: Hit, reply: p.LookupReply) -> None:
-        if hit.promise is not None and not hit.promise.void:
-            self._stats.observe("ucm_handoff_wait_seconds", time.monotonic() - hit.asked_s)
-        elif self._facts.loads:
+        if not self._observe_wait(hit) and self._facts.loads:
             count = self._stats.count
             count("ucm_lookup_missed_blocks", reply.refused, reason=Outcome.NOT_WORTH)
             if reply.reason:
@@ -299,6 +343,6 @@ class Hits:
     def node_lost(self) -> None:
         """What was promised is gone."""
         self._explorer.node_lost()
-        lost = [name for name, hit in self._hits.items() if hit.reply is None or hit.reply.offsets]
+        lost = [name for name, hit in self._hits.items() if hit.sides or not hit.pins_nothing]
         for name in lost:
             self._turns.ended(self._hits.pop(name).lookup_id)

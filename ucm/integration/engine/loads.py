@@ -22,7 +22,7 @@ from ucm.integration.engine.prompt import Prompt
 from ucm.integration.engine.ranges import parts_of_tokens
 from ucm.integration.engine.state_dumps import NULL_BLOCK
 from ucm.outcome import Outcome
-from ucm.store.blocks.strands import first_needed_token
+from ucm.store.blocks.strands import ALL, first_needed_token
 from ucm.store.client.session import NodeSession
 
 logger = logging.getLogger(__name__)
@@ -87,7 +87,7 @@ class Loads:
             self._plan_failure(prompt, device_blocks, start, end)
             return
         self._plan(prompt, hit, hit.generation, parts, num_tokens)
-        from_files = min(num_tokens, hit.reply.from_files * prompt.block_tokens)
+        from_files = hit.tokens_from_files(num_tokens)
         self._stats.count("ucm_hit_tokens", from_files, source="files")
         self._stats.count("ucm_hit_tokens", num_tokens - from_files, source="memory")
 
@@ -103,12 +103,13 @@ class Loads:
         parts: list[PagePart] = []
         for number, target in enumerate(self._facts.targets):
             unit, blocks = target.block_tokens, device_blocks[target.group]
-            first = first_needed_token(self._facts.strands[target.strand].reach, end)
+            reach = self._facts.strands[target.strand].reach
+            first = first_needed_token(reach, end)
             # vLLM has whole blocks of what it needs, and knows them by their tokens from then on.
             begin = max(start, first // unit * unit)
             if begin % unit:
                 return ()
-            while target.strand and begin < end and blocks[begin // unit] == NULL_BLOCK:
+            while reach != ALL and begin < end and blocks[begin // unit] == NULL_BLOCK:
                 if target.field is not None:
                     return ()  # a state is all or nothing
                 begin += unit  # it needs less than we think

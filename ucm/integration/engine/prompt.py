@@ -11,6 +11,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from ucm.store.blocks.keys import Item, Key, TailKey, prompt_keys, root_key, strand_key
+from ucm.store.blocks.strands import boundaries
 
 
 @dataclass(frozen=True)
@@ -61,6 +62,20 @@ class Prompt:
     def tokens_of(self, block: int) -> int:
         """How many tokens are in a block."""
         return self.tail_at(block + 1) or self.block_tokens
+
+    def tokens_before(self, end_block: int) -> int:
+        """How many tokens the blocks before `end_block` have."""
+        return min(end_block * self.block_tokens, self.num_tokens)
+
+    def boundaries(self, interval_tokens: int, *, with_states: bool = False) -> list[int]:
+        """Where every prefill of this prompt keeps what is needed to go on. The last one first."""
+        return boundaries(
+            self.num_tokens,
+            len(self.keys),
+            self.block_tokens,
+            interval_tokens,
+            with_states=with_states,
+        )
 
     def parents(self, blocks: Sequence[int]) -> list[bytes]:
         """The key before each block, empty for the first of the prompt."""

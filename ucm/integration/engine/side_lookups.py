@@ -1,14 +1,15 @@
-"""How far a hit can go in the strands beside the base: windows, of which only some blocks are kept.
+"""How far a hit can go in strands of which only some blocks are kept: windows and chunks.
 
 A hit ends at a boundary, where every strand has what the next token needs. The longest that the
 base has is tried first; where a strand lacks a block, the next is the longest boundary that can do
-without it. What a boundary needs is pinned, as the base's pages are, or nothing of it.
+without it. What a boundary needs is pinned, as the base's pages are, or nothing of it. Without a
+base those are tried that are likely to be there (`window_search.py`).
 """
 
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Final
@@ -16,7 +17,7 @@ from typing import Final
 from ucm.integration.engine.facts import EngineFacts
 from ucm.integration.engine.prompt import Prompt
 from ucm.outcome import Outcome
-from ucm.store.blocks.strands import boundaries, last_boundary, needed_blocks
+from ucm.store.blocks.strands import last_boundary, needed_blocks
 from ucm.store.client.session import NodeSession
 from ucm.store.node import protocol as p
 
@@ -51,28 +52,43 @@ class _SideQuestion:
         return None if found == self.num_blocks else self.first + found
 
 
+def ends_in_base(
+    facts: EngineFacts, prompt: Prompt, num_blocks: int, interval_tokens: int
+) -> list[int]:
+    """Where a hit may end whose base has so many blocks: there, or at a boundary where a prefill of
+    this prompt keeps what is needed. Of states, one block before as well: that is where one is
+    kept of a prompt that ended here."""
+    size, has_states = prompt.block_tokens, facts.has_states
+    last = last_boundary(prompt.num_tokens, num_blocks, size, with_states=has_states)
+    found = {*prompt.boundaries(interval_tokens, with_states=has_states)}
+    if has_states:
+        found.add(last - size)
+    return [last, *sorted(found, reverse=True)]
+
+
 @dataclass(eq=False)
 class SideLookups:
-    """Of one hit, whose base has the prompt's blocks [read_from, num_blocks). Owned by the engine's
-    thread; `release` gives back what is pinned. `end_tokens` is how far vLLM can be told to go, 0
-    for nothing."""
+    """Of one hit, of which vLLM has the first `read_from` blocks itself. The first of `ends`, which
+    are numbers of tokens, is tried first, then those before it, the longest first. Owned by the
+    engine's thread; `release` gives back what is pinned. `end_tokens` is how far vLLM can be told
+    to go, 0 for nothing."""
 
     session: NodeSession
     facts: EngineFacts
     prompt: Prompt
     read_from: int
-    num_blocks: int
-    interval_tokens: int
+    ends: Sequence[int]
     waits: SideWaits
-    # Told how many blocks of the base can't be used, and why.
+    # Told by how many blocks the hit is shorter, and why.
     on_shorter: Callable[[int, Outcome], None]
+    on_settled: Callable[[], None] = lambda: None
     is_settled: bool = False
     end_tokens: int = 0
     _asked: list[_SideQuestion] = field(default_factory=list)
     _tries: int = 0
 
     def __post_init__(self) -> None:
-        self._try(self._last_boundary)
+        self._try(self.ends[0] if self.ends else 0)
 
     def offsets(self, strand: int) -> dict[int, int]:
         return {
@@ -81,6 +97,11 @@ class SideLookups:
             if asked.strand == strand and asked.reply is not None
             for i, offset in enumerate(asked.reply.offsets)
         }
+
+    def pages_from_files(self) -> tuple[int, int]:
+        """Of how many pages in all."""
+        replies = [asked.reply for asked in self._asked if asked.reply is not None]
+        return sum(each.from_files for each in replies), sum(len(each.offsets) for each in replies)
 
     def release(self) -> None:
         for asked in self._asked:
@@ -96,16 +117,17 @@ class SideLookups:
         self.end_tokens = min(boundary, prompt.num_tokens - 1)
         if self.end_tokens <= self.read_from * prompt.block_tokens:
             self.end_tokens = 0
-            self.is_settled = True
+            self._settle()
             return
-        for strand in range(1, len(self.facts.strands)):
+        for strand in range(int(self.facts.has_base), len(self.facts.strands)):
             reach = self.facts.strands[strand].reach
             needed = needed_blocks(reach, self.end_tokens, prompt.block_tokens)
             first = max(needed.start, self.read_from)
             asked = _SideQuestion(self.session.next_id(), strand, first, needed.stop - first)
             self._asked.append(asked)
         self._asked = [asked for asked in self._asked if asked.num_blocks > 0]
-        self.is_settled = not self._asked
+        if not self._asked:
+            self._settle()
         promised_blocks = self._promised_at(boundary)
         for asked in list(self._asked):
             self._ask(asked, promised_blocks)
@@ -135,7 +157,7 @@ class SideLookups:
             return
         missing = [each.missing for each in self._asked if each.missing is not None]
         if not missing:
-            self.is_settled = True
+            self._settle()
             return
         reasons = [each.reply.reason for each in self._asked if each.reply and each.reply.reason]
         self.release()
@@ -145,41 +167,20 @@ class SideLookups:
         self.on_shorter(-(-lost_tokens // block_tokens), reasons[0])
         self._try(end_tokens)
 
+    def _settle(self) -> None:
+        self.is_settled = True
+        self.on_settled()
+
     def _promised_at(self, boundary: int) -> int:
         """Where the base ends before what is promised, at no boundary, no prefill keeps a window.
         That of a shorter prompt has its own end."""
         promised = self.waits.promised_blocks
         is_end = -(-boundary // self.prompt.block_tokens) == promised
-        return promised if is_end or boundary in self._boundaries() else 0
-
-    def _boundaries(self) -> list[int]:
-        """Those where a prefill of this prompt keeps what is needed. Of states, one block before
-        the last as well: that is where one is kept of a prompt that ended here."""
-        prompt, has_states = self.prompt, self.facts.has_states
-        num_blocks, block_tokens = len(prompt.keys), prompt.block_tokens
-        found = boundaries(
-            prompt.num_tokens,
-            num_blocks,
-            block_tokens,
-            self.interval_tokens,
-            with_states=has_states,
-        )
-        before = self._last_boundary - block_tokens
-        return sorted({*found, before}, reverse=True) if has_states else found
-
-    @property
-    def _last_boundary(self) -> int:
-        """The longest that the base has."""
-        return last_boundary(
-            self.prompt.num_tokens,
-            self.num_blocks,
-            self.prompt.block_tokens,
-            with_states=self.facts.has_states,
-        )
+        return promised if is_end or boundary in self.ends[1:] else 0
 
     def _boundary_before(self, num_tokens: int) -> int:
         """The longest that needs nothing behind so many tokens."""
         if self._tries >= _MAX_TRIES or time.monotonic() >= self.waits.until_s:
             return 0
-        ends = self._boundaries()
-        return next((end for end in ends if 0 < end <= num_tokens and end < self.end_tokens), 0)
+        ends = (end for end in self.ends if 0 < end <= num_tokens and end < self.end_tokens)
+        return next(ends, 0)

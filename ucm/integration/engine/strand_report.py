@@ -1,4 +1,4 @@
-"""What a model with several strands is, in one line for its log."""
+"""What a model with several strands or with windows is, in one line for its log."""
 
 from __future__ import annotations
 
@@ -28,10 +28,14 @@ def strands_text(strands: Sequence[StrandFacts], interval_tokens: int | None = N
         else ""
     )
     return (
-        f"this model has {len(strands)} strands: {'; '.join(map(_strand_text, strands))}. With a "
+        f"this model has {_count(strands)}: {'; '.join(map(_strand_text, strands))}. With a "
         f"boundary every {interval or _PROMPT_TOKENS} tokens a prompt of {_PROMPT_TOKENS} writes "
         f"{per_1000}, {round(100 * written / dense)} % of its KV{hint}"
     )
+
+
+def _count(strands: Sequence[StrandFacts]) -> str:
+    return "1 strand" if len(strands) == 1 else f"{len(strands)} strands"
 
 
 def _strand_text(strand: StrandFacts) -> str:

@@ -30,9 +30,10 @@ def manifest(vllm_config: Any, facts: EngineFacts, settings: Settings, *, epoch:
     model = vllm_config.model_config
     cache = vllm_config.cache_config
     geometry = facts.geometry
-    has_several = len(facts.strands) > 1
+    # Which layers there are says all of a model whose layers are alike and need every token.
+    has_strands = len(facts.strands) > 1 or not facts.is_plain
     return Manifest(
-        format_version=STRANDS_FORMAT if has_several else MANIFEST_FORMAT,
+        format_version=STRANDS_FORMAT if has_strands else MANIFEST_FORMAT,
         block_tokens=settings.block_tokens,
         model_dtype=_dtype_name(model.dtype),
         kv_dtype=_kv_dtype(model, cache),
@@ -48,7 +49,7 @@ def manifest(vllm_config: Any, facts: EngineFacts, settings: Settings, *, epoch:
         ),
         quantization=_engine_quantization(model, settings),
         epoch=epoch,
-        strands=[_strand(strand) for strand in facts.strands] if has_several else msgspec.UNSET,
+        strands=[_strand(strand) for strand in facts.strands] if has_strands else msgspec.UNSET,
     )
 
 

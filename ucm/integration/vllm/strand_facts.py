@@ -26,19 +26,20 @@ from ucm.store.blocks.strands import ALL, STATE, Reach, ReachKind
 def read_strands(
     vllm_config: Any, layers: Sequence[CachedLayer], settings: Settings
 ) -> tuple[tuple[StrandFacts, ...], tuple[TargetFacts, ...]]:
-    """The base strand, and its targets, come first. Raises UnsupportedEngine."""
+    """The base strand comes first, or that with the longest window. Raises UnsupportedEngine."""
     _refuse_promoted_sinks(vllm_config, layers)
     sharing = _sharing(vllm_config, layers, settings)
-    if len(sharing) > 1 or len({layer.group for layer in layers}) > 1:
-        _refuse_with_several(vllm_config, settings, sharing)
+    kinds = {(layer.group, layer.reach) for layer in layers}
+    if len(sharing) > 1 or len(kinds) > 1 or sharing[0][0].reach != ALL:
+        _refuse_with_others(vllm_config, settings, sharing)
     _refuse_unlike_blocks(settings, layers)
     _refuse_blocks_without_states(settings, layers)
     strands: list[StrandFacts] = []
     targets: list[TargetFacts] = []
     for of_strand in sharing:
-        is_base = not strands
+        is_first = not strands
         strands.append(
-            _strand(vllm_config, of_strand, settings, is_base=is_base, is_only=len(sharing) == 1)
+            _strand(vllm_config, of_strand, settings, is_first=is_first, is_only=len(sharing) == 1)
         )
         first = _first_position(vllm_config, of_strand)
         for target in _targets(len(strands) - 1, of_strand, first):
@@ -51,7 +52,8 @@ def read_strands(
 def _sharing(
     vllm_config: Any, layers: Sequence[CachedLayer], settings: Settings
 ) -> list[list[CachedLayer]]:
-    """The layers of each strand in the order of the model, the base strand's first."""
+    """The layers of each strand in the order of the model. First those of which every block is
+    kept, or of which most are."""
     in_one_group = len({layer.group for layer in layers}) == 1
     # Those of one number are in the engine's order, or, where groups mix it up, in that of names.
     ordered = sorted(
@@ -69,14 +71,22 @@ def _sharing(
         kind = (layer.reach, shape, sizes, layout_of(vllm_config, spec, settings))
         strands.setdefault(kind, []).append(layer)
     found = list(strands.values())
-    base = next((each for each in found if each[0].reach == ALL), None)
-    if base is None:
+    first = max(found, key=lambda each: _extent(each[0].reach))
+    has_states = any(each[0].reach == STATE for each in found)
+    if first[0].reach != ALL and (has_states or not _extent(first[0].reach)):
         raise UnsupportedEngine(
-            f"no layer of this model attends to the whole prompt ({_kinds(found)}), and UCM can't "
-            "serve such models yet: run it without UCM, or with --disable-sliding-window, which "
-            "limits prompts to the window"
+            f"no layer of this model attends to the whole prompt ({_kinds(found)}), and UCM needs "
+            "one beside chunks or states: run it without UCM"
         )
-    return [base, *(each for each in found if each is not base)]
+    return [first, *(each for each in found if each is not first)]
+
+
+def _extent(reach: Reach) -> float:
+    """How much of every prompt is kept. Behind a whole chunk nothing is, and of a window of one
+    token neither: with these alone nobody could tell where a stored prompt ends."""
+    if reach == ALL:
+        return math.inf
+    return reach.num_tokens - 1 if reach.kind is ReachKind.WINDOW else 0
 
 
 def _strand(
@@ -84,7 +94,7 @@ def _strand(
     layers: Sequence[CachedLayer],
     settings: Settings,
     *,
-    is_base: bool,
+    is_first: bool,
     is_only: bool,
 ) -> StrandFacts:
     spec, reach = layers[0].spec, layers[0].reach
@@ -105,7 +115,7 @@ def _strand(
             f"{reach.num_tokens} tokens: set block_tokens to a number that divides them"
         )
     return StrandFacts(
-        name="" if is_base else _name(reach, geometry),
+        name="" if is_first else _name(reach, geometry),
         reach=reach,
         geometry=geometry,
         layout=layout,
@@ -190,30 +200,32 @@ def _runs(positions: Sequence[int]) -> Iterator[range]:
         start += count
 
 
-def _refuse_with_several(
+def _refuse_with_others(
     vllm_config: Any, settings: Settings, strands: Sequence[Sequence[CachedLayer]]
 ) -> None:
+    """What is for models with full attention of one kind and nothing else."""
     kinds = _kinds(strands)
     if settings.use_layerwise:
         raise UnsupportedEngine(
-            f"this model has layers of several kinds ({kinds}), and use_layerwise is for models "
-            "with one: leave it out"
+            f"this model has layers with windows or of several kinds ({kinds}), and use_layerwise "
+            "is for models with full attention alone: leave it out"
         )
     if vllm_config.parallel_config.pipeline_parallel_size > 1:
         raise UnsupportedEngine(
-            f"this model has layers of several kinds ({kinds}), which UCM can't serve in a "
-            "pipeline yet: use --tensor-parallel-size instead of --pipeline-parallel-size"
+            f"this model has layers with windows or of several kinds ({kinds}), which UCM can't "
+            "serve in a pipeline yet: use --tensor-parallel-size instead of "
+            "--pipeline-parallel-size"
         )
     if settings.kv_layout == "opaque":
         raise UnsupportedEngine(
-            f"this model has layers of several kinds ({kinds}), and kv_layout: opaque is for "
-            "models with one: set it to auto"
+            f"this model has layers with windows or of several kinds ({kinds}), and kv_layout: "
+            "opaque is for models with full attention alone: set it to auto"
         )
     if draft_with_kv(vllm_config) is not None:
         raise UnsupportedEngine(
-            f"this model has layers of several kinds ({kinds}), which UCM can't serve with a draft "
-            f"model that keeps KV ({vllm_config.speculative_config.method}) yet: leave out "
-            "--speculative-config, or use ngram or suffix in it"
+            f"this model has layers with windows or of several kinds ({kinds}), which UCM can't "
+            f"serve with a draft model that keeps KV ({vllm_config.speculative_config.method}) "
+            "yet: leave out --speculative-config, or use ngram or suffix in it"
         )
 
 

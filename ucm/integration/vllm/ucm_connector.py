@@ -66,7 +66,7 @@ class UCMConnector(KVConnectorBase_V1, SupportsHMA):
                 logger.warning(
                     "nothing is loaded from the store into this engine: %s", facts.why_no_hits
                 )
-            if len(facts.targets) > 1:
+            if len(facts.targets) > 1 or not facts.is_plain:
                 interval = facts.interval_tokens(settings.window_interval)
                 logger.info("%s", strands_text(facts.strands, interval))
             self._scheduler = SchedulerSide(

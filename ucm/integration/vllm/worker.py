@@ -212,14 +212,19 @@ class WorkerSide:
         return set(step.released), received
 
     def take_bad_blocks(self) -> set[int]:
-        """Where vLLM has several groups it can't tell by blocks what has failed."""
+        """Where vLLM has several groups it can't tell by blocks what has failed, and with windows
+        it would take what lies before the first of them for whole."""
         bad, self._bad_blocks = self._bad_blocks, set()
-        return set() if len(self._facts.targets) > 1 else bad
+        return bad if self._fails_by_blocks else set()
 
     def take_failed_requests(self) -> set[str]:
         """Those whose loads have failed, where blocks don't tell."""
         failed, self._failed_requests = self._failed_requests, set()
-        return failed if len(self._facts.targets) > 1 else set()
+        return set() if self._fails_by_blocks else failed
+
+    @property
+    def _fails_by_blocks(self) -> bool:
+        return len(self._facts.targets) == 1 and self._facts.is_plain
 
     def take_report(self) -> RankReport | None:
         report, self._report = self._report, RankReport()

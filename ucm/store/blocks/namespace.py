@@ -21,8 +21,8 @@ from ucm.store.blocks.blockfile import VERSION as PAGE_FORMAT
 from ucm.store.blocks.canonical_json import canonical_json
 
 MANIFEST_FORMAT: Final = 1
-# Of the manifests of models with several strands, which have `strands`; of all others nothing
-# changes.
+# Of the manifests of models that are more than full attention of one kind, which have `strands`; of
+# all others nothing changes.
 STRANDS_FORMAT: Final = 2
 
 _ABSENT: Final = "absent"
@@ -54,8 +54,8 @@ class Manifest(msgspec.Struct, frozen=True, kw_only=True):
     quantization: str = "none"
     model_shape: dict[str, object]
     epoch: int
-    # Of a model with several strands: what each is, the base strand first. The dimensions above are
-    # those of its pages.
+    # Of a model with several strands or with windows: what each strand is. The dimensions above are
+    # those of the pages of the first one.
     strands: list[dict[str, object]] | msgspec.UnsetType = msgspec.UNSET
 
 

@@ -148,8 +148,7 @@ class Finds:
             job.places[i] = self._place(key, is_sure=True)
 
     def _answer_if_settled(self, job: FindJob) -> None:
-        if job.groups_running == 0:
-            del self._open[job.connection, job.id]
+        if job.groups_running == 0 and self._open.pop((job.connection, job.id), None) is job:
             job.connection.asked.end(p.Find, job.id)
             job.connection.send(p.Found(id=job.id, places=bytes(job.places), reason=job.reason))
 

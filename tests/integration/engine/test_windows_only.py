@@ -1,0 +1,307 @@
+"""Models whose layers all have windows: no strand has every block, hits are found from windows."""
+
+from __future__ import annotations
+
+import pytest
+
+pytest.importorskip("vllm")
+
+from hypothesis import given
+from hypothesis import strategies as st
+
+from tests.integration.scheduler_parts import BLOCK, Engine, Loopback
+from tests.store.tiers.memory_tier import MemoryTier
+from ucm import handoff as h
+from ucm.integration.copies.jobs import CopyJob
+from ucm.integration.engine.window_search import likely_ends, sampled_blocks
+from ucm.store.blocks.keys import Key, strand_key
+from ucm.store.blocks.strands import Reach, ReachKind, boundaries, kept_blocks, needed_blocks
+from ucm.store.node import protocol as p
+
+# What the last token of a prompt needs: three blocks of the one strand, two of the other.
+WINDOW, OTHER = 2 * BLOCK + 1, BLOCK + 1
+PROMPT = 10 * BLOCK
+
+
+@pytest.fixture
+def tier() -> MemoryTier:
+    return MemoryTier()
+
+
+def started(tier: MemoryTier, **more: object) -> Engine:
+    more.setdefault("window_interval", 0)
+    return Engine(Loopback(tier=tier), window=OTHER, base_window=WINDOW, **more)  # type: ignore[arg-type]
+
+
+def keys_of(engine: Engine, name: str) -> tuple[list[Key], list[Key]]:
+    keys = list(engine.side._states[name].prompt.keys)
+    return keys, [strand_key(key, "w", is_salted=False) for key in keys]
+
+
+def stored(tier: MemoryTier) -> set[Key]:
+    return {key for _, key in tier._pages}
+
+
+def remove(tier: MemoryTier, *keys: Key) -> None:
+    for at in [each for each in tier._pages if each[1] in keys]:
+        del tier._pages[at]
+
+
+def prefill(
+    engine: Engine, num_tokens: int = PROMPT, **says: h.Handoff
+) -> dict[str, object] | None:
+    """Two blocks a step. Returns the receipt."""
+    request = engine.add("r", num_tokens, **says)
+    engine.admit(request)
+    while request.num_computed_tokens < num_tokens:
+        engine.step({"r": min(2 * BLOCK, num_tokens - request.num_computed_tokens)})
+    _, receipt = engine.side.finished(request, engine.blocks(request))
+    engine.step({})
+    engine.copied(*engine.take_dumping())
+    engine.step({})
+    return receipt
+
+
+def parts_of(job: CopyJob, target: int) -> list[tuple[int, ...]]:
+    return [part.block_ids for part in job.parts if part.target == target]
+
+
+def test_a_prefill_stores_the_windows_at_its_end_and_nothing_else(tier: MemoryTier) -> None:
+    engine = started(tier)
+    prefill(engine)
+    engine.add("s", PROMPT)
+    keys, sides = keys_of(engine, "s")
+
+    assert stored(tier) == {*keys[7:], *sides[8:]}
+
+
+def test_a_hit_is_all_but_the_last_token_and_loads_the_windows_alone(tier: MemoryTier) -> None:
+    prefill(started(tier))
+    engine = started(tier)
+    request = engine.add("s", PROMPT)
+
+    assert engine.admit(request) == PROMPT - 1
+    (job,) = engine.step({}).loads
+    assert parts_of(job, 0) == [(1 + block,) for block in range(7, 10)]
+    assert parts_of(job, 1) == [(101 + block,) for block in range(8, 10)]
+    assert engine.counted("ucm_hit_tokens", source="files") == PROMPT - 1
+    engine.copied(job.job_id)
+    assert engine.slots()["pins"] == 0
+
+
+@pytest.mark.parametrize("length", [PROMPT + 5, 14 * BLOCK, 31 * BLOCK + 3])
+def test_a_conversation_goes_on_where_its_last_prompt_ended(tier: MemoryTier, length: int) -> None:
+    """That is no boundary of the longer prompt."""
+    prefill(started(tier))
+    engine = started(tier, window_interval=4 * BLOCK)
+    assert engine.admit(engine.add("s", length)) == PROMPT
+    missed = -(-length // BLOCK) - 10 - bool(length % BLOCK)
+    assert engine.counted("ucm_lookup_missed_blocks", reason="never_stored") == missed
+
+
+def test_a_shorter_prompt_ends_at_a_boundary_of_the_longer(tier: MemoryTier) -> None:
+    prefill(started(tier, window_interval=4 * BLOCK))
+    engine = started(tier, window_interval=4 * BLOCK)
+    assert engine.admit(engine.add("s", 7 * BLOCK)) == 4 * BLOCK
+
+
+@pytest.mark.parametrize("lost", ["of the longest window", "of the other"])
+def test_without_a_page_of_any_window_a_hit_ends_at_the_boundary_before(
+    tier: MemoryTier, lost: str
+) -> None:
+    prefill(started(tier, window_interval=4 * BLOCK))
+    engine = started(tier, window_interval=4 * BLOCK)
+    request = engine.add("s", PROMPT)
+    keys, sides = keys_of(engine, "s")
+    remove(tier, keys[8] if lost == "of the longest window" else sides[8])
+
+    assert engine.admit(request) == 8 * BLOCK
+    assert engine.counted("ucm_lookup_missed_blocks", reason="never_stored") == 2
+    (job,) = engine.step({}).loads
+    engine.copied(job.job_id)
+    assert engine.slots()["pins"] == 0
+
+
+def test_without_any_window_nothing_is_loaded_and_nothing_stays_pinned(tier: MemoryTier) -> None:
+    prefill(started(tier))
+    engine = started(tier)
+    request = engine.add("s", PROMPT)
+    gone = keys_of(engine, "s")[1][8:]
+    remove(tier, *gone)
+
+    assert engine.admit(request) == 0
+    assert engine.counted("ucm_lookup_missed_blocks", reason="never_stored") == 10
+    assert engine.slots()["pins"] == 0
+    # What is computed then is stored, as far as it is not there.
+    while request.num_computed_tokens < PROMPT:
+        engine.step({"s": 2 * BLOCK})
+    engine.side.finished(request, engine.blocks(request))
+    engine.step({})
+    engine.copied(*engine.take_dumping())
+    assert set(gone) <= stored(tier)
+
+
+def test_a_hit_may_end_wherever_what_it_needs_is_there(tier: MemoryTier) -> None:
+    """What is kept for those who go on a token before the end is enough a block before."""
+    prefill(started(tier))
+    engine = started(tier)
+    request = engine.add("s", PROMPT)
+    for keys in keys_of(engine, "s"):
+        remove(tier, keys[9])
+    assert engine.admit(request) == 9 * BLOCK
+
+
+def test_a_cold_prompt_is_looked_for_in_few_places_and_no_page_is_asked_for(
+    tier: MemoryTier,
+) -> None:
+    engine = started(tier)
+    sent: list[p.ClientMessage] = []
+    send = engine.link.send
+    engine.link.send = lambda message: (sent.append(message), send(message))[1]  # type: ignore[method-assign]
+    assert engine.admit(engine.add("s", PROMPT)) == 0
+
+    assert [len(each.keys) for each in sent if isinstance(each, p.Find)] == [5]
+    assert not any(isinstance(each, p.Lookup) for each in sent)
+
+
+def test_behind_what_vllm_has_itself_only_the_rest_of_the_windows_is_loaded(
+    tier: MemoryTier,
+) -> None:
+    prefill(started(tier))
+    engine = started(tier)
+    request = engine.add("s", PROMPT)
+    has = 9 * BLOCK
+    while (hit := engine.side.matched_tokens(request, has)) == (None, False):
+        engine.step({})
+    assert hit == (BLOCK - 1, True)
+    request.num_computed_tokens = has
+    engine.side.allocated(request, engine.blocks(request), BLOCK - 1)
+    (job,) = engine.step({}).loads
+    assert parts_of(job, 0) == [(10,)] and parts_of(job, 1) == [(110,)]
+
+
+def test_an_engine_that_loads_nothing_asks_for_nothing_and_stores_what_is_not_there(
+    tier: MemoryTier,
+) -> None:
+    engine = started(tier, loads=False)
+    prefill(engine)
+    num_lookups = engine.link.core.status(1, pid=1, arena="", check=True).counters.get("lookups", 0)
+    assert (num_lookups, len(stored(tier))) == (0, 5)
+
+
+def test_a_window_block_that_vllm_has_taken_back_is_a_hole_and_the_rest_is_stored(
+    tier: MemoryTier,
+) -> None:
+    engine = started(tier, window_interval=2 * BLOCK)
+    request = engine.add("r", PROMPT)
+    engine.admit(request)
+    keys, _ = keys_of(engine, "r")
+    engine.link.mute = True  # slots come too late
+    engine.step({"r": 4 * BLOCK})
+    engine.step({"r": 2 * BLOCK})
+    engine.link.mute = False
+    while request.num_computed_tokens < PROMPT:
+        step = engine.step({"r": BLOCK})
+        assert {job.job_id for job in step.dumps} == set(step.at_once)
+    engine.side.finished(request, engine.blocks(request))
+    engine.step({})
+    engine.copied(*engine.take_dumping())
+
+    assert not stored(tier) & set(keys[:4])
+    assert stored(tier) & set(keys[7:]) == set(keys[7:])
+    slots = engine.slots()
+    assert slots["filling"] == slots["pins"] == 0
+
+
+@pytest.mark.parametrize("lost", [None, 0, 1])
+def test_a_receipt_is_given_only_if_every_window_at_its_end_is_kept(
+    tier: MemoryTier, lost: int | None
+) -> None:
+    engine = started(tier)
+    request = engine.add("r", PROMPT, says=h.Wanted())
+    engine.admit(request)
+    if lost is not None:
+        engine.side._dumps._dumps["r"].strands[lost].cursor.holes.add(9)
+    while request.num_computed_tokens < PROMPT:
+        engine.step({"r": 2 * BLOCK})
+    receipt = h.parse(engine.side.finished(request, engine.blocks(request))[1])
+    if lost is None:
+        assert isinstance(receipt, h.Receipt) and receipt.tokens == PROMPT
+    else:
+        assert receipt is None
+
+
+@pytest.mark.parametrize("strand", [0, 1])
+def test_a_promised_window_is_waited_for(tier: MemoryTier, strand: int) -> None:
+    receipt = prefill(started(tier), PROMPT + 5, says=h.Wanted())
+    decode = started(tier)
+    request = decode.add("s", PROMPT + 5, says=h.parse(receipt))
+    late = keys_of(decode, "s")[strand][10]
+    (at,) = [each for each in tier._pages if each[1] == late]
+    page = tier._pages.pop(at)
+    assert decode.side.matched_tokens(request, 0) == (None, False)
+    tier._pages[at] = page
+    for _ in range(20):
+        decode.link.now_s += 0.1
+        decode.link.core.tick()
+        decode.link.timers.fire()
+    assert decode.side.matched_tokens(request, 0) == (PROMPT + 4, True)
+
+
+def test_what_was_promised_of_a_shorter_prompt_is_waited_for_at_its_end(tier: MemoryTier) -> None:
+    receipt = prefill(started(tier), says=h.Wanted())
+    decode = started(tier)
+    request = decode.add("s", PROMPT + 3 * BLOCK, says=h.parse(receipt))
+    assert decode.admit(request) == PROMPT
+
+
+def test_a_node_cache_that_is_lost_while_it_is_asked_is_asked_anew(tier: MemoryTier) -> None:
+    prefill(started(tier))
+    engine = started(tier)
+    request = engine.add("s", PROMPT)
+    engine.link.mute = True
+    assert engine.side.matched_tokens(request, 0) == (None, False)
+    engine.link.restart()
+    engine.link.mute = False
+    engine.step({})
+    assert engine.admit(request) == PROMPT - 1
+
+
+windows = st.builds(Reach, st.just(ReachKind.WINDOW), st.integers(2, 60))
+
+
+@given(windows, st.integers(1, 200), st.integers(1, 20), st.integers(0, 40), st.integers(0, 30))
+def test_wherever_a_prompt_ends_that_begins_alike_some_sample_is_of_its_window(
+    reach: Reach, num_tokens: int, block_tokens: int, more_blocks: int, read_from: int
+) -> None:
+    """A tail is no block of the longer prompt."""
+    num_blocks = num_tokens // block_tokens
+    (end, *_) = boundaries(num_tokens, num_blocks, block_tokens, 0) or [0]
+    needed = set(needed_blocks(reach, end, block_tokens)) - set(range(read_from))
+    blocks = range(read_from, max(read_from, num_blocks + more_blocks))
+    samples = sampled_blocks(reach, blocks, block_tokens)
+
+    assert set(samples) <= set(blocks)
+    assert not needed or needed & set(samples)
+
+
+@given(windows, st.integers(20, 200), st.integers(1, 20), st.integers(0, 90))
+def test_of_all_likely_ends_the_longest_that_is_there_is_where_the_stored_prompt_ended(
+    reach: Reach, num_tokens: int, block_tokens: int, more_tokens: int
+) -> None:
+    num_blocks = num_tokens // block_tokens
+    end = num_blocks * block_tokens
+    kept = kept_blocks(reach, num_tokens, num_blocks, block_tokens, 0)
+    asked = num_tokens + more_tokens
+    own_ends = boundaries(asked, asked // block_tokens, block_tokens, 0)
+    blocks = range(asked // block_tokens)
+    ends = likely_ends(
+        reach,
+        own_ends,
+        found=kept,
+        absent=set(blocks) - kept,
+        block_tokens=block_tokens,
+    )
+
+    assert ends == sorted(set(ends), reverse=True)
+    assert (ends or [0])[0] == end
