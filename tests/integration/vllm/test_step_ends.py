@@ -40,3 +40,22 @@ def test_a_dump_that_ends_with_its_step_has_read_its_blocks_before_the_next_writ
     bench.write(0, BLOCKS)
     assert bench.until_ended(2) == set()
     assert bool((page_in(bench.arena, GEOMETRY, 0) == 3).all())
+
+
+def test_a_step_whose_end_is_left_out_ends_before_the_next_writes_its_blocks(bench: Bench) -> None:
+    """As on the stages of a pipeline that don't sample, if vLLM speculates: without an end the dump
+    would never begin, and the engine would keep its blocks for good."""
+    bench.pin()
+    bench.write(3)
+    step = StepMetadata(dumps=(job(1, 0),))
+    bench.connector.handle_preemptions(step)
+    bench.connector.bind_connector_metadata(step)
+    bench.side.take_finished(step)
+
+    after = StepMetadata(fence=(1,))
+    bench.connector.handle_preemptions(after)
+    bench.write(0, BLOCKS)
+    bench.connector.bind_connector_metadata(after)
+    bench.connector.wait_for_save()
+    assert bench.until_ended(1) == set()
+    assert bool((page_in(bench.arena, GEOMETRY, 0) == 3).all())

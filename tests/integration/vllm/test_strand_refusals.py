@@ -154,6 +154,20 @@ def test_what_only_plain_models_can_have_is_refused_by_name(
     assert facts_of(cache, config(speculative=ngram)).strands
 
 
+def test_a_draft_with_kv_is_refused_in_a_pipeline_whose_stages_are_told_by_numbers_of_layers() -> (
+    None
+):
+    cache = by_vllm(config(), [FULL] * 4)
+    draft, ngram = (
+        SimpleNamespace(method=method, draft_model_config=SimpleNamespace())
+        for method in ("draft_model", "ngram")
+    )
+    with pytest.raises(UnsupportedEngine, match=r"\(draft_model\) in a pipeline.*ngram or suffix"):
+        facts_of(cache, config(pp_size=2, speculative=draft))
+    assert facts_of(cache, config(pp_size=2, speculative=ngram)).geometry.num_layers == 24
+    assert facts_of(cache, config(speculative=draft)).geometry.num_layers == 4
+
+
 def test_blocks_must_be_multiples_of_those_of_every_group() -> None:
     """48 tokens are three blocks of one group, and one and a half of the other."""
     cache = by_vllm(config(), [WINDOWED] * 5 + [LARGE])

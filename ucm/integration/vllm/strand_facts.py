@@ -28,6 +28,7 @@ def read_strands(
 ) -> tuple[tuple[StrandFacts, ...], tuple[TargetFacts, ...]]:
     """The base strand comes first, or that with the longest window. Raises UnsupportedEngine."""
     _refuse_promoted_sinks(vllm_config, layers)
+    _refuse_staged_drafts(vllm_config)
     sharing = _sharing(vllm_config, layers, settings)
     kinds = {(layer.group, layer.reach) for layer in layers}
     if len(sharing) > 1 or len(kinds) > 1 or sharing[0][0].reach != ALL:
@@ -226,6 +227,19 @@ def _refuse_with_others(
             f"this model has layers with windows or of several kinds ({kinds}), which UCM can't "
             f"serve with a draft model that keeps KV ({vllm_config.speculative_config.method}) "
             "yet: leave out --speculative-config, or use ngram or suffix in it"
+        )
+
+
+def _refuse_staged_drafts(vllm_config: Any) -> None:
+    """A stage's place in the pages follows from the numbers of its layers, and those of a draft
+    begin anew, or go on behind the model's last."""
+    if vllm_config.parallel_config.pipeline_parallel_size == 1:
+        return
+    if draft_with_kv(vllm_config) is not None:
+        raise UnsupportedEngine(
+            f"UCM can't serve a draft model that keeps KV ({vllm_config.speculative_config.method})"
+            " in a pipeline: use --tensor-parallel-size instead of --pipeline-parallel-size, or "
+            "ngram or suffix in --speculative-config"
         )
 
 

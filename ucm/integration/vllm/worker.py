@@ -2,8 +2,10 @@
 
 vLLM calls everything here from the rank's own thread, in the order of a step: `fence`, `begin`,
 `start_loads`, per layer `wait_layer` and `save_layer`, `end_of_forward`, `take_finished`; the last
-two, and `start_loads` and the layers, also the other way round. A background thread keeps the
-connection to the node cache and brings its memory; nothing is sent on the data path.
+two, and `start_loads` and the layers, also the other way round. A step whose `end_of_forward` has
+been left out ends when the next one begins: vLLM's V1 runner has none on the stages of a pipeline
+that don't sample, if it speculates. A background thread keeps the connection to the node cache and
+brings its memory; nothing is sent on the data path.
 
 What is copied in a step is copied once, however often a hook is called: a draft model runs a layer
 several times, of which the first has computed the prompt's tokens.
@@ -71,6 +73,7 @@ class WorkerSide:
         # The step whose loads were begun last, and that of the dumps, with what is known of it.
         self._loading: StepMetadata | None = None
         self._dumping: StepMetadata | None = None
+        self._unended: StepMetadata | None = None
         self._step_dumps: list[tuple[CopyJob, Arena]] = []
         self._saved_layers: set[int] = set()
         self._forward_ended = False
@@ -126,6 +129,8 @@ class WorkerSide:
 
     def fence(self, step: StepMetadata) -> None:
         """Before this step overwrites freed blocks: their copies must have ended."""
+        if self._unended is not None:
+            self.end_of_forward(self._unended)
         if self._link is not None and self._memories is not None:
             # A loss noticed between planning a job and sending it has raised the step's generation,
             # not the job's.
@@ -144,6 +149,7 @@ class WorkerSide:
         partly before `fence` and partly after it, and all before this: a load that were ordered
         before the fence could overtake a dump that still reads its blocks, and one that were
         ordered later would wait for the step's own forward pass."""
+        self._unended = step
         if self._engine is not None:
             self._engine.order_before_forward()
 
@@ -182,6 +188,7 @@ class WorkerSide:
 
     def end_of_forward(self, step: StepMetadata) -> None:
         """Starts the dumps of this step, or what `save_layer` has left of them."""
+        self._unended = None
         if step.dumps:
             self._begin_dumps(step)
             if not self._forward_ended:
