@@ -36,7 +36,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from benchmarks.public_models import MODELS, Model, blocks_of
 from ucm.store.blocks.page_layout import padded_bytes
-from ucm.store.blocks.strands import ALL, Reach, boundaries, kept_blocks, needed_blocks
+from ucm.store.blocks.strands import ALL, STATE, Reach, kept_blocks, last_boundary, needed_blocks
 
 PROMPTS: Final = (4096, 32768)
 # Where vLLM pads the smaller kinds of layers instead of cutting the larger ones.
@@ -47,35 +47,33 @@ _MOSTLY_ONE_SIZE: Final = 1.5
 
 
 def ucm_written_bytes(model: Model, num_prompt: int, interval_tokens: int, tp_size: int) -> int:
+    """Of states UCM stores those that vLLM keeps: as many as there would be boundaries with the
+    interval that vLLM was given."""
     block_tokens = model.block_tokens(tp_size)
-    num_blocks = num_prompt // block_tokens
+    prompt = (num_prompt, num_prompt // block_tokens, block_tokens)
     written = 0
     for layers in model.attention:
-        kept = kept_blocks(layers.reach, num_prompt, num_blocks, block_tokens, interval_tokens)
+        kept = kept_blocks(layers.reach, *prompt, interval_tokens)
         written += len(kept) * layers.geometry(block_tokens).page_bytes
-    kept_states = _state_boundaries(num_prompt, block_tokens, interval_tokens)
-    return written + len(kept_states) * model.state_bytes
+    if model.states is not None:
+        written += (
+            len(kept_blocks(STATE, *prompt, interval_tokens, with_states=True)) * model.state_bytes
+        )
+    return written
 
 
 def ucm_read_bytes(model: Model, num_prompt: int, tp_size: int) -> int:
     block_tokens = model.block_tokens(tp_size)
-    end = num_prompt // block_tokens * block_tokens
-    if model.states is not None:
-        end = max(_state_boundaries(num_prompt, block_tokens, 0), default=0)
-    elif len(model.attention) > 1:
+    has_states = model.states is not None
+    num_blocks = num_prompt // block_tokens
+    end = last_boundary(num_prompt, num_blocks, block_tokens, with_states=has_states)
+    if len(model.attention) > 1:
         end = min(end, num_prompt - 1)
-    read = model.state_bytes if end else 0
+    read = len(needed_blocks(STATE, end, block_tokens)) * model.state_bytes
     for layers in model.attention:
         needed = needed_blocks(layers.reach, end, block_tokens)
         read += len(needed) * layers.geometry(block_tokens).page_bytes
     return read
-
-
-def _state_boundaries(num_prompt: int, block_tokens: int, interval_tokens: int) -> list[int]:
-    """Where the state is kept: as other boundaries, but before the prompt's last token, which is
-    always computed and needs the state that has not seen it."""
-    num_blocks = (num_prompt - 1) // block_tokens
-    return boundaries(num_prompt, num_blocks, block_tokens, interval_tokens)
 
 
 # -- vLLM's fs tier ----------------------------------------------------------------------------
@@ -179,7 +177,7 @@ def _strand_texts(model: Model) -> Iterator[str]:
         yield f"`{layers.reach}`: {layers.count} layers, {heads} of {size}"
     if model.states is not None:
         state_mib = model.state_bytes / (1 << 20)
-        yield f"states: {model.states.count} layers, {_number(state_mib)} MiB"
+        yield f"`{STATE}`: {model.states.count} layers, {_number(state_mib)} MiB"
 
 
 def _head(*cells: str) -> Iterator[str]:

@@ -99,7 +99,10 @@ class Model:
         return of_engine * blocks_of(BLOCK_TOKENS, of_engine)
 
     def interval_tokens(self, tp_size: int) -> int:
-        """From one of UCM's boundaries to the next, by default."""
+        """From one of UCM's boundaries to the next, by default; 0 for the ends of prompts only. Of
+        states there are those that vLLM keeps: by default the last one."""
+        if self.states is not None:
+            return 0
         block_tokens = self.block_tokens(tp_size)
         interval = default_interval_tokens(layers.reach for layers in self.attention)
         return blocks_of(interval, block_tokens) * block_tokens

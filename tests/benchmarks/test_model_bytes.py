@@ -110,7 +110,8 @@ def test_configurations_are_those_that_transformers_has_of_the_same_models() -> 
 def test_the_fs_tier_writes_and_reads_what_vllms_own_scheduler_says(
     model: Model, num_prompt: int, num_steps: int
 ) -> None:
-    interval = num_steps * model.interval_tokens(1)
+    block_tokens = model.engine_block_tokens(1)
+    interval = num_steps * -(-2048 // block_tokens) * block_tokens
     tier = FsTier(specs_of(model), interval)
     assert tier.row_bytes == fs_row_bytes(model, 1)
     written_bytes = tier.written_rows(num_prompt) * tier.row_bytes
