@@ -23,15 +23,15 @@ from vllm.v1.request import Request, RequestStatus
 from tests.integration.scheduler_parts import MANIFEST
 from tests.integration.vllm.storm_device import UNIT, Rank, kv_in_group, kv_of, kv_of_prompt
 from tests.integration.vllm.storm_engine import VOCABULARY, Weather, make_scheduler
+from tests.integration.vllm.storm_facts import storm_facts
 from tests.integration.vllm.storm_node import Clock, StormNode
 from ucm import handoff as h
 from ucm.config.settings import Settings, StoreSettings
-from ucm.integration.copies.layout_kind import LayoutKind
-from ucm.integration.engine.facts import EngineFacts, StrandFacts, TargetFacts
 from ucm.integration.vllm.scheduler import SchedulerSide
 from ucm.integration.vllm.stats import UcmStats
 from ucm.integration.vllm.ucm_connector import UCMConnector
 from ucm.store.blocks.page_layout import PageGeometry
+from ucm.store.blocks.strands import STATE
 
 
 class StormConnector(UCMConnector):
@@ -82,6 +82,7 @@ class Storm:
                 rng=self.rng,
                 failing=weather.failing,
                 reaches=weather.reaches,
+                checkpoints=weather.checkpoints,
             )
             for number in range(weather.world_size)
         ]
@@ -110,26 +111,7 @@ class Storm:
             expect_timeout_ms=500,
             window_interval=None if weather.is_plain else self.rng.choice((0, 3 * UNIT)),
         )
-        facts = EngineFacts(
-            engine_id="e",
-            loads=weather.role != "kv_producer",
-            dumps=weather.role != "kv_consumer",
-            world_size=weather.world_size,
-            tp_size=weather.world_size,
-            pp_size=1,
-            block_tokens=UNIT,
-            num_blocks=weather.num_blocks,
-            max_step_tokens=weather.step_tokens,
-            layer_names=("layers.0",),
-            layout=LayoutKind.PACKED,
-            layout_name="",
-            geometry=self.geometry,
-            strands=self._strands(),
-            targets=tuple(
-                TargetFacts(group, group, UNIT, (f"layers.{group}",), range(1))
-                for group in range(len(weather.reaches))
-            ),
-        )
+        facts = storm_facts(weather, self.geometry)
         manifest = MANIFEST.__class__(
             **{
                 **{name: getattr(MANIFEST, name) for name in MANIFEST.__struct_fields__},
@@ -138,14 +120,6 @@ class Storm:
         )
         self.side = SchedulerSide(settings, facts, manifest, self.node, stats=stats)  # type: ignore[arg-type]
         return self.side
-
-    def _strands(self) -> tuple[StrandFacts, ...]:
-        return tuple(
-            StrandFacts(
-                f"{group or ''}", reach, self.geometry, LayoutKind.PACKED, "", (f"layers.{group}",)
-            )
-            for group, reach in enumerate(self.weather.reaches)
-        )
 
     # -- clients -------------------------------------------------------------------------------
 
@@ -189,6 +163,8 @@ class Storm:
         self.node.heads.update(prompt.keys[:2])
         for i, group in product(range(len(prompt.keys)), range(len(self.weather.reaches))):
             values = [kv_in_group(value, group) for value in truth[i * size : (i + 1) * size]]
+            if self.weather.reaches[group] == STATE:
+                values = values[-1:] * size
             # Behind a tail there is nothing.
             self.node.expected[prompt.key_of(i, group)] = values + [0] * (size - len(values))
 

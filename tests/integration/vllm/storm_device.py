@@ -12,11 +12,16 @@ from collections import deque
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 
+from vllm.utils.math_utils import cdiv
+from vllm.v1.kv_cache_interface import (
+    get_mamba_prefill_checkpoint_position,
+    is_mamba_prefill_checkpoint_valid,
+)
 from vllm.v1.outputs import KVConnectorOutput
 
 from ucm.integration.copies.jobs import CopyJob, PagePart
 from ucm.integration.vllm.metadata import RankReport, StepMetadata
-from ucm.store.blocks.strands import ALL, Reach, ReachKind
+from ucm.store.blocks.strands import ALL, STATE, Reach, ReachKind
 
 UNIT = 16
 # As a page has it: one row, a token's content after the other's.
@@ -66,6 +71,7 @@ class Rank:
         rng: random.Random,
         failing: float,
         reaches: Sequence[Reach] = (ALL,),
+        checkpoints: bool = False,
     ) -> None:
         self.number = number
         self.device = [[-1] * UNIT for _ in range(num_blocks)]
@@ -75,6 +81,7 @@ class Rank:
         self._rng = rng
         self._failing = failing
         self._reaches = reaches
+        self._checkpoints = checkpoints
         self._ended: list[_Copy] = []
 
     # -- a step ----------------------------------------------------------------------------
@@ -179,6 +186,9 @@ class Rank:
         for group, reach in enumerate(self._reaches):
             if reach == ALL:
                 continue
+            if reach == STATE:
+                self._check_state(groups, group, start)
+                continue
             is_window, size = reach.kind is ReachKind.WINDOW, reach.num_tokens
             first = max(0, start - size + 1) if is_window else start // size * size
             right = kv_of_prompt(tokens[:start]) if group == 0 else []
@@ -189,9 +199,32 @@ class Rank:
         before = self._kv_at(blocks, start - 1) if start else 0
         for at in range(start, end):
             before = kv_of(before, tokens[at])
-            for group, ids in enumerate(groups):
-                self.device[ids[at // UNIT]][at % UNIT] = kv_in_group(before, group)
+            for group, (ids, reach) in enumerate(zip(groups, self._reaches, strict=True)):
+                if reach != STATE:
+                    self.device[ids[at // UNIT]][at % UNIT] = kv_in_group(before, group)
+        for group, reach in enumerate(self._reaches):
+            if reach == STATE:
+                self._keep_states(groups, group, start, end)
         return before
+
+    def _check_state(self, groups: Sequence[list[int]], group: int, start: int) -> None:
+        """vLLM goes on from the state in the block that its last token is in."""
+        if start:
+            here = self._kv_at(groups[group], start - 1)
+            right = kv_in_group(self._kv_at(groups[0], start - 1), group)
+            assert here == right, f"the state is not that of {start} tokens"
+
+    def _keep_states(self, groups: Sequence[list[int]], group: int, start: int, end: int) -> None:
+        """After the last token; and where vLLM's own rule says that a kernel keeps another one, in
+        the block before."""
+        columns = {cdiv(end, UNIT) - 1: end}
+        at = get_mamba_prefill_checkpoint_position(end, UNIT, False)
+        if self._checkpoints and is_mamba_prefill_checkpoint_valid(start, end, at, UNIT, UNIT, 1):
+            columns[cdiv(end, UNIT) - 2] = at
+        for column, num_tokens in columns.items():
+            state = kv_in_group(self._kv_at(groups[0], num_tokens - 1), group)
+            if groups[group][column]:
+                self.device[groups[group][column]] = [state] * UNIT
 
     def _kv_at(self, blocks: list[int], at: int) -> int:
         return self.device[blocks[at // UNIT]][at % UNIT]

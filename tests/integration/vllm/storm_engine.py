@@ -20,18 +20,19 @@ from vllm.config import (
 from vllm.v1.core.sched.async_scheduler import AsyncScheduler
 from vllm.v1.core.sched.scheduler import Scheduler
 from vllm.v1.kv_cache_interface import (
-    AttentionSpec,
     ChunkedLocalAttentionSpec,
     FullAttentionSpec,
     KVCacheConfig,
     KVCacheGroupSpec,
+    KVCacheSpec,
     KVCacheTensor,
+    MambaSpec,
     SlidingWindowSpec,
 )
 from vllm.v1.structured_output import StructuredOutputManager
 
 from tests.integration.vllm.storm_device import UNIT
-from ucm.store.blocks.strands import ALL, Reach, ReachKind
+from ucm.store.blocks.strands import ALL, STATE, Reach, ReachKind
 
 VOCABULARY = 50
 MAX_TOKENS = 16 * UNIT
@@ -56,6 +57,10 @@ class Weather:
     base: Reach = ALL
     sides: tuple[Reach, ...] = ()
     schedules_ahead: bool = False
+    # How far apart vLLM keeps states: None for every block. Whether it can keep one in the middle
+    # of what a step computes.
+    state_interval: int | None = 0
+    checkpoints: bool = False
 
     @property
     def reaches(self) -> tuple[Reach, ...]:
@@ -64,6 +69,14 @@ class Weather:
     @property
     def is_plain(self) -> bool:
         return self.reaches == (ALL,)
+
+    @property
+    def has_states(self) -> bool:
+        return STATE in self.sides
+
+    @property
+    def state_interval_tokens(self) -> int:
+        return UNIT if self.state_interval is None else self.state_interval
 
     @classmethod
     def of(cls, rng: random.Random) -> Weather:
@@ -108,6 +121,19 @@ class Weather:
             sides=tuple(Reach(ReachKind.WINDOW, other) for other in others),
         )
 
+    @classmethod
+    def with_states(cls, rng: random.Random) -> Weather:
+        return replace(
+            cls.with_windows(rng),
+            prefix_caching=True,
+            block_tokens=UNIT,
+            sides=rng.choice(
+                ((STATE,), (STATE, STATE), (STATE, Reach(ReachKind.WINDOW, 3 * UNIT)))
+            ),
+            state_interval=rng.choice((0, 0, 3 * UNIT, None)),
+            checkpoints=rng.random() < 0.5,
+        )
+
 
 def make_scheduler(folder: Path, weather: Weather, *, connector_module: str) -> Scheduler:
     if not (folder / "config.json").exists():
@@ -142,6 +168,10 @@ def make_scheduler(folder: Path, weather: Weather, *, connector_module: str) -> 
         block_size=UNIT, enable_prefix_caching=weather.prefix_caching, cache_dtype="auto"
     )
     cache_config.num_gpu_blocks = weather.num_blocks
+    if weather.has_states:
+        cache_config.mamba_cache_mode = "align"
+        cache_config.mamba_block_size = UNIT
+        cache_config.prefix_cache_retention_interval = weather.state_interval
     config = VllmConfig(
         scheduler_config=scheduler_config,
         model_config=model_config,
@@ -171,15 +201,17 @@ def _kv_cache_config(weather: Weather) -> KVCacheConfig:
         "head_size": 64,
         "dtype": torch.float32,
     }
-    specs: list[AttentionSpec] = []
+    page = FullAttentionSpec(**shape).page_size_bytes
+    specs: list[KVCacheSpec] = []
     for reach in weather.reaches:
-        if reach == ALL:
+        if reach == STATE:
+            specs.append(_state_spec(weather, page))
+        elif reach == ALL:
             specs.append(FullAttentionSpec(**shape))
         elif reach.kind is ReachKind.WINDOW:
             specs.append(SlidingWindowSpec(**shape, sliding_window=reach.num_tokens))
         else:
             specs.append(ChunkedLocalAttentionSpec(**shape, attention_chunk_size=reach.num_tokens))
-    page = specs[0].page_size_bytes
     return KVCacheConfig(
         num_blocks=weather.num_blocks,
         kv_cache_tensors=[
@@ -194,4 +226,16 @@ def _kv_cache_config(weather: Weather) -> KVCacheConfig:
         kv_cache_groups=[
             KVCacheGroupSpec([f"layers.{number}"], spec) for number, spec in enumerate(specs)
         ],
+    )
+
+
+def _state_spec(weather: Weather, page_bytes: int) -> MambaSpec:
+    return MambaSpec(
+        block_size=UNIT,
+        shapes=((3, 8), (1, 4, 4)),
+        dtypes=(torch.float32, torch.float32),
+        page_size_padded=page_bytes,
+        mamba_cache_mode="align",
+        num_prefill_checkpoint_blocks=int(weather.checkpoints),
+        prefill_checkpoint_alignment=1 if weather.checkpoints else None,
     )

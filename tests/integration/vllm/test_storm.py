@@ -85,6 +85,14 @@ def test_a_storm_around_a_model_whose_layers_all_have_windows_stores_and_loads_w
     assert run_storm(model_folder, seed, STEPS, monkeypatch, weather).answered
 
 
+@pytest.mark.parametrize("seed", range(40))
+def test_a_storm_around_a_model_with_states_goes_on_from_the_right_one(
+    seed: int, model_folder: Path, monkeypatch: pytest.MonkeyPatch
+):
+    weather = Weather.with_states(random.Random(seed))
+    assert run_storm(model_folder, seed, STEPS, monkeypatch, weather).answered
+
+
 @pytest.mark.long
 @pytest.mark.parametrize("seed", LONG_SEEDS)
 def test_a_hundred_thousand_steps_of_storms(

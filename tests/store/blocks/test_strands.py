@@ -8,12 +8,14 @@ from hypothesis import strategies as st
 
 from ucm.store.blocks.strands import (
     ALL,
+    STATE,
     Reach,
     ReachKind,
     boundaries,
     default_interval_tokens,
     first_needed_token,
     kept_blocks,
+    last_boundary,
     needed_blocks,
 )
 
@@ -137,6 +139,26 @@ def test_a_chunk_is_kept_for_those_who_end_with_it() -> None:
     assert kept_blocks(chunk, 512, 4, 128, 0) == {2, 3}
 
 
+@given(st.integers(1, 300), st.integers(1, 20), st.integers(0, 90), st.integers(0, 3))
+def test_with_states_boundaries_are_ends_of_blocks_that_leave_a_token_to_compute(
+    num_prompt: int, block_tokens: int, interval: int, unnamed: int
+) -> None:
+    num_blocks = max(0, num_prompt // block_tokens - unnamed)
+    found = boundaries(num_prompt, num_blocks, block_tokens, interval, with_states=True)
+    last = last_boundary(num_prompt, num_blocks, block_tokens, with_states=True)
+
+    assert found[:1] == ([last] if last else [])
+    assert all(end % block_tokens == 0 and 0 < end < num_prompt for end in found)
+    assert last + block_tokens >= min(num_prompt, (num_blocks + 1) * block_tokens)
+    kept = kept_blocks(STATE, num_prompt, num_blocks, block_tokens, interval, with_states=True)
+    assert kept == {end // block_tokens - 1 for end in found}
+    for end in found:
+        # One state, of exactly so many tokens.
+        assert needed_blocks(STATE, end, block_tokens) == range(
+            end // block_tokens - 1, end // block_tokens
+        )
+
+
 def test_few_blocks_of_a_long_prompt_are_kept() -> None:
     """Of a window of 1024 tokens half, if it is kept every 2048."""
     window = Reach(ReachKind.WINDOW, 1024)
@@ -155,7 +177,13 @@ def test_boundaries_are_two_windows_apart_by_default() -> None:
 
 
 @pytest.mark.parametrize(
-    ("kind", "num_tokens"), [(ReachKind.ALL, 5), (ReachKind.WINDOW, 0), (ReachKind.CHUNK, -1)]
+    ("kind", "num_tokens"),
+    [
+        (ReachKind.ALL, 5),
+        (ReachKind.STATE, 1),
+        (ReachKind.WINDOW, 0),
+        (ReachKind.CHUNK, -1),
+    ],
 )
 def test_a_reach_that_is_none_is_an_error(kind: ReachKind, num_tokens: int) -> None:
     with pytest.raises(ValueError, match="a reach of"):

@@ -93,6 +93,11 @@ class RequestDump:
         """Nothing is left to be copied."""
         return not any(dump.cursor.todo for dump in self.strands)
 
+    @property
+    def is_closed(self) -> bool:
+        """Nothing of it is stored any more."""
+        return self.strands[0].closed
+
     def offer(self, states: StateBlocks) -> None:
         """In this step the engine has these."""
         self.states = states

@@ -127,13 +127,17 @@ class Dumps:
             return
         num_tokens = tokens.stop
         dump.device_blocks = device_blocks
-        if tokens.start == dump.start_tokens:
+        if dump.is_closed:
+            return  # whatever it has is not what its keys say
+        prompt = dump.prompt
+        named_tokens = len(prompt.keys) * prompt.block_tokens
+        if tokens.start == dump.start_tokens and tokens.start <= named_tokens:
             states = {**states_at(tokens.start, device_blocks, self._facts), **states}
         dump.offer(states)
         if dump.is_done and not states:
             return
         self._reserve(dump, num_tokens + self._facts.max_step_tokens)
-        num_blocks = dump.prompt.blocks_in(num_tokens)
+        num_blocks = prompt.blocks_in(num_tokens)
         # Answers take a tenth of the time; a step that doesn't get one copies in the next.
         for of_strand in dump.strands:
             cursor = of_strand.cursor

@@ -50,6 +50,7 @@ class Epochs:
             keeps_tails=settings.store_tail and has_tails,
             handoff_timeout_s=settings.handoff_timeout_ms / 1000,
             expect_timeout_s=settings.expect_timeout_ms / 1000,
+            has_states=self._facts.has_states,
         )
 
     def openings(self) -> list[p.OpenNamespace]:

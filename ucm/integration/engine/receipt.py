@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from ucm.handoff import Expected, Handoff, Receipt, Wanted, Withdrawn
 from ucm.outcome import Outcome
 from ucm.store.blocks.keys import Key
+from ucm.store.blocks.strands import last_boundary
 
 
 @dataclass(frozen=True)
@@ -36,13 +37,15 @@ class Promise:
 
 @dataclass(frozen=True)
 class PromiseRules:
-    """This engine's own side of it. Without `keeps_tails` there are none in its store."""
+    """This engine's own side of it. Without `keeps_tails` there are none in its store. One that
+    `has_states` goes on at the ends of blocks only, and has a token left to compute there."""
 
     fingerprint: bytes
     block_tokens: int
     keeps_tails: bool
     handoff_timeout_s: float
     expect_timeout_s: float
+    has_states: bool = False
 
 
 def wants_tail(handoff: Handoff | None, rules: PromiseRules) -> bool:
@@ -60,11 +63,14 @@ def promise_of(
 ) -> Promise | None:
     """What `handoff` promises to a request with these keys that comes now."""
     if isinstance(handoff, Expected):
-        tokens = min(len(keys) * rules.block_tokens, num_prompt)
-        if not keys:
+        tokens = last_boundary(
+            num_prompt, len(keys), rules.block_tokens, with_states=rules.has_states
+        )
+        if not tokens:
             return Promise(0, num_prompt, void=Outcome.UNSUPPORTED)
+        num_blocks = -(-tokens // rules.block_tokens)
         return Promise(
-            len(keys), tokens, wait_s=rules.expect_timeout_s, until_s=now_s, is_renewed=True
+            num_blocks, tokens, wait_s=rules.expect_timeout_s, until_s=now_s, is_renewed=True
         )
     if isinstance(handoff, Withdrawn):
         return Promise(0, num_prompt, void=Outcome.WITHDRAWN)

@@ -96,13 +96,22 @@ def _fields(spec: Any, local: _Shapes, whole: _Shapes, num_layers: int) -> Itera
     # Mamba1's channels are rows, of as many heads as there are parts.
     by_head = local[1] if len(local[1]) == 3 else (1, heads[0].size, local[1][-1])
     count = whole[1][0] if len(whole[1]) == 3 else heads[0].count
+    _, rows, columns = by_head
     yield _field(
         "recurrent",
-        (num_layers, count, by_head[1], by_head[2]),
+        (num_layers, count, rows, columns),
         block_offset_bytes=math.prod(local[0]) * _bytes(spec, 0),
-        strides=(by_head[1] * by_head[2], by_head[2], 1),
+        strides=(rows * columns, *((1, rows) if _is_turned(kind) else (columns, 1))),
         dtype=spec.dtypes[1],
     )
+
+
+def _is_turned(kind: str) -> bool:
+    """vLLM's CPU kernels of gated delta nets keep [head, k, v] in what is described as
+    [head, v, k]."""
+    from vllm.platforms import current_platform
+
+    return kind == "GDN_ATTN" and current_platform.device_type == "cpu"
 
 
 def _field(
