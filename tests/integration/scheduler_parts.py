@@ -14,6 +14,7 @@ from tests.store.tiers.memory_tier import MemoryTier
 from ucm import handoff as h
 from ucm.config.settings import Settings, StoreSettings
 from ucm.integration.copies.layout_kind import LayoutKind
+from ucm.integration.copies.state_field import StateField
 from ucm.integration.engine.facts import EngineFacts, StrandFacts, TargetFacts
 from ucm.integration.vllm.metadata import RankReport, StepMetadata
 from ucm.integration.vllm.scheduler import SchedulerSide
@@ -21,7 +22,7 @@ from ucm.integration.vllm.stats import UcmStats
 from ucm.metrics import series_key
 from ucm.store.blocks.namespace import Manifest
 from ucm.store.blocks.page_layout import PageGeometry
-from ucm.store.blocks.strands import ALL, Reach, ReachKind
+from ucm.store.blocks.strands import ALL, STATE, Reach, ReachKind
 from ucm.store.client.answers import Answers
 from ucm.store.node import protocol as p
 from ucm.store.node.core import NodeCore
@@ -75,6 +76,41 @@ def windows_only(window: int, other: int) -> dict[str, Any]:
             for i, (name, size) in enumerate((("", window), ("w", other)))
         ),
         "targets": tuple(TargetFacts(i, i, BLOCK, (f"layers.{i}",), range(1)) for i in range(2)),
+    }
+
+
+def with_states() -> dict[str, Any]:
+    """Facts of an engine with states in two groups beside the first, each in two fields."""
+    of_field = PageGeometry(
+        num_layers=2, num_kv_heads=1, block_tokens=1, k_size=64, v_size=0, item_bytes=2
+    )
+    page = PageGeometry(
+        num_layers=1,
+        num_kv_heads=1,
+        block_tokens=BLOCK,
+        k_size=of_field.slot_bytes + of_field.page_bytes,
+        v_size=0,
+        item_bytes=1,
+        unit_tokens=BLOCK,
+    )
+    fields = tuple(
+        StateField(name, of_field, offset, 0, (64, 64, 1), "bfloat16")
+        for name, offset in (("conv.x", 0), ("recurrent", of_field.slot_bytes))
+    )
+    layers = ("layers.1", "layers.2")
+    return {
+        "strands": (
+            StrandFacts("", ALL, GEOMETRY, LayoutKind.PACKED, "", ("layers.0",)),
+            StrandFacts("s", STATE, page, LayoutKind.STATE, "", layers, fields),
+        ),
+        "targets": (
+            TargetFacts(0, 0, BLOCK, ("layers.0",), range(1)),
+            *(
+                TargetFacts(1, 1 + i, BLOCK, (layer,), range(i, i + 1), field)
+                for i, layer in enumerate(layers)
+                for field in fields
+            ),
+        ),
     }
 
 
@@ -156,12 +192,15 @@ class Engine:
         manifest: Manifest = MANIFEST,
         window: int | None = None,
         base_window: int | None = None,
+        states: bool = False,
         **more: Any,
     ) -> None:
         """With a `window` it has two strands, and vLLM two groups. With a `base_window` that of the
-        first has one as well."""
+        first has one as well. With `states` vLLM has two groups of them beside the first."""
         self.link, self.layerwise, self.window = link, layerwise, window
-        self.base_window = base_window
+        self.base_window, self.states = base_window, states
+        # In the next step, by request, as vLLM offers states: group, block, after how many tokens.
+        self.offers: dict[str, list[tuple[int, int, int]]] = {}
         store = StoreSettings(socket_path="/nowhere")
         settings = Settings(
             block_tokens=BLOCK,
@@ -184,7 +223,7 @@ class Engine:
             layout=LayoutKind.PACKED,
             layout_name="",
             geometry=GEOMETRY,
-            **_facts_with(window, base_window),
+            **(with_states() if states else _facts_with(window, base_window)),
         )
         self.stats = UcmStats()
         self.side = SchedulerSide(
@@ -244,6 +283,8 @@ class Engine:
             return [0] * skipped + list(range(first + skipped, first + num_blocks))
 
         base = with_nulls(self.base_window, 1)
+        if self.states:
+            return base, with_nulls(None, 201), with_nulls(None, 301)
         return (base,) if self.window is None else (base, with_nulls(self.window, 101))
 
     def admit(self, request: SimpleNamespace) -> int:
@@ -267,9 +308,12 @@ class Engine:
         metadata = self.side.step(
             SimpleNamespace(
                 num_scheduled_tokens=scheduled,
-                kv_connector_block_state=SimpleNamespace(get_block_ids=blocks_of),
+                kv_connector_block_state=SimpleNamespace(
+                    get_block_ids=blocks_of, boundary_state_offloads=self.offers
+                ),
             )
         )
+        self.offers = {}
         for name, count in scheduled.items():
             self.requests[name].num_computed_tokens += count
         self.dumping += [job.job_id for job in metadata.dumps]

@@ -1,0 +1,244 @@
+"""Models with states: which are stored, where a hit ends, and what may be missing or come late."""
+
+from __future__ import annotations
+
+import pytest
+
+pytest.importorskip("vllm")
+
+from tests.integration.scheduler_parts import BLOCK, Engine, Loopback
+from tests.store.tiers.memory_tier import MemoryTier
+from ucm import handoff as h
+from ucm.integration.copies.jobs import CopyJob
+from ucm.store.blocks.keys import Key, strand_key
+
+PROMPT = 10 * BLOCK
+# The last end of a block that leaves a token to compute.
+LAST = 9 * BLOCK
+
+
+@pytest.fixture
+def tier() -> MemoryTier:
+    return MemoryTier()
+
+
+def started(tier: MemoryTier) -> Engine:
+    return Engine(Loopback(tier=tier), states=True)
+
+
+def offer(engine: Engine, name: str, num_tokens: int) -> None:
+    """In the next step vLLM has the states of both groups after so many tokens."""
+    block = num_tokens // BLOCK - 1
+    engine.offers[name] = [(group, 101 + 100 * group + block, num_tokens) for group in (1, 2)]
+
+
+def state_keys(engine: Engine, name: str) -> list[Key]:
+    keys = engine.side._states[name].prompt.keys
+    return [strand_key(key, "s", is_salted=False) for key in keys]
+
+
+def stored(tier: MemoryTier) -> set[Key]:
+    return {key for _, key in tier._pages}
+
+
+def prefill(
+    engine: Engine,
+    *,
+    name: str = "r",
+    num_tokens: int = PROMPT,
+    at: tuple[int, ...] = (LAST,),
+    says: h.Handoff | None = None,
+) -> tuple[list[CopyJob], h.Handoff | None]:
+    """A block a step. Returns the copies, and the receipt."""
+    request = engine.add(name, num_tokens, says=says)
+    engine.admit(request)
+    loads = [job.job_id for job in engine.step({}).loads]
+    if loads:
+        engine.copied(*loads)
+    jobs: list[CopyJob] = []
+    while request.num_computed_tokens < num_tokens:
+        end = request.num_computed_tokens + BLOCK
+        if end in at:
+            offer(engine, name, end)
+        step = engine.step({name: min(BLOCK, num_tokens - end + BLOCK)})
+        jobs += step.dumps
+        at_once = {job.job_id for job in step.dumps for part in job.parts if part.target}
+        assert set(step.at_once) == at_once, "a state may be gone in the next step"
+    _, receipt = engine.side.finished(request, engine.blocks(request))
+    jobs += engine.step({}).dumps
+    engine.copied(*engine.take_dumping())
+    engine.step({})
+    return jobs, h.parse(receipt)
+
+
+def test_of_states_what_vllm_offers_is_stored_and_every_block_of_the_base(tier: MemoryTier) -> None:
+    engine = started(tier)
+    jobs, _ = prefill(engine)
+    engine.add("s", PROMPT)
+    keys, states = engine.side._states["s"].prompt.keys, state_keys(engine, "s")
+
+    assert set(keys) <= stored(tier)
+    assert stored(tier) & set(states) == {states[8]}
+    parts = [part for job in jobs for part in job.parts if part.target]
+    # Both fields of both groups, in one page.
+    assert [part.block_ids for part in parts] == [(209,), (209,), (309,), (309,)]
+    offsets = [part.slot_offset - parts[0].slot_offset for part in parts]
+    assert offsets[0] == offsets[2] == 0 and offsets[1] == offsets[3] > 0
+
+
+def test_a_hit_ends_where_a_state_is_and_loads_it_into_one_block_of_each_group(
+    tier: MemoryTier,
+) -> None:
+    prefill(started(tier))
+    engine = started(tier)
+
+    assert engine.admit(engine.add("s", PROMPT)) == LAST
+    (job,) = engine.step({}).loads
+    of_base = [part.block_ids for part in job.parts if part.target == 0]
+    assert of_base == [(1 + block,) for block in range(9)]
+    assert [part.block_ids for part in job.parts if part.target] == [
+        (209,),
+        (209,),
+        (309,),
+        (309,),
+    ]
+    engine.copied(job.job_id)
+    assert engine.slots()["pins"] == 0
+
+
+def test_a_longer_prompt_goes_on_where_the_shorter_one_has_kept_a_state(tier: MemoryTier) -> None:
+    """Of a prompt that ended with a block it lies one block before that."""
+    prefill(started(tier))
+    for num_tokens in (PROMPT + 5, PROMPT + 3 * BLOCK):
+        assert started_hit(tier, num_tokens) == LAST
+    assert started_hit(tier, LAST) == 0
+
+
+def started_hit(tier: MemoryTier, num_tokens: int) -> int:
+    engine = started(tier)
+    found = engine.admit(engine.add("s", num_tokens))
+    engine.copied(*(job.job_id for job in engine.step({}).loads))
+    assert engine.slots()["pins"] == 0
+    return found
+
+
+def test_without_its_state_nothing_is_loaded_and_the_reason_is_counted(tier: MemoryTier) -> None:
+    prefill(started(tier))
+    engine = started(tier)
+    request = engine.add("s", PROMPT)
+    (at,) = [each for each in tier._pages if each[1] == state_keys(engine, "s")[8]]
+    tier._pages.pop(at)
+
+    assert engine.admit(request) == 0
+    assert engine.counted("ucm_lookup_missed_blocks", reason="never_stored") == 9
+    assert engine.slots()["pins"] == 0
+
+
+def test_a_state_where_prompts_part_is_stored_though_nobody_expects_it(tier: MemoryTier) -> None:
+    engine = started(tier)
+    prefill(engine, at=(4 * BLOCK, LAST))
+    engine.add("s", PROMPT)
+    states = state_keys(engine, "s")
+    assert stored(tier) & set(states) == {states[3], states[8]}
+    # Who shares no more than that goes on there.
+    assert started_hit(tier, 4 * BLOCK + 1) == 4 * BLOCK
+
+
+def test_a_state_that_has_no_slot_in_its_step_is_a_hole_and_no_receipt_promises_it(
+    tier: MemoryTier,
+) -> None:
+    engine = started(tier)
+    request = engine.add("r", PROMPT, says=h.Wanted())
+    engine.admit(request)
+    engine.step({"r": 6 * BLOCK})
+    engine.link.mute = True
+    offer(engine, "r", 7 * BLOCK)
+    engine.step({"r": BLOCK})
+    engine.link.mute = False
+    engine.step({"r": 2 * BLOCK})
+    engine.step({"r": BLOCK})
+    _, receipt = engine.side.finished(request, engine.blocks(request))
+    engine.step({})
+    engine.copied(*engine.take_dumping())
+    engine.step({})
+
+    assert receipt is None
+    assert not stored(tier) & set(state_keys_of(engine))
+    slots = engine.slots()
+    assert (slots["pins"], slots["filling"]) == (0, 0)
+
+
+def state_keys_of(engine: Engine) -> list[Key]:
+    engine.add("s", PROMPT)
+    return state_keys(engine, "s")
+
+
+@pytest.mark.parametrize("num_tokens", [PROMPT, PROMPT + 5])
+def test_a_receipt_promises_what_the_last_state_goes_on_from(
+    tier: MemoryTier, num_tokens: int
+) -> None:
+    end = (num_tokens - 1) // BLOCK * BLOCK
+    engine = started(tier)
+    _, receipt = prefill(engine, num_tokens=num_tokens, at=(end,), says=h.Wanted())
+    assert isinstance(receipt, h.Receipt)
+    assert (receipt.tokens, receipt.is_whole) == (end, False)
+
+    decoder = started(tier)
+    assert decoder.admit(decoder.add("s", num_tokens, says=receipt)) == end
+    assert decoder.counted("ucm_handoff_promised_tokens") == end
+    assert decoder.counted("ucm_handoff_loaded_tokens") == end
+
+
+def test_who_loads_a_prompt_can_promise_it_again(tier: MemoryTier) -> None:
+    """vLLM offers no state a second time, neither what it has found itself nor what was loaded."""
+    prefill(started(tier))
+    engine = started(tier)
+    jobs, receipt = prefill(engine, at=(), says=h.Wanted())
+
+    assert not jobs, "the store has it all"
+    assert isinstance(receipt, h.Receipt) and receipt.tokens == LAST
+
+
+def test_a_state_of_vllms_own_cache_is_stored_again_if_the_store_has_lost_it(
+    tier: MemoryTier,
+) -> None:
+    engine = started(tier)
+    request = engine.add("r", PROMPT, says=h.Wanted())
+    extra = None
+    while extra is None:
+        extra, _ = engine.side.matched_tokens(request, LAST)
+        engine.step({})
+    engine.side.allocated(request, engine.blocks(request), 0)
+    request.num_computed_tokens = LAST
+    engine.step({"r": BLOCK})
+    _, receipt = engine.side.finished(request, engine.blocks(request))
+    engine.step({})
+    engine.copied(*engine.take_dumping())
+    engine.step({})
+
+    assert receipt is not None
+    assert stored(tier) & set(state_keys_of(engine))
+    assert started_hit(tier, PROMPT) == LAST
+
+
+def test_of_a_prompt_under_way_what_its_last_state_needs_is_waited_for(tier: MemoryTier) -> None:
+    decoder = started(tier)
+    decoder.link.mute = True
+    decoder.add("s", PROMPT, says=h.Expected())
+    promise = decoder.side._promises.promise("s")
+
+    assert promise is not None
+    assert (promise.num_blocks, promise.tokens) == (9, LAST)
+
+
+def test_what_vllm_has_up_to_the_middle_of_a_block_is_not_gone_on_from(tier: MemoryTier) -> None:
+    prefill(started(tier))
+    engine = started(tier)
+    request = engine.add("s", PROMPT)
+    extra = None
+    while extra is None:
+        extra, _ = engine.side.matched_tokens(request, 2 * BLOCK + 3)
+        engine.step({})
+
+    assert extra == 0
+    assert engine.slots()["pins"] == 0
