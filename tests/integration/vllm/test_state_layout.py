@@ -18,13 +18,12 @@ from vllm.model_executor.model_loader import utils as loader_utils
 from vllm.v1.attention.backends.registry import MambaAttentionBackendEnum as Kind
 from vllm.v1.kv_cache_interface import MambaSpec
 
-from tests.integration.copies.copy_engines import DUMP, LOAD, copy_and_wait
+from tests.integration.copies.copy_engines import DUMP, ENGINES, LOAD, copy_and_wait
 from tests.integration.copies.kv_layouts import make_arena
 from ucm.errors import UnsupportedEngine
 from ucm.integration.copies.arena import Arena
 from ucm.integration.copies.jobs import PagePart
 from ucm.integration.copies.layout import state_view
-from ucm.integration.copies.make import make_copy_engine
 from ucm.integration.copies.state_field import StateField
 from ucm.integration.copies.target import CopyTarget
 from ucm.integration.vllm import state_layout
@@ -160,7 +159,7 @@ class Rank:
             for state, right in zip(self.states(layer), self.right(layer), strict=True):
                 state.view(right.dtype).copy_(right)
 
-    def copy(self, arena: Arena, *, load: bool) -> None:
+    def copy(self, arena: Arena, *, load: bool, by: str = "host") -> None:
         targets, parts = [], []
         for field in self.fields:
             share = rank_share(
@@ -173,7 +172,7 @@ class Rank:
                 parts.append(PagePart(field.page_offset_bytes, 0, (BLOCK,), target=len(targets)))
             views = [state_view(page, field, num_heads=len(share.heads)) for page in self.pages]
             targets.append(CopyTarget(views, field.geometry, share))
-        engine = make_copy_engine(targets)
+        engine = ENGINES[by](*(SimpleNamespace(target=lambda it=it: it) for it in targets))
         try:
             copy_and_wait(engine, LOAD if load else DUMP, parts, arena)
         finally:
@@ -219,6 +218,25 @@ def test_what_some_ranks_store_others_load(
                 assert torch.equal(state.view(right.dtype), right)
             others = [block for block in range(NUM_BLOCKS) if block != BLOCK]
             assert torch.equal(rank.pages[layer][others], before[layer][others])
+
+
+@pytest.mark.parametrize("by", [name for name in ENGINES if name != "host"])
+@pytest.mark.parametrize("name", ["mamba2", "gdn"])
+def test_an_accelerator_copies_them_as_well(
+    name: str, by: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Gated delta nets turned as well, though only a CPU does that."""
+    of_one = dumped(MODELS[name], 1, monkeypatch)
+    rank = Rank(MODELS[name], 1, 2, monkeypatch)
+    rank.copy(of_one, load=True, by=by)
+    for layer in range(NUM_LAYERS):
+        for state, right in zip(rank.states(layer), rank.right(layer), strict=True):
+            assert torch.equal(state.view(right.dtype), right)
+
+    again = make_arena(1, page_of(rank.fields))
+    again.bytes.copy_(of_one.bytes)
+    rank.copy(again, load=False, by=by)
+    assert torch.equal(again.bytes, of_one.bytes)
 
 
 def test_a_cpu_keeps_gated_delta_nets_turned_and_their_page_is_that_of_a_gpu(
