@@ -10,7 +10,7 @@ from examples.cluster.processes import HttpServer
 from tests.e2e.checks import Prompt, at_once, counted, handed_over, handed_over_since, make_prompt
 from tests.e2e.deployment import Fleets
 from tests.e2e.hybrid_fleet import HybridFleet, ask, ask_counted, hit_tokens, wait_kept
-from tests.e2e.hybrid_models import MODELS
+from tests.e2e.hybrid_models import MODELS, HybridModel
 from tests.e2e.node import Node
 from tests.e2e.proxies import ONE_TO_ONE, proxy
 
@@ -21,20 +21,27 @@ NUM_CLIENTS = 4
 RACING = [make_prompt(1500, f"windows race {i}") for i in range(20)]
 
 
+@pytest.fixture(scope="module", params=["gemma3-w256", "mistral-w256"])
+def model(request: pytest.FixtureRequest) -> HybridModel:
+    return MODELS[request.param]
+
+
 @pytest.fixture
-def fleet(fleets: Fleets, tmp_path_factory: pytest.TempPathFactory) -> HybridFleet:
+def fleet(
+    model: HybridModel, fleets: Fleets, tmp_path_factory: pytest.TempPathFactory
+) -> HybridFleet:
     """Two alike; one of two ranks, and one whose blocks are half as large and that has a prefix
     cache. Each has a node to itself."""
 
     def start() -> HybridFleet:
-        made = HybridFleet(tmp_path_factory.mktemp("windows-handoff"), MODELS["gemma3-w256"])
-        made.start("prefill", Node("windows-prefill"), chunk=512)
-        made.start("decode", Node("windows-decode"))
-        made.start("tp2", Node("windows-tp2"), chunk=512, args=["--tensor-parallel-size", "2"])
-        made.start("block64", Node("windows-block64"), block_size=64, prefix_caching=True)
+        made, name = HybridFleet(tmp_path_factory.mktemp("handoff"), model), model.name
+        made.start("prefill", Node(f"{name}-prefill"), chunk=512)
+        made.start("decode", Node(f"{name}-decode"))
+        made.start("tp2", Node(f"{name}-tp2"), chunk=512, args=["--tensor-parallel-size", "2"])
+        made.start("block64", Node(f"{name}-block64"), block_size=64, prefix_caching=True)
         return made
 
-    made = fleets.use("windows handoff", start)
+    made = fleets.use(f"{model.name} handoff", start)
     assert isinstance(made, HybridFleet)
     return made
 

@@ -6,16 +6,11 @@ import pytest
 
 pytest.importorskip("vllm")
 
-from hypothesis import given
-from hypothesis import strategies as st
-
 from tests.integration.scheduler_parts import BLOCK, Engine, Loopback
 from tests.store.tiers.memory_tier import MemoryTier
 from ucm import handoff as h
 from ucm.integration.copies.jobs import CopyJob
-from ucm.integration.engine.window_search import likely_ends, sampled_blocks
 from ucm.store.blocks.keys import Key, strand_key
-from ucm.store.blocks.strands import Reach, ReachKind, boundaries, kept_blocks, needed_blocks
 from ucm.store.node import protocol as p
 
 # What the last token of a prompt needs: three blocks of the one strand, two of the other.
@@ -255,6 +250,52 @@ def test_what_was_promised_of_a_shorter_prompt_is_waited_for_at_its_end(tier: Me
     assert decode.admit(request) == PROMPT
 
 
+@pytest.mark.parametrize("num_boundaries", range(4))
+def test_a_prompt_whose_prefill_is_under_way_is_waited_for_from_boundary_to_boundary(
+    tier: MemoryTier, num_boundaries: int
+) -> None:
+    """Each takes nearly as long as decode waits for one. If prefill ends before the prompt does,
+    what it has stored is loaded."""
+    ends = [4 * BLOCK, 8 * BLOCK, PROMPT + 5][:num_boundaries]
+    prefill(started(tier, window_interval=4 * BLOCK), PROMPT + 5, says=h.Wanted())
+    decode = started(tier, window_interval=4 * BLOCK)
+    request = decode.add("s", PROMPT + 5, says=h.Expected())
+    keys, sides = keys_of(decode, "s")
+    coming, tier._pages = tier._pages, {}
+
+    def passes(seconds: float) -> tuple[int | None, bool]:
+        hit = decode.side.matched_tokens(request, 0)
+        for _ in range(int(seconds * 10)):
+            decode.link.now_s += 0.1
+            decode.link.core.tick()
+            decode.link.timers.fire()
+            hit = decode.side.matched_tokens(request, 0)
+            if hit[0] is not None:
+                break
+        return hit
+
+    for end in ends:
+        assert passes(25) == (None, False)
+        there = {*keys[: -(-end // BLOCK)], *sides[: -(-end // BLOCK)]}
+        tier._pages.update({at: page for at, page in coming.items() if at[1] in there})
+    loaded = min(ends[-1], PROMPT + 4) if ends else 0
+    assert passes(40) == (loaded, bool(loaded))
+    decode.side.finished(request, ())
+    assert decode.slots()["pins"] == 0
+
+
+def test_who_leaves_while_a_prefill_is_under_way_leaves_nothing_behind(tier: MemoryTier) -> None:
+    prefill(started(tier, window_interval=4 * BLOCK))
+    decode = started(tier, window_interval=4 * BLOCK)
+    request = decode.add("s", PROMPT, says=h.Expected())
+    remove(tier, *(key for keys in keys_of(decode, "s") for key in keys[8:]))
+    for _ in range(5):
+        assert decode.side.matched_tokens(request, 0) == (None, False)
+    decode.side.finished(request, ())
+    assert decode.slots()["pins"] == 0
+    assert decode.link.core.lookups.num_open == 0
+
+
 def test_a_node_cache_that_is_lost_while_it_is_asked_is_asked_anew(tier: MemoryTier) -> None:
     prefill(started(tier))
     engine = started(tier)
@@ -265,43 +306,3 @@ def test_a_node_cache_that_is_lost_while_it_is_asked_is_asked_anew(tier: MemoryT
     engine.link.mute = False
     engine.step({})
     assert engine.admit(request) == PROMPT - 1
-
-
-windows = st.builds(Reach, st.just(ReachKind.WINDOW), st.integers(2, 60))
-
-
-@given(windows, st.integers(1, 200), st.integers(1, 20), st.integers(0, 40), st.integers(0, 30))
-def test_wherever_a_prompt_ends_that_begins_alike_some_sample_is_of_its_window(
-    reach: Reach, num_tokens: int, block_tokens: int, more_blocks: int, read_from: int
-) -> None:
-    """A tail is no block of the longer prompt."""
-    num_blocks = num_tokens // block_tokens
-    (end, *_) = boundaries(num_tokens, num_blocks, block_tokens, 0) or [0]
-    needed = set(needed_blocks(reach, end, block_tokens)) - set(range(read_from))
-    blocks = range(read_from, max(read_from, num_blocks + more_blocks))
-    samples = sampled_blocks(reach, blocks, block_tokens)
-
-    assert set(samples) <= set(blocks)
-    assert not needed or needed & set(samples)
-
-
-@given(windows, st.integers(20, 200), st.integers(1, 20), st.integers(0, 90))
-def test_of_all_likely_ends_the_longest_that_is_there_is_where_the_stored_prompt_ended(
-    reach: Reach, num_tokens: int, block_tokens: int, more_tokens: int
-) -> None:
-    num_blocks = num_tokens // block_tokens
-    end = num_blocks * block_tokens
-    kept = kept_blocks(reach, num_tokens, num_blocks, block_tokens, 0)
-    asked = num_tokens + more_tokens
-    own_ends = boundaries(asked, asked // block_tokens, block_tokens, 0)
-    blocks = range(asked // block_tokens)
-    ends = likely_ends(
-        reach,
-        own_ends,
-        found=kept,
-        absent=set(blocks) - kept,
-        block_tokens=block_tokens,
-    )
-
-    assert ends == sorted(set(ends), reverse=True)
-    assert (ends or [0])[0] == end

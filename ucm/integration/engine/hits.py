@@ -175,12 +175,14 @@ class Hits:
         if not self._facts.has_base:
             WindowSearch(
                 self._session,
+                hit.lookup_id,
                 self._facts.strands[0].reach,
                 prompt,
                 read_from=hit.read_from,
                 own_ends=prompt.boundaries(self._interval_tokens),
                 promised_blocks=promise.num_blocks if promise is not None and wait_s > 0 else 0,
-                timeout_s=self._timeout_s,
+                renewed=renewed,
+                timeout_s=timeout_s,
                 on_ends=partial(self._on_ends, hit),
             )
             return hit
@@ -236,8 +238,6 @@ class Hits:
 
     def _on_ends(self, hit: Hit, ends: list[int], reason: Outcome) -> None:
         """These are likely ends of the hit, the longest first."""
-        if self._hits.get(hit.prompt.request_id) is not hit:
-            return
         hit.of_request.reason = Outcome.FINE
         hit.reply = _ABOUT_NOTHING
         num_blocks, block_tokens = len(hit.prompt.keys), hit.prompt.block_tokens

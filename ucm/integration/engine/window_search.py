@@ -48,26 +48,62 @@ def likely_ends(
 class WindowSearch:
     """Of one lookup, for the strand with the longest window. `on_ends` gets the likely ends, and
     why there may be more that nobody knows of. What is promised is not looked for: it is waited
-    for. Owned by the engine's thread."""
+    for, if that is `renewed` boundary by boundary. Ends with the release of its lookup. Owned by
+    the engine's thread."""
 
     session: NodeSession
+    lookup_id: int
     reach: Reach
     prompt: Prompt
     read_from: int
     own_ends: Sequence[int]
     promised_blocks: int
+    renewed: bool
     timeout_s: float
     on_ends: Callable[[list[int], Outcome], None]
     _found: set[int] = field(default_factory=set)
     _absent: set[int] = field(default_factory=set)
 
     def __post_init__(self) -> None:
-        prompt = self.prompt
-        if self.promised_blocks:
-            ends = [prompt.tokens_before(self.promised_blocks), *self.own_ends]
-            self.on_ends(ends, Outcome.FINE)
+        size = self.prompt.block_tokens
+        if not self.promised_blocks:
+            self._ask(sampled_blocks(self.reach, self._blocks, size), self._go_on)
+            return
+        ends = [self.prompt.tokens_before(self.promised_blocks), *self.own_ends]
+        if self.renewed:
+            begin = self.read_from * size
+            self._watch([end for end in ends[1:] if begin < end <= ends[0]], seen=[])
         else:
-            self._ask(sampled_blocks(self.reach, self._blocks, prompt.block_tokens), self._go_on)
+            self.on_ends(ends, Outcome.FINE)
+
+    def _watch(self, ahead: list[int], *, seen: list[int]) -> None:
+        """Prefill is under way, and keeps a window at each of these boundaries, which shows that it
+        goes on. Of each the last page is waited for, as it comes last."""
+        if not ahead:
+            self.on_ends(seen, Outcome.FINE)
+            return
+        *ahead, nearest = ahead
+        stop = -(-nearest // self.prompt.block_tokens)
+        self.session.ask(
+            p.Lookup(
+                id=self.lookup_id,
+                ns=self.session.namespace,
+                keys=[self.prompt.key_of(stop - 1)],
+                read_from=0,
+                load=True,
+                timeout_ms=int(self.timeout_s * 1000),
+                promised=1,
+                tail_tokens=self.prompt.tail_at(stop),
+            ),
+            partial(self._on_watched, ahead, [nearest, *seen]),
+        )
+
+    def _on_watched(self, ahead: list[int], seen: list[int], reply: p.LookupReply) -> None:
+        self.session.release(self.lookup_id)
+        if reply.offsets:
+            self._watch(ahead, seen=seen)
+        else:
+            self.on_ends(seen[1:], reply.reason)
 
     @property
     def _blocks(self) -> range:
@@ -81,7 +117,7 @@ class WindowSearch:
             return
         self.session.ask(
             p.Find(
-                id=self.session.next_id(),
+                id=self.lookup_id,
                 ns=self.session.namespace,
                 keys=[self.prompt.key_of(block) for block in blocks],
                 storage=False,

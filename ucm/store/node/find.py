@@ -1,4 +1,5 @@
-"""Finds: where is each of these keys? For the store API, whose blocks stand for themselves.
+"""Finds: where is each of these keys? For the store API, whose blocks stand for themselves, and
+for models of which only windows are kept.
 
 Memory answers at once. Storage is asked in parallel, in groups, about what memory can't answer; at
 the deadline the rest is nowhere, with a reason. A find of what is in storage believes storage and
