@@ -221,6 +221,36 @@ def test_a_state_of_vllms_own_cache_is_stored_again_if_the_store_has_lost_it(
     assert started_hit(tier, PROMPT) == LAST
 
 
+@pytest.mark.parametrize(
+    "what", ["a load of another request into its blocks has failed", "a reset"]
+)
+def test_states_computed_from_what_keys_do_not_name_are_not_stored(
+    tier: MemoryTier, what: str
+) -> None:
+    """vLLM goes on to offer them."""
+    engine = started(tier)
+    request = engine.add("r", PROMPT)
+    engine.admit(request)
+    keys = state_keys(engine, "r")
+    engine.step({"r": 6 * BLOCK})
+    if what == "a reset":
+        engine.side.reset()
+    else:
+        engine.side.blocks_invalid({2})
+    for end in (7 * BLOCK, LAST):
+        offer(engine, "r", end)
+        engine.step({"r": end - request.num_computed_tokens})
+    engine.step({"r": BLOCK})
+    engine.side.finished(request, engine.blocks(request))
+    engine.step({})
+    engine.copied(*engine.take_dumping())
+    engine.step({})
+
+    assert not stored(tier) & set(keys)
+    slots = engine.slots()
+    assert (slots["pins"], slots["filling"]) == (0, 0)
+
+
 def test_of_a_prompt_under_way_what_its_last_state_needs_is_waited_for(tier: MemoryTier) -> None:
     decoder = started(tier)
     decoder.link.mute = True
