@@ -168,6 +168,28 @@ def test_a_state_that_has_no_slot_in_its_step_is_a_hole_and_no_receipt_promises_
     assert (slots["pins"], slots["filling"]) == (0, 0)
 
 
+def test_a_slot_that_comes_when_the_request_has_ended_gets_no_state(tier: MemoryTier) -> None:
+    """Where a kernel keeps a state in the middle of a step, it may be the last step."""
+    engine = started(tier)
+    request = engine.add("r", PROMPT, says=h.Wanted())
+    engine.admit(request)
+    engine.step({"r": 4 * BLOCK})
+    # Nobody could foresee this one.
+    engine.link.mute = True
+    offer(engine, "r", 6 * BLOCK)
+    engine.step({"r": 6 * BLOCK})
+    engine.side.finished(request, engine.blocks(request))
+    engine.link.mute = False
+    parts = [part for job in engine.step({}).dumps for part in job.parts]
+    engine.copied(*engine.take_dumping())
+    engine.step({})
+
+    assert not [part for part in parts if part.target]
+    assert not stored(tier) & set(state_keys_of(engine))
+    slots = engine.slots()
+    assert (slots["pins"], slots["filling"]) == (0, 0)
+
+
 def state_keys_of(engine: Engine) -> list[Key]:
     engine.add("s", PROMPT)
     return state_keys(engine, "s")
