@@ -56,6 +56,7 @@ def config(*, tp_size: int = 1, pp_size: int = 1, hybrid: bool = True, **more: A
             enable_sleep_mode=False,
             get_total_num_kv_heads=lambda: more.get("total_heads", HEADS),
             get_head_size=lambda: SIZE,
+            model_arch_config=more.get("arch"),
         ),
         cache_config=SimpleNamespace(
             cache_dtype="auto",

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 
 pytest.importorskip("vllm")
 
+import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from vllm.platforms import current_platform
@@ -43,6 +45,18 @@ from ucm.integration.engine.strand_report import strands_text
 from ucm.integration.vllm.identity import manifest
 from ucm.store.blocks.namespace import differences, fingerprint
 from ucm.store.blocks.strands import ALL, Reach, ReachKind
+
+
+@dataclass
+class Arch:
+    """As vLLM knows a model's layers one by one."""
+
+    total_num_kv_heads: int
+    head_size: int
+    per_layer_overrides: list[dict[str, int]]
+
+    def __getitem__(self, layer: int) -> Any:
+        return SimpleNamespace(**self.per_layer_overrides[layer])
 
 
 def numbers(names: Sequence[str]) -> list[int]:
@@ -230,6 +244,54 @@ def test_the_heads_of_a_strand_are_those_of_all_ranks(
 
     facts = facts_of(by_vllm(engine, specs), engine)
     assert [strand.geometry.num_kv_heads for strand in facts.strands] == [expected] * 2
+
+
+@pytest.mark.parametrize("tp_size", [1, 2, 4, 8, 16])
+@pytest.mark.parametrize("layout", ["LBHNC", "BLHNC"])
+@pytest.mark.parametrize(
+    ("local", "full", "window", "period", "num_layers"),
+    [
+        ((1, 256), (1, 512), 512, 5, 15),
+        ((2, 256), (2, 512), 512, 6, 24),
+        ((8, 256), (2, 512), 1024, 6, 30),
+        ((16, 256), (4, 512), 1024, 6, 60),
+    ],
+    ids=["E2B", "E4B", "26B-A4B", "31B"],
+)
+def test_gemma_4_is_served_whatever_its_size_its_ranks_and_its_layout(
+    local: tuple[int, int],
+    full: tuple[int, int],
+    window: int,
+    period: int,
+    num_layers: int,
+    layout: str,
+    tp_size: int,
+) -> None:
+    """Of E2B and E4B, the layers that have KV of their own."""
+    shapes = [full if n % period == period - 1 else local for n in range(num_layers)]
+    fields = [{"total_num_kv_heads": heads, "head_size": size} for heads, size in shapes]
+    arch = Arch(**{**fields[0], "per_layer_overrides": fields})
+    engine = config(tp_size=tp_size, layout=layout, arch=arch, total_heads=local[0])
+    shape = {"block_size": BLOCK, "dtype": torch.bfloat16}
+    specs: list[KVCacheSpec] = [
+        FullAttentionSpec(**shape, num_kv_heads=max(1, heads // tp_size), head_size=size)
+        if (heads, size) == full
+        else SlidingWindowSpec(
+            **shape,
+            num_kv_heads=max(1, heads // tp_size),
+            head_size=size,
+            sliding_window=window,
+        )
+        for heads, size in shapes
+    ]
+    cache = by_vllm(engine, specs)
+    facts = facts_of(cache, engine)
+
+    assert facts_of(generate_scheduler_kv_cache_config([cache]), engine) == facts
+    check_targets(facts, cache)
+    geometries = [strand.geometry for strand in facts.strands]
+    assert [(each.num_kv_heads, each.k_size) for each in geometries] == [full, local]
+    assert [strand.reach for strand in facts.strands] == [ALL, Reach(ReachKind.WINDOW, window)]
 
 
 def test_engines_whose_strands_differ_are_in_namespaces_of_their_own() -> None:

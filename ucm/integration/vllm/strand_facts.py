@@ -107,6 +107,7 @@ def _strand(
         spec,
         settings,
         layout,
+        layer=layer_index(layers[0].name),
         num_layers=_num_layers(vllm_config, layers),
         is_only=is_only,
     )

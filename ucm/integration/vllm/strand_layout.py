@@ -61,10 +61,11 @@ def geometry_of(
     settings: Settings,
     layout: LayoutKind,
     *,
+    layer: int,
     num_layers: int,
     is_only: bool,
 ) -> PageGeometry:
-    """`is_only`: all layers of the model are of this one strand."""
+    """Of layers like that with the number `layer`. `is_only`: all of the model are."""
     if layout is LayoutKind.OPAQUE:
         return PageGeometry(
             num_layers=num_layers,
@@ -80,7 +81,7 @@ def geometry_of(
     elif is_only:
         heads = int(vllm_config.model_config.get_total_num_kv_heads())
     else:
-        heads = _total_heads(vllm_config, spec)
+        heads = _total_heads(vllm_config, spec, layer)
     return PageGeometry(
         num_layers=num_layers,
         num_kv_heads=heads,
@@ -91,17 +92,25 @@ def geometry_of(
     )
 
 
-def _total_heads(vllm_config: Any, spec: Any) -> int:
+def _total_heads(vllm_config: Any, spec: Any, layer: int) -> int:
     """Over all ranks. A rank with one head may share it with others, and only the model's own
     number says with how many; layers of another shape may have another number."""
-    model, tp_size = vllm_config.model_config, int(vllm_config.parallel_config.tensor_parallel_size)
-    heads = int(spec.num_kv_heads)
+    tp_size, heads = int(vllm_config.parallel_config.tensor_parallel_size), int(spec.num_kv_heads)
     if tp_size == 1 or heads > 1:
         return heads * tp_size
-    total = int(model.get_total_num_kv_heads())
-    if total > tp_size or int(spec.head_size) != int(model.get_head_size()):
+    total, head_size = _heads_of(vllm_config.model_config, layer)
+    if total > tp_size or int(spec.head_size) != head_size:
         raise UnsupportedEngine(
             f"can't tell how many KV heads the layers with heads of {spec.head_size} have in all: "
             f"a rank has one of them. Use a smaller --tensor-parallel-size than {tp_size}"
         )
     return total
+
+
+def _heads_of(model: Any, layer: int) -> tuple[int, int]:
+    """How many KV heads that layer has in all, and how large they are. Not every vLLM that this
+    runs on knows it layer by layer."""
+    arch = getattr(model, "model_arch_config", None)
+    if arch is None or not hasattr(arch, "per_layer_overrides"):
+        return int(model.get_total_num_kv_heads()), int(model.get_head_size())
+    return int(arch[layer].total_num_kv_heads), int(arch[layer].head_size)
