@@ -209,7 +209,7 @@ class Storm:
         self._nobody_copies_what_others_have()
         for rank in self.ranks:
             rank.load_in_step(step)
-        sampled = self._forward(output.num_scheduled_tokens)
+        sampled = self._forward(output)
         for rank in self.ranks:
             rank.submit(step)
             rank.run_some()
@@ -219,10 +219,10 @@ class Storm:
         self.node.tick(self._used_generations())
         self.side._ledger.check()
 
-    def _forward(self, scheduled: dict[str, int]) -> dict[str, list[int]]:
+    def _forward(self, output: Any) -> dict[str, list[int]]:
         manager = self.scheduler.kv_cache_manager
         sampled = {}
-        for name, count in scheduled.items():
+        for name, count in output.num_scheduled_tokens.items():
             request = self.scheduler.requests[name]
             # vLLM has counted them already.
             end = request.num_computed_tokens

@@ -14,7 +14,9 @@ from vllm.config import (
     DeviceConfig,
     KVTransferConfig,
     ModelConfig,
+    ParallelConfig,
     SchedulerConfig,
+    SpeculativeConfig,
     VllmConfig,
 )
 from vllm.v1.core.sched.async_scheduler import AsyncScheduler
@@ -61,6 +63,8 @@ class Weather:
     # of what a step computes.
     state_interval: int | None = 0
     checkpoints: bool = False
+    # How many tokens are guessed behind each that is answered.
+    num_guesses: int = 0
 
     @property
     def reaches(self) -> tuple[Reach, ...]:
@@ -134,6 +138,11 @@ class Weather:
             checkpoints=rng.random() < 0.5,
         )
 
+    @classmethod
+    def with_guesses(cls, rng: random.Random) -> Weather:
+        kind = rng.choice((cls.of, cls.with_windows, cls.with_windows_only))
+        return replace(kind(rng), schedules_ahead=False, num_guesses=rng.choice((1, 3, 7)))
+
 
 def make_scheduler(folder: Path, weather: Weather, *, connector_module: str) -> Scheduler:
     if not (folder / "config.json").exists():
@@ -183,6 +192,7 @@ def make_scheduler(folder: Path, weather: Weather, *, connector_module: str) -> 
             kv_role=weather.role,
             kv_load_failure_policy="recompute" if weather.recompute else "fail",
         ),
+        speculative_config=_guesses(model_config, weather),
     )
     kind = AsyncScheduler if weather.schedules_ahead else Scheduler
     return kind(
@@ -191,6 +201,19 @@ def make_scheduler(folder: Path, weather: Weather, *, connector_module: str) -> 
         structured_output_manager=StructuredOutputManager(config),
         block_size=UNIT,
         log_stats=False,
+    )
+
+
+def _guesses(model_config: ModelConfig, weather: Weather) -> SpeculativeConfig | None:
+    if not weather.num_guesses:
+        return None
+    return SpeculativeConfig(
+        method="ngram",
+        num_speculative_tokens=weather.num_guesses,
+        prompt_lookup_max=2,
+        prompt_lookup_min=1,
+        target_model_config=model_config,
+        target_parallel_config=ParallelConfig(),
     )
 
 

@@ -12,6 +12,7 @@ pytest.importorskip("vllm")
 from tests.integration.vllm.storm import Storm
 from tests.integration.vllm.storm_async import AsyncStorm
 from tests.integration.vllm.storm_engine import Weather
+from tests.integration.vllm.storm_guesses import GuessingStorm
 from tests.integration.vllm.storm_node import Clock
 from ucm.integration.engine import dumps, hits, promise_book, side_lookups
 from ucm.store.client import session
@@ -35,6 +36,7 @@ def run_storm(
     rng = random.Random(seed)
     weather = weather or Weather.of(rng)
     kind = AsyncStorm if weather.schedules_ahead else Storm
+    kind = GuessingStorm if weather.num_guesses else kind
     storm = kind(folder, weather, seed=seed, clock=clock)
     node = storm.node
     rare = (
@@ -91,6 +93,16 @@ def test_a_storm_around_a_model_with_states_goes_on_from_the_right_one(
 ):
     weather = Weather.with_states(random.Random(seed))
     assert run_storm(model_folder, seed, STEPS, monkeypatch, weather).answered
+
+
+@pytest.mark.parametrize("seed", range(20))
+def test_a_storm_in_which_tokens_are_guessed_stores_none_of_the_guesses(
+    seed: int, model_folder: Path, monkeypatch: pytest.MonkeyPatch
+):
+    weather = Weather.with_guesses(random.Random(seed))
+    storm = run_storm(model_folder, seed, STEPS, monkeypatch, weather)
+    assert isinstance(storm, GuessingStorm)
+    assert storm.right_guesses and storm.wrong_guesses
 
 
 @pytest.mark.long
