@@ -31,7 +31,7 @@ class Receipt(msgspec.Struct, frozen=True, kw_only=True, tag_field="kind", tag="
     """The first `tokens` of the prompt are promised; `key` names the last of their blocks. Blocks
     are published in the order of the prompt, so its being there means that all are. A promise that
     doesn't end at a block's border includes the tail. One that `is_whole` is for all of the
-    prompt. `issued_s` is in seconds since 1970, by the prefill machine's clock."""
+    prompt that can be. `issued_s` is in seconds since 1970, by the prefill machine's clock."""
 
     namespace: _Hex32
     block_tokens: _Tokens

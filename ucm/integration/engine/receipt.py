@@ -102,11 +102,16 @@ def receipt_for(
     if num_blocks == 0:
         return None
     tokens = min(num_blocks * rules.block_tokens, num_prompt)
+    # No more can be promised of a prompt with states than the last boundary.
+    end = num_prompt
+    if rules.has_states:
+        num_whole = num_prompt // rules.block_tokens
+        end = last_boundary(num_prompt, num_whole, rules.block_tokens, with_states=True)
     return Receipt(
         namespace=rules.fingerprint.hex(),
         block_tokens=rules.block_tokens,
         tokens=tokens,
         key=keys[num_blocks - 1].hex(),
-        is_whole=tokens == num_prompt,
+        is_whole=tokens == end,
         issued_s=issued_s,
     )
