@@ -179,7 +179,8 @@ def wait_kept(store: Store, model: HybridModel, prompt: Prompt) -> None:
 
 class HybridFleet(Deployment):
     """Of one model: servers over one store, and `plain`, a vLLM without UCM, which computes every
-    prompt cold."""
+    prompt cold. In bfloat16 a token's logprobs depend on how many are computed with it: there plain
+    has a prefix cache, for which it ends a step where the others' hits end."""
 
     def __init__(self, folder: Path, model: HybridModel) -> None:
         super().__init__(folder, make_hybrid(folder, model))
@@ -190,7 +191,7 @@ class HybridFleet(Deployment):
             dtype=model.dtype,
             block_size=model.block_size,
             kv_cache_bytes=KV_CACHE_BYTES,
-            args=["--no-enable-prefix-caching", *model.flags],
+            args=["--no-enable-prefix-caching", *model.flags] if model.is_exact else model.flags,
         )
         self._answers: dict[tuple[Prompt, int], Said] = {}
 

@@ -41,6 +41,10 @@ class HybridModel:
     def has_states(self) -> bool:
         return not self.window
 
+    @property
+    def is_exact(self) -> bool:
+        return self.dtype == "float32"
+
     def hit_tokens(self, num_prompt: int) -> int:
         """What there is to load of a prompt. A window's last token is computed again; a state is
         that after a whole block, and before the last token."""
