@@ -42,6 +42,10 @@ class HybridModel:
         return not self.window
 
     @property
+    def steps_are_blocks(self) -> bool:
+        return self.flags == _BLOCK_BY_BLOCK
+
+    @property
     def is_exact(self) -> bool:
         return self.dtype == "float32"
 
