@@ -10,13 +10,15 @@ import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from examples.cluster.client import Client, RequestFailed
 from examples.cluster.processes import VllmServer
 from tests.e2e.checks import Prompt, counted, wait_until
 from tests.e2e.deployment import KV_CACHE_BYTES, Deployment, Engine
 from tests.e2e.hybrid_models import HybridModel, make_hybrid
-from tests.e2e.store import BLOCK_TOKENS, Namespace, Store
+from tests.e2e.node import Node
+from tests.e2e.store import Namespace, Store
 from ucm.store.blocks.keys import Key, strand_key
 from ucm.store.blocks.namespace import from_json
 from ucm.store.blocks.page_layout import PageGeometry
@@ -36,6 +38,7 @@ MAX_TOKENS = 12
 # that is another token's by a hundred times as much and more.
 SAME_LOGPROBS = 1e-3
 
+_STATE = "state"
 # Of a strand in a manifest.
 _SIZES = ("num_layers", "num_kv_heads", "k_size", "v_size", "item_bytes")
 
@@ -77,11 +80,6 @@ def ask_counted(engine: Engine, prompt: Prompt) -> tuple[Said, int, int]:
     return said, gained.local_hits, gained.external_hits
 
 
-def hit_tokens(prompt: Sequence[int]) -> int:
-    """All of a prompt's full blocks, but for its last token."""
-    return min(len(prompt) // BLOCK_TOKENS * BLOCK_TOKENS, len(prompt) - 1)
-
-
 @dataclass(frozen=True)
 class StoredStrand:
     """As a manifest of format 2 describes it. `namespace` has the size of its pages."""
@@ -95,7 +93,7 @@ class StoredStrand:
         return strand_key(key, self.name, is_salted=False) if self.name else key
 
     def needed(self, end_tokens: int) -> range:
-        return needed_blocks(self.reach, end_tokens, BLOCK_TOKENS)
+        return needed_blocks(self.reach, end_tokens, self.namespace.block_tokens)
 
 
 def strands(store: Store) -> list[StoredStrand]:
@@ -108,6 +106,8 @@ def strands(store: Store) -> list[StoredStrand]:
     for each in manifest.strands:
         kind, _, num_tokens = str(each["reach"]).partition(" ")
         sizes = {name: int(str(each[name])) for name in _SIZES}
+        if kind == _STATE:  # a page has one state, however many tokens it stands for
+            sizes["unit_tokens"] = manifest.block_tokens
         page = PageGeometry(block_tokens=manifest.block_tokens, **sizes)
         namespace = Namespace(bytes.fromhex(file.parent.name), text, page.page_bytes)
         reach = Reach(ReachKind(kind), int(num_tokens or 0))
@@ -115,14 +115,18 @@ def strands(store: Store) -> list[StoredStrand]:
     return found
 
 
-def kept_files(store: Store, prompt: Prompt) -> dict[str, dict[int, Path]]:
+def kept_files(store: Store, model: HybridModel, prompt: Prompt) -> dict[str, dict[int, Path]]:
     """Where the pages of the prompt's full blocks lie, or will lie, by strand and block."""
     found = strands(store)
     interval = default_interval_tokens(strand.reach for strand in found)
-    num_blocks = len(prompt) // BLOCK_TOKENS
+    num_blocks = len(prompt) // model.block_size
     files: dict[str, dict[int, Path]] = {}
     for strand in found:
-        kept = kept_blocks(strand.reach, len(prompt), num_blocks, BLOCK_TOKENS, interval)
+        kept = (
+            strand.needed(model.hit_tokens(len(prompt)))
+            if model.has_states
+            else kept_blocks(strand.reach, len(prompt), num_blocks, model.block_size, interval)
+        )
         fingerprint = strand.namespace.fingerprint
         files[strand.name] = {
             block: Path(paths.block_path(str(store.folder), fingerprint, strand.key(prompt, block)))
@@ -131,19 +135,20 @@ def kept_files(store: Store, prompt: Prompt) -> dict[str, dict[int, Path]]:
     return files
 
 
-def longest_end(store: Store, prompt: Prompt, *, without: Path) -> int:
+def longest_end(store: Store, model: HybridModel, prompt: Prompt, *, without: Path) -> int:
     """Where a hit on the prompt ends, of all that prefill keeps of it but this file. With a strand
     of which every block is kept others are kept at boundaries only; else a hit may end wherever
-    what it needs happens to be there."""
-    found, num_blocks = strands(store), len(prompt) // BLOCK_TOKENS
+    what it needs happens to be there. Of states there is one, or none."""
+    found, unit = strands(store), model.block_size
+    num_blocks = len(prompt) // unit
     there = {
         name: {block for block, file in files.items() if file != without}
-        for name, files in kept_files(store, prompt).items()
+        for name, files in kept_files(store, model, prompt).items()
     }
-    ends = [block * BLOCK_TOKENS for block in range(num_blocks, 0, -1)]
-    if found[0].reach == ALL:
+    ends = [block * unit for block in range(num_blocks, 0, -1)]
+    if found[0].reach == ALL and not model.has_states:
         interval = default_interval_tokens(strand.reach for strand in found)
-        ends = boundaries(len(prompt), num_blocks, BLOCK_TOKENS, interval)
+        ends = boundaries(len(prompt), num_blocks, unit, interval)
 
     def is_there(end: int) -> bool:
         end = min(end, len(prompt) - 1)
@@ -152,16 +157,16 @@ def longest_end(store: Store, prompt: Prompt, *, without: Path) -> int:
     return next(filter(is_there, ends), 0)
 
 
-def wait_kept(store: Store, prompt: Prompt) -> None:
+def wait_kept(store: Store, model: HybridModel, prompt: Prompt) -> None:
     """Until all that prefill keeps of the prompt is in files, of every strand."""
-    if len(prompt) < BLOCK_TOKENS:
+    if not model.hit_tokens(len(prompt)):
         return
     wait_until(lambda: bool(list(store.folder.glob(f"*/{paths.MANIFEST}"))), "a manifest")
 
     def missing() -> list[str]:
         return [
             f"{name or 'base'} {block}"
-            for name, files in kept_files(store, prompt).items()
+            for name, files in kept_files(store, model, prompt).items()
             for block, file in files.items()
             if not file.exists()
         ]
@@ -174,7 +179,8 @@ def wait_kept(store: Store, prompt: Prompt) -> None:
 
 class HybridFleet(Deployment):
     """Of one model: servers over one store, and `plain`, a vLLM without UCM, which computes every
-    prompt cold."""
+    prompt cold. In bfloat16 a token's logprobs depend on how many are computed with it: there plain
+    has a prefix cache, for which it ends a step where the others' hits end."""
 
     def __init__(self, folder: Path, model: HybridModel) -> None:
         super().__init__(folder, make_hybrid(folder, model))
@@ -185,9 +191,27 @@ class HybridFleet(Deployment):
             dtype=model.dtype,
             block_size=model.block_size,
             kv_cache_bytes=KV_CACHE_BYTES,
-            args=["--no-enable-prefix-caching", *model.flags],
+            args=["--no-enable-prefix-caching", *model.flags] if model.is_exact else model.flags,
         )
         self._answers: dict[tuple[Prompt, int], Said] = {}
+
+    def start(self, name: str, node: Node, *, args: Sequence[str] = (), **options: Any) -> Engine:
+        """As the model needs it. Without a prefix cache an engine keeps no states."""
+        model = self.model
+        fixed = {"dtype": model.dtype, "block_tokens": model.block_size}
+        if model.has_states:
+            fixed["prefix_caching"] = True
+        options = {"block_size": model.block_size, **options, **fixed}
+        return super().start(name, node, args=[*args, *model.flags], **options)
+
+    def hit_tokens(self, prompt: Prompt) -> int:
+        return self.model.hit_tokens(len(prompt))
+
+    def kept_files(self, prompt: Prompt) -> dict[str, dict[int, Path]]:
+        return kept_files(self.store, self.model, prompt)
+
+    def wait_kept(self, prompt: Prompt) -> None:
+        wait_kept(self.store, self.model, prompt)
 
     def expected(self, prompt: Prompt, *, max_tokens: int = MAX_TOKENS) -> Said:
         key = (prompt, max_tokens)

@@ -7,30 +7,54 @@ Weights are wide, as those of the tiny model are: outputs depend on what attenti
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final
 
 from examples.cluster.models import END, MAX_POSITION, made_once, token_id, write_tokenizer
 
 _CHAT_TEMPLATE: Final = "{% for message in messages %}{{ message['content'] }}{% endfor %}"
-_LOCAL, _GLOBAL = "sliding_attention", "full_attention"
+_LOCAL, _GLOBAL, _STATE = "sliding_attention", "full_attention", "linear_attention"
+# vLLM's CPU kernel can't keep a state that lies inside a step: steps end with each block.
+_BLOCK_BY_BLOCK: Final = ("--max-num-batched-tokens", "256")
+# What a state loses with each token is exp(A_log) of it, about. With the usual value it has
+# forgotten the tokens before a boundary soon behind it, and a wrong state would not show.
+_SLOW_DECAY: Final = -5.0
 
 
 @dataclass(frozen=True)
 class HybridModel:
     """`config` names a class of transformers and its arguments; `flags` are what vLLM needs for it
-    here. `window` is that of its local layers."""
+    here. `window` is that of its local layers; one that has none has states instead. `block_size`
+    is the engine's, and the store's: with states they must agree."""
 
     name: str
     config: str
-    window: int
     fields: Mapping[str, Any]
+    window: int = 0
     flags: tuple[str, ...] = ()
     dtype: str = "float32"
     block_size: int = 128
-    edit: Callable[[dict[str, Any]], None] = field(default=lambda weights: None)
+
+    @property
+    def has_states(self) -> bool:
+        return not self.window
+
+    @property
+    def steps_are_blocks(self) -> bool:
+        return self.flags == _BLOCK_BY_BLOCK
+
+    @property
+    def is_exact(self) -> bool:
+        return self.dtype == "float32"
+
+    def hit_tokens(self, num_prompt: int) -> int:
+        """What there is to load of a prompt. A window's last token is computed again; a state is
+        that after a whole block, and before the last token."""
+        if self.has_states:
+            return (num_prompt - 1) // self.block_size * self.block_size
+        return min(num_prompt // self.block_size * self.block_size, num_prompt - 1)
 
 
 _COMMON: Final = {
@@ -42,6 +66,10 @@ _COMMON: Final = {
     "max_position_embeddings": MAX_POSITION,
     "tie_word_embeddings": False,
 }
+
+
+def _without(fields: Mapping[str, Any], name: str) -> dict[str, Any]:
+    return {other: value for other, value in fields.items() if other != name}
 
 
 def _gemma3(window: int) -> HybridModel:
@@ -139,6 +167,71 @@ MODELS: Final = {
                 "attn_temperature_tuning": False,
             },
         ),
+        HybridModel(
+            name="qwen3-next",
+            config="Qwen3NextConfig",
+            fields={
+                **_COMMON,
+                "num_hidden_layers": 4,
+                "layer_types": [_STATE] * 3 + [_GLOBAL],
+                "linear_num_key_heads": 2,
+                "linear_num_value_heads": 4,
+                "linear_key_head_dim": 64,
+                "linear_value_head_dim": 64,
+                "num_experts": 2,
+                "num_experts_per_tok": 1,
+                "moe_intermediate_size": 128,
+                "shared_expert_intermediate_size": 128,
+            },
+            dtype="bfloat16",
+            block_size=256,
+        ),
+        HybridModel(
+            name="granite4",
+            config="GraniteMoeHybridConfig",
+            fields={
+                **_without(_COMMON, "head_dim"),
+                "num_hidden_layers": 4,
+                "layer_types": [_STATE] * 2 + [_GLOBAL, _STATE],
+                "shared_intermediate_size": 128,
+                "num_local_experts": 0,
+                "num_experts_per_tok": 0,
+                "attention_multiplier": 0.2,
+                "mamba_n_heads": 8,
+                "mamba_n_groups": 1,
+                "mamba_d_state": 64,
+            },
+            flags=_BLOCK_BY_BLOCK,
+            block_size=256,
+        ),
+        HybridModel(
+            name="falcon-h1",
+            config="FalconH1Config",
+            fields={
+                **_COMMON,
+                "num_hidden_layers": 2,
+                "mamba_d_ssm": 256,
+                "mamba_n_heads": 8,
+                "mamba_n_groups": 2,
+                "mamba_d_state": 64,
+            },
+            flags=_BLOCK_BY_BLOCK,
+            block_size=256,
+        ),
+        HybridModel(
+            name="nemotron-h",
+            config="NemotronHConfig",
+            fields={
+                **_COMMON,
+                "layers_block_type": [_STATE, "mlp", _GLOBAL, _STATE, "mlp"],
+                "mamba_num_heads": 8,
+                "mamba_head_dim": 32,
+                "n_groups": 2,
+                "ssm_state_size": 64,
+            },
+            flags=_BLOCK_BY_BLOCK,
+            block_size=256,
+        ),
     )
 }
 
@@ -171,4 +264,8 @@ def _write(folder: Path, model: HybridModel) -> None:
                 weight.normal_(std=1.6 / math.sqrt(weight.shape[-1]))
             elif "sinks" in name:
                 weight.normal_()
+            elif name.endswith("A_log"):
+                weight.fill_(_SLOW_DECAY)
+            elif name.endswith("dt_bias"):
+                weight.zero_()
     made.save_pretrained(folder)

@@ -111,7 +111,7 @@ class Node:
                 ns=1,
                 fingerprint=namespace.fingerprint,
                 page_bytes=namespace.page_bytes,
-                block_tokens=128,
+                block_tokens=namespace.block_tokens,
                 manifest=namespace.manifest_json,
             )
             client.send(opening)

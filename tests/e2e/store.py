@@ -39,9 +39,13 @@ class Namespace:
     def layout(self) -> str:
         return from_json(self.manifest_json).layout
 
+    @property
+    def block_tokens(self) -> int:
+        return from_json(self.manifest_json).block_tokens
+
     def keys(self, prompt: Sequence[int]) -> list[Key]:
         root = root_key(self.fingerprint, lora_digest=None, cache_salt=None)
-        return block_keys(root, prompt, block_tokens=BLOCK_TOKENS)
+        return block_keys(root, prompt, block_tokens=self.block_tokens)
 
 
 class Store:

@@ -1,4 +1,5 @@
-"""A model with windows: hand-off through the proxy, and engines that cut its KV differently."""
+"""A model with windows and one with states: hand-off through the proxy, and engines that cut their
+KV differently."""
 
 from __future__ import annotations
 
@@ -9,7 +10,7 @@ import pytest
 from examples.cluster.processes import HttpServer
 from tests.e2e.checks import Prompt, at_once, counted, handed_over, handed_over_since, make_prompt
 from tests.e2e.deployment import Fleets
-from tests.e2e.hybrid_fleet import HybridFleet, ask, ask_counted, hit_tokens, wait_kept
+from tests.e2e.hybrid_fleet import HybridFleet, ask, ask_counted
 from tests.e2e.hybrid_models import MODELS, HybridModel
 from tests.e2e.node import Node
 from tests.e2e.proxies import ONE_TO_ONE, proxy
@@ -18,11 +19,14 @@ pytestmark = [pytest.mark.vllm, pytest.mark.long, pytest.mark.timeout(900)]
 
 PLACES = {"p1": "prefill", "d1": "decode"}
 NUM_CLIENTS = 4
-RACING = [make_prompt(1500, f"windows race {i}") for i in range(20)]
+# Some end with a whole block of either model, of which decode must compute a token itself.
+RACING = [make_prompt(1536 if i % 4 == 3 else 1500, f"strands race {i}") for i in range(20)]
+WINDOWS, STATES = ("gemma3-w256", "mistral-w256"), "granite4"
 
 
-@pytest.fixture(scope="module", params=["gemma3-w256", "mistral-w256"])
+@pytest.fixture(scope="module")
 def model(request: pytest.FixtureRequest) -> HybridModel:
+    """All tests of one model come after each other."""
     return MODELS[request.param]
 
 
@@ -31,14 +35,16 @@ def fleet(
     model: HybridModel, fleets: Fleets, tmp_path_factory: pytest.TempPathFactory
 ) -> HybridFleet:
     """Two alike; one of two ranks, and one whose blocks are half as large and that has a prefix
-    cache. Each has a node to itself."""
+    cache, where blocks may differ. Each has a node to itself."""
 
     def start() -> HybridFleet:
-        made, name = HybridFleet(tmp_path_factory.mktemp("handoff"), model), model.name
-        made.start("prefill", Node(f"{name}-prefill"), chunk=512)
-        made.start("decode", Node(f"{name}-decode"))
-        made.start("tp2", Node(f"{name}-tp2"), chunk=512, args=["--tensor-parallel-size", "2"])
-        made.start("block64", Node(f"{name}-block64"), block_size=64, prefix_caching=True)
+        made = HybridFleet(tmp_path_factory.mktemp(f"{model.name}-handoff"), model)
+        made.start("prefill", Node(f"{model.name}-prefill"), chunk=512)
+        made.start("decode", Node(f"{model.name}-decode"))
+        two = ["--tensor-parallel-size", "2"]
+        made.start("tp2", Node(f"{model.name}-tp2"), chunk=512, args=two)
+        if not model.has_states:
+            made.start("block64", Node(f"{model.name}-block64"), block_size=64, prefix_caching=True)
         return made
 
     made = fleets.use(f"{model.name} handoff", start)
@@ -46,8 +52,9 @@ def fleet(
     return made
 
 
+@pytest.mark.parametrize("model", [*WINDOWS, STATES], indirect=True)
 @pytest.mark.parametrize("handoff", ["chain", "overlap"])
-def test_decode_asked_at_once_loads_every_promised_token_of_a_model_with_windows(
+def test_decode_asked_at_once_loads_every_promised_token_of_a_model_with_several_strands(
     fleet: HybridFleet, handoff: str
 ) -> None:
     decode = fleet["decode"]
@@ -62,31 +69,44 @@ def test_decode_asked_at_once_loads_every_promised_token_of_a_model_with_windows
 
     with proxy(fleet, f"{ONE_TO_ONE} --handoff {handoff}", PLACES) as server:
         at_once(partial(client, server, RACING[i::NUM_CLIENTS]) for i in range(NUM_CLIENTS))
-    promised = len(RACING) * 1499
+    promised = sum(map(partial(handed_over_tokens, fleet), RACING))
     gained = handed_over_since(decode.client, before, promised)
     assert (gained.promised, gained.loaded, gained.recomputed) == (promised, promised, {})
     assert gained.receipts == ({"taken": len(RACING)} if handoff == "chain" else {})
-    assert counted(decode.client, vllm_before, len(RACING) * 1500).external_hits == promised
+    asked = sum(map(len, RACING))
+    assert counted(decode.client, vllm_before, asked).external_hits == promised
+
+
+def handed_over_tokens(fleet: HybridFleet, prompt: Prompt) -> int:
+    """A window's tail is handed over as well; there is no state inside a block."""
+    return fleet.hit_tokens(prompt) if fleet.model.has_states else len(prompt) - 1
 
 
 @pytest.mark.parametrize(
-    ("producer", "consumer"),
-    [("tp2", "decode"), ("prefill", "tp2"), ("block64", "decode"), ("prefill", "block64")],
+    ("model", "producer", "consumer"),
+    [
+        *((name, "tp2", "decode") for name in (*WINDOWS, STATES)),
+        *((name, "prefill", "tp2") for name in (*WINDOWS, STATES)),
+        *((name, "block64", "decode") for name in WINDOWS),
+        *((name, "prefill", "block64") for name in WINDOWS),
+    ],
+    indirect=["model"],
 )
-def test_engines_of_other_tensor_parallelism_and_block_size_share_a_model_with_windows(
+def test_engines_of_other_tensor_parallelism_and_block_size_share_a_model_with_several_strands(
     fleet: HybridFleet, producer: str, consumer: str
 ) -> None:
     for length in (40, 128, 256, 1500, 3400):
         prompt = make_prompt(length, f"{producer} to {consumer}")
         expected = fleet.expected(prompt)
         assert ask(fleet[producer].client, prompt).is_like(expected)
-        wait_kept(fleet.store, prompt)
+        fleet.wait_kept(prompt)
         said, _, hits = ask_counted(fleet[consumer], prompt)
-        assert hits == hit_tokens(prompt), f"{length} tokens"
+        assert hits == fleet.hit_tokens(prompt), f"{length} tokens"
         assert said.is_like(expected), f"{length} tokens"
     assert fleet.store.bad_files() == []
 
 
+@pytest.mark.parametrize("model", WINDOWS, indirect=True)
 @pytest.mark.parametrize("num_local", [192, 1216, 1344])
 def test_a_local_hit_that_ends_inside_a_block_is_continued_with_what_the_window_needs(
     fleet: HybridFleet, num_local: int
@@ -96,7 +116,7 @@ def test_a_local_hit_that_ends_inside_a_block_is_continued_with_what_the_window_
     own = (*prompt[:num_local], 5)
     assert ask(engine.client, own).is_like(fleet.expected(own))
     assert ask(fleet["prefill"].client, prompt).is_like(fleet.expected(prompt))
-    wait_kept(fleet.store, prompt)
+    fleet.wait_kept(prompt)
     said, local, hits = ask_counted(engine, prompt)
-    assert (local, hits) == (num_local, hit_tokens(prompt) - num_local)
+    assert (local, hits) == (num_local, fleet.hit_tokens(prompt) - num_local)
     assert said.is_like(fleet.expected(prompt))
