@@ -32,7 +32,8 @@ from tests.benchmarks.fs_tier import FsTier
 from ucm.integration.copies.layout_kind import LayoutKind
 from ucm.integration.engine.facts import StrandFacts
 from ucm.integration.engine.strand_report import strands_text
-from ucm.store.blocks.strands import ALL
+from ucm.store.blocks.page_layout import PageGeometry
+from ucm.store.blocks.strands import ALL, STATE
 
 GEMMA, GPT_OSS, QWEN, DEEPSEEK, LLAMA = MODELS
 each_model = pytest.mark.parametrize("model", MODELS, ids=lambda model: model.name)
@@ -127,12 +128,24 @@ def test_with_more_ranks_than_heads_the_fs_tier_has_a_copy_for_each_and_ucm_one(
     assert ucm_written_bytes(LLAMA, 4096, 0, 16) == 4096 * LLAMA.token_bytes
 
 
-@pytest.mark.parametrize("model", [GEMMA, GPT_OSS], ids=lambda model: model.name)
+@pytest.mark.parametrize("model", [GEMMA, GPT_OSS, QWEN], ids=lambda model: model.name)
 def test_what_ucm_writes_is_what_an_engine_would_say_at_its_start(model: Model) -> None:
+    block_tokens = model.block_tokens(1)
     strands = [
-        StrandFacts("", layers.reach, layers.geometry(128), LayoutKind.PACKED, "", ())
-        for layers in model.attention
+        StrandFacts("", each.reach, each.geometry(block_tokens), LayoutKind.PACKED, "", ())
+        for each in model.attention
     ]
+    if model.states is not None:
+        page = PageGeometry(
+            num_layers=1,
+            num_kv_heads=1,
+            block_tokens=block_tokens,
+            k_size=model.state_bytes,
+            v_size=0,
+            item_bytes=1,
+            unit_tokens=block_tokens,
+        )
+        strands.append(StrandFacts("", STATE, page, LayoutKind.PACKED, "", ()))
     for setting, interval in ((None, model.interval_tokens(1)), (0, 0)):
         written = ucm_written_bytes(model, 32768, interval, 1) * 1000 / 32768
         said = f"a prompt of 32768 writes {written / (1 << 20):.4g} MiB per 1000 tokens"
