@@ -20,6 +20,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections import deque
 from collections.abc import Callable, Mapping, Sequence
 from functools import cache
 from pathlib import Path
@@ -39,6 +40,9 @@ START_TIMEOUT_S = 240.0
 MIB = 1 << 20
 
 _LOG_TAIL_LINES = 25
+_MAX_RESERVED = 64
+# Bound, and nobody listens on them.
+_reserved: deque[socket.socket] = deque()
 
 # Quiet, offline, and servers that share two cores do not fight: vLLM's own choice pins all of them
 # to the same core, and two OpenMP threads per server spin against each other (up to 20 times slower
@@ -56,10 +60,16 @@ class ServerFailed(Exception):
 
 
 def free_port() -> int:
-    """A TCP port of the loopback interface that nobody listens on right now."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port: int = probe.getsockname()[1]
+    """A TCP port of the loopback interface that nobody listens on. The kernel gives it to nobody
+    who asks for any port until a server, which as all of them shares addresses, has it, or many
+    more were asked for."""
+    probe = socket.socket()
+    probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+    probe.bind(("127.0.0.1", 0))
+    if len(_reserved) == _MAX_RESERVED:
+        _reserved.popleft().close()
+    _reserved.append(probe)
+    port: int = probe.getsockname()[1]
     return port
 
 

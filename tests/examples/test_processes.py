@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -136,3 +137,11 @@ def test_a_server_that_never_answers_is_given_up(tmp_path: Path):
         pytest.raises(ServerFailed, match="not ready after 1 s"),
     ):
         server.wait_ready(1.0)
+
+
+def test_a_port_that_was_given_out_is_nobody_elses_until_a_server_has_it() -> None:
+    port = free_port()
+    with socket.socket() as other, pytest.raises(OSError, match="in use"):
+        other.bind(("127.0.0.1", port))
+    with socket.create_server(("127.0.0.1", port)):
+        pass
