@@ -20,6 +20,7 @@ import itertools
 import re
 from collections.abc import Iterator
 from dataclasses import dataclass, field
+from functools import cache
 from pathlib import Path
 
 ROOT = Path(__file__).parents[2]
@@ -47,6 +48,7 @@ class _Scope:
     bound: dict[str, list[ast.expr]] = field(default_factory=dict)
 
 
+@cache
 def messages() -> dict[str, list[str]]:
     """Message -> places (file:line)."""
     found: dict[str, list[str]] = {}

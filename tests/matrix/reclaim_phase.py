@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
+import os
 import threading
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
-from pathlib import Path
 from typing import Final
 
 from tests.matrix.phases import BACK_S, Bench, open_elsewhere, open_here, readable, request
@@ -28,10 +28,21 @@ BLOCKS: Final = 8
 # More than a limit leaves that is reclaimed from seven tenths of it on.
 PROMPTS_AT_ONCE: Final = 5
 MOST_PROMPTS: Final = 100
+_LEAVES: Final = 3
 
 
 def prompt(name: str) -> list[bytes]:
     return [f"{name} block {i}".encode() for i in range(BLOCKS)]
+
+
+def page_files(folder: str, level: int = 0) -> Iterator[str]:
+    """What lies where pages do, `*/??/??/*`. A glob takes a core for itself, so often as it is."""
+    with suppress(FileNotFoundError):
+        for entry in list(os.scandir(folder)):
+            if level == _LEAVES:
+                yield entry.path
+            elif (level == 0 or len(entry.name) == 2) and entry.is_dir():
+                yield from page_files(entry.path, level + 1)
 
 
 @contextmanager
@@ -44,9 +55,9 @@ def kept_limit(folder: str) -> Iterator[None]:
         nonlocal most
         while not ended.wait(0.05):
             nbytes = 0
-            for path in list(Path(folder).glob("*/??/??/*")):
+            for path in list(page_files(folder)):
                 with suppress(FileNotFoundError):
-                    nbytes += path.stat().st_size
+                    nbytes += os.stat(path).st_size
             most = max(most, nbytes)
 
     watcher = threading.Thread(target=watch, daemon=True)
@@ -79,6 +90,12 @@ def is_hit(store: UcmPipelineStore, ids: list[bytes]) -> bool:
     return False
 
 
+def is_found(store: UcmPipelineStore, ids: list[bytes]) -> bool:
+    """Asked all the time, two cores do little else."""
+    time.sleep(0.1)
+    return is_hit(store, ids)
+
+
 def reclaiming(bench: Bench) -> None:
     """Two nodes keep the limit; the one that reclaims has the fault."""
     with kept_limit(bench.folder), open_here(bench.place, **LIMITED) as here:
@@ -94,5 +111,5 @@ def reclaiming(bench: Bench) -> None:
             bench.with_fault(act)
             # Once: nobody meets it again, and it is stored.
             request(here, prompt("new"))
-            wait_until(lambda: is_hit(other, prompt("new")), "found elsewhere", within_s=BACK_S)
+            wait_until(lambda: is_found(other, prompt("new")), "found elsewhere", within_s=BACK_S)
             assert readable(here, prompt("new")) == BLOCKS
