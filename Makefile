@@ -23,11 +23,11 @@ demo: $(READY) ## prefill, decode and proxy on this machine, and a table of what
 
 .PHONY: test
 test: $(READY) ## unit tests, then real processes, then real vLLM (CPU); stops between stages on red
-	@exec $(BIN)/python -m pytest $(ARGS)
+	@exec $(BIN)/python tests/stages.py short $(ARGS)
 
 .PHONY: test-long
 test-long: $(READY) ## storms and matrices: what `make test` leaves out because it takes minutes each
-	@exec $(BIN)/python -m pytest -m "long and not models" $(ARGS)
+	@exec $(BIN)/python tests/stages.py long $(ARGS)
 
 .PHONY: test-models
 test-models: $(READY) ## the models of docs/models.md that others stand for in `make test-long`
@@ -51,8 +51,12 @@ look-gpu: ## the first ten minutes on a machine with a GPU: probes and verdicts;
 check: $(READY) ## ruff, mypy --strict, architecture test
 	@$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
-	$(BIN)/mypy --strict ucm examples
-	$(BIN)/python -m pytest tests/test_architecture.py
+	# Each of the two keeps one core busy for a while.
+	$(BIN)/mypy --strict ucm examples & mypy=$$!
+	status=0
+	$(BIN)/python -m pytest -q tests/test_architecture.py || status=$$?
+	wait $$mypy || status=$$?
+	exit $$status
 
 .PHONY: bench
 bench: $(READY) ## all of benchmarks/ that runs here; BENCH=store runs one of them

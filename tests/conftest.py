@@ -2,11 +2,17 @@
 
 from __future__ import annotations
 
+import json
+import os
 import signal
 import sys
-from collections.abc import Iterator
+from collections.abc import Generator, Iterator
+from functools import cache
+from pathlib import Path
 
 import pytest
+
+from tests.stages import COUNTS_VARIABLE, spells
 
 try:
     from hypothesis import settings
@@ -21,6 +27,8 @@ else:
 
 # A stage is as slow as its slowest test: milliseconds, seconds, minutes.
 _STAGES = ("process", "gpu", "vllm")
+# What stages.py looks for in files, not to import others.
+_SPELLED = ("process", "alone", "vllm")
 
 
 def _stage(item: pytest.Item) -> int:
@@ -28,7 +36,19 @@ def _stage(item: pytest.Item) -> int:
     return max(marks, default=0)
 
 
+@cache
+def _is_spelled(file: Path, mark: str) -> bool:
+    return spells(file, [mark])
+
+
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    for item in items:
+        for mark in {mark.name for mark in item.iter_markers()}.intersection(_SPELLED):
+            if not _is_spelled(item.path, mark):
+                raise pytest.UsageError(
+                    f"{item.nodeid} is marked `{mark}` by another file: write pytest.mark.{mark} "
+                    f"into {item.path.name}, or tests/stages.py does not find it"
+                )
     items.sort(key=_stage)
 
 
@@ -43,6 +63,28 @@ def pytest_sessionstart() -> None:
     signal.signal(signal.SIGTERM, lambda *_: _interrupt())
     # A shell that starts us in the background has us ignore Ctrl-C, and so would all that we start.
     signal.signal(signal.SIGINT, signal.default_int_handler)
+
+
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
+    if COUNTS_VARIABLE in os.environ:
+        counts = {what: len(found) for what, found in terminalreporter.stats.items()}
+        Path(os.environ[COUNTS_VARIABLE]).write_text(json.dumps(counts), encoding="utf-8")
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_report_to_serializable() -> Generator[None, object, object]:
+    """What workers of pytest-xdist report has to be text. Some tests print what is none."""
+    return _as_text((yield))
+
+
+def _as_text(report: object) -> object:
+    if isinstance(report, str):
+        return report.encode("utf-8", "backslashreplace").decode()
+    if isinstance(report, dict):
+        return {name: _as_text(value) for name, value in report.items()}
+    if isinstance(report, list | tuple):
+        return type(report)(map(_as_text, report))
+    return report
 
 
 def _interrupt() -> None:

@@ -49,9 +49,15 @@ def begin(mount: FuseMount, cell: Cell) -> None:
         mount.fail(cell.operation, getattr(errno, cell.fault), times=100_000)
 
 
+def marks(cell: Cell) -> list[pytest.MarkDecorator]:
+    """A store at its limit is a core's work."""
+    alone = [pytest.mark.alone] if cell.phase == "reclaim" else []
+    return alone if str(cell) in QUICK else [*alone, pytest.mark.long]
+
+
 def params(*, of_a_disk: bool) -> list[object]:
     return [
-        pytest.param(cell, id=str(cell), marks=[] if str(cell) in QUICK else [pytest.mark.long])
+        pytest.param(cell, id=str(cell), marks=marks(cell))
         for cell in CELLS
         if of_a_disk == (cell.operation == DISK)
     ]

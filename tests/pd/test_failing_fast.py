@@ -25,7 +25,7 @@ from tests.pd.engine_process import (
     words,
 )
 
-pytestmark = pytest.mark.process
+pytestmark = [pytest.mark.process, pytest.mark.alone]
 
 NUM_REQUESTS = 200
 NUM_CLIENTS = 8

@@ -28,7 +28,7 @@ from tests.pd.fleet.etcd_parts import (
     running_etcd,
 )
 
-pytestmark = pytest.mark.process
+pytestmark = [pytest.mark.process, pytest.mark.alone]
 
 PATIENCE_S = 30.0
 NUM_CLIENTS = 4

@@ -128,6 +128,7 @@ def test_another_user_is_told_at_once_whose_it_is(place: Place, directory_mode: 
         assert len(client.status().sessions) == 1
 
 
+@pytest.mark.alone
 def test_it_leaves_when_nobody_has_needed_it_for_a_while(place: Place) -> None:
     settings, keys = place.settings(idle_exit_s=0.3), make_keys("a", 4)
     with engine(settings) as client:

@@ -38,6 +38,7 @@ def reports(crowd: Popen[str], generation: int) -> set[int]:
     return set(met.values())
 
 
+@pytest.mark.alone
 def test_a_crowd_without_a_node_cache_starts_exactly_one_also_after_a_kill(place: Place) -> None:
     settings = place.settings()
     starts = place.directory / "starts"

@@ -18,7 +18,12 @@ from ucm.config.settings import StoreSettings
 from ucm.store.tiers.posix import paths
 from ucm.store.tiers.posix.reclaim_plan import ReclaimRules
 
-pytestmark = [pytest.mark.process, pytest.mark.long, pytest.mark.timeout(600)]
+pytestmark = [
+    pytest.mark.process,
+    pytest.mark.alone,
+    pytest.mark.long,
+    pytest.mark.timeout(600),
+]
 
 GIB = 1 << 30
 FILE = 64 << 10

@@ -31,7 +31,7 @@ from ucm.store.tiers.posix import paths
 from ucm.store.tiers.posix.reclaim_record import mark_of
 from ucm.store.tiers.posix.reclaim_record_files import reclaims_on_record
 
-pytestmark = pytest.mark.process
+pytestmark = [pytest.mark.process, pytest.mark.alone]
 
 FILE = 64 << 10
 GIB = 1 << 30
