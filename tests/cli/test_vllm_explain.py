@@ -19,7 +19,7 @@ from tests.integration.engine.naming_parts import make_adapter
 from ucm.store.inspect.explain import Explanation
 from ucm.store.inspect.page_report import files_of
 
-pytestmark = [pytest.mark.vllm, pytest.mark.timeout(600)]
+pytestmark = [pytest.mark.vllm, pytest.mark.long, pytest.mark.timeout(600)]
 
 TEXT = "A page that one machine has computed need not be computed by another machine again. "
 # As the server is started.
@@ -79,7 +79,6 @@ def test_the_engines_pages_are_found_by_its_flags_alone(
         assert files_of([str(store)], block.key) == [block.where]
 
 
-@pytest.mark.long
 def test_another_salt_and_another_dtype_are_told(
     store: Path, model: Path, prompt_file: Path
 ) -> None:
@@ -95,7 +94,6 @@ def test_another_salt_and_another_dtype_are_told(
     assert not found.is_known and {"kv_dtype", "model_dtype"} <= fields
 
 
-@pytest.mark.long
 def test_another_adapter_is_told(
     store: Path, model: Path, prompt_file: Path, tmp_path: Path
 ) -> None:
@@ -106,7 +104,6 @@ def test_another_adapter_is_told(
     assert found.blocks[0].why.startswith("stored with no adapter, asked for with the adapter ")
 
 
-@pytest.mark.long
 def test_never_stored_corrupt_and_reclaimed_are_told_apart(
     store: Path, model: Path, prompt_file: Path, tmp_path: Path
 ) -> None:
@@ -130,15 +127,14 @@ def test_never_stored_corrupt_and_reclaimed_are_told_apart(
     assert {block.state for block in found.blocks} == {"reclaimed"}
 
 
-def test_a_prompt_file_that_is_missing_is_told_before_vllm_is_asked(store: Path) -> None:
+def test_a_prompt_file_that_is_missing_is_told_before_vllm_is_asked(tmp_path: Path) -> None:
     """Which would say no to this model."""
-    missing = store / "none.txt"
-    done = ucm("explain", store, "--model", store / "none", "--prompt-file", missing)
+    missing = tmp_path / "none.txt"
+    done = ucm("explain", tmp_path, "--model", tmp_path / "none", "--prompt-file", missing)
     assert (done.returncode, done.stdout) == (1, "")
     assert done.stderr == f"ucm explain: {missing}: can't be read: No such file or directory\n"
 
 
-@pytest.mark.long
 def test_what_vllm_says_no_to_is_one_line(store: Path, prompt_file: Path) -> None:
     done = ucm("explain", store, "--model", store / "none", "--prompt-file", prompt_file)
     assert done.returncode == 1

@@ -28,7 +28,6 @@ RACING = [make_prompt(1500, f"race {i}") for i in range(100)]
     ("handoff", "num_prompts", "place"),
     [
         ("chain", 100, "two nodes"),
-        pytest.param("chain", 100, "one node", marks=pytest.mark.long),
         ("chain", 20, "one node"),
         ("overlap", 20, "two nodes"),
         ("overlap", 20, "one node"),

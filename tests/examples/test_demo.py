@@ -54,9 +54,8 @@ def test_the_demo_loads_from_the_store_and_leaves_nothing(folder: Path):
     assert [] == _command_lines(folder)
 
 
-@pytest.mark.parametrize(
-    "number", [signal.SIGINT, pytest.param(signal.SIGKILL, marks=pytest.mark.long)]
-)
+@pytest.mark.long
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGKILL])
 def test_an_interrupted_demo_leaves_nothing_either(folder: Path, number):
     with subprocess.Popen(
         [sys.executable, str(DEMO)],
