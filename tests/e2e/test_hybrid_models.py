@@ -38,7 +38,7 @@ MANY_TOKENS = 24
 # Of the engine's memory, in blocks of its groups: about two prompts' of the test's that uses it.
 CRAMPED_BLOCKS = {
     **{name: 40 if model.has_states else 90 for name, model in MODELS.items()},
-    "mistral-w129": 12,
+    "mistral-w129": 8,
     "mistral-w256": 12,
 }
 
@@ -67,10 +67,11 @@ def fleet(
     def start() -> HybridFleet:
         made = HybridFleet(tmp_path_factory.mktemp(model.name), model)
         one, two = Node(f"{model.name}-one"), Node(f"{model.name}-two")
-        made.start("prefill", one, chunk=512)
-        made.start("decode", two, prefix_caching=True)
+        size = model.block_size
+        made.start("prefill", one, chunk=512, block_size=size)
+        made.start("decode", two, block_size=size, prefix_caching=True)
         cramped = ["--num-gpu-blocks-override", str(CRAMPED_BLOCKS[model.name])]
-        made.start("cramped", two, chunk=512, prefix_caching=True, args=cramped)
+        made.start("cramped", two, chunk=512, block_size=size, prefix_caching=True, args=cramped)
         return made
 
     made = fleets.use(f"hybrid {model.name}", start)

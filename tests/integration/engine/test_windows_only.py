@@ -146,6 +146,30 @@ def test_a_hit_may_end_wherever_what_it_needs_is_there(tier: MemoryTier) -> None
     assert engine.admit(request) == 9 * BLOCK
 
 
+def test_a_page_that_can_not_be_read_is_the_reason_for_all_that_is_lost_with_it(
+    tier: MemoryTier,
+) -> None:
+    """Nothing is asked for besides that nobody has kept."""
+    prefill(started(tier, window_interval=4 * BLOCK))
+    engine = started(tier, window_interval=4 * BLOCK)
+    request = engine.add("s", PROMPT)
+    damaged = keys_of(engine, "s")[0][8]
+    tier._pages.update({at: page[:-1] for at, page in tier._pages.items() if at[1] == damaged})
+
+    assert engine.admit(request) == 8 * BLOCK
+    assert engine.counted("ucm_lookup_missed_blocks", reason="corrupt") == 2
+    assert engine.counted("ucm_lookup_missed_blocks", reason="never_stored") == 0
+
+
+def test_behind_windows_that_are_broken_an_earlier_prompt_s_is_found(tier: MemoryTier) -> None:
+    prefill(started(tier), 4 * BLOCK)
+    prefill(started(tier), 9 * BLOCK)
+    engine = started(tier)
+    request = engine.add("s", 14 * BLOCK)
+    remove(tier, keys_of(engine, "s")[0][7])
+    assert engine.admit(request) == 4 * BLOCK
+
+
 def test_a_cold_prompt_is_looked_for_in_few_places_and_no_page_is_asked_for(
     tier: MemoryTier,
 ) -> None:

@@ -2,21 +2,26 @@
 
 Of what is stored only the windows before some boundaries are there, and whose prompt that was need
 not be known: a conversation goes on where the prompt before ended. A window has blocks in a row,
-so first every so-manyth block is looked for that each window has one of, and then all behind the
+so first every so-manyth block is looked for that each window has one of, and then all around the
 last that is there. What is found are likely ends of a hit, which are asked for in full then.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Sequence
+from collections.abc import Set as AbstractSet
 from dataclasses import dataclass, field
 from functools import partial
+from typing import Final
 
 from ucm.integration.engine.prompt import Prompt
 from ucm.outcome import Outcome
 from ucm.store.blocks.strands import Reach, needed_blocks
 from ucm.store.client.session import NodeSession
 from ucm.store.node import protocol as p
+
+# Of messages, each of which storage may have to answer.
+_MAX_ROUNDS: Final = 4
 
 
 def sampled_blocks(reach: Reach, blocks: range, block_tokens: int) -> list[int]:
@@ -29,19 +34,21 @@ def likely_ends(
     reach: Reach,
     own_ends: Sequence[int],
     *,
-    found: Collection[int],
-    absent: Collection[int],
+    found: AbstractSet[int],
+    absent: AbstractSet[int],
     block_tokens: int,
+    first_block: int = 0,
 ) -> list[int]:
-    """Of the prompt's own boundaries, and of the ends of blocks that are `found`, those that need
-    none that is `absent`. The longest first."""
-    ends = {*own_ends, *((block + 1) * block_tokens for block in found)}
-    lacking = frozenset(absent)
-    return [
-        end
-        for end in sorted(ends, reverse=True)
-        if lacking.isdisjoint(needed_blocks(reach, end, block_tokens))
-    ]
+    """The prompt's own boundaries that need no block that is `absent`, and the ends of blocks that
+    are `found` with all that is needed there from `first_block` on. The longest first."""
+
+    def needed(end: int) -> set[int]:
+        return {each for each in needed_blocks(reach, end, block_tokens) if each >= first_block}
+
+    behind_found = {(block + 1) * block_tokens for block in found}
+    ends = {end for end in own_ends if needed(end).isdisjoint(absent)}
+    ends |= {end for end in behind_found if needed(end) <= found}
+    return sorted(ends, reverse=True)
 
 
 @dataclass(eq=False)
@@ -63,11 +70,13 @@ class WindowSearch:
     on_ends: Callable[[list[int], Outcome], None]
     _found: set[int] = field(default_factory=set)
     _absent: set[int] = field(default_factory=set)
+    # Samples that are there, around which nothing was asked for yet.
+    _ahead: list[int] = field(default_factory=list)
 
     def __post_init__(self) -> None:
         size = self.prompt.block_tokens
         if not self.promised_blocks:
-            self._ask(sampled_blocks(self.reach, self._blocks, size), self._go_on)
+            self._ask(sampled_blocks(self.reach, self._blocks, size), self._on_samples)
             return
         ends = [self.prompt.tokens_before(self.promised_blocks), *self.own_ends]
         if self.renewed:
@@ -131,21 +140,37 @@ class WindowSearch:
             (self._found if place else self._absent).add(block)
         then(found.reason)
 
+    def _on_samples(self, reason: Outcome) -> None:
+        self._ahead = sorted(self._found)[-_MAX_ROUNDS:]
+        self._go_on(reason)
+
     def _go_on(self, reason: Outcome) -> None:
-        """Behind the last sample that is there, all up to the next."""
-        if not self._found:
+        """Around the last sample that is there, all up to those beside it; around the one before,
+        if that is nobody's window any more."""
+        blocks, known = self._blocks, self._found | self._absent
+        if self._ahead:
+            last = self._ahead.pop()
+            begin = max((each for each in known if each < last), default=blocks.start - 1) + 1
+            stop = min((each for each in known if each > last), default=blocks.stop)
+            self._ask([*range(begin, last), *range(last + 1, stop)], self._on_around)
+        else:
             self._end(reason)
-            return
-        last = max(self._found)
-        stop = min((each for each in self._absent if each > last), default=self._blocks.stop)
-        self._ask(list(range(last + 1, stop)), self._end)
+
+    def _on_around(self, reason: Outcome) -> None:
+        if self._likely_ends():
+            self._end(reason)
+        else:
+            self._go_on(reason)
 
     def _end(self, reason: Outcome) -> None:
-        ends = likely_ends(
+        self.on_ends(self._likely_ends(), reason)
+
+    def _likely_ends(self) -> list[int]:
+        return likely_ends(
             self.reach,
             self.own_ends,
             found=self._found,
             absent=self._absent,
             block_tokens=self.prompt.block_tokens,
+            first_block=self._blocks.start,
         )
-        self.on_ends(ends, reason)
