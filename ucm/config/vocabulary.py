@@ -58,8 +58,8 @@ UNUSED_KEYS: Final[tuple[UnusedKeys, ...]] = (
     _unused("top", "sparse attention is not served", "ucm_sparse_config"),
     _unused(
         "top",
-        "windows need no settings beside `window_interval`; states of linear attention are not "
-        "stored yet",
+        "windows and states need no settings beside `window_interval` and `block_tokens` "
+        "(`docs/models.md`)",
         "hybrid_layerwise_prefetch_rows hybrid_linear_attention_layerwise wa_dump_block_wise",
     ),
     _unused("connector", "there is one store, inside of this package", "ucm_connector_module_path"),

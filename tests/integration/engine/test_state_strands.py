@@ -1,4 +1,4 @@
-"""Models with states: which are stored, where a hit ends, and what may be missing or come late."""
+"""Models with states: which are stored, where a hit ends, and what may be missing."""
 
 from __future__ import annotations
 
@@ -6,69 +6,24 @@ import pytest
 
 pytest.importorskip("vllm")
 
-from tests.integration.scheduler_parts import BLOCK, Engine, Loopback
+from tests.integration.engine.state_parts import (
+    LAST,
+    PROMPT,
+    offer,
+    prefill,
+    started,
+    state_keys,
+    state_keys_of,
+    stored,
+)
+from tests.integration.scheduler_parts import BLOCK
 from tests.store.tiers.memory_tier import MemoryTier
 from ucm import handoff as h
-from ucm.integration.copies.jobs import CopyJob
-from ucm.store.blocks.keys import Key, strand_key
-
-PROMPT = 10 * BLOCK
-# The last end of a block that leaves a token to compute.
-LAST = 9 * BLOCK
 
 
 @pytest.fixture
 def tier() -> MemoryTier:
     return MemoryTier()
-
-
-def started(tier: MemoryTier) -> Engine:
-    return Engine(Loopback(tier=tier), states=True)
-
-
-def offer(engine: Engine, name: str, num_tokens: int) -> None:
-    """In the next step vLLM has the states of both groups after so many tokens."""
-    block = num_tokens // BLOCK - 1
-    engine.offers[name] = [(group, 101 + 100 * group + block, num_tokens) for group in (1, 2)]
-
-
-def state_keys(engine: Engine, name: str) -> list[Key]:
-    keys = engine.side._states[name].prompt.keys
-    return [strand_key(key, "s", is_salted=False) for key in keys]
-
-
-def stored(tier: MemoryTier) -> set[Key]:
-    return {key for _, key in tier._pages}
-
-
-def prefill(
-    engine: Engine,
-    *,
-    name: str = "r",
-    num_tokens: int = PROMPT,
-    at: tuple[int, ...] = (LAST,),
-    says: h.Handoff | None = None,
-) -> tuple[list[CopyJob], h.Handoff | None]:
-    """A block a step. Returns the copies, and the receipt."""
-    request = engine.add(name, num_tokens, says=says)
-    engine.admit(request)
-    loads = [job.job_id for job in engine.step({}).loads]
-    if loads:
-        engine.copied(*loads)
-    jobs: list[CopyJob] = []
-    while request.num_computed_tokens < num_tokens:
-        end = request.num_computed_tokens + BLOCK
-        if end in at:
-            offer(engine, name, end)
-        step = engine.step({name: min(BLOCK, num_tokens - end + BLOCK)})
-        jobs += step.dumps
-        at_once = {job.job_id for job in step.dumps for part in job.parts if part.target}
-        assert set(step.at_once) == at_once, "a state may be gone in the next step"
-    _, receipt = engine.side.finished(request, engine.blocks(request))
-    jobs += engine.step({}).dumps
-    engine.copied(*engine.take_dumping())
-    engine.step({})
-    return jobs, h.parse(receipt)
 
 
 def test_of_states_what_vllm_offers_is_stored_and_every_block_of_the_base(tier: MemoryTier) -> None:
@@ -142,57 +97,6 @@ def test_a_state_where_prompts_part_is_stored_though_nobody_expects_it(tier: Mem
     assert stored(tier) & set(states) == {states[3], states[8]}
     # Who shares no more than that goes on there.
     assert started_hit(tier, 4 * BLOCK + 1) == 4 * BLOCK
-
-
-def test_a_state_that_has_no_slot_in_its_step_is_a_hole_and_no_receipt_promises_it(
-    tier: MemoryTier,
-) -> None:
-    engine = started(tier)
-    request = engine.add("r", PROMPT, says=h.Wanted())
-    engine.admit(request)
-    engine.step({"r": 6 * BLOCK})
-    engine.link.mute = True
-    offer(engine, "r", 7 * BLOCK)
-    engine.step({"r": BLOCK})
-    engine.link.mute = False
-    engine.step({"r": 2 * BLOCK})
-    engine.step({"r": BLOCK})
-    _, receipt = engine.side.finished(request, engine.blocks(request))
-    engine.step({})
-    engine.copied(*engine.take_dumping())
-    engine.step({})
-
-    assert receipt is None
-    assert not stored(tier) & set(state_keys_of(engine))
-    slots = engine.slots()
-    assert (slots["pins"], slots["filling"]) == (0, 0)
-
-
-def test_a_slot_that_comes_when_the_request_has_ended_gets_no_state(tier: MemoryTier) -> None:
-    """Where a kernel keeps a state in the middle of a step, it may be the last step."""
-    engine = started(tier)
-    request = engine.add("r", PROMPT, says=h.Wanted())
-    engine.admit(request)
-    engine.step({"r": 4 * BLOCK})
-    # Nobody could foresee this one.
-    engine.link.mute = True
-    offer(engine, "r", 6 * BLOCK)
-    engine.step({"r": 6 * BLOCK})
-    engine.side.finished(request, engine.blocks(request))
-    engine.link.mute = False
-    parts = [part for job in engine.step({}).dumps for part in job.parts]
-    engine.copied(*engine.take_dumping())
-    engine.step({})
-
-    assert not [part for part in parts if part.target]
-    assert not stored(tier) & set(state_keys_of(engine))
-    slots = engine.slots()
-    assert (slots["pins"], slots["filling"]) == (0, 0)
-
-
-def state_keys_of(engine: Engine) -> list[Key]:
-    engine.add("s", PROMPT)
-    return state_keys(engine, "s")
 
 
 @pytest.mark.parametrize("num_tokens", [PROMPT, PROMPT + 5])

@@ -105,6 +105,9 @@ def test_states_that_are_not_kept_or_not_told_apart_are_refused() -> None:
     for kind in (MambaAttentionBackendEnum.LINEAR, MambaAttentionBackendEnum.GDN_ATTN):
         unknown = MambaSpec(**kept, shapes=((4, 8, 8),), dtypes=(torch.float32,), mamba_type=kind)
         assert f"state UCM doesn't know ({kind.name}, 4x8x8)" in refused(unknown)
+    within = config()
+    within.cache_config.prefix_match_unit = BLOCK // 2
+    assert "--prefix-match-unit" in refused(MambaSpec(**two), given=within)
     assert "can't tell which are whose" in refused(
         MambaSpec(**{**two, "shapes": ((3, 385), (8, 32, 64))})
     )

@@ -243,6 +243,8 @@ class Dumps:
                 self.on_slot(dump.prompt.key_of(block, dump.strand))
         if dump.closed:
             self._abort_slots(dump)
+        elif isinstance(dump.cursor, StateCursor):
+            self._abort(dump, dump.cursor.take_late(blocks))
 
     def _copy(self, dump: RequestDump, num_blocks: int) -> None:
         """Plans the copies of leading blocks that are computed and have slots. The base comes last:
@@ -255,9 +257,8 @@ class Dumps:
         if not dump.cursor.todo:
             self._abort_slots(dump)
         parts, blocks, gone = parts_of(dump, taken, of_request, self._facts)
-        if gone:
-            dump.cursor.holes.update(gone)
-            self._session.send(p.Abort(ns=dump.namespace, keys=list(dump.keys_of(gone))))
+        dump.cursor.holes.update(gone)
+        self._abort(dump, gone)
         if not blocks:
             return
         # The slots are those of the node cache that has given them.
@@ -323,7 +324,10 @@ class Dumps:
 
     def _abort_slots(self, dump: StrandDump) -> None:
         """Gives back slots that nothing will be copied into."""
-        keys: list[bytes] = list(dump.keys_of(dump.cursor.take_unused()))
+        self._abort(dump, dump.cursor.take_unused())
+
+    def _abort(self, dump: StrandDump, blocks: Iterable[int]) -> None:
+        keys: list[bytes] = list(dump.keys_of(blocks))
         if keys:
             self._session.send(p.Abort(ns=dump.namespace, keys=keys))
 

@@ -61,6 +61,11 @@ class StateCursor(DumpCursor):
         self._offered = set()
         return taken
 
+    def take_late(self, blocks: Iterable[int]) -> list[int]:
+        """Those of them whose slots nothing will be copied into, which are forgotten."""
+        late = [block for block in blocks if block not in self._offered and block not in self.todo]
+        return [block for block in late if self.slots.pop(block, p.NO_ROOM) >= 0]
+
     def end_at(self, num_computed: int) -> None:
         self.holes.update(self.todo)
         super().end_at(num_computed)

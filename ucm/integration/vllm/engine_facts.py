@@ -6,11 +6,12 @@ be served correctly is refused here, with one sentence; what passes is described
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 from ucm.config.settings import Settings
 from ucm.errors import UnsupportedEngine
-from ucm.integration.engine.facts import EngineFacts
+from ucm.integration.engine.facts import EngineFacts, StrandFacts
 from ucm.integration.vllm.device_facts import can_sleep, refuse_layerwise_with_micro_batches
 from ucm.integration.vllm.kv_specs import cached_layers
 from ucm.integration.vllm.strand_facts import read_strands
@@ -25,6 +26,7 @@ def engine_facts(vllm_config: Any, kv_cache_config: Any, settings: Settings) -> 
     _refuse_spread_engines(parallel)
     refuse_layerwise_with_micro_batches(parallel, settings)
     strands, targets = read_strands(vllm_config, layers, settings)
+    _refuse_states_inside_blocks(vllm_config, strands)
     base, no_hits = strands[0], why_no_hits(vllm_config)
     return EngineFacts(
         # People set engine_id, and set it alike; the instance makes it one of its kind.
@@ -48,6 +50,16 @@ def engine_facts(vllm_config: Any, kv_cache_config: Any, settings: Settings) -> 
         targets=targets,
         state_interval_tokens=_state_interval_tokens(vllm_config, settings),
     )
+
+
+def _refuse_states_inside_blocks(vllm_config: Any, strands: Sequence[StrandFacts]) -> None:
+    unit = getattr(vllm_config.cache_config, "prefix_match_unit", None)
+    sizes = {each.geometry.block_tokens for each in strands if each.has_states}
+    if unit is not None and sizes - {int(unit)}:
+        raise UnsupportedEngine(
+            f"--prefix-match-unit {unit} makes vLLM keep the states of linear-attention or Mamba "
+            "layers inside of blocks, where UCM can't store them: leave it out"
+        )
 
 
 def _state_interval_tokens(vllm_config: Any, settings: Settings) -> int:

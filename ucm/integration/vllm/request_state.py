@@ -20,6 +20,11 @@ class RequestState:
     local_tokens: int = 0
     is_computed: bool = False
 
+    def next_tokens(self, num_tokens: int) -> range:
+        """Those that a step computes now, of the request's tokens."""
+        start = int(self.request.num_computed_tokens)
+        return range(start, start + num_tokens)
+
     def prompt_tokens(self, num_tokens: int) -> int:
         """Of the next `num_tokens`, how many are the prompt's."""
         left = self.prompt.num_tokens - int(self.request.num_computed_tokens)

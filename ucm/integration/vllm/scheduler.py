@@ -151,21 +151,22 @@ class SchedulerSide:
         self._find_preempted()
         self._proofs.settle()
         block_state = output.kv_connector_block_state
-        prompt_tokens, has_states = 0, self._facts.has_states
+        prompt_tokens, offers = 0, {}
+        if self._facts.has_states and (offers := block_state.boundary_state_offloads):
+            self._session.wait_at_least(STEP_WAIT_S)
         for request_id, num_tokens in output.num_scheduled_tokens.items():
             state = self._states.get(request_id)
             if state is None or self._ledger.is_loading(request_id):
                 continue
             state.is_computed = True
             prompt_tokens += state.prompt_tokens(num_tokens)
-            offers = block_state.boundary_state_offloads.get(request_id, ()) if has_states else ()
-            states = offered_states(offers, state.prompt)
-            self._plan_dump(state, is_last=bool(states))
+            # What vLLM has of states in this step it need not have in the next.
+            self._plan_dump(state, is_last=self._facts.has_states)
             if not self._dumps.is_planned(request_id):
                 continue
             device_blocks = block_state.get_block_ids(request_id)
-            start = int(state.request.num_computed_tokens)
-            tokens = range(start, start + num_tokens)
+            states = offered_states(offers.get(request_id, ()), state.prompt)
+            tokens = state.next_tokens(num_tokens)
             self._dumps.computed(request_id, tokens, device_blocks, states)
         released = self._dumps.drain()
         for request_id in released:

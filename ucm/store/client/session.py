@@ -243,6 +243,10 @@ class NodeSession:
         """How long to wait from now on, in all."""
         self._allowance_s = allowance_s
 
+    def wait_at_least(self, allowance_s: float) -> None:
+        """As much is left again for what can't be asked for later."""
+        self._allowance_s = max(self._allowance_s, allowance_s)
+
     def wait_at_most(self, allowance_s: float) -> None:
         self._allowance_s = min(self._allowance_s, allowance_s)
 
