@@ -21,7 +21,7 @@ MODULES = (
     *("test_handoff", "test_handoff_storage"),
     *("test_damaged_files", "test_handoff_stress", "test_crashes"),
     *("test_layouts", "test_bfloat16", "test_handoff_namespaces", "test_images"),
-    *("test_hybrid_models", "test_hybrid_handoff"),
+    *("test_hybrid_models", "test_hybrid_handoff", "test_drafts"),
     *("test_what_shapes_kv", "test_no_hits", "test_files_only", "test_load_policy"),
     *("test_stress", "test_abort_storm", "test_faulty_storage", "test_killed_at_random"),
     *("test_bad_settings", "test_nothing_left"),
