@@ -15,6 +15,7 @@ from typing import Any, Final
 from examples.cluster.models import END, MAX_POSITION, made_once, token_id, write_tokenizer
 
 _CHAT_TEMPLATE: Final = "{% for message in messages %}{{ message['content'] }}{% endfor %}"
+_VOCABULARIES: Final = frozenset({"vocab_size_per_layer_input"})
 _LOCAL, _GLOBAL, _STATE = "sliding_attention", "full_attention", "linear_attention"
 # vLLM's CPU kernel can't keep a state that lies inside a step: steps end with each block.
 _BLOCK_BY_BLOCK: Final = ("--max-num-batched-tokens", "256")
@@ -72,6 +73,10 @@ def _without(fields: Mapping[str, Any], name: str) -> dict[str, Any]:
     return {other: value for other, value in fields.items() if other != name}
 
 
+# Of each layer, an embedding of its own.
+_PER_LAYER_INPUT: Final = {"hidden_size_per_layer_input": 16, "vocab_size_per_layer_input": 0}
+
+
 def _gemma3(window: int) -> HybridModel:
     return HybridModel(
         name=f"gemma3-w{window}",
@@ -113,6 +118,23 @@ MODELS: Final = {
                 "num_hidden_layers": 4,
                 "sliding_window": 256,
                 "query_pre_attn_scalar": 32,
+                "tie_word_embeddings": True,
+            },
+        ),
+        HybridModel(
+            name="gemma3n",
+            config="Gemma3nTextConfig",
+            window=256,
+            # The second half has the KV of the first.
+            fields={
+                **_COMMON,
+                **_PER_LAYER_INPUT,
+                "num_hidden_layers": 10,
+                "num_kv_shared_layers": 5,
+                "sliding_window": 256,
+                "layer_types": ([_LOCAL] * 4 + [_GLOBAL]) * 2,
+                "laurel_rank": 16,
+                "activation_sparsity_pattern": [0.5] * 2 + [0.0] * 8,
                 "tie_word_embeddings": True,
             },
         ),
@@ -247,8 +269,9 @@ def _write(folder: Path, model: HybridModel) -> None:
 
     tokenizer = write_tokenizer(folder, chat_template=_CHAT_TEMPLATE)
     end = token_id(tokenizer, END)
+    sizes = dict.fromkeys(_VOCABULARIES & model.fields.keys(), tokenizer.get_vocab_size())
     config = getattr(transformers, model.config)(
-        **model.fields,
+        **{**model.fields, **sizes},
         vocab_size=tokenizer.get_vocab_size(),
         bos_token_id=None,
         eos_token_id=end,

@@ -67,11 +67,10 @@ def fleet(
     def start() -> HybridFleet:
         made = HybridFleet(tmp_path_factory.mktemp(model.name), model)
         one, two = Node(f"{model.name}-one"), Node(f"{model.name}-two")
-        size = model.block_size
-        made.start("prefill", one, chunk=512, block_size=size)
-        made.start("decode", two, block_size=size, prefix_caching=True)
+        made.start("prefill", one, chunk=512)
+        made.start("decode", two, prefix_caching=True)
         cramped = ["--num-gpu-blocks-override", str(CRAMPED_BLOCKS[model.name])]
-        made.start("cramped", two, chunk=512, block_size=size, prefix_caching=True, args=cramped)
+        made.start("cramped", two, chunk=512, prefix_caching=True, args=cramped)
         return made
 
     made = fleets.use(f"hybrid {model.name}", start)
