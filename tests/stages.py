@@ -47,7 +47,7 @@ def stages(num_cores: int) -> list[Stage]:
     engineless = "not vllm and not gpu"
     return [
         Stage("unit", f"not process and not alone and {engineless}", num_cores),
-        Stage("process", f"process and not alone and {engineless}", num_cores + 1, ("process",)),
+        Stage("process", f"process and not alone and {engineless}", num_cores, ("process",)),
         Stage("alone", f"alone and {engineless}", 1, ("alone",)),
         Stage("vllm", "vllm or gpu", 1, ("vllm", "gpu")),
     ]

@@ -44,7 +44,7 @@ CRAMPED_BLOCKS = {
 
 
 # A window of a block and a token, chunks, windows alone, and states: the others are of these kinds.
-STAND_FOR_OTHERS = ("gemma3-w129", "llama4", "mistral-w129", "qwen3-next")
+STAND_FOR_OTHERS = ("gemma3-w129", "mistral-w129", "qwen3-next")
 EACH = [
     pytest.param(name, marks=() if name in STAND_FOR_OTHERS else pytest.mark.models)
     for name in MODELS
