@@ -314,9 +314,10 @@ def test_an_upgrade_that_speaks_another_protocol_looks_elsewhere(
 
 
 def test_a_default_directory_that_is_squatted_is_stepped_around(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Somebody else's, open to others, or a link; everybody of this user goes to the same next."""
+    tmp_path = tmp_path_factory.mktemp("t")  # a socket's path is a short one
     monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
 
     def directory() -> Path:

@@ -285,6 +285,7 @@ async def test_mixed_workers_get_whole_requests(fleet: Fleet):
         assert {"status": "ok", "worker_instances": 2} == await response.json()
 
 
+@pytest.mark.alone
 async def test_a_thousand_streams_at_once_reach_decode(fleet: Fleet):
     await fleet.start(1, 2, max_running=500)
     everyone, release = asyncio.Event(), asyncio.Event()
