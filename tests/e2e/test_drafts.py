@@ -10,7 +10,7 @@ import pytest
 from examples.cluster.client import Client, total
 from tests.e2e.checks import counted, handed_over, handed_over_since, make_prompt
 from tests.e2e.deployment import Fleets
-from tests.e2e.hybrid_fleet import HybridFleet, ask, hit_tokens, wait_kept
+from tests.e2e.hybrid_fleet import HybridFleet, ask
 from tests.e2e.hybrid_models import MODELS
 from tests.e2e.node import Node
 from tests.e2e.proxies import ONE_TO_ONE, proxy
@@ -69,12 +69,12 @@ def test_engines_share_a_model_with_windows_whether_they_guess_or_not(
         prompt = make_prompt(length, f"{storing} to {loading}")
         expected = fleet.expected(prompt, max_tokens=MAX_TOKENS)
         assert ask(fleet[storing].client, prompt, max_tokens=MAX_TOKENS).is_like(expected)
-        wait_kept(fleet.store, prompt)
+        fleet.wait_kept(prompt)
         client = fleet[loading].client
         before = client.counters()
         assert ask(client, prompt, max_tokens=MAX_TOKENS).is_like(expected), f"{length} tokens"
         gained = counted(client, before, length)
-        assert gained.external_hits == hit_tokens(prompt), f"{length} tokens"
+        assert gained.external_hits == fleet.hit_tokens(prompt), f"{length} tokens"
     assert wrong_guesses(fleet["guessing"].client) > 0
     assert len(list(fleet.store.folder.glob(f"*/{paths.MANIFEST}"))) == 1
     assert fleet.store.bad_files() == []
