@@ -38,7 +38,7 @@ MANY_TOKENS = 24
 # Of the engine's memory, in blocks of its groups: about two prompts' of the test's that uses it.
 CRAMPED_BLOCKS = {
     **{name: 40 if model.has_states else 90 for name, model in MODELS.items()},
-    "mistral-w129": 8,
+    "mistral-w129": 12,
     "mistral-w256": 12,
 }
 
@@ -214,6 +214,8 @@ def test_preempted_requests_are_answered_as_plain_vllm_does(fleet: HybridFleet) 
     """Half of the prompts are in the store; what is stored of the others is loaded afterwards."""
     if fleet.model.steps_are_blocks:
         pytest.skip("an engine that decodes has no room for a prefill: none are preempted")
+    if fleet.model.name == "mistral-w129":
+        pytest.skip("of its windows alone so little is held that none are preempted")
     engine, block = fleet["cramped"], fleet.model.block_size
     # What is said behind each goes on into another block.
     shortest = 512 if fleet.model.has_states else 640
