@@ -22,7 +22,7 @@ from ucm.integration.engine.state_dumps import (
     parts_of_state,
 )
 from ucm.store.blocks.keys import Key
-from ucm.store.blocks.strands import ALL, Reach, boundaries, needed_blocks
+from ucm.store.blocks.strands import ALL, STATE, Reach, boundaries, needed_blocks
 
 # Of each of the engine's groups, the device blocks of a request.
 DeviceBlocks = Sequence[Sequence[int]]
@@ -153,23 +153,21 @@ def parts_of(
     copied: list[int] = []
     gone: list[int] = []
     for each in taken:
-        if facts.strands[dump.strand].has_states:
-            of_state = parts_of_state(each, of_request.states.get(each.block, {}), targets)
-            (copied if of_state else gone).append(each.block)
-            parts += of_state
-            continue
-        of_block = [
-            part_of_block(
-                each.block,
-                each.offset,
-                groups[target.group],
-                num_tokens=prompt.tokens_of(each.block),
-                block_tokens=prompt.block_tokens,
-                unit=target.block_tokens,
-                target=number,
-            )
-            for number, target in targets
-        ]
+        if dump.reach == STATE:
+            of_block = parts_of_state(each, of_request.states.get(each.block, {}), targets)
+        else:
+            of_block = [
+                part_of_block(
+                    each.block,
+                    each.offset,
+                    groups[target.group],
+                    num_tokens=prompt.tokens_of(each.block),
+                    block_tokens=prompt.block_tokens,
+                    unit=target.block_tokens,
+                    target=number,
+                )
+                for number, target in targets
+            ]
         if dump.reach != ALL and any(NULL_BLOCK in part.block_ids for part in of_block):
             gone.append(each.block)
         else:

@@ -102,11 +102,9 @@ def receipt_for(
     if num_blocks == 0:
         return None
     tokens = min(num_blocks * rules.block_tokens, num_prompt)
-    # No more can be promised of a prompt with states than the last boundary.
-    end = num_prompt
-    if rules.has_states:
-        num_whole = num_prompt // rules.block_tokens
-        end = last_boundary(num_prompt, num_whole, rules.block_tokens, with_states=True)
+    # If all blocks had a name. Of a prompt with states no more can be promised.
+    all_blocks = -(-num_prompt // rules.block_tokens)
+    end = last_boundary(num_prompt, all_blocks, rules.block_tokens, with_states=rules.has_states)
     return Receipt(
         namespace=rules.fingerprint.hex(),
         block_tokens=rules.block_tokens,

@@ -111,12 +111,14 @@ def states_at(
 def parts_of_state(
     taken: SlotOfBlock, groups: Mapping[int, int], targets: Iterable[tuple[int, TargetFacts]]
 ) -> list[PagePart]:
-    """The copies of one page, whose state lies in these blocks of groups; none if one lacks."""
-    parts = []
-    for number, target in targets:
-        block_id = groups.get(target.group, NULL_BLOCK)
-        if block_id == NULL_BLOCK:
-            return []
-        offset = taken.offset + target.page_offset_bytes
-        parts.append(PagePart(offset, first_token=0, block_ids=(block_id,), target=number))
-    return parts
+    """The copies of one page, whose state lies in these blocks of groups; of NULL_BLOCK where one
+    lacks."""
+    return [
+        PagePart(
+            taken.offset + target.page_offset_bytes,
+            first_token=0,
+            block_ids=(groups.get(target.group, NULL_BLOCK),),
+            target=number,
+        )
+        for number, target in targets
+    ]

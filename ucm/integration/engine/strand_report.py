@@ -15,13 +15,12 @@ _UNITS: Final = ("bytes", "KiB", "MiB", "GiB")
 
 def strands_text(strands: Sequence[StrandFacts], interval_tokens: int | None = None) -> str:
     """The strands, the bytes of each, and what a prefill writes. Boundaries lie `interval_tokens`
-    apart (None: as by default, 0: at the ends of prompts only). Of states there are those that vLLM
-    keeps: without a flag the last one."""
-    reaches = [strand.reach for strand in strands]
-    interval = default_interval_tokens(reaches) if interval_tokens is None else interval_tokens
+    apart (None: as by default, 0: at the ends of prompts only). Where there are states, by default
+    vLLM keeps the last one."""
     with_states = any(strand.has_states for strand in strands)
+    default = 0 if with_states else default_interval_tokens(strand.reach for strand in strands)
+    interval = default if interval_tokens is None else interval_tokens
     written = sum(_written_bytes(strand, interval, with_states) for strand in strands)
-    interval = 0 if with_states else interval
     dense = sum(_token_bytes(each) for each in strands if not each.has_states) * _PROMPT_TOKENS
     per_1000 = f"{_size(written * 1000 / _PROMPT_TOKENS)} per 1000 tokens"
     hint = (
@@ -62,7 +61,7 @@ def _written_bytes(strand: StrandFacts, interval_tokens: int, with_states: bool)
         _PROMPT_TOKENS,
         num_blocks,
         block_tokens,
-        0 if strand.has_states else interval_tokens,
+        interval_tokens,
         with_states=with_states,
     )
     return len(kept) * strand.geometry.page_bytes

@@ -13,6 +13,7 @@ from ucm.config.settings import Settings
 from ucm.errors import UnsupportedEngine
 from ucm.integration.engine.facts import EngineFacts, StrandFacts
 from ucm.integration.vllm.device_facts import can_sleep, refuse_layerwise_with_micro_batches
+from ucm.integration.vllm.identity import dtype_name
 from ucm.integration.vllm.kv_specs import cached_layers
 from ucm.integration.vllm.strand_facts import read_strands
 from ucm.store.blocks.canonical_json import canonical_json
@@ -96,7 +97,7 @@ def _adapter_rules(vllm_config: Any) -> str:
         return ""
     rules: dict[str, object] = {}
     if lora.lora_dtype not in ("auto", None, vllm_config.model_config.dtype):
-        rules["lora_dtype"] = str(lora.lora_dtype).removeprefix("torch.")
+        rules["lora_dtype"] = dtype_name(lora.lora_dtype)
     # Older versions of vLLM don't have these.
     for name in ("target_modules", "enable_moe_shared_loras", "enable_mixed_moe_lora_format"):
         value = getattr(lora, name, None)

@@ -35,7 +35,7 @@ def manifest(vllm_config: Any, facts: EngineFacts, settings: Settings, *, epoch:
     return Manifest(
         format_version=STRANDS_FORMAT if has_strands else MANIFEST_FORMAT,
         block_tokens=settings.block_tokens,
-        model_dtype=_dtype_name(model.dtype),
+        model_dtype=dtype_name(model.dtype),
         kv_dtype=_kv_dtype(model, cache),
         kv_scales=_kv_scales(cache),
         num_layers=geometry.num_layers,
@@ -86,14 +86,14 @@ def _layout(layout_name: str) -> str:
     return f"opaque:{layout_name}" if layout_name else "canonical"
 
 
-def _dtype_name(dtype: Any) -> str:
+def dtype_name(dtype: Any) -> str:
     return str(dtype).removeprefix("torch.")
 
 
 def _kv_dtype(model: Any, cache: Any) -> str:
     """vLLM's "fp8" is fp8_e4m3, whose bytes mean other numbers on AMD's older accelerators."""
     if cache.cache_dtype == "auto":
-        return _dtype_name(model.dtype)
+        return dtype_name(model.dtype)
     name = str(cache.cache_dtype)
     if name not in ("fp8", "fp8_e4m3"):
         return name
@@ -121,7 +121,7 @@ def _engine_quantization(model: Any, settings: Settings) -> str:
     given = model.quantization is None or quantized or settings.model_id is not None
     name = "none" if given else str(model.quantization)
     encoder = getattr(getattr(model, "multimodal_config", None), "mm_encoder_attn_dtype", None)
-    return name if encoder is None else f"{name}+encoder:{_dtype_name(encoder)}"
+    return name if encoder is None else f"{name}+encoder:{dtype_name(encoder)}"
 
 
 def _weights(vllm_config: Any, settings: Settings) -> str:

@@ -19,11 +19,12 @@ from __future__ import annotations
 import copy
 import math
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Final
 
 from ucm.errors import UnsupportedEngine
 from ucm.integration.copies.state_field import StateField
+from ucm.integration.vllm.identity import dtype_name
 from ucm.store.blocks.page_layout import PageGeometry
 
 # Channels that have no heads are cut into so many parts at most: into as many as there are ranks.
@@ -60,22 +61,13 @@ def state_fields(vllm_config: Any, spec: Any, *, num_layers: int) -> tuple[State
     fields: list[StateField] = []
     begin = 0
     for field in _fields(spec, local, _of_all_ranks(vllm_config, local), num_layers):
-        fields.append(
-            StateField(
-                name=field.name,
-                geometry=field.geometry,
-                page_offset_bytes=begin,
-                block_offset_bytes=field.block_offset_bytes,
-                strides=field.strides,
-                dtype=field.dtype,
-            )
-        )
+        fields.append(replace(field, page_offset_bytes=begin))
         begin += field.geometry.slot_bytes
     return tuple(fields)
 
 
 def _fields(spec: Any, local: _Shapes, whole: _Shapes, num_layers: int) -> Iterator[StateField]:
-    """Those of the convolution, then the recurrent one."""
+    """Those of the convolution, then the recurrent one; where they lie in a page is left open."""
     num_rows, num_columns, dims_first = _convolution(local[0])
     kind = state_kind(spec)
     heads = _columns(kind, _convolution(whole[0])[1], whole[1:])
@@ -145,7 +137,7 @@ def _field(
         page_offset_bytes=0,
         block_offset_bytes=block_offset_bytes,
         strides=strides,
-        dtype=str(dtype).removeprefix("torch."),
+        dtype=dtype_name(dtype),
     )
 
 
