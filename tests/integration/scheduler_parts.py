@@ -262,11 +262,16 @@ class Engine:
             # vLLM computes nothing of a request before its load has arrived.
             self.copied(*(job.job_id for job in self.step({}).loads))
         self.step({name: num_tokens - extra})
-        _, request.receipt = self.side.finished(request, self.blocks(request))
+        request.receipt = self.end(request)
+        return request
+
+    def end(self, request: SimpleNamespace) -> dict[str, Any] | None:
+        """What is left of it is copied. Returns what is vLLM's to send."""
+        _, receipt = self.side.finished(request, self.blocks(request))
         self.step({})
         self.copied(*self.take_dumping())
         self.step({})
-        return request
+        return receipt
 
     def counted(self, name: str, **labels: str) -> float:
         counters: dict[str, float] = self.stats.data["counters"]

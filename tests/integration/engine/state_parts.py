@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
+from tests.integration.engine.stored_parts import PROMPT, strand_keys
 from tests.integration.scheduler_parts import BLOCK, Engine, Loopback
 from tests.store.tiers.memory_tier import MemoryTier
 from ucm import handoff as h
 from ucm.integration.copies.jobs import CopyJob
-from ucm.store.blocks.keys import Key, strand_key
+from ucm.store.blocks.keys import Key
 
-PROMPT = 10 * BLOCK
 # The last end of a block that leaves a token to compute.
 LAST = 9 * BLOCK
 
@@ -24,12 +24,7 @@ def offer(engine: Engine, name: str, num_tokens: int) -> None:
 
 
 def state_keys(engine: Engine, name: str) -> list[Key]:
-    keys = engine.side._states[name].prompt.keys
-    return [strand_key(key, "s", is_salted=False) for key in keys]
-
-
-def stored(tier: MemoryTier) -> set[Key]:
-    return {key for _, key in tier._pages}
+    return strand_keys(engine, name, "s")
 
 
 def prefill(

@@ -11,22 +11,16 @@ pytest.importorskip("vllm")
 
 from tests.integration.engine.state_parts import (
     LAST,
-    PROMPT,
     offer,
     prefill,
     started,
     state_keys_of,
-    stored,
 )
+from tests.integration.engine.stored_parts import PROMPT, stored
 from tests.integration.scheduler_parts import BLOCK, Engine, Loopback
 from tests.store.tiers.memory_tier import MemoryTier
 from ucm import handoff as h
 from ucm.store.node import protocol as p
-
-
-@pytest.fixture
-def tier() -> MemoryTier:
-    return MemoryTier()
 
 
 def test_a_state_that_has_no_slot_in_its_step_is_a_hole_and_no_receipt_promises_it(
@@ -42,10 +36,7 @@ def test_a_state_that_has_no_slot_in_its_step_is_a_hole_and_no_receipt_promises_
     engine.link.mute = False
     engine.step({"r": 2 * BLOCK})
     engine.step({"r": BLOCK})
-    _, receipt = engine.side.finished(request, engine.blocks(request))
-    engine.step({})
-    engine.copied(*engine.take_dumping())
-    engine.step({})
+    receipt = engine.end(request)
 
     assert receipt is None
     assert not stored(tier) & set(state_keys_of(engine))

@@ -9,25 +9,25 @@ import pytest
 
 pytest.importorskip("vllm")
 
+from tests.integration.engine.stored_parts import (
+    PROMPT,
+    parts_of,
+    prefill_by_twos,
+    stored,
+    strand_keys,
+)
 from tests.integration.scheduler_parts import BLOCK, MANIFEST, Engine, Loopback
 from tests.store.tiers.memory_tier import MemoryTier
 from ucm import handoff as h
 from ucm.errors import TierError
-from ucm.integration.copies.jobs import CopyJob
 from ucm.integration.engine.epoch import Epochs
 from ucm.outcome import Outcome
-from ucm.store.blocks.keys import Key, strand_key
+from ucm.store.blocks.keys import Key
 from ucm.store.node import protocol as p
 from ucm.store.tiers.tier import Staged, TierNamespace
 
 # The last token of a prompt needs two blocks before its own.
 WINDOW = 2 * BLOCK + 1
-PROMPT = 10 * BLOCK
-
-
-@pytest.fixture
-def tier() -> MemoryTier:
-    return MemoryTier()
 
 
 def started(tier: MemoryTier, **more: object) -> Engine:
@@ -36,12 +36,7 @@ def started(tier: MemoryTier, **more: object) -> Engine:
 
 
 def side_keys(engine: Engine, name: str) -> list[Key]:
-    keys = engine.side._states[name].prompt.keys
-    return [strand_key(key, "w", is_salted=False) for key in keys]
-
-
-def stored(tier: MemoryTier) -> set[Key]:
-    return {key for _, key in tier._pages}
+    return strand_keys(engine, name, "w")
 
 
 def remove(tier: MemoryTier, key: Key) -> bytes:
@@ -49,28 +44,11 @@ def remove(tier: MemoryTier, key: Key) -> bytes:
     return tier._pages.pop(at)
 
 
-def prefill(engine: Engine, **says: h.Handoff) -> dict[str, object] | None:
-    """Two blocks a step, as a long prompt is computed. Returns the receipt."""
-    request = engine.add("r", PROMPT, **says)
-    engine.admit(request)
-    while request.num_computed_tokens < PROMPT:
-        engine.step({"r": 2 * BLOCK})
-    _, receipt = engine.side.finished(request, engine.blocks(request))
-    engine.step({})
-    engine.copied(*engine.take_dumping())
-    engine.step({})
-    return receipt
-
-
-def parts_of(job: CopyJob, target: int) -> list[tuple[int, ...]]:
-    return [part.block_ids for part in job.parts if part.target == target]
-
-
 def test_a_prefill_stores_all_of_the_base_and_of_a_window_what_its_end_needs(
     tier: MemoryTier,
 ) -> None:
     engine = started(tier)
-    prefill(engine)
+    prefill_by_twos(engine)
     engine.add("s", PROMPT)
     keys, sides = engine.side._states["s"].prompt.keys, side_keys(engine, "s")
 
@@ -82,7 +60,7 @@ def test_a_prefill_stores_all_of_the_base_and_of_a_window_what_its_end_needs(
 def test_a_hit_is_all_but_the_last_token_and_loads_the_window_alone_of_the_other_strand(
     tier: MemoryTier,
 ) -> None:
-    prefill(started(tier))
+    prefill_by_twos(started(tier))
     engine = started(tier)
     request = engine.add("s", PROMPT)
 
@@ -95,7 +73,7 @@ def test_a_hit_is_all_but_the_last_token_and_loads_the_window_alone_of_the_other
 
 
 def test_without_a_page_of_the_window_a_hit_ends_at_the_boundary_before(tier: MemoryTier) -> None:
-    prefill(started(tier, window_interval=4 * BLOCK))
+    prefill_by_twos(started(tier, window_interval=4 * BLOCK))
     engine = started(tier, window_interval=4 * BLOCK)
     request = engine.add("s", PROMPT)
     remove(tier, side_keys(engine, "s")[8])
@@ -110,7 +88,7 @@ def test_without_a_page_of_the_window_a_hit_ends_at_the_boundary_before(tier: Me
 
 
 def test_without_any_boundary_nothing_is_loaded_and_nothing_stays_pinned(tier: MemoryTier) -> None:
-    prefill(started(tier))
+    prefill_by_twos(started(tier))
     engine = started(tier)
     request = engine.add("s", PROMPT)
     remove(tier, side_keys(engine, "s")[9])
@@ -208,7 +186,7 @@ def test_a_receipt_is_not_given_for_a_window_that_storage_has_refused(tier: Memo
 
 
 def test_a_promised_window_is_not_waited_for_where_no_prefill_keeps_one(tier: MemoryTier) -> None:
-    receipt = prefill(started(tier), says=h.Wanted())
+    receipt = prefill_by_twos(started(tier), says=h.Wanted())
     decode = started(tier)
     request = decode.add("s", PROMPT, says=h.parse(receipt))
     remove(tier, decode.side._states["s"].prompt.keys[5])
@@ -230,7 +208,7 @@ def test_there_are_no_tails_where_one_strand_has_pages_of_units_larger_than_a_to
 
 
 def test_a_promised_window_is_waited_for(tier: MemoryTier) -> None:
-    receipt = prefill(started(tier), says=h.Wanted())
+    receipt = prefill_by_twos(started(tier), says=h.Wanted())
     decode = started(tier)
     request = decode.add("s", PROMPT, says=h.parse(receipt))
     late = side_keys(decode, "s")[9]
@@ -257,5 +235,5 @@ def test_the_last_page_of_a_window_is_published_after_all_others_of_it(tier: Mem
         return MemoryTier.stage(tier, namespace, key, *args, **kwargs)
 
     tier.stage = stage  # type: ignore[method-assign]
-    prefill(engine)
+    prefill_by_twos(engine)
     assert stored(tier).isdisjoint(sides)

@@ -8,22 +8,16 @@ pytest.importorskip("vllm")
 
 from tests.integration.engine.state_parts import (
     LAST,
-    PROMPT,
     offer,
     prefill,
     started,
     state_keys,
     state_keys_of,
-    stored,
 )
+from tests.integration.engine.stored_parts import PROMPT, stored
 from tests.integration.scheduler_parts import BLOCK
 from tests.store.tiers.memory_tier import MemoryTier
 from ucm import handoff as h
-
-
-@pytest.fixture
-def tier() -> MemoryTier:
-    return MemoryTier()
 
 
 def test_of_states_what_vllm_offers_is_stored_and_every_block_of_the_base(tier: MemoryTier) -> None:
@@ -137,10 +131,7 @@ def test_a_state_of_vllms_own_cache_is_stored_again_if_the_store_has_lost_it(
     engine.side.allocated(request, engine.blocks(request), 0)
     request.num_computed_tokens = LAST
     engine.step({"r": BLOCK})
-    _, receipt = engine.side.finished(request, engine.blocks(request))
-    engine.step({})
-    engine.copied(*engine.take_dumping())
-    engine.step({})
+    receipt = engine.end(request)
 
     assert receipt is not None
     assert stored(tier) & set(state_keys_of(engine))
@@ -167,10 +158,7 @@ def test_states_computed_from_what_keys_do_not_name_are_not_stored(
         offer(engine, "r", end)
         engine.step({"r": end - request.num_computed_tokens})
     engine.step({"r": BLOCK})
-    engine.side.finished(request, engine.blocks(request))
-    engine.step({})
-    engine.copied(*engine.take_dumping())
-    engine.step({})
+    engine.end(request)
 
     assert not stored(tier) & set(keys)
     slots = engine.slots()

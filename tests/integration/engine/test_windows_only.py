@@ -6,21 +6,21 @@ import pytest
 
 pytest.importorskip("vllm")
 
+from tests.integration.engine.stored_parts import (
+    PROMPT,
+    parts_of,
+    prefill_by_twos,
+    stored,
+    strand_keys,
+)
 from tests.integration.scheduler_parts import BLOCK, Engine, Loopback
 from tests.store.tiers.memory_tier import MemoryTier
 from ucm import handoff as h
-from ucm.integration.copies.jobs import CopyJob
-from ucm.store.blocks.keys import Key, strand_key
+from ucm.store.blocks.keys import Key
 from ucm.store.node import protocol as p
 
 # What the last token of a prompt needs: three blocks of the one strand, two of the other.
 WINDOW, OTHER = 2 * BLOCK + 1, BLOCK + 1
-PROMPT = 10 * BLOCK
-
-
-@pytest.fixture
-def tier() -> MemoryTier:
-    return MemoryTier()
 
 
 def started(tier: MemoryTier, **more: object) -> Engine:
@@ -29,12 +29,7 @@ def started(tier: MemoryTier, **more: object) -> Engine:
 
 
 def keys_of(engine: Engine, name: str) -> tuple[list[Key], list[Key]]:
-    keys = list(engine.side._states[name].prompt.keys)
-    return keys, [strand_key(key, "w", is_salted=False) for key in keys]
-
-
-def stored(tier: MemoryTier) -> set[Key]:
-    return {key for _, key in tier._pages}
+    return list(engine.side._states[name].prompt.keys), strand_keys(engine, name, "w")
 
 
 def remove(tier: MemoryTier, *keys: Key) -> None:
@@ -42,28 +37,9 @@ def remove(tier: MemoryTier, *keys: Key) -> None:
         del tier._pages[at]
 
 
-def prefill(
-    engine: Engine, num_tokens: int = PROMPT, **says: h.Handoff
-) -> dict[str, object] | None:
-    """Two blocks a step. Returns the receipt."""
-    request = engine.add("r", num_tokens, **says)
-    engine.admit(request)
-    while request.num_computed_tokens < num_tokens:
-        engine.step({"r": min(2 * BLOCK, num_tokens - request.num_computed_tokens)})
-    _, receipt = engine.side.finished(request, engine.blocks(request))
-    engine.step({})
-    engine.copied(*engine.take_dumping())
-    engine.step({})
-    return receipt
-
-
-def parts_of(job: CopyJob, target: int) -> list[tuple[int, ...]]:
-    return [part.block_ids for part in job.parts if part.target == target]
-
-
 def test_a_prefill_stores_the_windows_at_its_end_and_nothing_else(tier: MemoryTier) -> None:
     engine = started(tier)
-    prefill(engine)
+    prefill_by_twos(engine)
     engine.add("s", PROMPT)
     keys, sides = keys_of(engine, "s")
 
@@ -71,7 +47,7 @@ def test_a_prefill_stores_the_windows_at_its_end_and_nothing_else(tier: MemoryTi
 
 
 def test_a_hit_is_all_but_the_last_token_and_loads_the_windows_alone(tier: MemoryTier) -> None:
-    prefill(started(tier))
+    prefill_by_twos(started(tier))
     engine = started(tier)
     request = engine.add("s", PROMPT)
 
@@ -87,7 +63,7 @@ def test_a_hit_is_all_but_the_last_token_and_loads_the_windows_alone(tier: Memor
 @pytest.mark.parametrize("length", [PROMPT + 5, 14 * BLOCK, 31 * BLOCK + 3])
 def test_a_conversation_goes_on_where_its_last_prompt_ended(tier: MemoryTier, length: int) -> None:
     """That is no boundary of the longer prompt."""
-    prefill(started(tier))
+    prefill_by_twos(started(tier))
     engine = started(tier, window_interval=4 * BLOCK)
     assert engine.admit(engine.add("s", length)) == PROMPT
     missed = -(-length // BLOCK) - 10 - bool(length % BLOCK)
@@ -95,7 +71,7 @@ def test_a_conversation_goes_on_where_its_last_prompt_ended(tier: MemoryTier, le
 
 
 def test_a_shorter_prompt_ends_at_a_boundary_of_the_longer(tier: MemoryTier) -> None:
-    prefill(started(tier, window_interval=4 * BLOCK))
+    prefill_by_twos(started(tier, window_interval=4 * BLOCK))
     engine = started(tier, window_interval=4 * BLOCK)
     assert engine.admit(engine.add("s", 7 * BLOCK)) == 4 * BLOCK
 
@@ -104,7 +80,7 @@ def test_a_shorter_prompt_ends_at_a_boundary_of_the_longer(tier: MemoryTier) -> 
 def test_without_a_page_of_any_window_a_hit_ends_at_the_boundary_before(
     tier: MemoryTier, lost: str
 ) -> None:
-    prefill(started(tier, window_interval=4 * BLOCK))
+    prefill_by_twos(started(tier, window_interval=4 * BLOCK))
     engine = started(tier, window_interval=4 * BLOCK)
     request = engine.add("s", PROMPT)
     keys, sides = keys_of(engine, "s")
@@ -118,7 +94,7 @@ def test_without_a_page_of_any_window_a_hit_ends_at_the_boundary_before(
 
 
 def test_without_any_window_nothing_is_loaded_and_nothing_stays_pinned(tier: MemoryTier) -> None:
-    prefill(started(tier))
+    prefill_by_twos(started(tier))
     engine = started(tier)
     request = engine.add("s", PROMPT)
     gone = keys_of(engine, "s")[1][8:]
@@ -138,7 +114,7 @@ def test_without_any_window_nothing_is_loaded_and_nothing_stays_pinned(tier: Mem
 
 def test_a_hit_may_end_wherever_what_it_needs_is_there(tier: MemoryTier) -> None:
     """What is kept for those who go on a token before the end is enough a block before."""
-    prefill(started(tier))
+    prefill_by_twos(started(tier))
     engine = started(tier)
     request = engine.add("s", PROMPT)
     for keys in keys_of(engine, "s"):
@@ -150,7 +126,7 @@ def test_a_page_that_can_not_be_read_is_the_reason_for_all_that_is_lost_with_it(
     tier: MemoryTier,
 ) -> None:
     """Nothing is asked for besides that nobody has kept."""
-    prefill(started(tier, window_interval=4 * BLOCK))
+    prefill_by_twos(started(tier, window_interval=4 * BLOCK))
     engine = started(tier, window_interval=4 * BLOCK)
     request = engine.add("s", PROMPT)
     damaged = keys_of(engine, "s")[0][8]
@@ -162,8 +138,8 @@ def test_a_page_that_can_not_be_read_is_the_reason_for_all_that_is_lost_with_it(
 
 
 def test_behind_windows_that_are_broken_an_earlier_prompt_s_is_found(tier: MemoryTier) -> None:
-    prefill(started(tier), 4 * BLOCK)
-    prefill(started(tier), 9 * BLOCK)
+    prefill_by_twos(started(tier), 4 * BLOCK)
+    prefill_by_twos(started(tier), 9 * BLOCK)
     engine = started(tier)
     request = engine.add("s", 14 * BLOCK)
     remove(tier, keys_of(engine, "s")[0][7])
@@ -186,7 +162,7 @@ def test_a_cold_prompt_is_looked_for_in_few_places_and_no_page_is_asked_for(
 def test_behind_what_vllm_has_itself_only_the_rest_of_the_windows_is_loaded(
     tier: MemoryTier,
 ) -> None:
-    prefill(started(tier))
+    prefill_by_twos(started(tier))
     engine = started(tier)
     request = engine.add("s", PROMPT)
     has = 9 * BLOCK
@@ -203,7 +179,7 @@ def test_an_engine_that_loads_nothing_asks_for_nothing_and_stores_what_is_not_th
     tier: MemoryTier,
 ) -> None:
     engine = started(tier, loads=False)
-    prefill(engine)
+    prefill_by_twos(engine)
     num_lookups = engine.link.core.status(1, pid=1, arena="", check=True).counters.get("lookups", 0)
     assert (num_lookups, len(stored(tier))) == (0, 5)
 
@@ -252,7 +228,7 @@ def test_a_receipt_is_given_only_if_every_window_at_its_end_is_kept(
 
 @pytest.mark.parametrize("strand", [0, 1])
 def test_a_promised_window_is_waited_for(tier: MemoryTier, strand: int) -> None:
-    receipt = prefill(started(tier), PROMPT + 5, says=h.Wanted())
+    receipt = prefill_by_twos(started(tier), PROMPT + 5, says=h.Wanted())
     decode = started(tier)
     request = decode.add("s", PROMPT + 5, says=h.parse(receipt))
     late = keys_of(decode, "s")[strand][10]
@@ -268,7 +244,7 @@ def test_a_promised_window_is_waited_for(tier: MemoryTier, strand: int) -> None:
 
 
 def test_what_was_promised_of_a_shorter_prompt_is_waited_for_at_its_end(tier: MemoryTier) -> None:
-    receipt = prefill(started(tier), says=h.Wanted())
+    receipt = prefill_by_twos(started(tier), says=h.Wanted())
     decode = started(tier)
     request = decode.add("s", PROMPT + 3 * BLOCK, says=h.parse(receipt))
     assert decode.admit(request) == PROMPT
@@ -281,7 +257,7 @@ def test_a_prompt_whose_prefill_is_under_way_is_waited_for_from_boundary_to_boun
     """Each takes nearly as long as decode waits for one. If prefill ends before the prompt does,
     what it has stored is loaded."""
     ends = [4 * BLOCK, 8 * BLOCK, PROMPT + 5][:num_boundaries]
-    prefill(started(tier, window_interval=4 * BLOCK), PROMPT + 5, says=h.Wanted())
+    prefill_by_twos(started(tier, window_interval=4 * BLOCK), PROMPT + 5, says=h.Wanted())
     decode = started(tier, window_interval=4 * BLOCK)
     request = decode.add("s", PROMPT + 5, says=h.Expected())
     keys, sides = keys_of(decode, "s")
@@ -309,7 +285,7 @@ def test_a_prompt_whose_prefill_is_under_way_is_waited_for_from_boundary_to_boun
 
 
 def test_who_leaves_while_a_prefill_is_under_way_leaves_nothing_behind(tier: MemoryTier) -> None:
-    prefill(started(tier, window_interval=4 * BLOCK))
+    prefill_by_twos(started(tier, window_interval=4 * BLOCK))
     decode = started(tier, window_interval=4 * BLOCK)
     request = decode.add("s", PROMPT, says=h.Expected())
     remove(tier, *(key for keys in keys_of(decode, "s") for key in keys[8:]))
@@ -321,7 +297,7 @@ def test_who_leaves_while_a_prefill_is_under_way_leaves_nothing_behind(tier: Mem
 
 
 def test_a_node_cache_that_is_lost_while_it_is_asked_is_asked_anew(tier: MemoryTier) -> None:
-    prefill(started(tier))
+    prefill_by_twos(started(tier))
     engine = started(tier)
     request = engine.add("s", PROMPT)
     engine.link.mute = True

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -72,26 +73,16 @@ def test_a_storm_leaves_the_scheduler_alive_every_token_right_and_nothing_behind
 
 
 @pytest.mark.parametrize("seed", range(40))
-def test_a_storm_around_a_model_with_windows_stores_and_loads_what_is_right(
-    seed: int, model_folder: Path, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize(
+    "kind", [Weather.with_windows, Weather.with_windows_only, Weather.with_states]
+)
+def test_a_storm_around_a_model_that_is_not_plain_stores_and_loads_what_is_right(
+    kind: Callable[[random.Random], Weather],
+    seed: int,
+    model_folder: Path,
+    monkeypatch: pytest.MonkeyPatch,
 ):
-    weather = Weather.with_windows(random.Random(seed))
-    assert run_storm(model_folder, seed, STEPS, monkeypatch, weather).answered
-
-
-@pytest.mark.parametrize("seed", range(40))
-def test_a_storm_around_a_model_whose_layers_all_have_windows_stores_and_loads_what_is_right(
-    seed: int, model_folder: Path, monkeypatch: pytest.MonkeyPatch
-):
-    weather = Weather.with_windows_only(random.Random(seed))
-    assert run_storm(model_folder, seed, STEPS, monkeypatch, weather).answered
-
-
-@pytest.mark.parametrize("seed", range(40))
-def test_a_storm_around_a_model_with_states_goes_on_from_the_right_one(
-    seed: int, model_folder: Path, monkeypatch: pytest.MonkeyPatch
-):
-    weather = Weather.with_states(random.Random(seed))
+    weather = kind(random.Random(seed))
     assert run_storm(model_folder, seed, STEPS, monkeypatch, weather).answered
 
 
