@@ -139,6 +139,12 @@ def engine_sessions(status: p.Status) -> dict[str, dict[str, int]]:
     return {name: fields for name, fields in sessions if not name.startswith(_TEST_SESSION)}
 
 
+def engines_of(status: p.Status) -> set[str]:
+    """Who is connected. A rank that was ahead of its scheduler side holds on to the session that it
+    left, so one engine may have two."""
+    return {name.rpartition("/")[0] for name in engine_sessions(status)}
+
+
 def count(status: p.Status, counter: str) -> int:
     """A counter of the node cache; one that never counted isn't there."""
     return status.counters.get(counter, 0)

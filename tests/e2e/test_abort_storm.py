@@ -29,7 +29,7 @@ from tests.e2e.checks import (
 )
 from tests.e2e.conftest import DeploymentMaker
 from tests.e2e.deployment import Deployment, Engine, Fleets, Oracle
-from tests.e2e.node import Node, engine_sessions
+from tests.e2e.node import Node, engines_of
 
 pytestmark = [pytest.mark.vllm, pytest.mark.long, pytest.mark.timeout(1500)]
 
@@ -151,7 +151,7 @@ class Storm:
 
     def _kill_node(self) -> None:
         while self._goes_on(KILLED_EVERY_S):
-            self.node.wait("serving", lambda status: len(engine_sessions(status)) == 2)
+            self.node.wait("serving", lambda status: len(engines_of(status)) == 2)
             self.node.kill()
             self._count("node killed")
 
@@ -223,7 +223,7 @@ def lose_heads(fleet: Deployment, prompts: list[Prompt], *, name: str) -> None:
         for file in fleet.store.files(prompt)[: HEAD // 128]:
             os.unlink(file)
     engine.node.kill()
-    engine.node.wait("serving", lambda status: len(engine_sessions(status)) == 2)
+    engine.node.wait("serving", lambda status: len(engines_of(status)) == 2)
     # Each only once: what it has not loaded, it has computed, and keeps itself.
     wait_until(lambda: is_loaded(engine, spares.pop()), "it loads again")
 
@@ -240,7 +240,7 @@ def check_nothing_is_left(storm: Storm) -> None:
         assert engine.server.processes("VLLM::EngineCore")
         wait_until(partial(is_empty, engine), f"nothing is left in {engine.name}")
     status = storm.node.wait_quiet()
-    assert len(engine_sessions(status)) == len(storm.engines)
+    assert len(engines_of(status)) == len(storm.engines)
 
 
 def is_empty(engine: Engine) -> bool:

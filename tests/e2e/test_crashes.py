@@ -24,7 +24,7 @@ from tests.e2e.checks import (
     wait_for_hit,
 )
 from tests.e2e.deployment import Deployment, Engine, Oracle
-from tests.e2e.node import count, engine_sessions
+from tests.e2e.node import count, engines_of
 
 pytestmark = [pytest.mark.vllm, pytest.mark.timeout(600)]
 
@@ -118,7 +118,7 @@ def test_a_killed_node_cache_costs_no_answer_and_seconds_later_its_engines_hit_a
         try:
             for _ in range(3):
                 time.sleep(1.5)
-                node.wait("serving again", lambda status: len(engine_sessions(status)) > 0)
+                node.wait("serving again", lambda status: len(engines_of(status)) > 0)
                 killed.add(node.kill())
         finally:
             stop.set()
@@ -145,7 +145,7 @@ def test_a_prefill_engine_killed_while_it_stores_leaves_no_pin_no_slot_and_no_wr
     for engine in (victim, decode, other):
         wait_for_hit(engine, make_prompt(1500, "identity chunk512"))
     before = node.wait_quiet()
-    assert len(engine_sessions(before)) == 2
+    assert len(engines_of(before)) == 2
     committed = count(before, "dump_committed")
     prompts = [make_prompt(3500, f"killed while storing {i}") for i in range(4)]
     asking = [threading.Thread(target=_ask_in_vain, args=(victim, prompt)) for prompt in prompts]
@@ -159,7 +159,7 @@ def test_a_prefill_engine_killed_while_it_stores_leaves_no_pin_no_slot_and_no_wr
     for thread in asking:
         thread.join()
 
-    node.wait("rid of the dead", lambda status: len(engine_sessions(status)) == 1)
+    node.wait("rid of the dead", lambda status: len(engines_of(status)) == 1)
     after = node.wait_quiet()
     assert count(after, "dump_aborted") > count(before, "dump_aborted")
     assert count(after, "dump_committed") - committed < 4 * (3500 // 128), "it was done already"

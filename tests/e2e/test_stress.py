@@ -21,7 +21,7 @@ from tests.e2e.checks import (
 )
 from tests.e2e.conftest import DeploymentMaker
 from tests.e2e.deployment import Deployment, Engine, Fleets, Oracle
-from tests.e2e.node import Node, engine_sessions, is_quiet
+from tests.e2e.node import Node, engine_sessions, engines_of, is_quiet
 from tests.e2e.watch import cpu_s
 from ucm.store.node.protocol import Status
 
@@ -112,7 +112,7 @@ def test_under_stress_every_answer_is_right_and_afterwards_nothing_is_held_and_n
 
     at_once(partial(client, number) for number in range(NUM_CLIENTS))
     status = engines[0].node.wait_quiet()
-    assert len(engine_sessions(status)) == 2
+    assert len(engines_of(status)) == 2
     for engine in engines:
         check_idle(engine)
     assert sum(preemptions(engine) for engine in engines) > 0, "the test must be harder"
