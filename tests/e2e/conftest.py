@@ -12,6 +12,7 @@ import pytest
 
 from examples.cluster.models import make_model
 from examples.cluster.processes import MIB, VllmServer, ucm_connector
+from examples.cluster.serve_vllm import FORK_VARIABLE
 from tests.e2e.deployment import Deployment, Fleets, Oracle
 from tests.e2e.node import Node
 
@@ -33,6 +34,14 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     ordered = sorted((items[i] for i in places), key=lambda item: MODULES.index(item.path.stem))
     for place, item in zip(places, ordered, strict=True):
         items[place] = item
+
+
+@pytest.fixture(autouse=True, scope="session")
+def forked_servers() -> Iterator[None]:
+    """Servers that start in half the time."""
+    with pytest.MonkeyPatch.context() as environment:
+        environment.setenv(FORK_VARIABLE, "1")
+        yield
 
 
 @pytest.fixture(scope="session")
