@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import threading
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
@@ -14,8 +15,9 @@ from typing import TYPE_CHECKING, Any
 
 from examples.cluster.client import Client
 from examples.cluster.processes import MIB, VllmServer, ucm_connector
-from tests.e2e.node import Node
+from tests.e2e.node import Node, engine_sessions
 from tests.e2e.store import BLOCK_TOKENS, Store
+from ucm.store.node.protocol import Status
 
 if TYPE_CHECKING:
     from typing_extensions import Self
@@ -120,6 +122,9 @@ class Deployment:
     def wait_ready(self) -> None:
         for engine in self.engines.values():
             engine.server.wait_ready()
+        # An engine serves without its node cache until that is there.
+        for node, num_engines in Counter(engine.node for engine in self.engines.values()).items():
+            node.wait("known to its engines", partial(_has_connected, num_engines=num_engines))
 
     def kill(self) -> None:
         """Ends all servers. Node caches leave by themselves."""
@@ -136,6 +141,12 @@ class Deployment:
         trace: TracebackType | None,
     ) -> None:
         self.kill()
+
+
+def _has_connected(status: Status, *, num_engines: int) -> bool:
+    """Their scheduler sides, and a rank of each."""
+    connected = [each["connections"] > 1 for each in engine_sessions(status).values()]
+    return sum(connected) >= num_engines
 
 
 class Oracle:
