@@ -65,6 +65,7 @@ def _kv_cache_config(vllm_config: Any) -> Any:
         "dtype": kv_cache_dtype_str_to_dtype(cache.cache_dtype, model),
     }
     if model.use_mla:
+        _refuse_indexers(model.hf_text_config)
         spec = MLAAttentionSpec(num_kv_heads=1, **common)
     else:
         heads = model.get_num_kv_heads(vllm_config.parallel_config)
@@ -73,6 +74,14 @@ def _kv_cache_config(vllm_config: Any) -> Any:
     names = [f"model.layers.{number}.self_attn.attn" for number in range(num_layers)]
     group = SimpleNamespace(kv_cache_spec=spec, layer_names=names)
     return SimpleNamespace(kv_cache_groups=[group], kv_cache_tensors=[], num_blocks=1)
+
+
+def _refuse_indexers(config: Any) -> None:
+    if getattr(config, "index_topk", None) is not None:
+        raise UnsupportedEngine(
+            "this model has an indexer beside its MLA layers, the shape of whose cache only a "
+            "running engine knows"
+        )
 
 
 def _refuse_windows(vllm_config: Any) -> None:

@@ -53,19 +53,22 @@ _OTHER: Final = (
     "it stores full attention, MLA, windows, chunked attention and states; run it without UCM",
 )
 _INDEXER: Final = (
-    "an indexer beside its MLA layers",
-    "UCM can't store its cache yet; run it without UCM",
+    "an indexer in a cache group of its own",
+    "UCM stores those that share the blocks of MLA layers; run it without UCM",
 )
 
 
 @dataclass(frozen=True)
 class CachedLayer:
-    """A layer that has a cache of its own, and the number of the group it is in."""
+    """A layer that has a cache of its own, and the number of the group it is in. `block_bytes` are
+    those of one of the engine's blocks where that is all that both sides of an engine know of it
+    (`spec` is then that of the group's first layer, on one of them); else 0."""
 
     name: str
     group: int
     spec: Any
     reach: Reach
+    block_bytes: int = 0
 
 
 def cached_layers(kv_cache_config: Any) -> list[CachedLayer]:
@@ -74,16 +77,19 @@ def cached_layers(kv_cache_config: Any) -> list[CachedLayer]:
     refused: dict[tuple[str, str, str], list[str]] = {}
     for number, group in enumerate(kv_cache_config.kv_cache_groups):
         _refuse_what_is_elsewhere(group)
-        _refuse_untold_specs(kv_cache_config, number, group)
+        untold = _untold(kv_cache_config, group)
+        if untold:
+            _refuse_untold_specs(number, group)
         for name, spec in _specs_of(group):
-            reach = _reach(spec)
+            reach = ALL if untold else _reach(spec)
             if reach is None:
                 kind = type(spec).__name__
                 what, why = _INDEXER if _is_indexer(spec) else _REFUSED.get(kind, _OTHER)
                 refused.setdefault((what, kind, why), []).append(name)
             else:
-                _refuse_what_is_no_plain_kv(spec, reach)
-                layers.append(CachedLayer(name, number, spec, reach))
+                if not untold:
+                    _refuse_what_is_no_plain_kv(spec, reach)
+                layers.append(CachedLayer(name, number, spec, reach, untold.get(name, 0)))
     for (what, kind, why), names in refused.items():
         raise UnsupportedEngine(f"this model has {what} ({kind} in {_shown(names)}): {why}")
     if not layers:
@@ -167,16 +173,37 @@ def _refuse_what_is_elsewhere(group: Any) -> None:
         )
 
 
-def _refuse_untold_specs(kv_cache_config: Any, number: int, group: Any) -> None:
-    """vLLM's scheduler is told one spec of a group, whatever its layers are. But they lie in memory
-    one spec after the other, which it is told."""
+def _untold(kv_cache_config: Any, group: Any) -> dict[str, int]:
+    """How many bytes a block of each layer has, if the layers of this group have several specs.
+    vLLM's scheduler is told one of them, whatever the layers are. But they lie in memory one spec
+    after the other, which it is told."""
     names = set(group.layer_names)
     tensors = [each for each in kv_cache_config.kv_cache_tensors if names & set(each.layers)]
-    if len(tensors) > 1 and not hasattr(group.kv_cache_spec, "kv_cache_specs"):
-        raise UnsupportedEngine(
-            f"the layers of this model's KV cache group {number} differ in the shape of their KV, "
-            "and vLLM's scheduler does not know how: run it without UCM"
-        )
+    if len(tensors) < 2:
+        return {}
+    # Either all blocks of a layer follow each other, or all layers of a block.
+    sizes = [(min(each.layer_stride, each.block_stride), each.layers) for each in tensors]
+    return {name: int(size) for size, layers in sizes for name in layers}
+
+
+def _refuse_untold_specs(number: int, group: Any) -> None:
+    """MLA layers, and the indexers beside them, are kept once whatever the ranks are, and need no
+    more to be known: their blocks are stored as they are."""
+    specs = [spec for _, spec in _specs_of(group)]
+    if all(_is_latent(spec) for spec in specs):
+        return
+    raise UnsupportedEngine(
+        f"the layers of this model's KV cache group {number} differ in the shape of their KV, "
+        "and vLLM's scheduler does not know how: run it without UCM"
+    )
+
+
+def _is_latent(spec: Any) -> bool:
+    """By the very type, and a state for each token."""
+    from vllm.v1.kv_cache_interface import MLAAttentionSpec
+
+    is_causal = not getattr(spec, "non_causal", False)
+    return type(spec) is MLAAttentionSpec and is_causal and spec.tokens_per_state == 1
 
 
 def _shown(names: Sequence[str]) -> str:

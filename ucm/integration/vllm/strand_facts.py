@@ -18,7 +18,12 @@ from ucm.integration.engine.facts import StrandFacts, TargetFacts
 from ucm.integration.vllm.identity import draft_with_kv
 from ucm.integration.vllm.kv_specs import CachedLayer, layer_index
 from ucm.integration.vllm.state_layout import state_fields, state_kind
-from ucm.integration.vllm.strand_layout import geometry_of, layout_of
+from ucm.integration.vllm.strand_layout import (
+    geometry_of,
+    geometry_of_raw_blocks,
+    layout_of,
+    name_of_raw_blocks,
+)
 from ucm.store.blocks.page_layout import PageGeometry
 from ucm.store.blocks.strands import ALL, STATE, Reach, ReachKind
 
@@ -57,8 +62,9 @@ def _sharing(
     kept, or of which most are."""
     in_one_group = len({layer.group for layer in layers}) == 1
     # Those of one number are in the engine's order, or, where groups mix it up, in that of names.
+    in_engines_order = in_one_group and not any(layer.block_bytes for layer in layers)
     ordered = sorted(
-        layers, key=lambda layer: (layer_index(layer.name), "" if in_one_group else layer.name)
+        layers, key=lambda layer: (layer_index(layer.name), "" if in_engines_order else layer.name)
     )
     strands: dict[tuple[object, ...], list[CachedLayer]] = {}
     for layer in ordered:
@@ -67,12 +73,15 @@ def _sharing(
             of_state = (STATE, spec.shapes, spec.dtypes, state_kind(spec))
             strands.setdefault(of_state, []).append(layer)
             continue
+        if layer.block_bytes:
+            strands.setdefault((ALL, layer.block_bytes), []).append(layer)
+            continue
         shape = (type(spec) if layer.reach == ALL else None, int(spec.num_kv_heads))
         sizes = (int(spec.head_size), int(spec.head_size_v), str(spec.dtype))
         kind = (layer.reach, shape, sizes, layout_of(vllm_config, spec, settings))
         strands.setdefault(kind, []).append(layer)
     found = list(strands.values())
-    first = max(found, key=lambda each: _extent(each[0].reach))
+    first = max(found, key=lambda each: (_extent(each[0].reach), each[0].block_bytes))
     has_states = any(each[0].reach == STATE for each in found)
     if first[0].reach != ALL and (has_states or not _extent(first[0].reach)):
         raise UnsupportedEngine(
@@ -101,16 +110,22 @@ def _strand(
     spec, reach = layers[0].spec, layers[0].reach
     if reach == STATE:
         return _of_states(vllm_config, layers, settings)
-    layout, layout_name = layout_of(vllm_config, spec, settings)
-    geometry = geometry_of(
-        vllm_config,
-        spec,
-        settings,
-        layout,
-        layer=layer_index(layers[0].name),
-        num_layers=_num_layers(vllm_config, layers),
-        is_only=is_only,
-    )
+    if layers[0].block_bytes:
+        layout, layout_name = LayoutKind.OPAQUE, name_of_raw_blocks(spec)
+        geometry = geometry_of_raw_blocks(
+            settings, spec, num_layers=len(layers), num_heads=1, block_bytes=layers[0].block_bytes
+        )
+    else:
+        layout, layout_name = layout_of(vllm_config, spec, settings)
+        geometry = geometry_of(
+            vllm_config,
+            spec,
+            settings,
+            layout,
+            layer=layer_index(layers[0].name),
+            num_layers=_num_layers(vllm_config, layers),
+            is_only=is_only,
+        )
     if reach.kind is ReachKind.CHUNK and reach.num_tokens % settings.block_tokens:
         raise UnsupportedEngine(
             f"block_tokens is {settings.block_tokens}, and this model attends in chunks of "

@@ -36,6 +36,14 @@ def layout_of(vllm_config: Any, spec: Any, settings: Settings) -> tuple[LayoutKi
     return (LayoutKind.MLA if _is_mla(spec) else LayoutKind.PACKED, "")
 
 
+def name_of_raw_blocks(spec: Any) -> str:
+    """Of MLA and its indexer, which all ranks have alike. What kernels make of an indexer's block
+    is theirs, and not the same on all accelerators of one type."""
+    from vllm.platforms import current_platform
+
+    return f"{current_platform.device_name}:mla:block{spec.block_size}"
+
+
 def _is_mla(spec: Any) -> bool:
     from vllm.v1.kv_cache_interface import MLAAttentionSpec
 
@@ -67,14 +75,12 @@ def geometry_of(
 ) -> PageGeometry:
     """Of layers like that with the number `layer`. `is_only`: all of the model are."""
     if layout is LayoutKind.OPAQUE:
-        return PageGeometry(
+        return geometry_of_raw_blocks(
+            settings,
+            spec,
             num_layers=num_layers,
-            num_kv_heads=int(vllm_config.parallel_config.tensor_parallel_size),
-            block_tokens=settings.block_tokens,
-            k_size=int(spec.unpadded_page_size_bytes),
-            v_size=0,
-            item_bytes=1,
-            unit_tokens=int(spec.block_size),
+            num_heads=int(vllm_config.parallel_config.tensor_parallel_size),
+            block_bytes=int(spec.unpadded_page_size_bytes),
         )
     if layout is LayoutKind.MLA:
         heads = 1
@@ -89,6 +95,21 @@ def geometry_of(
         k_size=int(spec.head_size),
         v_size=0 if layout is LayoutKind.MLA else int(spec.head_size_v),
         item_bytes=int(spec.dtype.itemsize),
+    )
+
+
+def geometry_of_raw_blocks(
+    settings: Settings, spec: Any, *, num_layers: int, num_heads: int, block_bytes: int
+) -> PageGeometry:
+    """Of `num_heads` ranks that have blocks of their own."""
+    return PageGeometry(
+        num_layers=num_layers,
+        num_kv_heads=num_heads,
+        block_tokens=settings.block_tokens,
+        k_size=block_bytes,
+        v_size=0,
+        item_bytes=1,
+        unit_tokens=int(spec.block_size),
     )
 
 
