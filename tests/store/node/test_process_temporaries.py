@@ -20,6 +20,7 @@ from tests.store.node.support import (
 )
 from ucm.config.settings import StoreSettings
 from ucm.store.node import protocol as p
+from ucm.store.tiers.posix.paths import parse_temp_name
 
 pytestmark = pytest.mark.process
 
@@ -35,6 +36,12 @@ def stage(client: Engine, name: str) -> None:
     client.client.send(p.Commit(ns=1, keys=keys[1:], parents=keys[:-1]))
 
 
+def writers_of(place: Place) -> list[int]:
+    """The process that was writing each of the temporary files."""
+    names = [parse_temp_name(file.name) for file in place.stray_files()]
+    return [name.writer.process.pid for name in names if name is not None]
+
+
 def test_what_killed_and_stopped_node_caches_were_writing_is_gone_after_the_next_start(
     place: Place,
 ) -> None:
@@ -44,7 +51,9 @@ def test_what_killed_and_stopped_node_caches_were_writing_is_gone_after_the_next
         with engine(settings) as client:
             stage(client, f"prompt {number}")
             what = "its pages are staged, and those of the one before are gone"
-            wait_until(lambda: len(place.stray_files()) == NUM_PAGES - 1, what)
+            wait_until(
+                lambda client=client: writers_of(place) == [client.pid] * (NUM_PAGES - 1), what
+            )
             if number in (2, 5):
                 os.kill(client.pid, signal.SIGTERM)
                 wait_until(lambda pid=client.pid: not alive(pid), "it has left")
