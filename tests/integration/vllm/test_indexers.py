@@ -36,6 +36,7 @@ from ucm.errors import UnsupportedEngine
 from ucm.integration.copies.jobs import PagePart
 from ucm.integration.copies.layout_kind import LayoutKind
 from ucm.integration.engine.facts import EngineFacts
+from ucm.integration.engine.strand_report import strands_text
 from ucm.integration.vllm.identity import manifest
 from ucm.integration.vllm.stats import UcmStats
 from ucm.integration.vllm.worker import WorkerSide
@@ -96,6 +97,7 @@ def test_they_are_two_strands_and_every_side_of_an_engine_reads_the_same(
         f"model.layers.{n}.self_attn.indexer.k_cache" for n in range(3)
     )
     assert facts.is_plain
+    assert "Of every block of 128 tokens all is kept" in strands_text(facts.strands)
     scheduler = generate_scheduler_kv_cache_config([cache])
     assert scheduler.kv_cache_groups[0].kv_cache_spec == INDEXER
     assert read(scheduler) == facts

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from typing import Final
 
 from ucm.integration.engine.facts import StrandFacts
-from ucm.store.blocks.strands import default_interval_tokens, kept_blocks
+from ucm.store.blocks.strands import ALL, default_interval_tokens, kept_blocks
 
 # Long enough for many boundaries, and what people call a long prompt.
 _PROMPT_TOKENS: Final = 32 << 10
@@ -22,16 +22,29 @@ def strands_text(strands: Sequence[StrandFacts], interval_tokens: int | None = N
     interval = default if interval_tokens is None else interval_tokens
     written = sum(_written_bytes(strand, interval, with_states) for strand in strands)
     dense = sum(_token_bytes(each) for each in strands if not each.has_states) * _PROMPT_TOKENS
-    per_1000 = f"{_size(written * 1000 / _PROMPT_TOKENS)} per 1000 tokens"
-    hint = (
-        "; vLLM keeps states for more of them with --prefix-cache-retention-interval"
-        if with_states
-        else ""
-    )
+    share = round(100 * written / dense)
     return (
-        f"this model has {_count(strands)}: {'; '.join(map(_strand_text, strands))}. With a "
-        f"boundary every {interval or _PROMPT_TOKENS} tokens a prompt of {_PROMPT_TOKENS} writes "
-        f"{per_1000}, {round(100 * written / dense)} % of its KV{hint}"
+        f"this model has {_count(strands)}: {'; '.join(map(_strand_text, strands))}. "
+        f"{_boundaries(strands, interval)} a prompt of {_PROMPT_TOKENS} writes "
+        f"{_size(written * 1000 / _PROMPT_TOKENS)} per 1000 tokens, {share} % of its KV"
+        f"{_states_hint(strands)}"
+    )
+
+
+def _boundaries(strands: Sequence[StrandFacts], interval_tokens: int) -> str:
+    if all(strand.reach == ALL for strand in strands):
+        return f"Of every block of {strands[0].geometry.block_tokens} tokens all is kept, so"
+    return f"With a boundary every {interval_tokens or _PROMPT_TOKENS} tokens"
+
+
+def _states_hint(strands: Sequence[StrandFacts]) -> str:
+    """What of vLLM's flags would change hits."""
+    sizes = [strand.geometry.block_tokens for strand in strands if strand.has_states]
+    if not sizes:
+        return ""
+    return (
+        f"; hits end at multiples of {sizes[0]} tokens (--block-size) that vLLM keeps states at: "
+        "at more of them with --prefix-cache-retention-interval"
     )
 
 
