@@ -6,6 +6,7 @@ import json
 import os
 import signal
 import sys
+import time
 from collections.abc import Generator, Iterator
 from functools import cache
 from pathlib import Path
@@ -29,6 +30,9 @@ else:
 _STAGES = ("process", "gpu", "vllm")
 # What stages.py looks for in files, not to import others.
 _SPELLED = ("process", "alone", "vllm")
+# From this time on (seconds since 1970) no more models are tried: who has to be done by some time
+# tries as many as the machine allows.
+_MODELS_UNTIL = "UCM_MODELS_UNTIL_S"
 
 
 def _stage(item: pytest.Item) -> int:
@@ -50,6 +54,13 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
                     f"into {item.path.name}, or tests/stages.py does not find it"
                 )
     items.sort(key=_stage)
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_runtest_setup(item: pytest.Item) -> None:
+    until_s = float(os.environ.get(_MODELS_UNTIL, "inf"))
+    if time.time() > until_s and item.get_closest_marker("models") is not None:
+        pytest.skip(f"the time for models is over, by {_MODELS_UNTIL}")
 
 
 def pytest_runtest_teardown(item: pytest.Item, nextitem: pytest.Item | None) -> None:

@@ -127,10 +127,12 @@ def test_never_stored_corrupt_and_reclaimed_are_told_apart(
     assert {block.state for block in found.blocks} == {"reclaimed"}
 
 
-def test_a_prompt_file_that_is_missing_is_told_before_vllm_is_asked(tmp_path: Path) -> None:
+def test_a_prompt_file_that_is_missing_is_told_before_vllm_is_asked(
+    store: Path, tmp_path: Path
+) -> None:
     """Which would say no to this model."""
     missing = tmp_path / "none.txt"
-    done = ucm("explain", tmp_path, "--model", tmp_path / "none", "--prompt-file", missing)
+    done = ucm("explain", store, "--model", store / "none", "--prompt-file", missing)
     assert (done.returncode, done.stdout) == (1, "")
     assert done.stderr == f"ucm explain: {missing}: can't be read: No such file or directory\n"
 

@@ -22,7 +22,8 @@ MODULES = (
     *("test_handoff", "test_handoff_storage"),
     *("test_damaged_files", "test_handoff_stress", "test_crashes"),
     *("test_layouts", "test_bfloat16", "test_handoff_namespaces", "test_images"),
-    *("test_hybrid_models", "test_hybrid_handoff", "test_drafts"),
+    *("test_hybrid_models", "test_hybrid_handoff", "test_late_strands", "test_drafts"),
+    *("test_refused_models",),
     *("test_what_shapes_kv", "test_no_hits", "test_files_only", "test_load_policy"),
     *("test_stress", "test_abort_storm", "test_faulty_storage", "test_killed_at_random"),
     *("test_bad_settings", "test_nothing_left"),
@@ -31,6 +32,8 @@ MODULES = (
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     places = [i for i, item in enumerate(items) if item.path.parent == Path(__file__).parent]
+    if new := sorted({items[i].path.stem for i in places}.difference(MODULES)):
+        raise pytest.UsageError(f"{new[0]} has no place in the order of MODULES ({__file__})")
     ordered = sorted((items[i] for i in places), key=lambda item: MODULES.index(item.path.stem))
     for place, item in zip(places, ordered, strict=True):
         items[place] = item

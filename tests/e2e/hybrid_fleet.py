@@ -189,7 +189,7 @@ class HybridFleet(Deployment):
             self._model,
             log=folder / "plain.log",
             dtype=model.dtype,
-            block_size=model.block_size,
+            block_size=model.engine_block_size,
             kv_cache_bytes=KV_CACHE_BYTES,
             args=["--no-enable-prefix-caching", *model.flags] if model.is_exact else model.flags,
         )
@@ -201,7 +201,7 @@ class HybridFleet(Deployment):
         fixed = {"dtype": model.dtype, "block_tokens": model.block_size}
         if model.has_states:
             fixed["prefix_caching"] = True
-        options = {"block_size": model.block_size, **options, **fixed}
+        options = {"block_size": model.engine_block_size, **options, **fixed}
         return super().start(name, node, args=[*args, *model.flags], **options)
 
     def hit_tokens(self, prompt: Prompt) -> int:

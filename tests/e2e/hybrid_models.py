@@ -28,7 +28,8 @@ _SLOW_DECAY: Final = -5.0
 class HybridModel:
     """`config` names a class of transformers and its arguments; `flags` are what vLLM needs for it
     here. `window` is that of its local layers; one that has none has states instead. `block_size`
-    is the engine's, and the store's: with states they must agree."""
+    is the store's, and the engine's `--block-size` as well where that is not given: with states
+    they must agree, and vLLM makes larger ones of some layers."""
 
     name: str
     config: str
@@ -37,6 +38,11 @@ class HybridModel:
     flags: tuple[str, ...] = ()
     dtype: str = "float32"
     block_size: int = 128
+    engine_block_size: int = 0
+
+    def __post_init__(self) -> None:
+        if not self.engine_block_size:
+            object.__setattr__(self, "engine_block_size", self.block_size)
 
     @property
     def has_states(self) -> bool:
@@ -139,6 +145,24 @@ MODELS: Final = {
             },
         ),
         HybridModel(
+            name="gemma4",
+            config="Gemma4TextConfig",
+            window=256,
+            # Layers with full attention have larger heads, so blocks of the others are twice as
+            # long. The second half has the KV of the first.
+            engine_block_size=64,
+            fields={
+                **_COMMON,
+                **_PER_LAYER_INPUT,
+                "num_hidden_layers": 10,
+                "num_kv_shared_layers": 5,
+                "sliding_window": 256,
+                "layer_types": ([_LOCAL] * 4 + [_GLOBAL]) * 2,
+                "global_head_dim": 64,
+                "tie_word_embeddings": True,
+            },
+        ),
+        HybridModel(
             name="gpt-oss",
             config="GptOssConfig",
             window=128,
@@ -192,8 +216,11 @@ MODELS: Final = {
         HybridModel(
             name="qwen3-next",
             config="Qwen3NextConfig",
+            # With larger heads a block has room for the states also where vLLM keeps them in
+            # float32, as on some processors.
             fields={
                 **_COMMON,
+                "head_dim": 64,
                 "num_hidden_layers": 4,
                 "layer_types": [_STATE] * 3 + [_GLOBAL],
                 "linear_num_key_heads": 2,
@@ -229,7 +256,9 @@ MODELS: Final = {
         HybridModel(
             name="falcon-h1",
             config="FalconH1Config",
+            # What attention says is added to what the states say, and must not drown in it.
             fields={
+                "attention_out_multiplier": 8.0,
                 **_COMMON,
                 "num_hidden_layers": 2,
                 "mamba_d_ssm": 256,

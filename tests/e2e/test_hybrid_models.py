@@ -40,6 +40,7 @@ CRAMPED_BLOCKS = {
     **{name: 40 if model.has_states else 90 for name, model in MODELS.items()},
     "mistral-w129": 12,
     "mistral-w256": 12,
+    "gemma4": 150,
 }
 
 

@@ -38,8 +38,9 @@ def read_strands(
     kinds = {(layer.group, layer.reach) for layer in layers}
     if len(sharing) > 1 or len(kinds) > 1 or sharing[0][0].reach != ALL:
         _refuse_with_others(vllm_config, settings, sharing)
-    _refuse_unlike_blocks(settings, layers)
+    # First: what it says is more to the point.
     _refuse_blocks_without_states(settings, layers)
+    _refuse_unlike_blocks(settings, layers)
     strands: list[StrandFacts] = []
     targets: list[TargetFacts] = []
     for of_strand in sharing:
