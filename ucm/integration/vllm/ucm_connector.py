@@ -11,6 +11,7 @@ from __future__ import annotations
 import logging
 from typing import TYPE_CHECKING, Any
 
+import vllm
 from vllm.distributed.kv_transfer.kv_connector.factory import KVConnectorFactory
 from vllm.distributed.kv_transfer.kv_connector.v1.base import (
     KVConnectorBase_V1,
@@ -24,6 +25,7 @@ from ucm.config.settings import load_settings, start_epoch
 from ucm.integration.engine.strand_report import strands_text
 from ucm.integration.vllm.device_facts import wanted_layout
 from ucm.integration.vllm.engine_facts import engine_facts
+from ucm.integration.vllm.engine_versions import check_version
 from ucm.integration.vllm.identity import manifest
 from ucm.integration.vllm.metadata import RankReport, StepMetadata
 from ucm.integration.vllm.scheduler import SchedulerSide
@@ -54,6 +56,7 @@ class UCMConnector(KVConnectorBase_V1, SupportsHMA):
     ) -> None:
         super().__init__(vllm_config, role, kv_cache_config)
         _log_like_vllm()
+        check_version(vllm.__version__)
         settings = load_settings(vllm_config.kv_transfer_config.kv_connector_extra_config)
         facts = engine_facts(vllm_config, kv_cache_config, settings)
         self._stats = UcmStats()
