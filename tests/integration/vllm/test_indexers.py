@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import replace
+from itertools import product
 from types import SimpleNamespace
 from typing import Any
 
@@ -127,10 +128,19 @@ def test_engines_share_a_namespace_whatever_their_ranks_and_not_with_other_block
 
 
 def test_where_kernels_differ_their_blocks_are_others(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(type(current_platform), "device_name", "rocm", raising=False)
-    facts = read(grouped_by_vllm([PACKED] * 2))
-
-    assert {strand.layout_name for strand in facts.strands} == {f"rocm:mla:block{BLOCK}"}
+    """AMD's: two kinds of fp8, and two orders inside a block."""
+    platform = type(current_platform)
+    monkeypatch.setattr(platform, "device_name", "rocm")
+    monkeypatch.setattr(platform, "is_rocm", lambda self: True)
+    names = set()
+    for fnuz, switch in product((True, False), ("0", "1")):
+        monkeypatch.setattr(platform, "is_fp8_fnuz", lambda self, fnuz=fnuz: fnuz)
+        monkeypatch.setenv("VLLM_ROCM_USE_AITER", switch)
+        facts = read(grouped_by_vllm([PACKED] * 2))
+        (name,) = {strand.layout_name for strand in facts.strands}
+        assert name.startswith("rocm-") and name.endswith(f":mla:block{BLOCK}")
+        names.add(name)
+    assert len(names) == 4
 
 
 @pytest.mark.parametrize(

@@ -38,10 +38,18 @@ def layout_of(vllm_config: Any, spec: Any, settings: Settings) -> tuple[LayoutKi
 
 def name_of_raw_blocks(spec: Any) -> str:
     """Of MLA and its indexer, which all ranks have alike. What kernels make of an indexer's block
-    is theirs, and not the same on all accelerators of one type."""
+    is theirs: on AMD's accelerators its numbers are those of one of two kinds of fp8, and their
+    order depends on which kernels vLLM has been told to use, and may change with a version."""
     from vllm.platforms import current_platform
 
-    return f"{current_platform.device_name}:mla:block{spec.block_size}"
+    name = str(current_platform.device_name)
+    if current_platform.is_rocm():
+        from vllm import __version__, envs
+
+        kernels = "aiter" if envs.VLLM_ROCM_USE_AITER else "own"
+        numbers = "fnuz" if current_platform.is_fp8_fnuz() else "ocp"
+        name = f"{name}-{numbers}-{kernels}-{'.'.join(__version__.split('.')[:2])}"
+    return f"{name}:mla:block{spec.block_size}"
 
 
 def _is_mla(spec: Any) -> bool:
