@@ -30,9 +30,9 @@ else:
 _STAGES = ("process", "gpu", "vllm")
 # What stages.py looks for in files, not to import others.
 _SPELLED = ("process", "alone", "vllm")
-# From this time on (seconds since 1970) no more models are tried: who has to be done by some time
-# tries as many as the machine allows.
-_MODELS_UNTIL = "UCM_MODELS_UNTIL_S"
+# From this time on (seconds since 1970) no long test begins: who has to be done by some time runs
+# as many as the machine allows.
+_LONG_UNTIL = "UCM_LONG_TESTS_UNTIL_S"
 
 
 def _stage(item: pytest.Item) -> int:
@@ -58,9 +58,9 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 @pytest.hookimpl(tryfirst=True)
 def pytest_runtest_setup(item: pytest.Item) -> None:
-    until_s = float(os.environ.get(_MODELS_UNTIL, "inf"))
-    if time.time() > until_s and item.get_closest_marker("models") is not None:
-        pytest.skip(f"the time for models is over, by {_MODELS_UNTIL}")
+    until_s = float(os.environ.get(_LONG_UNTIL, "inf"))
+    if time.time() > until_s and {"long", "models"} & {mark.name for mark in item.iter_markers()}:
+        pytest.skip(f"the time for long tests is over, by {_LONG_UNTIL}")
 
 
 def pytest_runtest_teardown(item: pytest.Item, nextitem: pytest.Item | None) -> None:
