@@ -101,7 +101,8 @@ class Clients:
         self._answers.close()
         for _, process in self.running:
             process.kill()
-            process.wait()
+            # Closes its pipe too, which would be held against another test.
+            process.communicate()
 
 
 @contextmanager
@@ -206,9 +207,9 @@ def reclaimers(place: Place) -> list[int]:
 
 
 def kill_reclaimer(place: Place) -> str:
-    (pid,) = wait_until(lambda: reclaimers(place), "one node reclaims")
+    pids = wait_until(lambda: reclaimers(place), "a node reclaims")
     with suppress(ProcessLookupError):
-        os.kill(pid, signal.SIGKILL)
+        os.kill(pids[0], signal.SIGKILL)
     return "reclaimer"
 
 
@@ -234,7 +235,8 @@ def test_whatever_is_killed_at_any_instant_files_are_whole_and_reads_are_right(
             else:
                 what = kill_something(place, running, rng)
             killed[what] = killed.get(what, 0) + 1
-            assert len(reclaimers(place)) <= 1
+            # Two that take over from a dead one in the same moment both do until the next beat.
+            wait_until(lambda: len(reclaimers(place)) <= 1, "one node at a time reclaims")
         before = running.num_answered()
         wait_until(
             lambda: running.num_answered() > before + 20, "all is going on again", within_s=60.0
