@@ -146,13 +146,16 @@ def test_what_ucm_writes_is_what_an_engine_would_say_at_its_start(model: Model) 
             unit_tokens=block_tokens,
         )
         strands.append(StrandFacts("", STATE, page, LayoutKind.PACKED, "", ()))
-    for setting, interval in ((None, model.interval_tokens(1)), (0, 0)):
+    for interval in (model.interval_tokens(1), 0):
         written = ucm_written_bytes(model, 32768, interval, 1) * 1000 / 32768
         said = f"a prompt of 32768 writes {written / (1 << 20):.4g} MiB per 1000 tokens"
-        line = strands_text(strands, setting)
+        line = strands_text(strands, interval)
         assert said in line
-        hint = f"hits end at multiples of {block_tokens} tokens (--block-size)"
+        hint = f"at the last multiple of {block_tokens} tokens (--block-size) in a prompt"
         assert (hint in line) == (model.states is not None)
+        assert ("of its KV" in line) == (model.states is None)
+        assert ("--prefix-cache-retention-interval" in line) == (model.states is not None)
+        assert ("window_interval" in line) == (model.states is None)
 
 
 def test_of_plain_models_all_is_written_and_read() -> None:

@@ -98,7 +98,7 @@ def test_they_are_two_strands_and_every_side_of_an_engine_reads_the_same(
         f"model.layers.{n}.self_attn.indexer.k_cache" for n in range(3)
     )
     assert facts.is_plain
-    assert "Of every block of 128 tokens all is kept" in strands_text(facts.strands)
+    assert "Of every block of 128 tokens all is kept" in strands_text(facts.strands, 2048)
     scheduler = generate_scheduler_kv_cache_config([cache])
     assert scheduler.kv_cache_groups[0].kv_cache_spec == INDEXER
     assert read(scheduler) == facts

@@ -6,46 +6,47 @@ from collections.abc import Sequence
 from typing import Final
 
 from ucm.integration.engine.facts import StrandFacts
-from ucm.store.blocks.strands import ALL, default_interval_tokens, kept_blocks
+from ucm.store.blocks.strands import ALL, kept_blocks
 
 # Long enough for many boundaries, and what people call a long prompt.
 _PROMPT_TOKENS: Final = 32 << 10
 _UNITS: Final = ("bytes", "KiB", "MiB", "GiB")
 
 
-def strands_text(strands: Sequence[StrandFacts], interval_tokens: int | None = None) -> str:
+def strands_text(strands: Sequence[StrandFacts], interval_tokens: int) -> str:
     """The strands, the bytes of each, and what a prefill writes. Boundaries lie `interval_tokens`
-    apart (None: as by default, 0: at the ends of prompts only). Where there are states, by default
-    vLLM keeps the last one."""
+    apart, 0: at the ends of prompts only."""
     with_states = any(strand.has_states for strand in strands)
-    default = 0 if with_states else default_interval_tokens(strand.reach for strand in strands)
-    interval = default if interval_tokens is None else interval_tokens
-    written = sum(_written_bytes(strand, interval, with_states) for strand in strands)
-    dense = sum(_token_bytes(each) for each in strands if not each.has_states) * _PROMPT_TOKENS
-    share = round(100 * written / dense)
+    written = sum(_written_bytes(strand, interval_tokens, with_states) for strand in strands)
     return (
         f"this model has {_count(strands)}: {'; '.join(map(_strand_text, strands))}. "
-        f"{_boundaries(strands, interval)} a prompt of {_PROMPT_TOKENS} writes "
-        f"{_size(written * 1000 / _PROMPT_TOKENS)} per 1000 tokens, {share} % of its KV"
-        f"{_states_hint(strands)}"
+        f"{_boundaries(strands, interval_tokens)} a prompt of {_PROMPT_TOKENS} writes "
+        f"{_size(written * 1000 / _PROMPT_TOKENS)} per 1000 tokens{_share(strands, written)}"
     )
 
 
 def _boundaries(strands: Sequence[StrandFacts], interval_tokens: int) -> str:
+    """Where hits end, and which setting or flag of vLLM's would change that."""
     if all(strand.reach == ALL for strand in strands):
         return f"Of every block of {strands[0].geometry.block_tokens} tokens all is kept, so"
-    return f"With a boundary every {interval_tokens or _PROMPT_TOKENS} tokens"
+    ends = "the end of a prompt"
+    setting = "window_interval"
+    for strand in strands:
+        if strand.has_states:
+            block_tokens = strand.geometry.block_tokens
+            ends = f"the last multiple of {block_tokens} tokens (--block-size) in a prompt"
+            setting = "--prefix-cache-retention-interval"
+    if interval_tokens:
+        return f"Hits end every {interval_tokens} tokens ({setting}) and at {ends}:"
+    return f"Hits end at {ends} (more often with {setting}):"
 
 
-def _states_hint(strands: Sequence[StrandFacts]) -> str:
-    """What of vLLM's flags would change hits."""
-    sizes = [strand.geometry.block_tokens for strand in strands if strand.has_states]
-    if not sizes:
+def _share(strands: Sequence[StrandFacts], written_bytes: int) -> str:
+    """States are none of the tokens' own."""
+    if any(strand.has_states for strand in strands):
         return ""
-    return (
-        f"; hits end at multiples of {sizes[0]} tokens (--block-size) that vLLM keeps states at: "
-        "at more of them with --prefix-cache-retention-interval"
-    )
+    dense_bytes = sum(map(_token_bytes, strands)) * _PROMPT_TOKENS
+    return f", {round(100 * written_bytes / dense_bytes)} % of its KV"
 
 
 def _count(strands: Sequence[StrandFacts]) -> str:
