@@ -16,8 +16,11 @@ NAMESPACE: Final = 1
 # starts while the next pages are still being read.
 _BATCH_BYTES: Final = 64 << 20
 _MAX_BATCH_BLOCKS: Final = 256
-# The node cache answers a little earlier than the task ends, so that its reason is heard.
-_ANSWER_S: Final = 0.1
+# The node cache answers earlier than the task ends, so that its reason is heard, on a machine that
+# has much to do as well: by this part of the time that is left, within these bounds.
+_ANSWER_PART: Final = 1 / 8
+_LEAST_ANSWER_S: Final = 0.1
+_MOST_ANSWER_S: Final = 1.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -58,7 +61,9 @@ class Questions:
         )
 
     def _timeout_ms(self) -> int:
-        return max(1, int((self.deadline_s - _ANSWER_S - time.monotonic()) * 1000))
+        left_s = self.deadline_s - time.monotonic()
+        answer_s = min(_MOST_ANSWER_S, max(_LEAST_ANSWER_S, left_s * _ANSWER_PART))
+        return max(1, int((left_s - answer_s) * 1000))
 
 
 def commit(keys: Sequence[Key]) -> p.Commit:

@@ -18,6 +18,8 @@ _MADV_POPULATE_WRITE = 23
 _STEP_BYTES = 1 << 20
 _SEALS = fcntl.F_SEAL_SHRINK | fcntl.F_SEAL_GROW | fcntl.F_SEAL_SEAL
 _PAGE_BYTES = mmap.PAGESIZE
+# A nice value: a third of the weight of those that have none.
+_GIVEN_WAY = 5
 
 
 class MappedMemory:
@@ -69,11 +71,13 @@ def populate(address: int, nbytes: int) -> None:
 
 
 def give_way() -> None:
-    """The calling thread gets hardly more than the time that nobody else wants. A forward pass on
-    the CPU waits for the slowest of its threads, so whoever takes a core from it slows down all of
-    it. Not SCHED_IDLE: a killed process holds its files until all its threads got to run."""
+    """The calling thread gets the smaller part of a core that others want. A forward pass on the
+    CPU waits for the slowest of its threads, so whoever takes a core from it slows down all of it.
+    Not the least part: a thread of Python that gives the interpreter's lock to another one waits
+    until that has run, so on a busy machine the lowest priority of one thread is everybody's. Not
+    SCHED_IDLE either: a killed process holds its files until all its threads got to run."""
     with suppress(OSError):
-        os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), 19)
+        os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), _GIVEN_WAY)
 
 
 @cache
