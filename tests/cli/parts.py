@@ -77,15 +77,22 @@ class Store:
 
     path: Path
 
-    def put(self, made: Manifest, keys: Iterable[Key], *, tier: PosixTier | None = None) -> None:
+    def put(
+        self,
+        made: Manifest,
+        keys: Iterable[Key],
+        *,
+        tier: PosixTier | None = None,
+        page_bytes: int = PAGE_BYTES,
+    ) -> None:
         """Pages as another node would have left them."""
         tier = tier or PosixTier([str(self.path)])
         fingerprint = namespace.fingerprint(made)
-        where = TierNamespace(fingerprint, PAGE_BYTES, namespace.to_json(made))
+        where = TierNamespace(fingerprint, page_bytes, namespace.to_json(made))
         tier.open_namespace(where)
-        page = memoryview(mmap.mmap(-1, padded_bytes(PAGE_BYTES)))
+        page = memoryview(mmap.mmap(-1, padded_bytes(page_bytes)))
         for key in keys:
-            page[:PAGE_BYTES] = shake_128(key).digest(PAGE_BYTES)
+            page[:page_bytes] = shake_128(key).digest(page_bytes)
             staged = tier.stage(
                 where, key, page, num_tokens=num_tokens_of(key, block_tokens=made.block_tokens)
             )

@@ -22,6 +22,8 @@ from ucm.cli.printing import (
 )
 
 if TYPE_CHECKING:
+    from collections.abc import Iterator
+
     from ucm.store.inspect.contents import NamespaceContents
     from ucm.store.inspect.salts import SaltUse
 
@@ -82,18 +84,23 @@ def du(
 def _print_sizes(namespaces: list[NamespaceContents]) -> None:
     print_table(
         ("namespace", "model", "pages", "on disk", "oldest", "newest", "backend"),
-        [
-            (
-                *(short(each.namespace), each.model, each.num_pages),
-                size(each.sizes.allocated_bytes) if each.sizes else "0 B",
-                ago(each.sizes.oldest_s) if each.sizes else "",
-                ago(each.sizes.newest_s) if each.sizes else "",
-                each.backend,
-            )
-            for each in namespaces
-        ],
+        [row for each in namespaces for row in _size_rows(each)],
         right=("pages", "on disk", "oldest", "newest"),
     )
+
+
+def _size_rows(of: NamespaceContents) -> Iterator[tuple[object, ...]]:
+    """Of a model with several strands one for each of them as well."""
+    yield (
+        *(short(of.namespace), of.model, of.num_pages),
+        size(of.sizes.allocated_bytes) if of.sizes else "0 B",
+        ago(of.sizes.oldest_s) if of.sizes else "",
+        ago(of.sizes.newest_s) if of.sizes else "",
+        of.backend,
+    )
+    for use in of.sizes.by_strand if of.sizes else ():
+        name = f"  of these {use.strand or 'of no known strand'}"
+        yield "", name, use.num_pages, size(use.allocated_bytes), "", "", ""
 
 
 def _print_salts(salts: list[SaltUse]) -> None:

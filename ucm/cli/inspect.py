@@ -74,6 +74,7 @@ def _print(report: PageReport) -> None:
         "place": "" if report.is_at_home else "no reader looks for it here",
         "namespace": report.namespace,
         "model": report.model,
+        "strand": report.strand,
         "key": report.key,
         "tokens": tokens if report.page_bytes else "",
         "page": f"{report.page_bytes:,} bytes in {segments}" if report.page_bytes else "",

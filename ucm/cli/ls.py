@@ -120,6 +120,7 @@ def _list_pages(given: GivenStore, beginning: str, *, as_json: bool) -> None:
                 print_json(entry)
                 continue
             tail = f"tail of {entry.num_tokens}" if entry.num_tokens else ""
-            say(f"{entry.key}  {size(entry.nbytes):>10}  {ago(entry.used_s):>7}  {tail}")
+            more = "  ".join(filter(None, (entry.strand, tail)))
+            say(f"{entry.key}  {size(entry.nbytes):>10}  {ago(entry.used_s):>7}  {more}")
     if not as_json:
         say(f"{count(number, 'page')}; the age is since a page was written or used last.")

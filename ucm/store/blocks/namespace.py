@@ -25,6 +25,8 @@ MANIFEST_FORMAT: Final = 1
 # all others nothing changes.
 STRANDS_FORMAT: Final = 2
 
+_FORMATS: Final = (MANIFEST_FORMAT, STRANDS_FORMAT)
+
 _ABSENT: Final = "absent"
 # Of mappings and lists in each other; a model's config has three or four.
 _MAX_DEPTH: Final = 32
@@ -91,7 +93,7 @@ def is_of_another_version(text: bytes) -> bool:
     except (ValueError, RecursionError):
         return False
     version = found.get("format_version") if isinstance(found, dict) else None
-    return isinstance(version, int) and version != MANIFEST_FORMAT
+    return isinstance(version, int) and version not in _FORMATS
 
 
 def _check_depth(value: object, *, left: int) -> None:

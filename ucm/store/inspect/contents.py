@@ -10,8 +10,9 @@ from typing import Final
 import msgspec
 
 from ucm.store.blocks.keys import Key, TailKey
-from ucm.store.blocks.namespace import Manifest
+from ucm.store.inspect.model_label import model_label, strand_labels
 from ucm.store.inspect.salts import SaltTally
+from ucm.store.inspect.strand_pages import StrandPages
 from ucm.store.inspect.walk import (
     FoundName,
     Kind,
@@ -38,7 +39,6 @@ AGES: Final = (
     ("month", 30 * _DAY_S),
     ("older", float("inf")),
 )
-_SHOWN_DIGITS: Final = 8
 
 
 class AgeUse(msgspec.Struct, frozen=True, kw_only=True):
@@ -49,24 +49,37 @@ class AgeUse(msgspec.Struct, frozen=True, kw_only=True):
     allocated_bytes: int
 
 
+class StrandUse(msgspec.Struct, frozen=True, kw_only=True):
+    """Pages of one strand, by its label; of several, if their pages are as large; empty for pages
+    that are as large as those of none."""
+
+    strand: str
+    num_pages: int
+    allocated_bytes: int
+
+
 class Sizes(msgspec.Struct, frozen=True, kw_only=True):
     """Of all pages of a namespace. `allocated_bytes` is what the filesystem says they take;
-    `oldest_s` and `newest_s` are seconds since 1970."""
+    `oldest_s` and `newest_s` are seconds since 1970. `by_strand`: of a model with several."""
 
     nbytes: int
     allocated_bytes: int
     oldest_s: float
     newest_s: float
     by_age: list[AgeUse]
+    by_strand: list[StrandUse]
 
 
 class NamespaceContents(msgspec.Struct, frozen=True, kw_only=True):
-    """`namespace` is the directory's name. Of pages, `num_tails` are tails. `problem` is the first
-    of `num_problems` that kept something from being counted, empty without one."""
+    """`namespace` is the directory's name. `strands` are the model's by their labels, none of one
+    that is full attention of one kind. Of pages, which are those of all strands, `num_tails` are
+    tails. `problem` is the first of `num_problems` that kept something from being counted, empty
+    without one."""
 
     backend: str
     namespace: str
     model: str
+    strands: list[str]
     kv_dtype: str
     block_tokens: int
     is_sealed: bool
@@ -89,27 +102,17 @@ class BackendContents(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class PageEntry(msgspec.Struct, frozen=True, kw_only=True):
-    """`num_tokens` is that of a tail, or 0 for the page of a full block. `used_s`: seconds since
-    1970."""
+    """`strand` is the label of its strand, or of those whose pages are as large; empty where there
+    is one, or where it can't be told. `num_tokens` is that of a tail, or 0 for the page of a full
+    block. `used_s`: seconds since 1970."""
 
     backend: str
     namespace: str
     key: str
+    strand: str
     num_tokens: int
     nbytes: int
     used_s: float
-
-
-def model_label(manifest: Manifest) -> str:
-    """A namespace's model in a few words: its `model_id`, or its kind and shape and the beginning
-    of its weights' digest."""
-    kind, _, digest = manifest.weights.partition(":")
-    if kind != "sha256":
-        return digest or manifest.weights
-    name = manifest.model_shape.get("model_type", "a model")
-    of_strands = [strand.get("num_layers") for strand in manifest.strands or ()]
-    num_layers = sum(each for each in of_strands if isinstance(each, int)) or manifest.num_layers
-    return f"{name}, {num_layers} layers, weights {digest[:_SHOWN_DIGITS]}"
 
 
 def backend_contents(
@@ -127,14 +130,14 @@ def backend_contents(
     done, total = 0, sum(len(names) for names, _ in firsts)
     namespaces = []
     for folder, (names, problem) in zip(folders, firsts, strict=True):
-        count = _Count(with_sizes=with_sizes, now_s=time.time(), tally=tally)
+        count = _Count(folder, with_sizes=with_sizes, now_s=time.time(), tally=tally)
         if problem:
             count.note(problem)
         for first in names:
-            count.add(folder, first)
+            count.add(first)
             done += 1
             on_progress(done, total)
-        namespaces.append(count.of(folder))
+        namespaces.append(count.contents())
     return BackendContents(
         backend=backend,
         id=backend_id(backend),
@@ -156,27 +159,33 @@ def age_of(age_s: float) -> str:
 
 def page_entries(folder: NamespaceFolder) -> Iterator[PageEntry]:
     """Every page of a namespace, sorted by key. Raises TierError if it can't be listed."""
+    manifest, _ = read_manifest(folder)
+    strands = StrandPages(manifest)
     with translated(folder.path, "can't be listed"):
         for first in first_levels(folder):
             for second in second_levels(folder, first):
                 with opened(folder, first, second) as fd:
                     if fd is not None:
-                        yield from _entries(folder, fd, first, second)
+                        for found, status in _pages(fd, first, second):
+                            yield _entry(folder, found, status, strands)
 
 
-def _entries(folder: NamespaceFolder, fd: int, first: str, second: str) -> Iterator[PageEntry]:
+def _pages(fd: int, first: str, second: str) -> Iterator[tuple[FoundName, os.stat_result]]:
     for found in sorted(files_in(fd, first, second), key=lambda each: each.name):
         if found.kind is Kind.PAGE and (status := look_at(fd, found.name)):
-            yield _entry(folder, found, status)
+            yield found, status
 
 
-def _entry(folder: NamespaceFolder, found: FoundName, status: os.stat_result) -> PageEntry:
+def _entry(
+    folder: NamespaceFolder, found: FoundName, status: os.stat_result, strands: StrandPages
+) -> PageEntry:
     key = found.key
     assert key is not None
     return PageEntry(
         backend=folder.backend,
         namespace=folder.name,
         key=key.hex(),
+        strand=strands.of_file(status.st_size),
         num_tokens=key.num_tokens if isinstance(key, TailKey) else 0,
         nbytes=status.st_size,
         used_s=used_s(status),
@@ -210,7 +219,12 @@ def num_quarantined(backend: str) -> int:
 class _Count:
     """Of one namespace, while it is gone through."""
 
-    def __init__(self, *, with_sizes: bool, now_s: float, tally: SaltTally | None) -> None:
+    def __init__(
+        self, folder: NamespaceFolder, *, with_sizes: bool, now_s: float, tally: SaltTally | None
+    ) -> None:
+        self._folder = folder
+        self._manifest, self._why_unknown = read_manifest(folder)
+        self._strands = StrandPages(self._manifest)
         self._with_sizes = with_sizes
         self._tally = tally
         self._now_s = now_s
@@ -220,6 +234,8 @@ class _Count:
         self._oldest_s, self._newest_s = float("inf"), 0.0
         self._pages = dict.fromkeys((age for age, _ in AGES), 0)
         self._allocated = dict.fromkeys((age for age, _ in AGES), 0)
+        # By strand: pages, and bytes.
+        self._by_strand: dict[str, tuple[int, int]] = {}
         self._num_problems = 0
         self._problem = ""
 
@@ -227,8 +243,9 @@ class _Count:
         self._problem = self._problem or problem
         self._num_problems += 1
 
-    def add(self, folder: NamespaceFolder, first: str) -> None:
+    def add(self, first: str) -> None:
         """All below one directory of the first level."""
+        folder = self._folder
         where = f"{folder.path}/{first}"
         try:
             for second in second_levels(folder, first):
@@ -257,17 +274,21 @@ class _Count:
         age = age_of(self._now_s - used_s(status))
         self._pages[age] += 1
         self._allocated[age] += allocated_bytes
+        strand = self._strands.of_file(status.st_size)
+        num_pages, nbytes = self._by_strand.get(strand, (0, 0))
+        self._by_strand[strand] = (num_pages + 1, nbytes + allocated_bytes)
         self._nbytes += status.st_size
         self._oldest_s = min(self._oldest_s, used_s(status))
         self._newest_s = max(self._newest_s, used_s(status))
 
-    def of(self, folder: NamespaceFolder) -> NamespaceContents:
-        manifest, why_unknown = read_manifest(folder)
+    def contents(self) -> NamespaceContents:
+        folder, manifest = self._folder, self._manifest
         num_pages = self._num[Kind.PAGE]
         return NamespaceContents(
             backend=folder.backend,
             namespace=folder.name,
-            model=model_label(manifest) if manifest is not None else f"? ({why_unknown})",
+            model=model_label(manifest) if manifest is not None else f"? ({self._why_unknown})",
+            strands=strand_labels(manifest) if manifest is not None else [],
             kv_dtype=manifest.kv_dtype if manifest is not None else "",
             block_tokens=manifest.block_tokens if manifest is not None else 0,
             is_sealed=bool(folder.key_id),
@@ -292,4 +313,13 @@ class _Count:
                 AgeUse(age=age, num_pages=self._pages[age], allocated_bytes=self._allocated[age])
                 for age, _ in AGES
             ],
+            by_strand=self._of_strands(),
         )
+
+    def _of_strands(self) -> list[StrandUse]:
+        if self._manifest is None or not strand_labels(self._manifest):
+            return []
+        return [
+            StrandUse(strand=strand, num_pages=num_pages, allocated_bytes=nbytes)
+            for strand, (num_pages, nbytes) in sorted(self._by_strand.items())
+        ]

@@ -19,7 +19,7 @@ import msgspec
 from ucm.store.blocks.keys import Key, TailKey, prompt_keys, root_key
 from ucm.store.blocks.namespace import Manifest, differences, fingerprint
 from ucm.store.blocks.page_key import PageKey
-from ucm.store.inspect.contents import model_label
+from ucm.store.inspect.model_label import model_label
 from ucm.store.inspect.page_check import Condition, ExpectedPage, PageChecker
 from ucm.store.inspect.reclaims import Reclaims
 from ucm.store.inspect.walk import NamespaceFolder, namespace_folders, read_manifest

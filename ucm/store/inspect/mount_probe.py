@@ -14,9 +14,11 @@ from typing import Final
 import msgspec
 
 from ucm.errors import TierError
-from ucm.store.inspect.contents import backend_id, model_label, num_quarantined
+from ucm.store.inspect.contents import backend_id, num_quarantined
+from ucm.store.inspect.model_label import model_label
 from ucm.store.inspect.speed import FOLDER_START, ProbeLoad, Speed, SpeedTest, own_folder
-from ucm.store.inspect.walk import namespace_folders, read_manifest
+from ucm.store.inspect.strand_pages import StrandPages
+from ucm.store.inspect.walk import NamespaceFolder, namespace_folders, read_manifest
 from ucm.store.inspect.within import Trial
 from ucm.store.tiers.posix import paths
 from ucm.store.tiers.posix.filesystem import mount_of
@@ -179,9 +181,15 @@ def mount_facts(path: str) -> MountFacts:
 
 
 def largest_page_bytes(backends: tuple[str, ...]) -> int:
-    """Of the pages in the store, as far as a look at one of each namespace tells; 0 for none."""
+    """Of the pages in the store, as far as a look at one of each namespace tells; 0 for none. Of a
+    model with several strands those of the first count: of them a long prompt is read."""
     folders = [folder for backend in backends for folder in namespace_folders(backend)]
-    return max((_first_page_bytes(folder.path) for folder in folders), default=0)
+    return max((_typical_page_bytes(folder) for folder in folders), default=0)
+
+
+def _typical_page_bytes(folder: NamespaceFolder) -> int:
+    found = _first_page_bytes(folder.path)
+    return found and (StrandPages(read_manifest(folder)[0]).first_page_bytes or found)
 
 
 def _first_page_bytes(directory: str) -> int:

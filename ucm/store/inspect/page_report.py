@@ -11,9 +11,12 @@ import msgspec
 from ucm.errors import ConfigError, TierError
 from ucm.store.blocks.blockfile import HEADER_BYTES, Header, decode_header
 from ucm.store.blocks.keys import Key, TailKey
+from ucm.store.blocks.namespace import Manifest
 from ucm.store.blocks.page_key import NO_KEY_ID, PageKey
-from ucm.store.inspect.contents import model_label, used_s
+from ucm.store.inspect.contents import used_s
+from ucm.store.inspect.model_label import model_label
 from ucm.store.inspect.page_check import Condition, ExpectedPage, PageCheck, PageChecker
+from ucm.store.inspect.strand_pages import StrandPages
 from ucm.store.inspect.walk import NamespaceFolder, namespace_folders, read_manifest
 from ucm.store.tiers.posix import paths
 from ucm.store.tiers.posix.plain_files import NotPlain, open_plain
@@ -25,7 +28,9 @@ _MIN_DIGITS: Final = 4
 class PageReport(msgspec.Struct, frozen=True, kw_only=True):
     """Digests in hex. `why` says what is wrong, or can't be told; empty if nothing is. Of a header
     that can't be believed the numbers are 0. `is_at_home` is false for a file that no reader looks
-    for there, such as one in quarantine. `used_s`: seconds since 1970."""
+    for there, such as one in quarantine. `strand` is the label of its strand, or of those whose
+    pages are as large; empty where there is one, or where it can't be told. `used_s`: seconds since
+    1970."""
 
     path: str
     condition: str
@@ -33,6 +38,7 @@ class PageReport(msgspec.Struct, frozen=True, kw_only=True):
     is_at_home: bool
     namespace: str
     model: str
+    strand: str
     key: str
     num_tokens: int
     is_tail: bool
@@ -78,14 +84,20 @@ def page_report(path: str, page_key: PageKey | None) -> PageReport:
         expected,
         check,
         is_at_home=folder is not None,
-        model=model_label(manifest) if manifest is not None else "",
+        manifest=manifest,
     )
 
 
 def _report(
-    path: str, expected: ExpectedPage, check: PageCheck, *, is_at_home: bool, model: str
+    path: str,
+    expected: ExpectedPage,
+    check: PageCheck,
+    *,
+    is_at_home: bool,
+    manifest: Manifest | None,
 ) -> PageReport:
     header: Header | None = check.header
+    page_bytes = header.block.page_bytes if header is not None else 0
     status = check.status or os.lstat(path)
     is_sealed = header is not None and header.key_id != NO_KEY_ID
     return PageReport(
@@ -94,11 +106,12 @@ def _report(
         why=check.why,
         is_at_home=is_at_home,
         namespace=expected.fingerprint.hex(),
-        model=model,
+        model=model_label(manifest) if manifest is not None else "",
+        strand=StrandPages(manifest).of_page(page_bytes),
         key=expected.key.hex(),
         num_tokens=header.num_tokens if header is not None else 0,
         is_tail=isinstance(expected.key, TailKey),
-        page_bytes=header.block.page_bytes if header is not None else 0,
+        page_bytes=page_bytes,
         file_bytes=status.st_size,
         num_segments=len(header.checksums) if header is not None else 0,
         segment_bytes=header.segment_bytes if header is not None else 0,
