@@ -24,12 +24,13 @@ from ucm.store.blocks.namespace import from_json
 from ucm.store.blocks.page_layout import PageGeometry
 from ucm.store.blocks.strands import (
     ALL,
+    STATE,
     Reach,
-    ReachKind,
     boundaries,
     default_interval_tokens,
     kept_blocks,
     needed_blocks,
+    reach_of,
 )
 from ucm.store.tiers.posix import paths
 
@@ -38,7 +39,6 @@ MAX_TOKENS = 12
 # that is another token's by a hundred times as much and more.
 SAME_LOGPROBS = 1e-3
 
-_STATE = "state"
 # Of a strand in a manifest.
 _SIZES = ("num_layers", "num_kv_heads", "k_size", "v_size", "item_bytes")
 
@@ -104,13 +104,12 @@ def strands(store: Store) -> list[StoredStrand]:
     assert manifest.strands, "a model that is more than full attention of one kind"
     found = []
     for each in manifest.strands:
-        kind, _, num_tokens = str(each["reach"]).partition(" ")
+        reach = reach_of(str(each["reach"]))
         sizes = {name: int(str(each[name])) for name in _SIZES}
-        if kind == _STATE:  # a page has one state, however many tokens it stands for
+        if reach == STATE:  # a page has one state, however many tokens it stands for
             sizes["unit_tokens"] = manifest.block_tokens
         page = PageGeometry(block_tokens=manifest.block_tokens, **sizes)
         namespace = Namespace(bytes.fromhex(file.parent.name), text, page.page_bytes)
-        reach = Reach(ReachKind(kind), int(num_tokens or 0))
         found.append(StoredStrand(str(each["name"]), reach, namespace))
     return found
 

@@ -5,7 +5,8 @@ from __future__ import annotations
 from hypothesis import given
 from hypothesis import strategies as st
 
-from ucm.integration.engine.window_search import likely_ends, sampled_blocks
+from ucm.integration.engine.window_search import sampled_blocks
+from ucm.store.blocks.hit_ends import likely_ends
 from ucm.store.blocks.strands import Reach, ReachKind, boundaries, kept_blocks, needed_blocks
 
 windows = st.builds(Reach, st.just(ReachKind.WINDOW), st.integers(2, 60))

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from ucm.integration.copies.layout_kind import LayoutKind
 from ucm.integration.copies.state_field import StateField
 from ucm.store.blocks.page_layout import PageGeometry
-from ucm.store.blocks.strands import ALL, STATE, Reach, default_interval_tokens
+from ucm.store.blocks.strands import ALL, STATE, Reach, interval_tokens
 
 
 @dataclass(frozen=True)
@@ -115,8 +115,8 @@ class EngineFacts:
 
     def interval_tokens(self, window_interval: int | None) -> int:
         """How far apart boundaries are, by that setting."""
-        if self.has_states:
-            return self.state_interval_tokens
-        if window_interval is not None:
-            return window_interval
-        return default_interval_tokens(strand.reach for strand in self.strands)
+        return interval_tokens(
+            [strand.reach for strand in self.strands],
+            window_interval=window_interval,
+            state_interval_tokens=self.state_interval_tokens,
+        )

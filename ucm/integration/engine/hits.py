@@ -23,7 +23,7 @@ from ucm.integration.engine.load_policy import LoadPolicy
 from ucm.integration.engine.promise_book import PromiseBook
 from ucm.integration.engine.prompt import Prompt
 from ucm.integration.engine.ranges import missing_blocks, offered_tokens
-from ucm.integration.engine.side_lookups import SideLookups, SideWaits, ends_in_base
+from ucm.integration.engine.side_lookups import SideLookups, SideWaits
 from ucm.integration.engine.step_waits import STEP_WAIT_S
 from ucm.integration.engine.turns import Turn, Turns
 from ucm.integration.engine.window_search import WindowSearch
@@ -230,7 +230,9 @@ class Hits:
         self._policy.read(reply)
         if len(self._facts.strands) > 1 and reply.offsets:
             num_blocks, interval = hit.read_from + len(reply.offsets), self._interval_tokens
-            self._begin_sides(hit, ends_in_base(self._facts, hit.prompt, num_blocks, interval))
+            with_states = self._facts.has_states
+            ends = hit.prompt.ends_in_base(num_blocks, interval, with_states=with_states)
+            self._begin_sides(hit, ends)
         if reply.refused:
             prompt, start = hit.prompt, hit.read_from + reply.num_stored
             num_full = len(prompt.keys) - bool(prompt.tail_tokens)

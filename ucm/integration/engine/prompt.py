@@ -10,6 +10,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
+from ucm.store.blocks.hit_ends import ends_in_base
 from ucm.store.blocks.keys import Item, Key, TailKey, prompt_keys, root_key, strand_key
 from ucm.store.blocks.strands import boundaries
 
@@ -74,6 +75,18 @@ class Prompt:
             len(self.keys),
             self.block_tokens,
             interval_tokens,
+            with_states=with_states,
+        )
+
+    def ends_in_base(
+        self, num_blocks: int, interval_tokens: int, *, with_states: bool
+    ) -> list[int]:
+        """Where a hit may end whose base has so many blocks, the first to be tried first."""
+        return ends_in_base(
+            self.num_tokens,
+            num_blocks,
+            self.block_tokens,
+            self.boundaries(interval_tokens, with_states=with_states),
             with_states=with_states,
         )
 

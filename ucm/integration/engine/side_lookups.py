@@ -17,7 +17,8 @@ from typing import Final
 from ucm.integration.engine.facts import EngineFacts
 from ucm.integration.engine.prompt import Prompt
 from ucm.outcome import Outcome
-from ucm.store.blocks.strands import last_boundary, needed_blocks
+from ucm.store.blocks.hit_ends import end_before
+from ucm.store.blocks.strands import needed_blocks
 from ucm.store.client.session import NodeSession
 from ucm.store.node import protocol as p
 
@@ -50,20 +51,6 @@ class _SideQuestion:
         assert self.reply is not None
         found = len(self.reply.offsets)
         return None if found == self.num_blocks else self.first + found
-
-
-def ends_in_base(
-    facts: EngineFacts, prompt: Prompt, num_blocks: int, interval_tokens: int
-) -> list[int]:
-    """Where a hit may end whose base has so many blocks: there, or at a boundary where a prefill of
-    this prompt keeps what is needed. Of states, one block before as well: that is where one is
-    kept of a prompt that ended here."""
-    size, has_states = prompt.block_tokens, facts.has_states
-    last = last_boundary(prompt.num_tokens, num_blocks, size, with_states=has_states)
-    found = {*prompt.boundaries(interval_tokens, with_states=has_states)}
-    if has_states:
-        found.add(last - size)
-    return [last, *sorted(found, reverse=True)]
 
 
 @dataclass(eq=False)
@@ -182,5 +169,4 @@ class SideLookups:
         """The longest that needs nothing behind so many tokens."""
         if self._tries >= _MAX_TRIES or time.monotonic() >= self.waits.until_s:
             return 0
-        ends = (end for end in self.ends if 0 < end <= num_tokens and end < self.end_tokens)
-        return next(ends, 0)
+        return end_before(self.ends, self.end_tokens, missing=num_tokens)

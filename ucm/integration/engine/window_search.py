@@ -9,14 +9,14 @@ last that is there. What is found are likely ends of a hit, which are asked for 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from collections.abc import Set as AbstractSet
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Final
 
 from ucm.integration.engine.prompt import Prompt
 from ucm.outcome import Outcome
-from ucm.store.blocks.strands import Reach, needed_blocks
+from ucm.store.blocks.hit_ends import likely_ends
+from ucm.store.blocks.strands import Reach
 from ucm.store.client.session import NodeSession
 from ucm.store.node import protocol as p
 
@@ -28,27 +28,6 @@ def sampled_blocks(reach: Reach, blocks: range, block_tokens: int) -> list[int]:
     """Of these blocks so many that whoever has what a boundary needs of them has one of these."""
     stride = max(1, -(-(reach.num_tokens - 1) // block_tokens))
     return sorted({*blocks[:1], *range(-(-blocks.start // stride) * stride, blocks.stop, stride)})
-
-
-def likely_ends(
-    reach: Reach,
-    own_ends: Sequence[int],
-    *,
-    found: AbstractSet[int],
-    absent: AbstractSet[int],
-    block_tokens: int,
-    first_block: int = 0,
-) -> list[int]:
-    """The prompt's own boundaries that need no block that is `absent`, and the ends of blocks that
-    are `found` with all that is needed there from `first_block` on. The longest first."""
-
-    def needed(end: int) -> set[int]:
-        return {each for each in needed_blocks(reach, end, block_tokens) if each >= first_block}
-
-    behind_found = {(block + 1) * block_tokens for block in found}
-    ends = {end for end in own_ends if needed(end).isdisjoint(absent)}
-    ends |= {end for end in behind_found if needed(end) <= found}
-    return sorted(ends, reverse=True)
 
 
 @dataclass(eq=False)

@@ -21,7 +21,7 @@ Blocks are whole ones of the store, the last of a prompt may be its tail. All ra
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from enum import Enum
 from typing import Final
@@ -54,6 +54,12 @@ class Reach:
 
     def __str__(self) -> str:
         return f"{self.kind.value} {self.num_tokens}" if self.num_tokens else self.kind.value
+
+
+def reach_of(text: str) -> Reach:
+    """What `str` has made. Raises ValueError for anything else."""
+    kind, _, num_tokens = text.partition(" ")
+    return Reach(ReachKind(kind), int(num_tokens or 0))
 
 
 ALL: Final = Reach(ReachKind.ALL)
@@ -130,6 +136,16 @@ def default_interval_tokens(reaches: Iterable[Reach]) -> int:
     """How far apart boundaries are by default: one distance for all strands of an engine, as a
     boundary that one of them lacks is none."""
     return max(_LEAST_INTERVAL_TOKENS, 2 * max((reach.num_tokens for reach in reaches), default=0))
+
+
+def interval_tokens(
+    reaches: Sequence[Reach], *, window_interval: int | None, state_interval_tokens: int
+) -> int:
+    """How far apart boundaries are in an engine: by its setting, and where there are states as far
+    as it keeps these."""
+    if STATE in reaches:
+        return state_interval_tokens
+    return default_interval_tokens(reaches) if window_interval is None else window_interval
 
 
 def _num_blocks(num_tokens: int, block_tokens: int) -> int:
