@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import itertools
+from dataclasses import replace
 from typing import TYPE_CHECKING, Annotated
 
 import typer
@@ -22,11 +22,10 @@ from ucm.cli.printing import (
 from ucm.errors import UcmError
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Sequence
-
     from ucm.store.blocks.keys import Key
+    from ucm.store.inspect.asked_prompt import AskedPrompt
     from ucm.store.inspect.engine_identity import EngineIdentity
-    from ucm.store.inspect.explain import AskedPrompt, ExplainedBlock, Explanation
+    from ucm.store.inspect.explain import ExplainedBlock, Explanation
     from ucm.store.inspect.given import GivenStore
 
 
@@ -53,6 +52,14 @@ def explain(
         list[str] | None,
         typer.Option("--try-adapter", help="an adapter that it may be stored with"),
     ] = None,
+    namespace: Annotated[
+        str,
+        typer.Option(
+            "--namespace",
+            "-n",
+            help="the engine's, if several may be: only of models with windows or states",
+        ),
+    ] = "",
     vllm_args: Annotated[
         list[str] | None,
         typer.Argument(
@@ -67,8 +74,8 @@ def explain(
     block is damaged or can't be read.
     """
     from ucm.store.inspect.engine_identity import EngineQuestion, ask_vllm
-    from ucm.store.inspect.explain import explain as explained
     from ucm.store.inspect.given import given_store
+    from ucm.store.inspect.strands_in_store import with_strands_of_store
 
     with one_line_for_errors("ucm explain"):
         given = given_store(store)
@@ -83,14 +90,9 @@ def explain(
         with progress(ASKING_VLLM):
             identity = ask_vllm(question)
         asked = _asked(identity, salt, other_salts or [], has_adapter=adapter is not None)
-        with progress("reading") as on_progress:
-            found = explained(
-                given.backends,
-                asked,
-                given.page_key(),
-                in_memory=_in_memory(given, identity, asked),
-                on_progress=on_progress,
-            )
+        made = with_strands_of_store(asked.manifest, given.backends, namespace)
+        asked = replace(asked, manifest=made)
+        found = _explained(given, identity, asked)
     if as_json:
         print_json(found)
     else:
@@ -112,7 +114,7 @@ def _asked(
 ) -> AskedPrompt:
     """The first adapter is the request's, if it has one."""
     from ucm.store.blocks.namespace import from_json
-    from ucm.store.inspect.explain import AskedPrompt
+    from ucm.store.inspect.asked_prompt import AskedPrompt
 
     digests = [bytes.fromhex(digest) for digest in identity.adapters]
     return AskedPrompt(
@@ -122,38 +124,65 @@ def _asked(
         adapter=digests[0] if has_adapter else None,
         other_salts=[None, *other_salts],
         other_adapters=[None, *digests],
+        window_interval=identity.window_interval,
+        state_interval_tokens=identity.state_interval_tokens,
     )
+
+
+def _explained(given: GivenStore, identity: EngineIdentity, asked: AskedPrompt) -> Explanation:
+    from ucm.store.inspect.explain import explain as explained
+
+    with progress("reading") as on_progress:
+        return explained(
+            given.backends,
+            asked,
+            given.page_key(),
+            in_memory=_in_memory(given, identity, asked),
+            on_progress=on_progress,
+        )
 
 
 def _in_memory(given: GivenStore, identity: EngineIdentity, asked: AskedPrompt) -> frozenset[Key]:
     """What the node cache of a settings file has; none where it doesn't know the namespace."""
     from ucm.store.inspect.node_memory import keys_in_memory
+    from ucm.store.inspect.strand_pages import StrandPages
 
     if given.settings is None:
         return frozenset()
     store, manifest = given.settings.store, asked.manifest
-    return keys_in_memory(store, manifest, asked.keys(), page_bytes=identity.page_bytes)
+    page_bytes = identity.page_bytes or StrandPages(manifest).first_page_bytes
+    if not page_bytes:
+        return frozenset()
+    return keys_in_memory(store, manifest, asked.all_keys(), page_bytes=page_bytes)
 
 
 def _print(found: Explanation) -> None:
     if not found.is_known:
-        say(f"The store has nothing of this engine's namespace {found.namespace[:12]}.")
+        name = f"'s namespace {found.namespace[:12]}" if found.namespace else ""
+        say(f"The store has nothing of this engine{name}.")
         for line in found.differences:
             say(f"  the nearest one differs in {line}")
-    print_table(
-        ("blocks", "tokens", "state", "why"),
-        [_row(found, list(run)) for _, run in itertools.groupby(_all_blocks(found), _sort(found))],
-    )
-    tokens = found.blocks[found.num_loadable - 1].end_token if found.num_loadable else 0
+    blocks = _all_blocks(found)
+    rows = [_row(run, is_tail=run[0] is found.tail) for run in _runs(blocks, found.tail)]
+    columns = ("strand", "blocks", "tokens", "state", "why")
+    if any(block.strand for block in blocks):
+        say(f"{found.model}, namespace {found.namespace[:12]} of the store:")
+        print_table(columns, rows)
+    else:
+        print_table(columns[1:], [row[1:] for row in rows])
     say(
-        f"{found.num_loadable} of {count(len(found.blocks), 'block')} can be loaded, {tokens:,} of "
-        f"{count(found.num_tokens, 'token')}{_of_tail(found)}."
+        f"{found.num_loadable} of {count(len(found.blocks), 'block')} can be loaded, "
+        f"{found.num_loadable_tokens:,} of {count(found.num_tokens, 'token')}{_of_tail(found)}"
+        f"{_in_the_way(found)}."
     )
 
 
 def _of_tail(found: Explanation) -> str:
     from ucm.store.inspect.explain import can_be_loaded
 
+    if found.ends:
+        is_more = found.num_handed_over > found.num_loadable_tokens
+        return f", and {found.num_handed_over:,} after a hand-off" if is_more else ""
     tail, is_next = found.tail, found.num_loadable == len(found.blocks)
     if tail is None or not (is_next and can_be_loaded(tail)):
         return ""
@@ -162,17 +191,37 @@ def _of_tail(found: Explanation) -> str:
 
 
 def _all_blocks(found: Explanation) -> list[ExplainedBlock]:
-    return found.blocks if found.tail is None else [*found.blocks, found.tail]
+    return [*found.blocks, *([found.tail] if found.tail is not None else ()), *found.sides]
 
 
-def _sort(found: Explanation) -> Callable[[ExplainedBlock], tuple[bool, str, str]]:
-    return lambda block: (block is found.tail, block.state, block.why)
+def _in_the_way(found: Explanation) -> str:
+    """Of a longer hit."""
+    longest = found.ends[0] if found.ends else None
+    if longest is None or not longest.strand:
+        return ""
+    return f"; at {longest.end_tokens:,} {longest.strand} lacks block {longest.block}"
 
 
-def _row(found: Explanation, run: Sequence[ExplainedBlock]) -> tuple[str, str, str, str]:
-    """Of neighbouring blocks that have the same to be said of them."""
+def _runs(blocks: list[ExplainedBlock], tail: ExplainedBlock | None) -> list[list[ExplainedBlock]]:
+    """Neighbouring blocks that have the same to be said of them."""
+    runs: list[list[ExplainedBlock]] = []
+    for block in blocks:
+        last = runs[-1][-1] if runs else None
+        if last is not None and last is not tail and block is not tail and _is_next(last, block):
+            runs[-1].append(block)
+        else:
+            runs.append([block])
+    return runs
+
+
+def _is_next(before: ExplainedBlock, block: ExplainedBlock) -> bool:
+    is_neighbour = (block.strand, block.block) == (before.strand, before.block + 1)
+    return is_neighbour and (block.state, block.why) == (before.state, before.why)
+
+
+def _row(run: list[ExplainedBlock], *, is_tail: bool) -> tuple[str, ...]:
     first, last = run[0], run[-1]
     blocks = f"{first.block}" if first is last else f"{first.block}-{last.block}"
     tokens = f"{first.first_token}-{last.end_token - 1}"
-    name = "tail" if first is found.tail else blocks
-    return name, tokens, first.state.replace("_", " "), first.why
+    name = "tail" if is_tail else blocks
+    return first.strand, name, tokens, first.state.replace("_", " "), first.why

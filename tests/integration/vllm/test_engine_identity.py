@@ -21,7 +21,7 @@ from ucm.config.settings import Settings, StoreSettings
 from ucm.errors import UnsupportedEngine
 from ucm.integration.engine.facts import EngineFacts
 from ucm.integration.vllm import ucm_connector
-from ucm.integration.vllm.engine_facts import _adapter_rules, engine_facts, why_no_hits
+from ucm.integration.vllm.engine_facts import adapter_rules, engine_facts, why_no_hits
 from ucm.integration.vllm.identity import manifest
 from ucm.store.blocks.namespace import Manifest
 from ucm.store.blocks.page_layout import PageGeometry
@@ -124,9 +124,9 @@ def test_a_model_that_is_one_file_has_an_identity(tmp_path: Path) -> None:
 def test_how_an_engine_applies_adapters_is_part_of_them(model: Path) -> None:
     def rules(**more: Any) -> str:
         lora = SimpleNamespace(**{"lora_dtype": torch.bfloat16, "target_modules": None, **more})
-        return _adapter_rules(config(model, lora=lora))
+        return adapter_rules(config(model, lora=lora))
 
-    assert rules() == rules(lora_dtype="auto") == _adapter_rules(config(model)) == ""
+    assert rules() == rules(lora_dtype="auto") == adapter_rules(config(model)) == ""
     some = {
         rules(),
         rules(lora_dtype=torch.float32),

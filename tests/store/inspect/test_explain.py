@@ -14,7 +14,8 @@ from tests.cli.parts import PAGE_BYTES, Store, flip_bit, keys_of, manifest, tail
 from ucm.store.blocks.namespace import Manifest, fingerprint
 from ucm.store.blocks.page_key import PageKey
 from ucm.store.blocks.page_layout import padded_bytes
-from ucm.store.inspect.explain import AskedPrompt, ExplainedBlock, Explanation, explain
+from ucm.store.inspect.asked_prompt import AskedPrompt
+from ucm.store.inspect.explain import ExplainedBlock, Explanation, explain
 from ucm.store.inspect.reclaim_now import ReclaimOrder, reclaim_now
 from ucm.store.tiers.posix import paths
 from ucm.store.tiers.posix.tier import PosixTier

@@ -12,18 +12,14 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from functools import partial
-from typing import Final
 
 from ucm.integration.engine.facts import EngineFacts
 from ucm.integration.engine.prompt import Prompt
 from ucm.outcome import Outcome
-from ucm.store.blocks.hit_ends import end_before
+from ucm.store.blocks.hit_ends import MAX_TRIES, end_before
 from ucm.store.blocks.strands import needed_blocks
 from ucm.store.client.session import NodeSession
 from ucm.store.node import protocol as p
-
-# Each takes a round of messages, and perhaps reads.
-_MAX_TRIES: Final = 8
 
 
 @dataclass(frozen=True)
@@ -167,6 +163,6 @@ class SideLookups:
 
     def _boundary_before(self, num_tokens: int) -> int:
         """The longest that needs nothing behind so many tokens."""
-        if self._tries >= _MAX_TRIES or time.monotonic() >= self.waits.until_s:
+        if self._tries >= MAX_TRIES or time.monotonic() >= self.waits.until_s:
             return 0
         return end_before(self.ends, self.end_tokens, missing=num_tokens)

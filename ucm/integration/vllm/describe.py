@@ -2,7 +2,8 @@
 `python -m ucm.integration.vllm.describe QUESTION DESCRIPTOR`.
 
 No model is loaded and no engine started: what an engine learns from its layers is put together here
-from the model's configuration.
+from the model's configuration. Of a model with several strands or with windows that is all but the
+strands.
 """
 
 from __future__ import annotations
@@ -22,10 +23,10 @@ from vllm.utils.torch_utils import kv_cache_dtype_str_to_dtype
 from vllm.v1.kv_cache_interface import FullAttentionSpec, MLAAttentionSpec
 
 from ucm.config.settings import Settings, StoreSettings, load_settings_file, start_epoch
-from ucm.errors import UcmError, UnsupportedEngine
+from ucm.errors import UcmError
 from ucm.integration.engine.adapters import AdapterNames
-from ucm.integration.vllm.engine_facts import engine_facts
-from ucm.integration.vllm.identity import manifest
+from ucm.integration.vllm.engine_facts import adapter_rules, engine_facts, state_interval_tokens
+from ucm.integration.vllm.identity import manifest, manifest_without_strands
 from ucm.store.blocks.namespace import to_json
 from ucm.store.inspect.engine_identity import EngineIdentity, EngineQuestion
 
@@ -42,30 +43,49 @@ def describe(question: EngineQuestion) -> EngineIdentity:
     vllm_config.kv_transfer_config = KVTransferConfig(
         kv_connector="UCMConnector", kv_role="kv_both"
     )
-    facts = engine_facts(vllm_config, _kv_cache_config(vllm_config), settings)
-    made = manifest(vllm_config, facts, settings, epoch=start_epoch(settings))
+    epoch, page_bytes = start_epoch(settings), 0
+    if _has_strands(vllm_config):
+        made = manifest_without_strands(vllm_config, settings, epoch=epoch)
+    else:
+        facts = engine_facts(vllm_config, _kv_cache_config(vllm_config), settings)
+        made = manifest(vllm_config, facts, settings, epoch=epoch)
+        page_bytes = facts.geometry.page_bytes
+    rules = adapter_rules(vllm_config)
     return EngineIdentity(
         manifest_json=to_json(made).decode(),
-        page_bytes=facts.geometry.page_bytes,
+        page_bytes=page_bytes,
         tokens=_tokens(vllm_config.model_config, question.prompt_file),
-        adapters=[_adapter(path, facts.adapter_rules) for path in question.adapters],
+        adapters=[_adapter(path, rules) for path in question.adapters],
+        window_interval=settings.window_interval,
+        state_interval_tokens=state_interval_tokens(vllm_config, settings),
     )
 
 
+def _has_strands(vllm_config: Any) -> bool:
+    """Whether its layers are of several kinds or have windows: which strands they are only a
+    running engine knows. With its hybrid memory manager off, vLLM has one cache for layers with a
+    window and without."""
+    model = vllm_config.model_config
+    has_indexer = getattr(model.hf_text_config, "index_topk", None) is not None
+    if model.is_hybrid or (model.use_mla and has_indexer):
+        return True
+    types = getattr(model.hf_text_config, "layer_types", None) or ()
+    is_mixed = not vllm_config.scheduler_config.disable_hybrid_kv_cache_manager and (
+        "sliding_attention" in types or "chunked_attention" in types
+    )
+    has_windows = is_mixed or bool(vllm_config.cache_config.sliding_window)
+    return has_windows and not model.disable_sliding_window
+
+
 def _kv_cache_config(vllm_config: Any) -> Any:
-    """As an engine makes it of its layers, for models with one kind of them: others are refused by
-    UCM anyway."""
+    """As an engine makes it of its layers, for models with one kind of them."""
     model, cache = vllm_config.model_config, vllm_config.cache_config
-    if model.is_hybrid:
-        raise UnsupportedEngine("this model has layers of several kinds, and UCM serves one")
-    _refuse_windows(vllm_config)
     common = {
         "block_size": cache.block_size,
         "head_size": model.get_head_size(),
         "dtype": kv_cache_dtype_str_to_dtype(cache.cache_dtype, model),
     }
     if model.use_mla:
-        _refuse_indexers(model.hf_text_config)
         spec = MLAAttentionSpec(num_kv_heads=1, **common)
     else:
         heads = model.get_num_kv_heads(vllm_config.parallel_config)
@@ -74,30 +94,6 @@ def _kv_cache_config(vllm_config: Any) -> Any:
     names = [f"model.layers.{number}.self_attn.attn" for number in range(num_layers)]
     group = SimpleNamespace(kv_cache_spec=spec, layer_names=names)
     return SimpleNamespace(kv_cache_groups=[group], kv_cache_tensors=[], num_blocks=1)
-
-
-def _refuse_indexers(config: Any) -> None:
-    if getattr(config, "index_topk", None) is not None:
-        raise UnsupportedEngine(
-            "this model has an indexer beside its MLA layers, the shape of whose cache only a "
-            "running engine knows"
-        )
-
-
-def _refuse_windows(vllm_config: Any) -> None:
-    """With its hybrid memory manager on, vLLM has caches of several kinds for them."""
-    types = getattr(vllm_config.model_config.hf_text_config, "layer_types", None) or ()
-    is_mixed = not vllm_config.scheduler_config.disable_hybrid_kv_cache_manager and (
-        "sliding_attention" in types or "chunked_attention" in types
-    )
-    if vllm_config.model_config.disable_sliding_window or not (
-        is_mixed or vllm_config.cache_config.sliding_window
-    ):
-        return
-    raise UnsupportedEngine(
-        "this model has layers with windows, whose shape only a running engine knows; of an engine "
-        "with --disable-hybrid-kv-cache-manager the tools can tell, if that is among its flags"
-    )
 
 
 def _tokens(model_config: Any, prompt_file: str) -> list[int]:

@@ -45,11 +45,11 @@ def engine_facts(vllm_config: Any, kv_cache_config: Any, settings: Settings) -> 
         layout_name=base.layout_name,
         geometry=base.geometry,
         why_no_hits=no_hits,
-        adapter_rules=_adapter_rules(vllm_config),
+        adapter_rules=adapter_rules(vllm_config),
         can_sleep=can_sleep(vllm_config.model_config),
         strands=strands,
         targets=targets,
-        state_interval_tokens=_state_interval_tokens(vllm_config, settings),
+        state_interval_tokens=state_interval_tokens(vllm_config, settings),
     )
 
 
@@ -63,8 +63,9 @@ def _refuse_states_inside_blocks(vllm_config: Any, strands: Sequence[StrandFacts
         )
 
 
-def _state_interval_tokens(vllm_config: Any, settings: Settings) -> int:
-    """vLLM spells "every block" as None."""
+def state_interval_tokens(vllm_config: Any, settings: Settings) -> int:
+    """How far apart vLLM keeps states, 0 for the ends of prompts only; it spells "every block" as
+    None."""
     interval = getattr(vllm_config.cache_config, "prefix_cache_retention_interval", 0)
     return settings.block_tokens if interval is None else int(interval)
 
@@ -91,7 +92,8 @@ def why_no_hits(vllm_config: Any) -> str:
     return ""
 
 
-def _adapter_rules(vllm_config: Any) -> str:
+def adapter_rules(vllm_config: Any) -> str:
+    """What of its settings decides how a LoRA adapter is applied, empty for vLLM's defaults."""
     lora = vllm_config.lora_config
     if lora is None:
         return ""

@@ -27,29 +27,44 @@ _DRAFTS_WITHOUT_KV: Final = frozenset({"ngram", "ngram_gpu", "suffix", "medusa",
 
 def manifest(vllm_config: Any, facts: EngineFacts, settings: Settings, *, epoch: int) -> Manifest:
     """The namespace of this engine. Reads the model's folder: weight file headers and samples."""
-    model = vllm_config.model_config
-    cache = vllm_config.cache_config
     geometry = facts.geometry
     # Which layers there are says all of a model whose layers are alike and need every token.
     has_strands = len(facts.strands) > 1 or not facts.is_plain
-    return Manifest(
+    return msgspec.structs.replace(
+        manifest_without_strands(vllm_config, settings, epoch=epoch),
         format_version=STRANDS_FORMAT if has_strands else MANIFEST_FORMAT,
-        block_tokens=settings.block_tokens,
-        model_dtype=dtype_name(model.dtype),
-        kv_dtype=_kv_dtype(model, cache),
-        kv_scales=_kv_scales(cache),
         num_layers=geometry.num_layers,
         num_kv_heads=geometry.num_kv_heads,
         k_size=geometry.k_size,
         v_size=geometry.v_size,
         layout=_layout(facts.layout_name),
+        strands=[_strand(strand) for strand in facts.strands] if has_strands else msgspec.UNSET,
+    )
+
+
+def manifest_without_strands(vllm_config: Any, settings: Settings, *, epoch: int) -> Manifest:
+    """What is known of an engine's namespace before it has made its layers: that of one with
+    several strands or with windows, `without_strands`."""
+    model = vllm_config.model_config
+    cache = vllm_config.cache_config
+    return Manifest(
+        format_version=STRANDS_FORMAT,
+        block_tokens=settings.block_tokens,
+        model_dtype=dtype_name(model.dtype),
+        kv_dtype=_kv_dtype(model, cache),
+        kv_scales=_kv_scales(cache),
+        num_layers=0,
+        num_kv_heads=0,
+        k_size=0,
+        v_size=0,
+        layout="",
         weights=_weights(vllm_config, settings),
         model_shape=model_shape(
             model.hf_text_config.to_dict(), max_model_len=int(model.max_model_len)
         ),
         quantization=_engine_quantization(model, settings),
         epoch=epoch,
-        strands=[_strand(strand) for strand in facts.strands] if has_strands else msgspec.UNSET,
+        strands=[],
     )
 
 

@@ -8,8 +8,12 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from collections.abc import Set as AbstractSet
+from typing import Final
 
 from ucm.store.blocks.strands import Reach, last_boundary, needed_blocks
+
+# Of boundaries: each takes an engine a round of messages, and perhaps reads.
+MAX_TRIES: Final = 8
 
 
 def ends_in_base(

@@ -61,6 +61,14 @@ class Manifest(msgspec.Struct, frozen=True, kw_only=True):
     strands: list[dict[str, object]] | msgspec.UnsetType = msgspec.UNSET
 
 
+def without_strands(manifest: Manifest) -> Manifest:
+    """What can be told without a running engine of a model with several strands or with windows;
+    its `strands` are an empty list."""
+    strands = [] if manifest.strands else manifest.strands
+    unknown = dict.fromkeys(("num_layers", "num_kv_heads", "k_size", "v_size"), 0)
+    return msgspec.structs.replace(manifest, layout="", strands=strands, **unknown)
+
+
 def fingerprint(manifest: Manifest) -> bytes:
     """The 32 bytes that name the namespace."""
     return hashlib.sha256(canonical_json(msgspec.to_builtins(manifest))).digest()

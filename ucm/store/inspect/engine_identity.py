@@ -33,13 +33,17 @@ class EngineQuestion(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class EngineIdentity(msgspec.Struct, frozen=True, kw_only=True):
-    """`manifest_json` is that of the engine's namespace, `adapters` the digests of those asked for,
-    in hex. `problem`, where there is one, is all there is."""
+    """`manifest_json` is that of the engine's namespace, with an empty list of strands where only a
+    running engine knows them, and `page_bytes` are those of its pages, 0 then. `adapters` are the
+    digests of those asked for, in hex. `window_interval` is the setting, `state_interval_tokens`
+    how far apart the engine keeps states. `problem`, where there is one, is all there is."""
 
     manifest_json: str = ""
     page_bytes: int = 0
     tokens: list[int] = []
     adapters: list[str] = []
+    window_interval: int | None = None
+    state_interval_tokens: int = 0
     problem: str = ""
 
 

@@ -13,12 +13,13 @@ import msgspec
 from ucm.config.settings import Settings, StoreSettings
 from ucm.errors import UcmError
 from ucm.store.blocks.namespace import Manifest, fingerprint
-from ucm.store.inspect.explain import nearest_differences
 from ucm.store.inspect.given import GivenStore, given_place
+from ucm.store.inspect.guesses import nearest_differences
 from ucm.store.inspect.mount_probe import BackendFacts, largest_page_bytes, look_at_backend
 from ucm.store.inspect.peer_probe import PeerFacts, look_from_peer
 from ucm.store.inspect.remedies import remedy
 from ucm.store.inspect.speed import NUM_THREADS, ProbeLoad
+from ucm.store.inspect.strands_in_store import has_unknown_strands, like
 from ucm.store.inspect.verdicts import (
     Finding,
     Wishes,
@@ -156,6 +157,8 @@ def _examine_model(given: GivenStore, model: str, manifest: Manifest) -> list[Fi
         for backend in given.backends
     }
     is_known = bool(own.intersection(folders))
+    if has_unknown_strands(manifest):
+        is_known = bool(like(manifest, [each for each in folders if each.key_id == key_id]))
     return model_findings(model, is_known, nearest_differences(manifest, folders))
 
 

@@ -1,59 +1,44 @@
 """Why a prompt hits or misses: where each of its blocks is, or why it is not there.
 
-A block that is missing under its own name is looked for under the names that it would have with
-another salt, another adapter, or in the other namespaces of the store. Only names that somebody can
-think of can be tried: a key does not tell the salt that it was made with.
+A block that is missing under its own name is looked for under those of `guesses.py`. Of a model
+with several strands, or with windows, the other strands' blocks are looked for that are needed at
+some boundary, and the hit ends where every strand can go on, as engines look for it.
 """
 
 from __future__ import annotations
 
 import itertools
 import os
-from collections.abc import Callable, Collection, Iterator, Sequence
-from collections.abc import Set as AbstractSet
-from dataclasses import dataclass
-from enum import Enum
+from collections.abc import Callable, Collection, Sequence
+from dataclasses import dataclass, field
 
 import msgspec
 
-from ucm.store.blocks.keys import Key, TailKey, prompt_keys, root_key
-from ucm.store.blocks.namespace import Manifest, differences, fingerprint
+from ucm.store.blocks.hit_ends import MAX_TRIES, end_before, ends_in_base, likely_ends
+from ucm.store.blocks.keys import Key
+from ucm.store.blocks.namespace import fingerprint
 from ucm.store.blocks.page_key import PageKey
+from ucm.store.blocks.strands import ALL, needed_blocks
+from ucm.store.inspect.asked_prompt import (
+    AskedPrompt,
+    AskedStrand,
+    has_states,
+    in_strand,
+    is_tail,
+)
+from ucm.store.inspect.guesses import Guess, Whereabouts, guesses, nearest_differences
 from ucm.store.inspect.model_label import model_label
 from ucm.store.inspect.page_check import Condition, ExpectedPage, PageChecker
 from ucm.store.inspect.reclaims import Reclaims
-from ucm.store.inspect.walk import NamespaceFolder, namespace_folders, read_manifest
+from ucm.store.inspect.walk import NamespaceFolder, namespace_folders
 from ucm.store.tiers.posix import paths
-
-_DTYPES = frozenset({"kv_dtype", "model_dtype", "kv_scales"})
-# With a dtype differs how its kernel packs it: on a CPU with AMX, say.
-_PACKING = frozenset({"layout", "num_kv_heads", "k_size", "v_size"})
-
-
-class Whereabouts(str, Enum):
-    """Of one block of the prompt."""
-
-    STORED = "stored"
-    # In the memory of this machine's node cache, and not in storage (yet).
-    IN_MEMORY = "in_memory"
-    # There, and not whole: a reader would move it aside; or it lies in quarantine already.
-    CORRUPT = "corrupt"
-    UNREADABLE = "unreadable"
-    OTHER_DTYPE = "other_dtype"
-    OTHER_NAMESPACE = "other_namespace"
-    OTHER_SALT = "other_salt"
-    OTHER_ADAPTER = "other_adapter"
-    OTHER_PAGE_KEY = "other_page_key"
-    # It was there under its own name.
-    RECLAIMED = "reclaimed"
-    # Never stored, or gone before the record of what was reclaimed begins.
-    NOT_STORED = "not_stored"
 
 
 class ExplainedBlock(msgspec.Struct, frozen=True, kw_only=True):
-    """Tokens [first_token, end_token). `where` is a file, empty if there is none; `why` is for what
-    is not stored as asked."""
+    """Tokens [first_token, end_token) in a strand, which is empty where there is one. `where` is a
+    file, empty if there is none; `why` is for what is not stored as asked."""
 
+    strand: str
     block: int
     first_token: int
     end_token: int
@@ -63,10 +48,25 @@ class ExplainedBlock(msgspec.Struct, frozen=True, kw_only=True):
     why: str
 
 
+class ExplainedEnd(msgspec.Struct, frozen=True, kw_only=True):
+    """A number of tokens at which a hit was tried to end. `strand` is one that can't go on there,
+    as it lacks `block`; empty, and -1, where all can."""
+
+    end_tokens: int
+    strand: str
+    block: int
+
+
 class Explanation(msgspec.Struct, frozen=True, kw_only=True):
-    """`num_loadable` leading blocks can be loaded here. `tail`: what is behind the last full block,
-    which only hand-offs store and load. `is_known`: whether the store has the namespace at all; if
-    not, `differences` are those to the nearest one."""
+    """`num_loadable` leading blocks, of `num_loadable_tokens`, can be loaded here. `tail`: what is
+    behind the last full block, which only hand-offs store and load. `is_known`: whether the store
+    has the namespace at all; if not, `differences` are those to the nearest one. `namespace` is
+    empty where that is not known and only a running engine knows it.
+
+    Of a model with several strands or with windows `blocks` and `tail` are those of the first
+    strand, `sides` what the others need at some boundary, and `ends` where the hit was tried to
+    end, the longest first: the last one is its end, if that lacks nothing. `num_handed_over` are
+    the tokens that a hand-off of this very prompt would have loaded, with its tail."""
 
     namespace: str
     model: str
@@ -74,35 +74,12 @@ class Explanation(msgspec.Struct, frozen=True, kw_only=True):
     differences: list[str]
     num_tokens: int
     num_loadable: int
+    num_loadable_tokens: int
     blocks: list[ExplainedBlock]
     tail: ExplainedBlock | None
-
-
-@dataclass(frozen=True)
-class AskedPrompt:
-    """What a prompt's keys are made of, and what else may be tried in its place. Salts and adapters
-    are None for none."""
-
-    manifest: Manifest
-    tokens: Sequence[int]
-    salt: str | None = None
-    adapter: bytes | None = None
-    other_salts: Sequence[str | None] = (None,)
-    other_adapters: Sequence[bytes | None] = (None,)
-
-    def keys(self) -> list[Key]:
-        """Of the prompt's full blocks and, as the last one, of its tail; under their own names."""
-        return _keys(self.manifest, self, self.salt, self.adapter)
-
-
-@dataclass(frozen=True)
-class _Guess:
-    """Keys that the prompt would have had otherwise. `folders` are the namespace's."""
-
-    state: Whereabouts
-    why: str
-    folders: Sequence[NamespaceFolder]
-    keys: Sequence[Key]
+    sides: list[ExplainedBlock]
+    ends: list[ExplainedEnd]
+    num_handed_over: int
 
 
 def explain(
@@ -114,52 +91,49 @@ def explain(
     on_progress: Callable[[int, int], None],
 ) -> Explanation:
     """Reads every page of the prompt that is there. `in_memory` are blocks that a node cache has.
-    `on_progress(done, total)` counts blocks. Raises TierError where a backend can't be listed."""
+    `on_progress(done, total)` counts blocks of the first strand. Raises TierError where a backend
+    can't be listed, and UcmError for strands that this version doesn't know."""
     folders = [folder for backend in backends for folder in namespace_folders(backend)]
     name = fingerprint(asked.manifest)
     key_id = page_key.id if page_key is not None else b""
     own = [NamespaceFolder(backend, _name(name, key_id)) for backend in backends]
-    keys = asked.keys()
-    guesses = list(_guesses(asked, folders, own))
-    checker = PageChecker(page_key)
-    reclaims = Reclaims.of(own, keys)
-    blocks: list[ExplainedBlock] = []
-    for block, key in enumerate(keys):
-        state, where, why = _own_state(own, key, checker)
-        if state is Whereabouts.NOT_STORED and key in in_memory:
-            state, why = Whereabouts.IN_MEMORY, "only in this machine's node cache"
-        elif state is Whereabouts.NOT_STORED and (when := reclaims.when(key)):
-            state, why = Whereabouts.RECLAIMED, f"at {when}"
-        elif state is Whereabouts.NOT_STORED:
-            state, where, why = _guessed(guesses, block, reclaims)
-        if state is Whereabouts.NOT_STORED and isinstance(key, TailKey):
-            why += "; tails are stored for hand-offs alone"
-        blocks.append(_explained(asked, block, key, state, where, why))
-        on_progress(block + 1, len(keys))
-    tail = blocks.pop() if keys and isinstance(keys[-1], TailKey) else None
+    look = _PromptPages(
+        asked=asked,
+        strands=asked.strands(),
+        keys=asked.keys(),
+        own=own,
+        guesses=list(guesses(asked, folders, own)),
+        checker=PageChecker(page_key),
+        reclaims=Reclaims.of(own, asked.all_keys()),
+        in_memory=in_memory,
+    )
+    blocks = []
+    for block in range(len(look.keys)):
+        blocks.append(look.at(block))
+        on_progress(block + 1, len(look.keys))
+    tail = blocks.pop() if blocks and is_tail(look.keys, -1) else None
+    ends = _ends(look, len(blocks)) if asked.has_strands else []
+    handed_over = _ends(look, len(look.keys)) if asked.has_strands and tail is not None else []
     is_known = any(folder in folders for folder in own)
+    num_loadable = sum(1 for _ in itertools.takewhile(can_be_loaded, blocks))
+    num_loadable_tokens = num_loadable * asked.manifest.block_tokens
+    if asked.has_strands:
+        num_loadable_tokens = _end_of(ends)
+        num_loadable = -(-num_loadable_tokens // asked.manifest.block_tokens)
     return Explanation(
-        namespace=_name(name, key_id),
+        namespace=_name(name, key_id) if asked.manifest.strands != [] else "",
         model=model_label(asked.manifest),
         is_known=is_known,
         differences=[] if is_known else nearest_differences(asked.manifest, folders),
         num_tokens=len(asked.tokens),
-        num_loadable=sum(1 for _ in itertools.takewhile(can_be_loaded, blocks)),
+        num_loadable=num_loadable,
+        num_loadable_tokens=num_loadable_tokens,
         blocks=blocks,
         tail=tail,
+        sides=look.sides(len(blocks)),
+        ends=ends,
+        num_handed_over=_end_of(handed_over),
     )
-
-
-def nearest_differences(mine: Manifest, folders: Sequence[NamespaceFolder]) -> list[str]:
-    """In what `mine` differs from the namespace of the store that is most like it: one line for
-    each field. Empty where there is none."""
-    manifests = [manifest for folder in folders if (manifest := read_manifest(folder)[0])]
-    found = [_differences(manifest, mine) for manifest in manifests]
-    return min(found, key=len, default=[])
-
-
-def _differences(there: Manifest, mine: Manifest) -> list[str]:
-    return differences(there, mine, there_label="the store", here_label="this engine")
 
 
 def _name(of: bytes, key_id: bytes) -> str:
@@ -171,47 +145,88 @@ def can_be_loaded(block: ExplainedBlock) -> bool:
     return block.state in (Whereabouts.STORED.value, Whereabouts.IN_MEMORY.value)
 
 
-def _explained(
-    asked: AskedPrompt, block: int, key: Key, state: Whereabouts, where: str, why: str
-) -> ExplainedBlock:
-    size = asked.manifest.block_tokens
-    return ExplainedBlock(
-        block=block,
-        first_token=block * size,
-        end_token=min((block + 1) * size, len(asked.tokens)),
-        key=key.hex(),
-        state=state.value,
-        where=where,
-        why=why,
-    )
+@dataclass(eq=False)
+class _PromptPages:
+    """At one prompt's blocks, each of which is read once."""
 
+    asked: AskedPrompt
+    strands: Sequence[AskedStrand]
+    keys: Sequence[Key]
+    own: Sequence[NamespaceFolder]
+    guesses: Sequence[Guess]
+    checker: PageChecker
+    reclaims: Reclaims
+    in_memory: Collection[Key]
+    _seen: dict[tuple[int, int], ExplainedBlock] = field(default_factory=dict)
 
-def _keys(of: Manifest, asked: AskedPrompt, salt: str | None, adapter: bytes | None) -> list[Key]:
-    root = root_key(fingerprint(of), lora_digest=adapter, cache_salt=salt)
-    return prompt_keys(
-        root, asked.tokens, block_tokens=of.block_tokens, cache_salt=salt, with_tail=True
-    )
+    def at(self, block: int, strand: int = 0) -> ExplainedBlock:
+        found = self._seen.get((strand, block))
+        if found is None:
+            found = self._seen[strand, block] = self._explained(block, self.strands[strand])
+        return found
 
+    def has(self, block: int, strand: int = 0) -> bool:
+        return can_be_loaded(self.at(block, strand))
 
-def _own_state(
-    folders: Sequence[NamespaceFolder], key: Key, checker: PageChecker
-) -> tuple[Whereabouts, str, str]:
-    """Of the block under its own name."""
-    for folder in folders:
-        path = paths.block_path(folder.backend, folder.fingerprint, key, folder.key_id)
-        expected = ExpectedPage(key, folder.fingerprint, folder.key_id)
-        check = checker.check(path, expected)
-        if check.condition is Condition.WHOLE:
-            return Whereabouts.STORED, path, ""
-        if check.condition is Condition.UNREADABLE:
-            return Whereabouts.UNREADABLE, path, check.why
-        if check.condition is not Condition.GONE:
-            return Whereabouts.CORRUPT, path, check.why
-    for folder in folders:
-        aside = _in_quarantine(folder, key)
-        if aside:
-            return Whereabouts.CORRUPT, aside, "was found damaged and moved aside"
-    return Whereabouts.NOT_STORED, "", ""
+    def sides(self, num_blocks: int) -> list[ExplainedBlock]:
+        """Of the strands beside the first one: what was looked at, and what is needed at the
+        prompt's own boundaries."""
+        with_states, size = has_states(self.strands), self.asked.manifest.block_tokens
+        own_ends = self.asked.boundaries(num_blocks, with_states=with_states)
+        for number, strand in enumerate(self.strands[1:], start=1):
+            for end in own_ends:
+                for block in needed_blocks(strand.reach, end, size):
+                    self.at(block, number)
+        return [self._seen[each] for each in sorted(self._seen) if each[0]]
+
+    def _explained(self, block: int, strand: AskedStrand) -> ExplainedBlock:
+        key = in_strand(self.keys[block], strand, self.asked.salt is not None)
+        state, where, why = self._own_state(key)
+        if state is Whereabouts.NOT_STORED and key in self.in_memory:
+            state, why = Whereabouts.IN_MEMORY, "only in this machine's node cache"
+        elif state is Whereabouts.NOT_STORED and (when := self.reclaims.when(key)):
+            state, why = Whereabouts.RECLAIMED, f"at {when}"
+        elif state is Whereabouts.NOT_STORED:
+            state, where, why = self._guessed(block, strand)
+        if state is Whereabouts.NOT_STORED and is_tail(self.keys, block):
+            why += "; tails are stored for hand-offs alone"
+        size = self.asked.manifest.block_tokens
+        return ExplainedBlock(
+            strand=strand.label,
+            block=block,
+            first_token=block * size,
+            end_token=min((block + 1) * size, len(self.asked.tokens)),
+            key=key.hex(),
+            state=state.value,
+            where=where,
+            why=why,
+        )
+
+    def _own_state(self, key: Key) -> tuple[Whereabouts, str, str]:
+        """Of the block under its own name."""
+        for folder in self.own:
+            path = paths.block_path(folder.backend, folder.fingerprint, key, folder.key_id)
+            expected = ExpectedPage(key, folder.fingerprint, folder.key_id)
+            check = self.checker.check(path, expected)
+            if check.condition is Condition.WHOLE:
+                return Whereabouts.STORED, path, ""
+            if check.condition is Condition.UNREADABLE:
+                return Whereabouts.UNREADABLE, path, check.why
+            if check.condition is not Condition.GONE:
+                return Whereabouts.CORRUPT, path, check.why
+        for folder in self.own:
+            aside = _in_quarantine(folder, key)
+            if aside:
+                return Whereabouts.CORRUPT, aside, "was found damaged and moved aside"
+        return Whereabouts.NOT_STORED, "", ""
+
+    def _guessed(self, block: int, strand: AskedStrand) -> tuple[Whereabouts, str, str]:
+        """The first guess that leads to a file."""
+        for guess in self.guesses:
+            path = guess.where(block, strand)
+            if path:
+                return guess.state, path, guess.why
+        return Whereabouts.NOT_STORED, "", self.reclaims.otherwise
 
 
 def _in_quarantine(folder: NamespaceFolder, key: Key) -> str:
@@ -223,74 +238,49 @@ def _in_quarantine(folder: NamespaceFolder, key: Key) -> str:
         return ""
 
 
-def _guessed(
-    guesses: Sequence[_Guess], block: int, reclaims: Reclaims
-) -> tuple[Whereabouts, str, str]:
-    """The first guess that leads to a file."""
-    for guess in guesses:
-        for folder in guess.folders:
-            key = guess.keys[block]
-            path = paths.block_path(folder.backend, folder.fingerprint, key, folder.key_id)
-            if os.path.lexists(path):
-                return guess.state, path, guess.why
-    return Whereabouts.NOT_STORED, "", reclaims.otherwise
+def _ends(look: _PromptPages, num_blocks: int) -> list[ExplainedEnd]:
+    """Where a hit on the prompt's first `num_blocks` blocks is tried to end. The last token is
+    computed in any case; where there are states, boundaries leave one."""
+    num_tokens, size = len(look.asked.tokens), look.asked.manifest.block_tokens
+    has_base = look.strands[0].reach == ALL
+    candidates = _candidates(look, num_blocks, has_base=has_base)
+    ends: list[ExplainedEnd] = []
+    end = candidates[0] if candidates else 0
+    while end and len(ends) < MAX_TRIES:
+        end_tokens = min(end, num_tokens - 1)
+        lacking = [
+            (block, strand.label)
+            for number, strand in enumerate(look.strands)
+            if number or not has_base
+            for block in needed_blocks(strand.reach, end_tokens, size)
+            if not look.has(block, number)
+        ]
+        block, label = min(lacking, default=(-1, ""))
+        ends.append(ExplainedEnd(end_tokens=end_tokens, strand=label, block=block))
+        end = end_before(candidates, end_tokens, missing=block * size) if lacking else 0
+    return ends
 
 
-def _guesses(
-    asked: AskedPrompt, folders: Sequence[NamespaceFolder], own: Sequence[NamespaceFolder]
-) -> Iterator[_Guess]:
-    """What differs in one thing comes first."""
-    mine = asked.manifest
-    name = fingerprint(mine)
-    keys = _keys(mine, asked, asked.salt, asked.adapter)
-    for folder in folders:
-        if folder.fingerprint == name and folder not in own:
-            sealed = (
-                f"sealed by the page key {folder.key_id.hex()}" if folder.key_id else "unsealed"
-            )
-            yield _Guess(Whereabouts.OTHER_PAGE_KEY, f"it is there {sealed}", [folder], keys)
-    salts = [salt for salt in asked.other_salts if salt != asked.salt]
-    adapters = [each for each in asked.other_adapters if each != asked.adapter]
-    ours = [folder for folder in folders if folder.fingerprint == name]
-    for salt in salts:
-        why = f"stored with {_salt(salt)}, asked for with {_salt(asked.salt)}"
-        yield _Guess(Whereabouts.OTHER_SALT, why, ours, _keys(mine, asked, salt, asked.adapter))
-    for adapter in adapters:
-        why = f"stored with {_adapter(adapter)}, asked for with {_adapter(asked.adapter)}"
-        yield _Guess(Whereabouts.OTHER_ADAPTER, why, ours, _keys(mine, asked, asked.salt, adapter))
-    for folder, manifest in _others(mine, folders):
-        lines = _differences(manifest, mine)
-        state = Whereabouts.OTHER_NAMESPACE
-        if _is_by_dtype({line.partition(":")[0] for line in lines}):
-            state = Whereabouts.OTHER_DTYPE
-        for salt, adapter in itertools.product((asked.salt, *salts), (asked.adapter, *adapters)):
-            keys = _keys(manifest, asked, salt, adapter)
-            yield _Guess(state, "; ".join(lines), [folder], keys)
+def _candidates(look: _PromptPages, num_blocks: int, *, has_base: bool) -> list[int]:
+    with_states, size = has_states(look.strands), look.asked.manifest.block_tokens
+    own_ends = look.asked.boundaries(num_blocks, with_states=with_states)
+    there = [look.has(block) for block in range(num_blocks)]
+    if has_base:
+        num_there = sum(1 for _ in itertools.takewhile(bool, there))
+        num_tokens = len(look.asked.tokens)
+        found = ends_in_base(num_tokens, num_there, size, own_ends, with_states=with_states)
+        return found if num_there else []
+    num_whole = num_blocks - is_tail(look.keys, num_blocks - 1) if num_blocks else 0
+    whole = range(num_whole)
+    return likely_ends(
+        look.strands[0].reach,
+        own_ends,
+        found={block for block in whole if there[block]},
+        absent={block for block in whole if not there[block]},
+        block_tokens=size,
+    )
 
 
-def _others(
-    mine: Manifest, folders: Sequence[NamespaceFolder]
-) -> list[tuple[NamespaceFolder, Manifest]]:
-    """Namespaces whose blocks can be compared with ours one by one, those most like it first."""
-    found = [
-        (folder, manifest)
-        for folder in folders
-        if folder.fingerprint != fingerprint(mine)
-        and (manifest := read_manifest(folder)[0]) is not None
-        and manifest.block_tokens == mine.block_tokens
-    ]
-    return sorted(found, key=lambda each: len(_differences(each[1], mine)))
-
-
-def _is_by_dtype(fields: AbstractSet[str]) -> bool:
-    """Whether two namespaces that differ in these fields do because of their dtypes."""
-    allowed = _DTYPES | _PACKING if "layout" in fields else _DTYPES
-    return bool(fields & _DTYPES) and fields <= allowed
-
-
-def _salt(salt: str | None) -> str:
-    return "no salt" if salt is None else f"the salt {salt!r}"
-
-
-def _adapter(digest: bytes | None) -> str:
-    return "no adapter" if digest is None else f"the adapter {digest.hex()[:8]}"
+def _end_of(ends: Sequence[ExplainedEnd]) -> int:
+    """The hit's tokens."""
+    return ends[-1].end_tokens if ends and not ends[-1].strand else 0
