@@ -150,10 +150,14 @@ def _in_memory(given: GivenStore, identity: EngineIdentity, asked: AskedPrompt) 
     if given.settings is None:
         return frozenset()
     store, manifest = given.settings.store, asked.manifest
-    page_bytes = identity.page_bytes or StrandPages(manifest).first_page_bytes
-    if not page_bytes:
-        return frozenset()
-    return keys_in_memory(store, manifest, asked.all_keys(), page_bytes=page_bytes)
+    sizes = StrandPages(manifest).page_bytes or [identity.page_bytes]
+    return frozenset().union(
+        *(
+            keys_in_memory(store, manifest, keys, page_bytes=page_bytes)
+            for keys, page_bytes in zip(asked.keys_by_strand(), sizes, strict=True)
+            if page_bytes
+        )
+    )
 
 
 def _print(found: Explanation) -> None:

@@ -61,8 +61,7 @@ def test_a_page_is_told_to_be_of_the_strand_whose_pages_are_so_large(
 ) -> None:
     made = make()
     pages = StrandPages(made.manifest)
-    first, *_ = (strand.geometry.page_bytes for strand in made.facts.strands)
-    assert pages.first_page_bytes == first
+    assert pages.page_bytes == [strand.geometry.page_bytes for strand in made.facts.strands]
     for strand, label in zip(made.facts.strands, strand_labels(made.manifest), strict=True):
         page_bytes = strand.geometry.page_bytes
         file_bytes = BlockId(Key(bytes(32)), bytes(32), page_bytes).file_bytes
@@ -78,7 +77,8 @@ def test_of_a_plain_model_and_of_an_odd_manifest_nothing_is_told() -> None:
     ]
     for made in (None, manifest("a"), manifest("a", format_version=2, strands=odd)):
         pages = StrandPages(made)
-        assert (pages.first_page_bytes, pages.of_page(0), pages.of_file(4096)) == (0, "", "")
+        assert not any(pages.page_bytes)
+        assert (pages.of_page(0), pages.of_file(4096)) == ("", "")
     assert model_label(manifest("a", strands=odd)) == "a (?, ?)"
     by_digest = by_weights(manifest("a", num_layers=4, strands=odd))
     assert model_label(by_digest).startswith("tiny, 4 layers,")

@@ -3,158 +3,50 @@ as its engine would find it."""
 
 from __future__ import annotations
 
-import random
 import re
-import time
-from collections.abc import Callable, Collection
+import shutil
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 import msgspec
 import pytest
 
 from tests.cli.conftest import store as store
-from tests.cli.parts import Store, flip_bit, manifest
+from tests.cli.parts import Store, flip_bit, manifest, settings_file
 
 pytest.importorskip("vllm")
 
 from tests.cli.hybrids import (
     Hybrid,
-    with_an_indexer,
-    with_chunks_as_large,
     with_states,
     with_windows,
     with_windows_alone,
 )
+from ucm.cli.explain import _in_memory as in_memory
 from ucm.cli.explain import _print as printed
 from ucm.errors import ConfigError, UcmError
-from ucm.integration.engine.side_lookups import SideLookups, SideWaits
-from ucm.outcome import Outcome
-from ucm.store.blocks.hit_ends import likely_ends
 from ucm.store.blocks.keys import Key
 from ucm.store.blocks.namespace import Manifest, fingerprint, without_strands
-from ucm.store.client.session import NodeSession
+from ucm.store.inspect import node_memory
 from ucm.store.inspect.asked_prompt import AskedPrompt
+from ucm.store.inspect.engine_identity import EngineIdentity
 from ucm.store.inspect.examine import examine_model
 from ucm.store.inspect.explain import Explanation, explain
+from ucm.store.inspect.given import given_store
 from ucm.store.inspect.strands_in_store import with_strands_of_store
-from ucm.store.node import protocol as p
 
 LONG = list(range(1000, 1330))  # 20 blocks of 16 tokens, and a tail of 10
-MAKERS = [with_windows, with_states, with_chunks_as_large, with_an_indexer, with_windows_alone]
 
 
 def explained(store: Store, made: Manifest, **asked: Any) -> Explanation:
-    in_memory = asked.pop("in_memory", ())
+    there = asked.pop("in_memory", ())
     return explain(
         [str(store.path)],
         AskedPrompt(manifest=made, tokens=LONG, **asked),
         None,
-        in_memory=in_memory,
+        in_memory=there,
         on_progress=lambda done, total: None,
     )
-
-
-class FakeSession:
-    """A node cache that has these pages."""
-
-    def __init__(self, keys: Collection[bytes], num_strands: int) -> None:
-        self.namespaces = tuple(range(num_strands))
-        self._keys = keys
-        self._asked: list[tuple[p.Lookup, Callable[[p.LookupReply], None]]] = []
-        self._ids = iter(range(1_000_000))
-
-    def next_id(self) -> int:
-        return next(self._ids)
-
-    def release(self, lookup_id: int) -> None:
-        pass
-
-    def ask(self, question: p.Lookup, on_answer: Callable[[p.LookupReply], None]) -> None:
-        self._asked.append((question, on_answer))
-
-    def answer(self) -> None:
-        while self._asked:
-            question, on_answer = self._asked.pop(0)
-            found = 0
-            while found < len(question.keys) and question.keys[found] in self._keys:
-                found += 1
-            is_all = found == len(question.keys)
-            on_answer(
-                p.LookupReply(
-                    id=question.id,
-                    offsets=[0] * found,
-                    num_stored=found,
-                    from_files=0,
-                    head_stored=found,
-                    reason=Outcome.FINE if is_all else Outcome.NEVER_STORED,
-                )
-            )
-
-
-def end_of_engine(made: Hybrid, keys: Collection[bytes], interval_tokens: int | None) -> int:
-    """How far the connector tells vLLM to go, if the store has these pages."""
-    prompt, facts = made.prompt(LONG), made.facts
-    interval = facts.interval_tokens(interval_tokens)
-    there = [key in keys for key in prompt.keys]
-    num_there = there.index(False) if False in there else len(there)
-    if facts.has_base and not num_there:
-        return 0
-    ends = (
-        prompt.ends_in_base(num_there, interval, with_states=facts.has_states)
-        if facts.has_base
-        else likely_ends(
-            facts.strands[0].reach,
-            prompt.boundaries(interval),
-            found={block for block, is_there in enumerate(there) if is_there},
-            absent={block for block, is_there in enumerate(there) if not is_there},
-            block_tokens=prompt.block_tokens,
-        )
-    )
-    session = FakeSession(keys, len(facts.strands))
-    lookups = SideLookups(
-        cast(NodeSession, session),
-        facts,
-        prompt,
-        read_from=0,
-        ends=ends,
-        waits=SideWaits(until_s=time.monotonic() + 600, promised_blocks=0),
-        on_shorter=lambda num_blocks, reason: None,
-    )
-    session.answer()
-    assert lookups.is_settled
-    return lookups.end_tokens
-
-
-@pytest.mark.parametrize("make", MAKERS)
-@pytest.mark.parametrize("interval_tokens", [None, 64])
-def test_a_hit_ends_where_the_engine_would_end_it(
-    store: Store, make: Callable[[], Hybrid], interval_tokens: int | None
-) -> None:
-    made, ends = make(), set()
-    prompt = made.prompt(LONG)
-    store.put(made.manifest, [])
-    kept = [
-        prompt.key_of(block, number)
-        for number, blocks in enumerate(made.kept(prompt, interval_tokens))
-        for block in blocks
-    ]
-    rng = random.Random(7)
-    for number in range(40):
-        lost = rng.sample(kept, min(number % 4, len(kept)))
-        keys = {bytes(key) for key in kept if key not in lost}
-        found = explained(
-            store,
-            made.manifest,
-            in_memory={Key(key) for key in keys},
-            window_interval=interval_tokens,
-            state_interval_tokens=made.facts.state_interval_tokens,
-        )
-        expected = end_of_engine(made, keys, interval_tokens)
-        assert found.num_loadable_tokens == expected, [key.hex() for key in lost]
-        assert found.num_loadable == -(-expected // prompt.block_tokens)
-        ends.add(expected)
-    assert len(ends) > 1
 
 
 def test_what_prefill_keeps_is_there_and_the_hit_ends_behind_it(store: Store) -> None:
@@ -249,6 +141,51 @@ def test_why_a_side_page_is_missing_is_told_as_of_any(store: Store) -> None:
     why = "stored with no salt, asked for with the salt 'tenant'"
     assert state == "other_salt"
     assert {block.why for block in explained(store, made.manifest, salt="tenant").sides} == {why}
+
+
+def test_an_engine_of_another_dtype_is_named_so_though_its_strands_have_other_names(
+    store: Store,
+) -> None:
+    made = with_windows()
+    first, window = made.manifest.strands or []
+    other = msgspec.structs.replace(
+        made.manifest,
+        kv_dtype="fp8",
+        strands=[
+            {**first, "item_bytes": 1},
+            {**window, "item_bytes": 1, "name": "window-256/4x64+64/1"},
+        ],
+    )
+    store.put(made.manifest, [])
+    Hybrid(made.facts, other).fill(store, LONG)
+    assert {block.state for block in explained(store, made.manifest).blocks} == {"other_dtype"}
+
+    wider = msgspec.structs.replace(other, strands=[{**first, "reach": "window 512"}, window])
+    shutil.rmtree(store.path / fingerprint(other).hex())
+    Hybrid(made.facts, wider).fill(store, LONG)
+    assert {block.state for block in explained(store, made.manifest).blocks} == {"other_namespace"}
+
+
+def test_a_node_cache_is_asked_for_each_strands_pages_by_their_size(
+    store: Store, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It takes a key of a page of another size for a mistake."""
+    made, asked = with_windows(), []
+
+    def keys_in_memory(
+        settings: object, manifest: Manifest, keys: list[Key], *, page_bytes: int
+    ) -> frozenset[Key]:
+        asked.append((page_bytes, len(keys)))
+        return frozenset(keys[:1])
+
+    monkeypatch.setattr(node_memory, "keys_in_memory", keys_in_memory)
+    store.put(made.manifest, [])
+    given = given_store(str(settings_file(tmp_path, store.path)))
+    prompt = AskedPrompt(manifest=made.manifest, tokens=LONG)
+    found = in_memory(given, EngineIdentity(), prompt)
+    assert asked == [(strand.geometry.page_bytes, 21) for strand in made.facts.strands]
+    named = made.prompt(LONG)
+    assert found == {named.key_of(0), named.key_of(0, 1)}
 
 
 def test_an_engine_that_does_not_run_has_the_strands_that_the_store_tells(store: Store) -> None:

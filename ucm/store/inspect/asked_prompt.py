@@ -61,10 +61,10 @@ class AskedPrompt:
         the first strand."""
         return self.keys_with(self.manifest, self.salt, self.adapter)
 
-    def all_keys(self) -> list[Key]:
+    def keys_by_strand(self) -> list[list[Key]]:
         """The same in every strand."""
         keys, is_salted = self.keys(), self.salt is not None
-        return [in_strand(key, each, is_salted) for each in self.strands() for key in keys]
+        return [[in_strand(key, each, is_salted) for key in keys] for each in self.strands()]
 
     def keys_with(self, of: Manifest, salt: str | None, adapter: bytes | None) -> list[Key]:
         """`keys` in another namespace, or with another salt or adapter."""

@@ -104,7 +104,7 @@ def explain(
         own=own,
         guesses=list(guesses(asked, folders, own)),
         checker=PageChecker(page_key),
-        reclaims=Reclaims.of(own, asked.all_keys()),
+        reclaims=Reclaims.of(own, [*itertools.chain(*asked.keys_by_strand())]),
         in_memory=in_memory,
     )
     blocks = []

@@ -189,7 +189,8 @@ def largest_page_bytes(backends: tuple[str, ...]) -> int:
 
 def _typical_page_bytes(folder: NamespaceFolder) -> int:
     found = _first_page_bytes(folder.path)
-    return found and (StrandPages(read_manifest(folder)[0]).first_page_bytes or found)
+    first, *_ = [*StrandPages(read_manifest(folder)[0]).page_bytes, 0]
+    return found and (first or found)
 
 
 def _first_page_bytes(directory: str) -> int:

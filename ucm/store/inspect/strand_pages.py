@@ -33,9 +33,9 @@ class StrandPages:
             self._strands = list(zip(strand_labels(manifest), sizes, strict=True))
 
     @property
-    def first_page_bytes(self) -> int:
-        """Of the first strand, of which every block has a page, or most have; 0 if unknown."""
-        return self._strands[0][1] if self._strands else 0
+    def page_bytes(self) -> list[int]:
+        """Of each strand, 0 if unknown. Of the first one every block has a page, or most have."""
+        return [nbytes for _, nbytes in self._strands]
 
     def of_page(self, page_bytes: int) -> str:
         """The label of the strand whose pages are so large, or of those; empty if unknown."""
