@@ -9,7 +9,7 @@ from typing import Any
 from vllm.v1.request import RequestStatus
 
 from tests.integration.strand_parts import BLOCK as BLOCK
-from tests.integration.strand_parts import GEOMETRY, with_states, with_windows
+from tests.integration.strand_parts import GEOMETRY, with_indexer, with_states, with_windows
 from tests.parts.node import node_parts
 from tests.parts.pools import InlinePool, Timers
 from tests.store.tiers.memory_tier import MemoryTier
@@ -117,14 +117,20 @@ class Engine:
         window: int | None = None,
         base_window: int | None = None,
         states: bool = False,
+        indexer: bool = False,
         **more: Any,
     ) -> None:
         """With a `window` it has two strands, and vLLM two groups. With a `base_window` that of the
-        first has one as well. With `states` vLLM has two groups of them beside the first."""
+        first has one as well. With `states` vLLM has two groups of them beside the first. With an
+        `indexer` there are two strands in one group."""
         self.link, self.layerwise, self.window = link, layerwise, window
         self.base_window, self.states = base_window, states
         # In the next step, by request, as vLLM offers states: group, block, after how many tokens.
         self.offers: dict[str, list[tuple[int, int, int]]] = {}
+        if states or indexer:
+            strands = with_states() if states else with_indexer()
+        else:
+            strands = with_windows(window, base_window)
         store = StoreSettings(socket_path="/nowhere")
         settings = Settings(
             block_tokens=BLOCK,
@@ -147,7 +153,7 @@ class Engine:
             layout=LayoutKind.PACKED,
             layout_name="",
             geometry=GEOMETRY,
-            **(with_states() if states else with_windows(window, base_window)),
+            **strands,
         )
         self.stats = UcmStats()
         self.side = SchedulerSide(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 from ucm.integration.copies.layout_kind import LayoutKind
@@ -31,6 +32,17 @@ def two_strands(window: int) -> dict[str, Any]:
             TargetFacts(0, 0, BLOCK, ("layers.0",), range(1)),
             TargetFacts(1, 1, BLOCK, ("layers.1",), range(1)),
         ),
+    }
+
+
+def with_indexer() -> dict[str, Any]:
+    """Facts of an engine whose layers have two kinds of pages, all of which are needed."""
+    window = two_strands(1)
+    base, side = window["strands"]
+    of_base, of_side = window["targets"]
+    return {
+        "strands": (base, replace(side, name="i", reach=ALL)),
+        "targets": (of_base, replace(of_side, group=0)),
     }
 
 

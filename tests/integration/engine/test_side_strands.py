@@ -87,6 +87,25 @@ def test_without_a_page_of_the_window_a_hit_ends_at_the_boundary_before(tier: Me
     assert engine.slots()["pins"] == 0
 
 
+@pytest.mark.parametrize("is_promised", [False, True])
+def test_where_every_strand_keeps_all_a_hit_ends_before_the_first_page_that_is_lost(
+    tier: MemoryTier, is_promised: bool
+) -> None:
+    """As with MLA and an indexer: each block is a boundary, and none lies far before it."""
+    prefill = Engine(Loopback(tier=tier), indexer=True)
+    receipt = prefill_by_twos(prefill, says=h.Wanted())
+    engine = Engine(Loopback(tier=tier), indexer=True)
+    says = {"says": h.parse(receipt)} if is_promised else {}
+    request = engine.add("s", PROMPT, **says)
+    remove(tier, strand_keys(engine, "s", "i")[7])
+
+    assert engine.admit(request) == 7 * BLOCK
+    (job,) = engine.step({}).loads
+    assert parts_of(job, 0) == parts_of(job, 1) == [(1 + block,) for block in range(7)]
+    engine.copied(job.job_id)
+    assert engine.slots()["pins"] == 0
+
+
 def test_without_any_boundary_nothing_is_loaded_and_nothing_stays_pinned(tier: MemoryTier) -> None:
     prefill_by_twos(started(tier))
     engine = started(tier)

@@ -18,6 +18,7 @@ from tests.integration.engine.stored_parts import PROMPT, stored
 from tests.integration.scheduler_parts import BLOCK
 from tests.store.tiers.memory_tier import MemoryTier
 from ucm import handoff as h
+from ucm.outcome import Outcome
 
 
 def test_of_states_what_vllm_offers_is_stored_and_every_block_of_the_base(tier: MemoryTier) -> None:
@@ -81,6 +82,37 @@ def test_without_its_state_nothing_is_loaded_and_the_reason_is_counted(tier: Mem
     assert engine.admit(request) == 0
     assert engine.counted("ucm_lookup_missed_blocks", reason="never_stored") == 9
     assert engine.slots()["pins"] == 0
+
+
+@pytest.mark.parametrize("says_expected", [False, True])
+def test_behind_a_promised_state_that_is_damaged_none_is_waited_for_that_nobody_kept(
+    tier: MemoryTier, says_expected: bool
+) -> None:
+    """One block before, where only a prompt that ended here would have kept one."""
+    _, receipt = prefill(started(tier), says=h.Wanted())
+    decoder = started(tier)
+    request = decoder.add("s", PROMPT, says=h.Expected() if says_expected else receipt)
+    (at,) = [each for each in tier._pages if each[1] == state_keys(decoder, "s")[8]]
+    tier._pages[at] = b"cut short"
+    for _ in range(3):  # well before the promise is over
+        decoder.side.matched_tokens(request, 0)
+
+    assert decoder.side.matched_tokens(request, 0) == (0, False)
+    assert decoder.side._hits.reason("s") is Outcome.CORRUPT
+    assert decoder.slots()["pins"] == 0
+
+
+@pytest.mark.parametrize("is_promised", [False, True])
+def test_behind_a_damaged_state_a_hit_ends_where_a_shorter_prompt_kept_one(
+    tier: MemoryTier, is_promised: bool
+) -> None:
+    _, receipt = prefill(started(tier), at=(8 * BLOCK, LAST), says=h.Wanted())
+    decoder = started(tier)
+    request = decoder.add("s", PROMPT, says=receipt if is_promised else None)
+    (at,) = [each for each in tier._pages if each[1] == state_keys(decoder, "s")[8]]
+    tier._pages[at] = b"cut short"
+
+    assert decoder.admit(request) == 8 * BLOCK
 
 
 def test_a_state_where_prompts_part_is_stored_though_nobody_expects_it(tier: MemoryTier) -> None:

@@ -127,8 +127,7 @@ class Hits:
         return self._requests.setdefault(prompt.request_id, RequestLookups())
 
     def _turn_of(self, prompt: Prompt, now_s: float) -> Turn:
-        promise = self._promises.promise(prompt.request_id)
-        waits = promise is not None and promise.left_s(now_s) > 0
+        waits = self._promises.left_s(prompt.request_id, now_s) > 0
         return self._turns.turn_of(prompt.request_id, waits=waits, now_s=now_s)
 
     def _wait_for_turn(self, prompt: Prompt, turn: Turn, *, loads: bool) -> int | None:
@@ -263,6 +262,7 @@ class Hits:
             waits=SideWaits(
                 until_s=now_s + timeout_s,
                 promised_blocks=hit.promise.num_blocks if hit.promise and left_s > 0 else 0,
+                interval_tokens=self._interval_tokens,
             ),
             on_shorter=partial(self._on_shorter, hit),
             on_settled=partial(self._on_settled, hit),

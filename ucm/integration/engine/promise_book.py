@@ -92,6 +92,11 @@ class PromiseBook:
         account = self._accounts.get(request_id)
         return None if account is None else account.promise
 
+    def left_s(self, request_id: str, now_s: float) -> float:
+        """How long the request's promise is waited for from now on; 0 without one."""
+        promise = self.promise(request_id)
+        return 0.0 if promise is None else promise.left_s(now_s)
+
     def crowded_out(self, request_id: str) -> None:
         """It is waited for no more."""
         account = self._accounts.get(request_id)

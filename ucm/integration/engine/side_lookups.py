@@ -25,10 +25,13 @@ from ucm.store.node import protocol as p
 @dataclass(frozen=True)
 class SideWaits:
     """Answers are due by `until_s` (monotonic). The first `promised_blocks` of the prompt are on
-    their way: what boundaries need of them is waited for."""
+    their way: what is needed of them is waited for where they end, and at the boundaries that every
+    prefill of this prompt keeps, `interval_tokens` apart. Elsewhere another prompt may have kept
+    something, or nobody."""
 
     until_s: float
     promised_blocks: int
+    interval_tokens: int = 0
 
 
 @dataclass(eq=False)
@@ -69,6 +72,7 @@ class SideLookups:
     end_tokens: int = 0
     _asked: list[_SideQuestion] = field(default_factory=list)
     _tries: int = 0
+    _why: Outcome = Outcome.FINE
 
     def __post_init__(self) -> None:
         self._try(self.ends[0] if self.ends else 0)
@@ -147,7 +151,9 @@ class SideLookups:
         block_tokens = self.prompt.block_tokens
         end_tokens = self._boundary_before(min(missing) * block_tokens)
         lost_tokens = self.end_tokens - max(end_tokens, self.read_from * block_tokens)
-        self.on_shorter(-(-lost_tokens // block_tokens), reasons[0])
+        # All that is lost by it, though at the boundary before nobody may have kept anything.
+        self._why = self._why or reasons[0]
+        self.on_shorter(-(-lost_tokens // block_tokens), self._why)
         self._try(end_tokens)
 
     def _settle(self) -> None:
@@ -155,14 +161,16 @@ class SideLookups:
         self.on_settled()
 
     def _promised_at(self, boundary: int) -> int:
-        """Where the base ends before what is promised, at no boundary, no prefill keeps a window.
-        That of a shorter prompt has its own end."""
-        promised = self.waits.promised_blocks
-        is_end = -(-boundary // self.prompt.block_tokens) == promised
-        return promised if is_end or boundary in self.ends[1:] else 0
+        """Of strands that keep all, every block. Where the base ends before what is promised, at no
+        boundary, no prefill keeps a window. That of a shorter prompt has its own end."""
+        prompt, facts, promised = self.prompt, self.facts, self.waits.promised_blocks
+        kept = prompt.boundaries(self.waits.interval_tokens, with_states=facts.has_states)
+        is_end = -(-boundary // prompt.block_tokens) == promised
+        return promised if facts.is_plain or is_end or boundary in kept else 0
 
     def _boundary_before(self, num_tokens: int) -> int:
-        """The longest that needs nothing behind so many tokens."""
+        """The longest that needs nothing behind so many tokens, which are whole blocks."""
         if self._tries >= MAX_TRIES or time.monotonic() >= self.waits.until_s:
             return 0
-        return end_before(self.ends, self.end_tokens, missing=num_tokens)
+        is_plain = self.facts.is_plain
+        return end_before(self.ends, self.end_tokens, missing=num_tokens, is_plain=is_plain)

@@ -53,7 +53,10 @@ def likely_ends(
     return sorted(ends, reverse=True)
 
 
-def end_before(ends: Sequence[int], end_tokens: int, *, missing: int) -> int:
-    """The longest before `end_tokens` that needs nothing from token `missing` on; 0 if there is
-    none."""
+def end_before(ends: Sequence[int], end_tokens: int, *, missing: int, is_plain: bool) -> int:
+    """The longest before `end_tokens` that needs nothing from token `missing` on, with which a
+    block begins; 0 if there is none. With `is_plain` every strand keeps all, and each block's end
+    is one."""
+    if is_plain:
+        return missing
     return next((end for end in ends if 0 < end <= missing and end < end_tokens), 0)

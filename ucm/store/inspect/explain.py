@@ -243,6 +243,7 @@ def _ends(look: _PromptPages, num_blocks: int) -> list[ExplainedEnd]:
     computed in any case; where there are states, boundaries leave one."""
     num_tokens, size = len(look.asked.tokens), look.asked.manifest.block_tokens
     has_base = look.strands[0].reach == ALL
+    is_plain = all(strand.reach == ALL for strand in look.strands)
     candidates = _candidates(look, num_blocks, has_base=has_base)
     ends: list[ExplainedEnd] = []
     end = candidates[0] if candidates else 0
@@ -257,7 +258,8 @@ def _ends(look: _PromptPages, num_blocks: int) -> list[ExplainedEnd]:
         ]
         block, label = min(lacking, default=(-1, ""))
         ends.append(ExplainedEnd(end_tokens=end_tokens, strand=label, block=block))
-        end = end_before(candidates, end_tokens, missing=block * size) if lacking else 0
+        missing = block * size if lacking else 0
+        end = end_before(candidates, end_tokens, missing=missing, is_plain=is_plain)
     return ends
 
 
