@@ -1,4 +1,4 @@
-"""What a strand needs, against vLLM's own managers of windows and chunks."""
+"""What a strand needs, against vLLM's own managers of windows, chunks and states."""
 
 from __future__ import annotations
 
@@ -17,16 +17,19 @@ from vllm.v1.core.kv_cache_utils import BlockHash, make_block_hash_with_group_id
 from vllm.v1.core.single_type_kv_cache_manager import (
     ChunkedLocalAttentionManager,
     FullAttentionManager,
+    MambaManager,
     SlidingWindowManager,
 )
 from vllm.v1.kv_cache_interface import (
     ChunkedLocalAttentionSpec,
     FullAttentionSpec,
+    MambaSpec,
     SlidingWindowSpec,
 )
 
 from ucm.store.blocks.strands import (
     ALL,
+    STATE,
     Reach,
     ReachKind,
     boundaries,
@@ -43,6 +46,7 @@ HASHES = [BlockHash(number.to_bytes(32, "big")) for number in range(NUM_BLOCKS)]
 reaches = st.just(ALL) | st.builds(
     Reach, st.sampled_from([ReachKind.WINDOW, ReachKind.CHUNK]), st.integers(2, 60)
 )
+with_states = reaches | st.just(STATE)
 
 
 class Oracle:
@@ -64,6 +68,16 @@ class Oracle:
             ReachKind.CHUNK: lambda: (
                 ChunkedLocalAttentionSpec(**shape, attention_chunk_size=reach.num_tokens),
                 ChunkedLocalAttentionManager,
+            ),
+            # As vLLM has it with prefix caching.
+            ReachKind.STATE: lambda: (
+                MambaSpec(
+                    block_size=block_tokens,
+                    shapes=((1,),),
+                    dtypes=(torch.float32,),
+                    mamba_cache_mode="align",
+                ),
+                MambaManager,
             ),
         }[reach.kind]()
         self.block_tokens = block_tokens
@@ -101,14 +115,14 @@ class Oracle:
         return {place for place, block in enumerate(table) if not block.is_null}
 
 
-@given(reaches, st.integers(0, 500))
+@given(with_states, st.integers(1, 500))
 def test_vllm_skips_what_is_not_needed_and_nothing_else(reach: Reach, num_tokens: int) -> None:
     manager = Oracle(reach, 4).manager
 
     assert first_needed_token(reach, num_tokens) == manager.get_num_skipped_tokens(num_tokens)
 
 
-@given(reaches, st.integers(1, 300), st.integers(4, 20))
+@given(with_states, st.integers(1, 300), st.integers(4, 20))
 def test_an_external_hit_is_given_blocks_exactly_where_some_are_needed(
     reach: Reach, num_tokens: int, block_tokens: int
 ) -> None:
@@ -117,7 +131,7 @@ def test_an_external_hit_is_given_blocks_exactly_where_some_are_needed(
     assert Oracle(reach, block_tokens).real_blocks(num_tokens) == set(needed)
 
 
-@given(reaches, st.integers(1, 60), st.integers(1, 20), st.data())
+@given(with_states, st.integers(1, 60), st.integers(1, 20), st.data())
 def test_vllm_takes_a_hit_with_the_needed_blocks_and_none_with_one_less(
     reach: Reach, num_blocks: int, block_tokens: int, data: st.DataObject
 ) -> None:
@@ -143,3 +157,41 @@ def test_vllm_goes_on_at_every_boundary_with_what_is_kept(
             assert Oracle(reach, block_tokens).real_blocks(go_on_at) <= kept
         if end % block_tokens == 0:
             assert Oracle(reach, block_tokens).hit_tokens(kept, end) == end
+
+
+@given(st.integers(1, 300), st.integers(4, 20), st.integers(0, 9))
+def test_of_states_those_are_expected_that_vllm_keeps(
+    num_prompt: int, block_tokens: int, blocks_apart: int
+) -> None:
+    """At the interval of its flag, and at the last end of a block that leaves a token."""
+    num_blocks = num_prompt // block_tokens
+    interval = blocks_apart * block_tokens
+    mask = MambaManager.reachable_block_mask(
+        0,
+        num_blocks,
+        block_tokens,
+        Oracle(STATE, block_tokens).spec,
+        use_eagle=False,
+        retention_interval=interval,
+        reachable_boundaries=[num_prompt - 1],
+    )
+    of_vllm = {block for block in range(num_blocks) if mask is None or mask[block]}
+    ours = kept_blocks(STATE, num_prompt, num_blocks, block_tokens, interval, with_states=True)
+
+    # One that leaves no token to compute is for longer prompts.
+    assert ours == {block for block in of_vllm if (block + 1) * block_tokens < num_prompt}
+
+
+@given(st.integers(1, 300), st.integers(4, 20), st.integers(0, 9))
+def test_vllm_goes_on_at_every_boundary_with_the_state_that_is_kept(
+    num_prompt: int, block_tokens: int, blocks_apart: int
+) -> None:
+    num_blocks, interval = num_prompt // block_tokens, blocks_apart * block_tokens
+    kept = kept_blocks(STATE, num_prompt, num_blocks, block_tokens, interval, with_states=True)
+    ends = boundaries(num_prompt, num_blocks, block_tokens, interval, with_states=True)
+
+    for end in ends:
+        assert Oracle(STATE, block_tokens).hit_tokens(kept, end) == end < num_prompt
+        assert Oracle(STATE, block_tokens).real_blocks(end) <= kept
+    # And never behind the last, whatever it could have.
+    assert Oracle(STATE, block_tokens).hit_tokens(kept, num_prompt - 1) == max(ends, default=0)
