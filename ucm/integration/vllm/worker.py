@@ -4,7 +4,8 @@ vLLM calls everything here from the rank's own thread, in the order of a step: `
 `start_loads`, per layer `wait_layer` and `save_layer`, `end_of_forward`, `take_finished`; the last
 two, and `start_loads` and the layers, also the other way round. A step whose `end_of_forward` has
 been left out ends when the next one begins: vLLM's V1 runner has none on the stages of a pipeline
-that don't sample, if it speculates. A background thread keeps the connection to the node cache and
+that don't sample, if it speculates. One that computes nothing ends with `take_finished` at the
+latest: before 0.31 vLLM leaves out the end of all of those. A background thread keeps the connection to the node cache and
 brings its memory; nothing is sent on the data path.
 
 What is copied in a step is copied once, however often a hook is called: a draft model runs a layer
@@ -203,6 +204,8 @@ class WorkerSide:
     def take_finished(self, step: StepMetadata) -> tuple[set[str], set[str]]:
         """Requests whose copies out have ended (vLLM may free their blocks) and whose loads have
         arrived. Collects what the next report says."""
+        if step.idle and self._unended is step:
+            self.end_of_forward(step)
         if self._engine is not None and self._memories is not None:
             if step.idle and self._loads:
                 self._engine.wait_for_news(IDLE_WAIT_S)
