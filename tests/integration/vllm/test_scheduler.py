@@ -42,6 +42,31 @@ def test_after_a_failed_load_the_prompt_is_computed_and_its_pins_go():
     assert engine.admit(engine.add("c", 100)) == 96
 
 
+@pytest.mark.parametrize("is_lost", [False, True])
+def test_a_hit_may_be_taken_steps_after_it_was_offered(is_lost: bool) -> None:
+    """From 0.33 on vLLM may put off a load that it has asked for. If what was offered is gone by
+    then, the load fails, and nothing else does."""
+    link = Loopback()
+    engine = Engine(link)
+    engine.prefill("a", 100)
+    request = engine.add("b", 100)
+    engine.side.matched_tokens(request, 0)
+    engine.step({})
+    assert engine.side.matched_tokens(request, 0) == (96, True)
+    if is_lost:
+        link.restart()
+    for _ in range(3):
+        engine.step({})
+
+    engine.side.allocated(request, engine.blocks(request), 96)
+
+    (load,) = engine.step({}).loads
+    assert (load.generation == link.generation) is not is_lost
+    engine.copied(load.job_id, failed=is_lost)
+    assert engine.slots()["pins"] == 0
+    assert not engine.step({}).loads
+
+
 def test_layer_by_layer_one_token_is_left_to_compute():
     engine = Engine(Loopback(), layerwise=True)
     engine.prefill("a", 64)

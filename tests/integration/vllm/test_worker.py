@@ -36,8 +36,8 @@ from ucm.integration.vllm.device_facts import (
     head_major_pays,
     refuse_layerwise_with_micro_batches,
     wanted_layout,
-    writes_before_hooks,
 )
+from ucm.integration.vllm.engine_versions import writes_before_hooks
 from ucm.integration.vllm.metadata import StepMetadata
 from ucm.integration.vllm.stats import UcmStats
 from ucm.integration.vllm.ucm_connector import UCMConnector
@@ -341,7 +341,9 @@ def test_the_setting_decides_about_the_layout(
     )
     config = SimpleNamespace(
         model_config=model,
-        cache_config=SimpleNamespace(block_size=block_size, cache_dtype="auto"),
+        cache_config=SimpleNamespace(
+            block_size=block_size, cache_dtype="auto", kv_cache_layout=None
+        ),
         parallel_config=None,
     )
     settings = Settings(store=StoreSettings(socket_path="/nowhere"), engine_layout=setting)

@@ -7,8 +7,7 @@ from typing import Any
 from ucm.config.settings import Settings
 from ucm.errors import UnsupportedEngine
 from ucm.integration.copies.device import DIRECT_RUN_BYTES
-
-_HEAD_MAJOR = "LBHNC"
+from ucm.integration.vllm.engine_versions import head_major_layout
 
 
 def refuse_layerwise_with_micro_batches(parallel: Any, settings: Settings) -> None:
@@ -26,12 +25,6 @@ def can_sleep(model: Any) -> bool:
     return bool(model.enable_sleep_mode)
 
 
-def writes_before_hooks(output: Any) -> bool:
-    """Whether a step zeroes or copies blocks on its own; some runners do it before any hook."""
-    zeroed = getattr(output, "new_block_ids_to_zero", None)
-    return bool(zeroed or getattr(output, "kv_cache_block_copies", None))
-
-
 def wanted_layout(vllm_config: Any, settings: Settings) -> str | None:
     """The KV cache layout to ask vLLM for; None leaves it to vLLM."""
     from vllm.platforms import current_platform
@@ -39,7 +32,7 @@ def wanted_layout(vllm_config: Any, settings: Settings) -> str | None:
     if current_platform.device_type == "cpu" or settings.engine_layout == "keep":
         return None
     if settings.engine_layout == "head_major":
-        return _HEAD_MAJOR
+        return head_major_layout(vllm_config)
     model, cache = vllm_config.model_config, vllm_config.cache_config
     if cache.block_size is None or model.use_mla:
         return None
@@ -49,7 +42,7 @@ def wanted_layout(vllm_config: Any, settings: Settings) -> str | None:
         num_heads=int(model.get_num_kv_heads(vllm_config.parallel_config)),
         token_bytes=2 * int(model.get_head_size()) * _item_bytes(model, cache),
     )
-    return _HEAD_MAJOR if pays else None
+    return head_major_layout(vllm_config) if pays else None
 
 
 def head_major_pays(

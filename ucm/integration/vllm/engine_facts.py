@@ -13,10 +13,12 @@ from ucm.config.settings import Settings
 from ucm.errors import UnsupportedEngine
 from ucm.integration.engine.facts import EngineFacts, StrandFacts
 from ucm.integration.vllm.device_facts import can_sleep, refuse_layerwise_with_micro_batches
+from ucm.integration.vllm.engine_versions import refuse_what_fails_untold
 from ucm.integration.vllm.identity import dtype_name
 from ucm.integration.vllm.kv_specs import cached_layers
 from ucm.integration.vllm.strand_facts import read_strands
 from ucm.store.blocks.canonical_json import canonical_json
+from ucm.store.blocks.strands import ALL
 
 
 def engine_facts(vllm_config: Any, kv_cache_config: Any, settings: Settings) -> EngineFacts:
@@ -28,6 +30,8 @@ def engine_facts(vllm_config: Any, kv_cache_config: Any, settings: Settings) -> 
     refuse_layerwise_with_micro_batches(parallel, settings)
     strands, targets = read_strands(vllm_config, layers, settings)
     _refuse_states_inside_blocks(vllm_config, strands)
+    plain = len(targets) == 1 and strands[0].reach == ALL
+    refuse_what_fails_untold(one_plain_group=plain)
     base, no_hits = strands[0], why_no_hits(vllm_config)
     return EngineFacts(
         # People set engine_id, and set it alike; the instance makes it one of its kind.

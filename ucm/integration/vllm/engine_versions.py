@@ -1,19 +1,32 @@
-"""Which versions of vLLM this connector runs on."""
+"""Which versions of vLLM this connector runs on, and what differs between them.
+
+What older ones lack is told by what they have, wherever that says it; nothing else in this folder
+asks which version it is.
+"""
 
 from __future__ import annotations
 
 import logging
 import re
-from typing import Final
+from collections.abc import Callable
+from typing import Any, Final
+
+from vllm.distributed.kv_transfer.kv_connector.v1.base import KVConnectorBase_V1, SupportsHMA
 
 from ucm.errors import UnsupportedEngine
+from ucm.integration.engine.dump_state import DeviceBlocks
 
 logger = logging.getLogger(__name__)
 
-# Before it vLLM does not tell a connector where the blocks of a request are, nor hears of one
-# request whose load has failed.
-OLDEST: Final = (0, 30)
+# Before it nobody has tried.
+OLDEST: Final = (0, 28)
 NEWEST_TRIED: Final = (0, 32)
+
+_TELLS_FAILED_REQUESTS: Final = hasattr(KVConnectorBase_V1, "get_transfer_results")
+
+# vLLM's mark of connectors that know its groups of layers. Of several groups blocks don't tell
+# whose load has failed, and before 0.30 vLLM hears of blocks alone: there it is to make one group.
+HybridSupport: Any = SupportsHMA if _TELLS_FAILED_REQUESTS else object
 
 
 def check_version(version: str) -> None:
@@ -33,6 +46,84 @@ def check_version(version: str) -> None:
             version,
             _text(NEWEST_TRIED),
         )
+
+
+def refuse_what_fails_untold(*, one_plain_group: bool) -> None:
+    """Raises UnsupportedEngine."""
+    if not one_plain_group and not _TELLS_FAILED_REQUESTS:
+        raise UnsupportedEngine(
+            "this model has layers with windows or of several kinds, and this vLLM can't be told "
+            "which of its requests could not be loaded: use vLLM 0.30 or a later one"
+        )
+
+
+class BlockTables:
+    """The device blocks of the requests of a step. Since 0.29 vLLM tells them; before, it tells
+    once what is new."""
+
+    def __init__(self) -> None:
+        self._blocks: dict[str, list[list[int]]] = {}
+
+    def of_step(self, output: Any) -> Callable[[str], DeviceBlocks]:
+        """Call it once a step. Good for the requests that are scheduled in it, until the next."""
+        if hasattr(output, "kv_connector_block_state"):
+            told: Callable[[str], DeviceBlocks] = output.kv_connector_block_state.get_block_ids
+            return told
+        for request_id in output.finished_req_ids:
+            self._blocks.pop(request_id, None)
+        for new in output.scheduled_new_reqs:
+            self._blocks[new.req_id] = [list(group) for group in new.block_ids]
+        cached = output.scheduled_cached_reqs
+        for request_id, more in zip(cached.req_ids, cached.new_block_ids, strict=True):
+            if request_id in cached.resumed_req_ids:
+                self._blocks.pop(request_id, None)
+            if more is not None:
+                known = self._blocks.setdefault(request_id, [[] for _ in more])
+                for group, blocks in zip(known, more, strict=True):
+                    group.extend(blocks)
+        return lambda request_id: tuple(self._blocks[request_id])
+
+
+def boundary_offers(output: Any) -> dict[str, list[tuple[int, int, int]]]:
+    """The states that vLLM has in this step, by request: group, block, after how many tokens."""
+    offers: dict[str, list[tuple[int, int, int]]]
+    offers = output.kv_connector_block_state.boundary_state_offloads
+    return offers
+
+
+def writes_before_hooks(output: Any) -> bool:
+    """Whether a step zeroes or copies blocks on its own; some runners do it before any hook."""
+    zeroed = getattr(output, "new_block_ids_to_zero", None)
+    return bool(zeroed or getattr(output, "kv_cache_block_copies", None))
+
+
+def tokens_per_state(spec: Any) -> Any:
+    return getattr(spec, "tokens_per_state", getattr(spec, "compress_ratio", 1))
+
+
+def hides_unlike_specs(kv_cache_config: Any, group: Any) -> bool:
+    """Whether the layers of a group have several specs and vLLM's scheduler is not told how they
+    lie in memory. Only a rank knows then."""
+    tells = all(hasattr(each, "layers") for each in kv_cache_config.kv_cache_tensors)
+    return not tells and len(getattr(group.kv_cache_spec, "kv_cache_specs", ())) > 0
+
+
+def runs_of_specs(kv_cache_config: Any, names: set[str]) -> list[Any]:
+    """The tensors that hold these layers, one for each of their specs. Before 0.29 there is one for
+    each layer, whatever its spec."""
+    tensors = kv_cache_config.kv_cache_tensors
+    return [each for each in tensors if names.intersection(getattr(each, "layers", ()))]
+
+
+def head_major_layout(vllm_config: Any) -> str:
+    """What vLLM calls a KV cache in which the tokens of a head lie together."""
+    return "LBHNC" if hasattr(vllm_config.cache_config, "kv_cache_layout") else "HND"
+
+
+def layout_in_use(vllm_config: Any) -> str | None:
+    """None if vLLM doesn't say."""
+    layout: str | None = getattr(vllm_config.cache_config, "kv_cache_layout", None)
+    return layout
 
 
 def _text(release: tuple[int, int]) -> str:

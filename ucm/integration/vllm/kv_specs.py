@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from typing import Any, Final
 
 from ucm.errors import UnsupportedEngine
+from ucm.integration.vllm.engine_versions import hides_unlike_specs, runs_of_specs, tokens_per_state
 from ucm.store.blocks.strands import ALL, STATE, Reach, ReachKind
 
 _SHOWN_LAYERS: Final = 3
@@ -77,6 +78,8 @@ def cached_layers(kv_cache_config: Any) -> list[CachedLayer]:
     refused: dict[tuple[str, str, str], list[str]] = {}
     for number, group in enumerate(kv_cache_config.kv_cache_groups):
         _refuse_what_is_elsewhere(group)
+        if hides_unlike_specs(kv_cache_config, group):
+            raise _unlike_layers(number)
         untold = _untold(kv_cache_config, group)
         if untold:
             _refuse_untold_specs(number, group)
@@ -145,7 +148,7 @@ def _refuse_what_is_no_plain_kv(spec: Any, reach: Reach) -> None:
         raise UnsupportedEngine(
             "this model's attention is not causal: a token's KV depends on those that follow it"
         )
-    if spec.state_content_bytes is not None or spec.tokens_per_state != 1:
+    if spec.state_content_bytes is not None or tokens_per_state(spec) != 1:
         raise UnsupportedEngine("this KV cache dtype packs its own scales or states into a block")
 
 
@@ -178,7 +181,7 @@ def _untold(kv_cache_config: Any, group: Any) -> dict[str, int]:
     vLLM's scheduler is told one of them, whatever the layers are. But they lie in memory one spec
     after the other, which it is told."""
     names = set(group.layer_names)
-    tensors = [each for each in kv_cache_config.kv_cache_tensors if names & set(each.layers)]
+    tensors = runs_of_specs(kv_cache_config, names)
     if len(tensors) < 2:
         return {}
     # Either all blocks of a layer follow each other, or all layers of a block.
@@ -192,7 +195,11 @@ def _refuse_untold_specs(number: int, group: Any) -> None:
     specs = [spec for _, spec in _specs_of(group)]
     if all(_is_latent(spec) for spec in specs):
         return
-    raise UnsupportedEngine(
+    raise _unlike_layers(number)
+
+
+def _unlike_layers(number: int) -> UnsupportedEngine:
+    return UnsupportedEngine(
         f"the layers of this model's KV cache group {number} differ in the shape of their KV, "
         "and vLLM's scheduler does not know how: run it without UCM"
     )
@@ -203,7 +210,7 @@ def _is_latent(spec: Any) -> bool:
     from vllm.v1.kv_cache_interface import MLAAttentionSpec
 
     is_causal = not getattr(spec, "non_causal", False)
-    return type(spec) is MLAAttentionSpec and is_causal and spec.tokens_per_state == 1
+    return type(spec) is MLAAttentionSpec and is_causal and tokens_per_state(spec) == 1
 
 
 def _shown(names: Sequence[str]) -> str:

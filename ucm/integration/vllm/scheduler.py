@@ -27,7 +27,7 @@ from ucm.integration.engine.prompt import NamedItems, named_prompt, unnamed_prom
 from ucm.integration.engine.proofs import Proofs
 from ucm.integration.engine.state_dumps import offered_states
 from ucm.integration.engine.step_waits import IDLE_WAIT_MAX_S, IDLE_WAIT_S, STEP_WAIT_S
-from ucm.integration.vllm.device_facts import writes_before_hooks
+from ucm.integration.vllm.engine_versions import BlockTables, boundary_offers, writes_before_hooks
 from ucm.integration.vllm.items import VllmItems
 from ucm.integration.vllm.metadata import RankReport, StepMetadata
 from ucm.integration.vllm.request_state import RequestState
@@ -63,6 +63,7 @@ class SchedulerSide:
         )
         self._states: dict[str, RequestState] = {}
         self._ledger = BlockLedger()
+        self._tables = BlockTables()
         self._acks: dict[int, int] = {}
         self._failed: set[int] = set()
         self._idle_wait_s = IDLE_WAIT_S
@@ -99,8 +100,7 @@ class SchedulerSide:
             stats=stats,
         )
         self._dumps = Dumps(self._session, facts, settings, self._ledger)
-        proof_timeout_s = settings.dump_timeout_ms / 1000
-        self._proofs = Proofs(self._namer, self._dumps, timeout_s=proof_timeout_s)
+        self._proofs = Proofs(self._namer, self._dumps, timeout_s=settings.dump_timeout_ms / 1000)
         self._session.on_status = self._gauges.on_status
         self._dumps.on_slot = self._promises.on_slot
         self._session.on_saving = self._promises.on_saving
@@ -150,9 +150,9 @@ class SchedulerSide:
         self._gauges.step()
         self._find_preempted()
         self._proofs.settle()
-        block_state = output.kv_connector_block_state
+        blocks_of = self._tables.of_step(output)
         prompt_tokens, offers = 0, {}
-        if self._facts.has_states and (offers := block_state.boundary_state_offloads):
+        if self._facts.has_states and (offers := boundary_offers(output)):
             self._session.wait_at_least(STEP_WAIT_S)
         for request_id, num_tokens in output.num_scheduled_tokens.items():
             state = self._states.get(request_id)
@@ -164,10 +164,9 @@ class SchedulerSide:
             self._plan_dump(state, is_last=self._facts.has_states)
             if not self._dumps.is_planned(request_id):
                 continue
-            device_blocks = block_state.get_block_ids(request_id)
             states = offered_states(offers.get(request_id, ()), state.prompt)
             tokens = state.next_tokens(num_tokens)
-            self._dumps.computed(request_id, tokens, device_blocks, states)
+            self._dumps.computed(request_id, tokens, blocks_of(request_id), states)
         released = self._dumps.drain()
         for request_id in released:
             self._forget(request_id)

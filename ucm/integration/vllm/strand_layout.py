@@ -7,6 +7,7 @@ from typing import Any
 from ucm.config.settings import Settings
 from ucm.errors import UnsupportedEngine
 from ucm.integration.copies.layout_kind import LayoutKind
+from ucm.integration.vllm.engine_versions import layout_in_use
 from ucm.store.blocks.page_layout import PageGeometry
 
 # The instruction sets of vLLM's CPU attention whose order inside a block is a strided view.
@@ -26,7 +27,7 @@ def layout_of(vllm_config: Any, spec: Any, settings: Settings) -> tuple[LayoutKi
             return LayoutKind.CPU_VEC, ""
         return LayoutKind.OPAQUE, f"cpu:{isa}:{place}"
     if settings.kv_layout == "opaque":
-        layout = vllm_config.cache_config.kv_cache_layout
+        layout = layout_in_use(vllm_config)
         if layout is None:
             raise UnsupportedEngine(
                 "kv_layout is opaque, and vLLM does not say which layout it uses: its bytes can't "

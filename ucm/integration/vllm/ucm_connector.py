@@ -18,14 +18,13 @@ from vllm.distributed.kv_transfer.kv_connector.v1.base import (
     KVConnectorMetadata,
     KVConnectorRole,
     KVConnectorWorkerMetadata,
-    SupportsHMA,
 )
 
 from ucm.config.settings import load_settings, start_epoch
 from ucm.integration.engine.strand_report import strands_text
 from ucm.integration.vllm.device_facts import wanted_layout
 from ucm.integration.vllm.engine_facts import engine_facts
-from ucm.integration.vllm.engine_versions import check_version
+from ucm.integration.vllm.engine_versions import HybridSupport, check_version
 from ucm.integration.vllm.identity import manifest
 from ucm.integration.vllm.metadata import RankReport, StepMetadata
 from ucm.integration.vllm.scheduler import SchedulerSide
@@ -48,7 +47,7 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 
-class UCMConnector(KVConnectorBase_V1, SupportsHMA):
+class UCMConnector(KVConnectorBase_V1, HybridSupport):
     """One per process and role. vLLM makes and drives it."""
 
     def __init__(

@@ -5,8 +5,8 @@ vLLM calls everything here from the rank's own thread, in the order of a step: `
 two, and `start_loads` and the layers, also the other way round. A step whose `end_of_forward` has
 been left out ends when the next one begins: vLLM's V1 runner has none on the stages of a pipeline
 that don't sample, if it speculates. One that computes nothing ends with `take_finished` at the
-latest: before 0.31 vLLM leaves out the end of all of those. A background thread keeps the connection to the node cache and
-brings its memory; nothing is sent on the data path.
+latest: before 0.31 vLLM leaves out the end of all of those. A background thread keeps the
+connection to the node cache and brings its memory; nothing is sent on the data path.
 
 What is copied in a step is copied once, however often a hook is called: a draft model runs a layer
 several times, of which the first has computed the prompt's tokens.
