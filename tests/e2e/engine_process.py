@@ -1,0 +1,81 @@
+"""An engine of any vLLM in a process of its own: it does what its standard input says, a line each,
+and answers on its standard output.
+
+    python tests/e2e/engine_process.py FLAGS
+
+Its scheduler is in the same process, so a test sees what is left in it. FLAGS are vLLM's, as JSON.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+import time
+from typing import Any
+
+ANSWER = "ANSWER "
+_DRAIN_S = 20.0
+
+
+class Engine:
+    def __init__(self, flags: dict[str, Any]) -> None:
+        from vllm import LLM
+
+        self._llm = LLM(**flags)
+        self._engine = self._llm.llm_engine
+        self._scheduler = self._engine.engine_core.engine_core.scheduler
+
+    def ask(self, prompts: list[list[int]], max_tokens: int) -> list[dict[str, Any]]:
+        """All at once."""
+        asked: Any = [{"prompt_token_ids": prompt} for prompt in prompts]
+        answers = self._llm.generate(asked, self._sampling(max_tokens), use_tqdm=False)
+        return [
+            {"tokens": list(each.outputs[0].token_ids), "cached": each.num_cached_tokens}
+            for each in answers
+        ]
+
+    def abort(self, prompt: list[int]) -> int:
+        """In the middle of its prompt. How much of it was computed."""
+        name = f"aborted-{time.monotonic_ns()}"
+        self._engine.add_request(name, {"prompt_token_ids": prompt}, self._sampling(8))
+        until_s = time.monotonic() + _DRAIN_S
+        while not (computed := self._computed()) and time.monotonic() < until_s:
+            self._engine.step()
+        self._engine.abort_request([name])
+        return computed
+
+    def _computed(self) -> int:
+        return sum(each.num_computed_tokens for each in self._scheduler.running)
+
+    def drain(self) -> list[str]:
+        """What is left in the scheduler for good."""
+        until_s = time.monotonic() + _DRAIN_S
+        while self._scheduler.requests and time.monotonic() < until_s:
+            self._engine.engine_core.engine_core.step()
+        return list(self._scheduler.requests)
+
+    def preemptions(self) -> int:
+        found = [each for each in self._llm.get_metrics() if each.name == "vllm:num_preemptions"]
+        return int(found[0].value)
+
+    def version(self) -> str:
+        import vllm
+
+        return str(vllm.__version__)
+
+    def _sampling(self, max_tokens: int) -> Any:
+        from vllm import SamplingParams
+
+        return SamplingParams(max_tokens=max_tokens, temperature=0, ignore_eos=True)
+
+
+def main(flags: str) -> None:
+    engine = Engine(json.loads(flags))
+    for line in sys.stdin:
+        what, arguments = json.loads(line)
+        answer = getattr(engine, what)(*arguments)
+        print(ANSWER + json.dumps(answer), flush=True)
+
+
+if __name__ == "__main__":
+    main(sys.argv[1])

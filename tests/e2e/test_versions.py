@@ -1,0 +1,154 @@
+"""What one version of vLLM stores all others load, and none keeps a request for good."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from examples.cluster.processes import ucm_connector
+from tests.e2e.checks import Prompt, at_once, make_prompt
+from tests.e2e.deployment import Deployment
+from tests.e2e.engines import OTHERS, EngineProcess
+from tests.e2e.node import Node, engine_sessions
+from tests.source import ROOT
+
+pytestmark = [pytest.mark.vllm, pytest.mark.timeout(600)]
+
+LENGTHS = (128, 700, 1500)
+MAX_TOKENS = 8
+# Each has five full blocks, and grows into a seventh: three need more blocks than there are.
+CROWD = (760, 761, 762)
+CROWD_TOKENS = 16
+PINNED = (ROOT / "requirements" / "versions.txt").read_text()
+# The version of the other tests is spelled as nothing.
+ALL = ("", *(line.split("==")[1] for line in PINNED.splitlines() if "==" in line))
+BORDERS = ("", "0.28.0", "0.30.0")
+
+
+@dataclass
+class Fleet:
+    """Of each version a prefill engine, and later a decode engine on a node of its own."""
+
+    deployment: Deployment
+    model: Path
+    versions: Sequence[str]
+    running: list[EngineProcess] = field(default_factory=list)
+
+    def start(self, role: str) -> dict[str, EngineProcess]:
+        """At once, and waits until their node cache is known to each of them."""
+        node = Node(role)
+        settings = self.deployment.settings(node)
+        engines = {
+            version: self._start(version, role, ucm_connector(settings, kv_role=role))
+            for version in self.versions
+        }
+        for version, engine in engines.items():
+            assert not version or engine("version") == version
+        node.wait("known to its engines", lambda status: self._are_known(engine_sessions(status)))
+        return engines
+
+    def _are_known(self, sessions: dict[str, dict[str, int]]) -> bool:
+        return sum(each["connections"] > 1 for each in sessions.values()) >= len(self.versions)
+
+    def start_plain(self) -> EngineProcess:
+        return self._start("", "plain", None)
+
+    def _start(self, version: str, name: str, kv_transfer: dict[str, Any] | None) -> EngineProcess:
+        log = self.deployment.folder / f"{name}-{version or 'own'}.log"
+        self.running.append(EngineProcess(version, self.model, log, kv_transfer))
+        return self.running[-1]
+
+    def end(self) -> None:
+        while self.running:
+            self.running.pop().kill()
+
+
+@pytest.fixture
+def fleet(request: pytest.FixtureRequest, tmp_path: Path, tiny_model: Path) -> Iterator[Fleet]:
+    missing = [each for each in request.param if each and not (OTHERS / each / "vllm").is_dir()]
+    if missing:
+        pytest.fail(f"vLLM {', '.join(missing)} is not installed: make versions")
+    made = Fleet(Deployment(tmp_path, tiny_model), tiny_model, request.param)
+    yield made
+    made.end()
+
+
+@pytest.mark.parametrize(
+    "fleet",
+    [
+        pytest.param(BORDERS, id="borders"),
+        pytest.param(ALL, id="all", marks=[pytest.mark.long, pytest.mark.versions]),
+    ],
+    indirect=True,
+)
+def test_what_one_version_stores_every_other_loads(fleet: Fleet) -> None:
+    prompts = {v: [make_prompt(n, f"of {v}") for n in LENGTHS] for v in fleet.versions}
+    crowds = {v: [make_prompt(n, f"crowd of {v}") for n in CROWD] for v in fleet.versions}
+    expected = answers_of(fleet, prompts, crowds)
+
+    prefill = fleet.start("kv_producer")
+    at_once(
+        partial(check_prefill, engine, [*prompts[version], *crowds[version]], expected)
+        for version, engine in prefill.items()
+    )
+    for prompt in (each for v in fleet.versions for each in (*prompts[v], *crowds[v])):
+        fleet.deployment.store.wait_stored(prompt)
+    fleet.end()
+
+    decode = fleet.start("kv_both")
+    at_once(partial(check_decode, engine, prompts, crowds, expected) for engine in decode.values())
+
+
+_Answers = dict[Prompt, list[int]]
+
+
+def answers_of(
+    fleet: Fleet, prompts: dict[str, list[Prompt]], crowds: dict[str, list[Prompt]]
+) -> _Answers:
+    """Of a vLLM without UCM."""
+    plain = fleet.start_plain()
+    found: _Answers = {}
+    for of_version, max_tokens in ((prompts, MAX_TOKENS), (crowds, CROWD_TOKENS)):
+        for prompt in (each for listed in of_version.values() for each in listed):
+            ((answer),) = plain("ask", [prompt], max_tokens)
+            found[prompt] = answer["tokens"]
+    fleet.end()
+    return found
+
+
+def check_prefill(engine: EngineProcess, prompts: list[Prompt], expected: _Answers) -> None:
+    """One token each. Prompts are longer than a step. What is given up in the middle leaves too."""
+    for prompt in prompts:
+        ((answer),) = engine("ask", [prompt], 1)
+        assert answer["tokens"] == expected[prompt][:1], f"{engine}, {len(prompt)} tokens"
+        assert engine("drain") == [], f"{engine}, {len(prompt)} tokens"
+    aborted = make_prompt(1500, f"aborted {engine}")
+    assert 0 < engine("abort", aborted) < len(aborted)
+    assert engine("drain") == [], f"{engine}, aborted"
+
+
+def check_decode(
+    engine: EngineProcess,
+    prompts: dict[str, list[Prompt]],
+    crowds: dict[str, list[Prompt]],
+    expected: _Answers,
+) -> None:
+    for writer, listed in prompts.items():
+        for prompt in listed:
+            ((answer),) = engine("ask", [prompt], MAX_TOKENS)
+            what = f"{engine} of {writer or 'own'}, {len(prompt)} tokens"
+            assert answer["tokens"] == expected[prompt], what
+            assert answer["cached"] == len(prompt) // 128 * 128, what
+    for writer, listed in crowds.items():
+        answers = engine("ask", listed, CROWD_TOKENS)
+        for prompt, answer in zip(listed, answers, strict=True):
+            what = f"{engine} of {writer or 'own'}, {len(prompt)} tokens, preempted"
+            assert answer["tokens"] == expected[prompt], what
+    assert engine("preemptions") > 0, f"{engine}"
+    assert 0 < engine("abort", make_prompt(1500, f"aborted by {engine}"))
+    assert engine("drain") == [], f"{engine}"
