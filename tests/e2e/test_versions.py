@@ -72,7 +72,7 @@ class Fleet:
 def fleet(request: pytest.FixtureRequest, tmp_path: Path, tiny_model: Path) -> Iterator[Fleet]:
     missing = [each for each in request.param if each and not (OTHERS / each / "vllm").is_dir()]
     if missing:
-        pytest.fail(f"vLLM {', '.join(missing)} is not installed: make versions")
+        pytest.fail(f"vLLM {', '.join(missing)} is not installed: `make test-versions` does it")
     made = Fleet(Deployment(tmp_path, tiny_model), tiny_model, request.param)
     yield made
     made.end()

@@ -142,7 +142,7 @@ def test_where_vllm_hears_of_failed_blocks_alone_only_plain_models_are_served(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     refuse_what_fails_untold(one_plain_group=False)
-    monkeypatch.setattr(engine_versions, "_TELLS_FAILED_REQUESTS", False)
+    monkeypatch.setattr(engine_versions, "tells_failed_requests", lambda: False)
     refuse_what_fails_untold(one_plain_group=True)
     with pytest.raises(UnsupportedEngine, match=r"use vLLM 0\.30 or a later one"):
         refuse_what_fails_untold(one_plain_group=False)

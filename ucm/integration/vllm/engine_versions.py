@@ -11,8 +11,6 @@ import re
 from collections.abc import Callable
 from typing import Any, Final
 
-from vllm.distributed.kv_transfer.kv_connector.v1.base import KVConnectorBase_V1, SupportsHMA
-
 from ucm.errors import UnsupportedEngine
 from ucm.integration.engine.dump_state import DeviceBlocks
 
@@ -21,12 +19,6 @@ logger = logging.getLogger(__name__)
 # Before it nobody has tried.
 OLDEST: Final = (0, 28)
 NEWEST_TRIED: Final = (0, 32)
-
-_TELLS_FAILED_REQUESTS: Final = hasattr(KVConnectorBase_V1, "get_transfer_results")
-
-# vLLM's mark of connectors that know its groups of layers. Of several groups blocks don't tell
-# whose load has failed, and before 0.30 vLLM hears of blocks alone: there it is to make one group.
-HybridSupport: Any = SupportsHMA if _TELLS_FAILED_REQUESTS else object
 
 
 def check_version(version: str) -> None:
@@ -48,9 +40,24 @@ def check_version(version: str) -> None:
         )
 
 
+def tells_failed_requests() -> bool:
+    """Whether a rank can say whose load has failed. Before 0.30 it names blocks alone."""
+    from vllm.distributed.kv_transfer.kv_connector.v1.base import KVConnectorBase_V1
+
+    return hasattr(KVConnectorBase_V1, "get_transfer_results")
+
+
+def hybrid_support() -> Any:
+    """vLLM's mark of connectors that know its groups of layers, a class to derive from. Of several
+    groups blocks don't tell whose load has failed: who names blocks alone is to have one."""
+    from vllm.distributed.kv_transfer.kv_connector.v1.base import SupportsHMA
+
+    return SupportsHMA if tells_failed_requests() else object
+
+
 def refuse_what_fails_untold(*, one_plain_group: bool) -> None:
     """Raises UnsupportedEngine."""
-    if not one_plain_group and not _TELLS_FAILED_REQUESTS:
+    if not one_plain_group and not tells_failed_requests():
         raise UnsupportedEngine(
             "this model has layers with windows or of several kinds, and this vLLM can't be told "
             "which of its requests could not be loaded: use vLLM 0.30 or a later one"

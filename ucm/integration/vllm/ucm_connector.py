@@ -24,7 +24,7 @@ from ucm.config.settings import load_settings, start_epoch
 from ucm.integration.engine.strand_report import strands_text
 from ucm.integration.vllm.device_facts import wanted_layout
 from ucm.integration.vllm.engine_facts import engine_facts
-from ucm.integration.vllm.engine_versions import HybridSupport, check_version
+from ucm.integration.vllm.engine_versions import check_version, hybrid_support
 from ucm.integration.vllm.identity import manifest
 from ucm.integration.vllm.metadata import RankReport, StepMetadata
 from ucm.integration.vllm.scheduler import SchedulerSide
@@ -46,8 +46,10 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
+_HybridSupport: Any = hybrid_support()
 
-class UCMConnector(KVConnectorBase_V1, HybridSupport):
+
+class UCMConnector(KVConnectorBase_V1, _HybridSupport):
     """One per process and role. vLLM makes and drives it."""
 
     def __init__(
