@@ -22,12 +22,11 @@ gc.set_threshold(20_000, 20, 20)
 
 def fork_what_would_be_spawned() -> None:
     get_context = multiprocessing.get_context
-    contexts = {"spawn": "fork"}
     # A module's function, and of the same type: mypy wants no assignment to it.
     setattr(  # noqa: B010
         multiprocessing,
         "get_context",
-        lambda method=None: get_context(contexts.get(method, method)),
+        lambda method=None: get_context("fork" if method == "spawn" else method),
     )
 
 
