@@ -6,6 +6,7 @@ import http.client
 import json
 import random
 import time
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
@@ -14,6 +15,7 @@ from functools import partial
 from typing import TypeVar
 
 from examples.cluster.client import Client, Counters, by_label, total
+from examples.cluster.processes import VllmServer
 from tests.e2e.deployment import Engine
 
 LENGTHS = (1, 127, 128, 129, 1500, 3500)
@@ -105,6 +107,17 @@ def abandon(client: Client, prompt: Prompt, *, after_s: float) -> None:
 def metric(client: Client, name: str) -> int:
     """The sum of a metric over its labels."""
     return int(total(client.metrics(), name))
+
+
+def missed_blocks(client: Client) -> Counter[str]:
+    """Blocks looked up that were no hits, by the reason."""
+    return by_label(client.metrics(), "ucm_lookup_missed_blocks_total", "reason")
+
+
+def check_refused(server: VllmServer, sentence: str, *, timeout_s: float) -> None:
+    """That the server's start ends by itself, and one line of its output says why."""
+    assert server.wait(timeout_s) != 0
+    assert any(sentence in line for line in server.log_text().splitlines()), server.log_tail()
 
 
 @dataclass(frozen=True)

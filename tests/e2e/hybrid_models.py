@@ -79,8 +79,17 @@ def _without(fields: Mapping[str, Any], name: str) -> dict[str, Any]:
     return {other: value for other, value in fields.items() if other != name}
 
 
-# Of each layer, an embedding of its own.
-_PER_LAYER_INPUT: Final = {"hidden_size_per_layer_input": 16, "vocab_size_per_layer_input": 0}
+# The second half has the KV of the first, and each layer an embedding of its own.
+_SHARED_KV: Final = {
+    **_COMMON,
+    "hidden_size_per_layer_input": 16,
+    "vocab_size_per_layer_input": 0,
+    "num_hidden_layers": 10,
+    "num_kv_shared_layers": 5,
+    "sliding_window": 256,
+    "layer_types": ([_LOCAL] * 4 + [_GLOBAL]) * 2,
+    "tie_word_embeddings": True,
+}
 
 
 def _gemma3(window: int) -> HybridModel:
@@ -131,17 +140,10 @@ MODELS: Final = {
             name="gemma3n",
             config="Gemma3nTextConfig",
             window=256,
-            # The second half has the KV of the first.
             fields={
-                **_COMMON,
-                **_PER_LAYER_INPUT,
-                "num_hidden_layers": 10,
-                "num_kv_shared_layers": 5,
-                "sliding_window": 256,
-                "layer_types": ([_LOCAL] * 4 + [_GLOBAL]) * 2,
+                **_SHARED_KV,
                 "laurel_rank": 16,
                 "activation_sparsity_pattern": [0.5] * 2 + [0.0] * 8,
-                "tie_word_embeddings": True,
             },
         ),
         HybridModel(
@@ -149,18 +151,9 @@ MODELS: Final = {
             config="Gemma4TextConfig",
             window=256,
             # Layers with full attention have larger heads, so blocks of the others are twice as
-            # long. The second half has the KV of the first.
+            # long.
             engine_block_size=64,
-            fields={
-                **_COMMON,
-                **_PER_LAYER_INPUT,
-                "num_hidden_layers": 10,
-                "num_kv_shared_layers": 5,
-                "sliding_window": 256,
-                "layer_types": ([_LOCAL] * 4 + [_GLOBAL]) * 2,
-                "global_head_dim": 64,
-                "tie_word_embeddings": True,
-            },
+            fields={**_SHARED_KV, "global_head_dim": 64},
         ),
         HybridModel(
             name="gpt-oss",

@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 
 from examples.cluster.processes import VllmServer
+from tests.e2e.checks import check_refused
 
 pytestmark = [pytest.mark.vllm, pytest.mark.timeout(600)]
 
@@ -27,6 +28,4 @@ STORE = "ucm_connectors[0].ucm_connector_config"
 def test_vllm_does_not_start_and_one_line_of_its_output_says_why(
     refused: dict[str, VllmServer], name: str, line: str
 ) -> None:
-    server = refused[name]
-    assert server.wait(120.0) not in (0, None)
-    assert any(line in text for text in server.log_text().splitlines()), server.log_tail()
+    check_refused(refused[name], line, timeout_s=120.0)

@@ -6,16 +6,14 @@ has no UCM and computes all of it.
 
 from __future__ import annotations
 
-from collections import Counter
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 
 import pytest
 
-from examples.cluster.client import by_label
-from tests.e2e.checks import Prompt, at_once, make_prompt, metric
-from tests.e2e.deployment import Deployment, Engine, Fleets
+from tests.e2e.checks import Prompt, at_once, make_prompt, metric, missed_blocks
+from tests.e2e.deployment import Deployment, Fleets
 from tests.e2e.hybrid_fleet import (
     HybridFleet,
     ask,
@@ -193,13 +191,12 @@ def test_without_a_page_of_a_side_strand_a_prompt_is_loaded_to_an_earlier_bounda
         earlier = longest_end(fleet.store, fleet.model, prompt, without=file)
         earlier = max(earlier, fleet.hit_tokens(shorter) if shorter else 0)
         damage(file)
-        before = missed(decode)
+        before = missed_blocks(decode.client)
         said, local, hits = ask_counted(decode, prompt)
         assert said.is_like(fleet.expected(prompt))
         assert (local, hits) == (0, earlier), f"{length} tokens"
-        gained = {name: count - before[name] for name, count in missed(decode).items()}
         num_missed = (fleet.hit_tokens(prompt) - earlier) // fleet.model.block_size
-        assert {name: count for name, count in gained.items() if count} == {reason: num_missed}
+        assert missed_blocks(decode.client) - before == {reason: num_missed}
         # Decode has computed it, and stores what was not there.
         fleet.wait_kept(prompt)
         decode.node.wait_quiet()
@@ -233,7 +230,3 @@ def test_preempted_requests_are_answered_as_plain_vllm_does(fleet: HybridFleet) 
     assert fleet.store.bad_files() == []
     for prompt, right in zip(prompts, expected, strict=True):
         assert ask(fleet["decode"].client, prompt, max_tokens=MANY_TOKENS).is_like(right)
-
-
-def missed(engine: Engine) -> Counter[str]:
-    return by_label(engine.client.metrics(), "ucm_lookup_missed_blocks_total", "reason")

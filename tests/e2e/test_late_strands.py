@@ -7,8 +7,7 @@ from collections.abc import Iterator
 
 import pytest
 
-from examples.cluster.client import by_label
-from tests.e2e.checks import make_prompt
+from tests.e2e.checks import make_prompt, missed_blocks
 from tests.e2e.deployment import Fleets
 from tests.e2e.hybrid_fleet import HybridFleet, ask, ask_counted, longest_end
 from tests.e2e.hybrid_models import MODELS, HybridModel
@@ -16,8 +15,6 @@ from tests.e2e.node import Node
 from tests.faults.fuse import FuseMount, mount_fuse, needs_fuse
 
 pytestmark = [pytest.mark.vllm, pytest.mark.long, pytest.mark.timeout(900), needs_fuse]
-
-MISSED = "ucm_lookup_missed_blocks_total"
 
 
 @pytest.fixture(scope="module", params=["gemma3-w129", "qwen3-next"])
@@ -27,9 +24,10 @@ def model(request: pytest.FixtureRequest) -> HybridModel:
 
 @pytest.fixture(scope="module")
 def mount(
-    model: HybridModel, tmp_path_factory: pytest.TempPathFactory
+    model: HybridModel, fleets: Fleets, tmp_path_factory: pytest.TempPathFactory
 ) -> Iterator[tuple[HybridFleet, FuseMount]]:
     """`decode` sees the store through the mount."""
+    fleets.end()
     made = HybridFleet(tmp_path_factory.mktemp(f"{model.name}-late"), model)
     with mount_fuse(made.store.folder, made.folder / "mount") as mounted, made:
         made.start("prefill", Node(f"{model.name}-late-one"), chunk=512)
@@ -41,9 +39,8 @@ def mount(
 
 @pytest.mark.parametrize("length", [1500, 3400])
 def test_a_side_page_that_is_late_costs_what_lies_behind_an_earlier_boundary(
-    mount: tuple[HybridFleet, FuseMount], fleets: Fleets, length: int
+    mount: tuple[HybridFleet, FuseMount], length: int
 ) -> None:
-    fleets.end()
     fleet, mounted = mount
     prefill, decode = fleet["prefill"], fleet["decode"]
     prompt = make_prompt(length, "late")
@@ -51,7 +48,7 @@ def test_a_side_page_that_is_late_costs_what_lies_behind_an_earlier_boundary(
     fleet.wait_kept(prompt)
     *_, side = fleet.kept_files(prompt).values()
     file = side[max(side)]
-    before = by_label(decode.client.metrics(), MISSED, "reason")
+    before = missed_blocks(decode.client)
     mounted.hang("read", file=file)
     try:
         said, local, hits = ask_counted(decode, prompt)
@@ -60,7 +57,7 @@ def test_a_side_page_that_is_late_costs_what_lies_behind_an_earlier_boundary(
     assert said.is_like(fleet.expected(prompt))
     assert local == 0
     assert hits in (0, longest_end(fleet.store, fleet.model, prompt, without=file))
-    gained = by_label(decode.client.metrics(), MISSED, "reason")
+    gained = missed_blocks(decode.client)
     gained.subtract(before)
     num_missed = (fleet.hit_tokens(prompt) - hits) // fleet.model.block_size
     assert gained["timeout"] == num_missed, gained

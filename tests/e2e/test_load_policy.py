@@ -9,7 +9,14 @@ from dataclasses import dataclass
 import pytest
 
 from examples.cluster.client import by_label
-from tests.e2e.checks import Prompt, check_answer, check_loaded, make_prompt, wait_until
+from tests.e2e.checks import (
+    Prompt,
+    check_answer,
+    check_loaded,
+    make_prompt,
+    missed_blocks,
+    wait_until,
+)
 from tests.e2e.conftest import DeploymentMaker
 from tests.e2e.deployment import Deployment, Engine, Fleets, Oracle
 from tests.e2e.node import Node
@@ -79,9 +86,7 @@ def learn(engine: Engine, oracle: Oracle) -> None:
 
 def refused(engine: Engine) -> int:
     """Blocks that were not worth their load."""
-    return by_label(engine.client.metrics(), "ucm_lookup_missed_blocks_total", "reason")[
-        "not_worth"
-    ]
+    return missed_blocks(engine.client)["not_worth"]
 
 
 def check_all(engine: Engine, prompts: list[Prompt], oracle: Oracle, *, hit_tokens: int) -> None:

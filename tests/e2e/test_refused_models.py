@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 
 from examples.cluster.processes import VllmServer
+from tests.e2e.checks import check_refused
 from tests.e2e.deployment import Deployment, Fleets
 from tests.e2e.hybrid_models import MODELS, HybridModel, make_hybrid
 from tests.e2e.node import Node
@@ -62,7 +63,7 @@ CASES = {
 
 
 @pytest.fixture(scope="module")
-def refused(
+def refused_models(
     fleets: Fleets, tmp_path_factory: pytest.TempPathFactory
 ) -> Iterator[dict[str, VllmServer]]:
     fleets.end()
@@ -89,8 +90,6 @@ def refused(
 
 @pytest.mark.parametrize("case", CASES)
 def test_an_engine_of_such_a_model_ends_with_one_sentence(
-    refused: dict[str, VllmServer], case: str
+    refused_models: dict[str, VllmServer], case: str
 ) -> None:
-    server, sentence = refused[case], CASES[case][2]
-    assert server.wait(240.0) != 0
-    assert any(sentence in line for line in server.log_text().splitlines()), server.log_tail()
+    check_refused(refused_models[case], CASES[case][2], timeout_s=240.0)
