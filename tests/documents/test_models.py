@@ -2,12 +2,18 @@
 
 from __future__ import annotations
 
+import json
 import re
+import shlex
+
+import yaml
 
 from benchmarks.model_bytes import PROMPTS, bytes_table, shapes_table
+from examples.cluster.processes import ucm_connector
 from tests.documents.document_tables import ROOT, quoted, table
 from tests.documents.messages import messages
 from tests.e2e.hybrid_models import MODELS
+from ucm.config.settings import load_settings
 from ucm.integration.vllm import kv_specs
 from ucm.store.blocks.strands import Reach, ReachKind, default_interval_tokens
 
@@ -64,3 +70,23 @@ def test_the_default_distance_of_boundaries_is_that_of_the_code() -> None:
     assert default_interval_tokens([Reach(ReachKind.WINDOW, 1024)]) == 2048
     assert default_interval_tokens([Reach(ReachKind.WINDOW, 4096)]) == 2 * 4096
     assert "by default 2048, or twice the longest window or chunk where that is more" in TEXT
+
+
+def test_the_engines_of_an_example_have_its_settings_and_their_blocks_fit_them() -> None:
+    section = TEXT.partition("\n## Two to begin with\n")[2].partition("\n## ")[0]
+    examples = re.findall(
+        r"`(/etc/[^`]*)`[^`]*```yaml\n(.*?)```\n(.*?)(?=\n\*\*|\Z)", section, re.DOTALL
+    )
+    assert len(examples) == 2
+    for file, text, servers in examples:
+        settings = load_settings(yaml.safe_load(text))
+        commands = re.findall("```bash\n(.*?)```", servers, re.DOTALL)
+        lines = [shlex.split(command.replace("\\\n", " ")) for command in commands]
+        flags = [dict(zip(line, [*line[1:], ""], strict=True)) for line in lines]
+        assert [each["--port"] for each in flags] == ["7800", "7801"]
+        for each in flags:
+            assert json.loads(each["--kv-transfer-config"]) == ucm_connector(file)
+            assert int(each["--block-size"]) == settings.block_tokens
+            has_states = settings.block_tokens != 128
+            assert ("--enable-prefix-caching" in each) == has_states
+    assert f"| {settings.block_tokens} | {settings.block_tokens} |" in "\n".join(shapes_table(2))
