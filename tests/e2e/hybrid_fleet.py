@@ -38,6 +38,10 @@ MAX_TOKENS = 12
 # In float32 other chunks and other ranks change logprobs by less than a hundredth of it, and KV
 # that is another token's by a hundred times as much and more.
 SAME_LOGPROBS = 1e-3
+# What a request has said before it is preempted may be computed again as a prompt is, all at once.
+# In bfloat16 that changes logprobs by half of it on average, also without UCM, and KV or a state of
+# zeros by three times as much and more.
+ROUNDED_LOGPROBS = 0.05
 
 # Of a strand in a manifest.
 _SIZES = ("num_layers", "num_kv_heads", "k_size", "v_size", "item_bytes")
@@ -217,6 +221,20 @@ class HybridFleet(Deployment):
         if key not in self._answers:
             self._answers[key] = ask(self.plain.client, prompt, max_tokens=max_tokens)
         return self._answers[key]
+
+    def distance(self, prompt: Prompt, said: Said) -> float:
+        """Between the logprobs of this answer and plain's, on average. Where plain would say
+        another token, it goes on behind the one that was said."""
+        distances: list[float] = []
+        while num_left := len(said.token_ids) - len(distances):
+            so_far = (*prompt, *said.token_ids[: len(distances)])
+            plain = self.expected(so_far, max_tokens=num_left)
+            for token, logprob in zip(plain.token_ids, plain.logprobs, strict=True):
+                at = len(distances)
+                distances.append(abs(said.logprobs[at] - logprob))
+                if said.token_ids[at] != token:
+                    break
+        return sum(distances) / len(distances)
 
     def wait_ready(self) -> None:
         super().wait_ready()

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Final
 
@@ -29,7 +29,8 @@ class HybridModel:
     """`config` names a class of transformers and its arguments; `flags` are what vLLM needs for it
     here. `window` is that of its local layers; one that has none has states instead. `block_size`
     is the store's, and the engine's `--block-size` as well where that is not given: with states
-    they must agree, and vLLM makes larger ones of some layers."""
+    they must agree, and vLLM makes larger ones of some layers. `fills` are what vectors are made
+    of, by the ends of their names."""
 
     name: str
     config: str
@@ -39,6 +40,7 @@ class HybridModel:
     dtype: str = "float32"
     block_size: int = 128
     engine_block_size: int = 0
+    fills: Mapping[str, float] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         if not self.engine_block_size:
@@ -220,13 +222,16 @@ MODELS: Final = {
                 "linear_num_value_heads": 4,
                 "linear_key_head_dim": 64,
                 "linear_value_head_dim": 64,
+                # All of them: with a choice a rounding error would now and then make another one.
                 "num_experts": 2,
-                "num_experts_per_tok": 1,
+                "num_experts_per_tok": 2,
                 "moe_intermediate_size": 128,
                 "shared_expert_intermediate_size": 128,
             },
             dtype="bfloat16",
             block_size=256,
+            # Sharper attention: what it reads must show in spite of rounding errors.
+            fills={"q_norm.weight": 3.0},
         ),
         HybridModel(
             name="granite4",
@@ -300,6 +305,7 @@ def _write(folder: Path, model: HybridModel) -> None:
         pad_token_id=end,
         torch_dtype="float32",
     )
+    fills = {"A_log": _SLOW_DECAY, "dt_bias": 0.0, **model.fills}
     torch.manual_seed(0)
     with torch.device("cpu"):
         made = transformers.AutoModelForCausalLM.from_config(config)
@@ -309,8 +315,8 @@ def _write(folder: Path, model: HybridModel) -> None:
                 weight.normal_(std=1.6 / math.sqrt(weight.shape[-1]))
             elif "sinks" in name:
                 weight.normal_()
-            elif name.endswith("A_log"):
-                weight.fill_(_SLOW_DECAY)
-            elif name.endswith("dt_bias"):
-                weight.zero_()
+            else:
+                for end, value in fills.items():
+                    if name.endswith(end):
+                        weight.fill_(value)
     made.save_pretrained(folder)
