@@ -24,10 +24,9 @@ NEWEST_TRIED: Final = (0, 32)
 def check_version(version: str) -> None:
     """Raises UnsupportedEngine for one that is too old, and warns of one that is newer than what
     was tried. What has no number is taken for what somebody builds today."""
-    found = re.match(r"(\d+)\.(\d+)", version)
-    if found is None:
+    release = _release(version)
+    if release is None:
         return
-    release = (int(found[1]), int(found[2]))
     if release < OLDEST:
         raise UnsupportedEngine(
             f"this is vLLM {version}, and UCM needs {_text(OLDEST)} or a later one: update vLLM"
@@ -131,6 +130,17 @@ def layout_in_use(vllm_config: Any) -> str | None:
     """None if vLLM doesn't say."""
     layout: str | None = getattr(vllm_config.cache_config, "kv_cache_layout", None)
     return layout
+
+
+def release_text(version: str) -> str:
+    """As in 0.32; what has no number as it is."""
+    release = _release(version)
+    return version if release is None else _text(release)
+
+
+def _release(version: str) -> tuple[int, int] | None:
+    found = re.match(r"(\d+)\.(\d+)", version)
+    return None if found is None else (int(found[1]), int(found[2]))
 
 
 def _text(release: tuple[int, int]) -> str:

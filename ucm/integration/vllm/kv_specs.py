@@ -144,7 +144,7 @@ def _refuse_what_is_no_plain_kv(spec: Any, reach: Reach) -> None:
     if reach == STATE:
         _refuse_states_that_are_not_kept(spec)
         return
-    if getattr(spec, "non_causal", False):
+    if not _is_causal(spec):
         raise UnsupportedEngine(
             "this model's attention is not causal: a token's KV depends on those that follow it"
         )
@@ -209,8 +209,11 @@ def _is_latent(spec: Any) -> bool:
     """By the very type, and a state for each token."""
     from vllm.v1.kv_cache_interface import MLAAttentionSpec
 
-    is_causal = not getattr(spec, "non_causal", False)
-    return type(spec) is MLAAttentionSpec and is_causal and tokens_per_state(spec) == 1
+    return type(spec) is MLAAttentionSpec and _is_causal(spec) and tokens_per_state(spec) == 1
+
+
+def _is_causal(spec: Any) -> bool:
+    return not getattr(spec, "non_causal", False)
 
 
 def _shown(names: Sequence[str]) -> str:

@@ -7,7 +7,7 @@ from typing import Any
 from ucm.config.settings import Settings
 from ucm.errors import UnsupportedEngine
 from ucm.integration.copies.layout_kind import LayoutKind
-from ucm.integration.vllm.engine_versions import layout_in_use
+from ucm.integration.vllm.engine_versions import layout_in_use, release_text
 from ucm.store.blocks.page_layout import PageGeometry
 
 # The instruction sets of vLLM's CPU attention whose order inside a block is a strided view.
@@ -49,7 +49,7 @@ def name_of_raw_blocks(spec: Any) -> str:
 
         kernels = "aiter" if envs.VLLM_ROCM_USE_AITER else "own"
         numbers = "fnuz" if current_platform.is_fp8_fnuz() else "ocp"
-        name = f"{name}-{numbers}-{kernels}-{'.'.join(__version__.split('.')[:2])}"
+        name = f"{name}-{numbers}-{kernels}-{release_text(__version__)}"
     return f"{name}:mla:block{spec.block_size}"
 
 
