@@ -12,7 +12,15 @@ from pathlib import Path
 
 import pytest
 
-from tests.e2e.checks import Prompt, at_once, make_prompt, metric, missed_blocks
+from tests.e2e.checks import (
+    Prompt,
+    at_once,
+    handed_over,
+    handed_over_since,
+    make_prompt,
+    metric,
+    missed_blocks,
+)
 from tests.e2e.deployment import Deployment, Fleets
 from tests.e2e.hybrid_fleet import (
     ROUNDED_LOGPROBS,
@@ -26,6 +34,7 @@ from tests.e2e.hybrid_fleet import (
 from tests.e2e.hybrid_models import MODELS, HybridModel, make_hybrid
 from tests.e2e.node import Node
 from tests.e2e.store import cut_short, flip_bit
+from ucm.handoff import Wanted, params
 
 pytestmark = [pytest.mark.vllm, pytest.mark.timeout(900)]
 
@@ -220,6 +229,26 @@ def cramped_prompts(model: HybridModel) -> list[Prompt]:
     else:
         lengths = [640 + model.block_size * i for i in range(8)]
     return [make_prompt(length - 10, f"cramped {i}") for i, length in enumerate(lengths)]
+
+
+@pytest.mark.long
+def test_what_a_damaged_page_of_a_side_strand_costs_of_a_promise_counts_as_corrupt_and_not_as_late(
+    fleet: HybridFleet,
+) -> None:
+    """Behind it nothing is waited for that prefill has never kept."""
+    prefill, decode = fleet["prefill"], fleet["decode"]
+    prompt = make_prompt(1500, "damaged promise")
+    receipt = prefill.client.prefill(prompt, params=params(Wanted()))
+    fleet.wait_kept(prompt)
+    *_, side = fleet.kept_files(prompt).values()
+    cut_short(side[max(side)])
+    promised = fleet.hit_tokens(prompt) if fleet.model.has_states else len(prompt) - 1
+    before = handed_over(decode.client)
+    said = ask(decode.client, prompt, kv_transfer_params=receipt)
+    assert said.is_like(fleet.expected(prompt))
+    gained = handed_over_since(decode.client, before, promised)
+    assert gained.promised == promised
+    assert gained.recomputed == {"corrupt": promised - gained.loaded}
 
 
 @pytest.mark.long
