@@ -200,9 +200,14 @@ def _all_blocks(found: Explanation) -> list[ExplainedBlock]:
 
 def _in_the_way(found: Explanation) -> str:
     """Of a longer hit."""
+    from ucm.store.inspect.explain import can_be_loaded, is_broken
+
     longest = found.ends[0] if found.ends else None
     if longest is None or not longest.strand:
         return ""
+    lost = next((each for each in found.blocks if not can_be_loaded(each)), None)
+    if lost is not None and is_broken(lost):
+        return f"; block {lost.block} of {lost.strand} is {lost.state}"
     return f"; at {longest.end_tokens:,} {longest.strand} lacks block {longest.block}"
 
 

@@ -13,6 +13,7 @@ from tests.integration.engine.stored_parts import PROMPT, prefill_by_twos, stran
 from tests.integration.scheduler_parts import BLOCK, Engine, Loopback
 from tests.store.tiers.memory_tier import MemoryTier
 from ucm import handoff as h
+from ucm.outcome import Outcome
 from ucm.store.blocks.keys import Key
 
 
@@ -72,22 +73,59 @@ def test_of_a_receipt_for_a_shorter_prompt_the_state_at_its_end_is_waited_for(
     assert waits_for(decode, take(tier, state_keys(decode, "s")[5])) == short
 
 
-def test_behind_a_damaged_window_that_of_the_interval_before_is_waited_for(
-    tier: MemoryTier,
+def with_window(tier: MemoryTier, interval_tokens: int) -> Engine:
+    link = Loopback(tier=tier)
+    return Engine(link, window=2 * BLOCK + 1, window_interval=interval_tokens)
+
+
+@pytest.mark.parametrize(
+    ("prefill_interval", "found"), [(4 * BLOCK, 8 * BLOCK), (6 * BLOCK, 0), (0, 0)]
+)
+def test_behind_a_damaged_window_a_hit_ends_at_one_that_is_there_and_waits_for_none(
+    tier: MemoryTier, prefill_interval: int, found: int
 ) -> None:
-    """Every prefill of the prompt keeps it, and the two windows share no page."""
-
-    def with_window() -> Engine:
-        return Engine(Loopback(tier=tier), window=2 * BLOCK + 1, window_interval=4 * BLOCK)
-
+    """What is kept before what is promised was published before it. Prefill may have another
+    interval, by which nobody ever keeps what decode looks for."""
     num_tokens = 11 * BLOCK
-    receipt = prefill_by_twos(with_window(), num_tokens, says=h.Wanted())
-    decode = with_window()
+    receipt = prefill_by_twos(with_window(tier, prefill_interval), num_tokens, says=h.Wanted())
+    decode = with_window(tier, 4 * BLOCK)
     decode.add("s", num_tokens, says=h.parse(receipt))
-    sides = strand_keys(decode, "s", "w")
-    damage(tier, sides[10])
+    damage(tier, strand_keys(decode, "s", "w")[10])
 
-    assert waits_for(decode, take(tier, sides[7])) == 8 * BLOCK
+    assert answer_in(decode, "s", 0.5) == found
+    assert decode.side._hits.reason("s") is Outcome.CORRUPT
+
+
+@pytest.mark.parametrize("lost", [5, 9])
+def test_behind_a_damaged_page_of_the_base_nothing_else_is_blamed_or_waited_for(
+    tier: MemoryTier, lost: int
+) -> None:
+    """Where the base ends then nobody keeps a window."""
+    num_tokens = 11 * BLOCK
+    receipt = prefill_by_twos(with_window(tier, 0), num_tokens, says=h.Wanted())
+    decode = with_window(tier, 2 * BLOCK)
+    decode.add("s", num_tokens, says=h.parse(receipt))
+    damage(tier, decode.side._states["s"].prompt.keys[lost])
+
+    assert answer_in(decode, "s", 0.5) == 0
+    assert decode.side._hits.reason("s") is Outcome.CORRUPT
+
+
+@pytest.mark.parametrize("is_promised", [False, True])
+def test_behind_a_damaged_page_of_the_base_no_state_is_blamed(
+    tier: MemoryTier, is_promised: bool
+) -> None:
+    _, receipt = prefill(started(tier), says=h.Wanted())
+    decode = started(tier)
+    decode.add("s", PROMPT, says=receipt if is_promised else None)
+    damage(tier, decode.side._states["s"].prompt.keys[5])
+
+    assert answer_in(decode, "s", 0.5) == 0
+    assert decode.side._hits.reason("s") is Outcome.CORRUPT
+    if not is_promised:
+        num_blocks = len(decode.side._states["s"].prompt.keys)
+        missed = decode.counted("ucm_lookup_missed_blocks", reason="corrupt")
+        assert missed in (num_blocks, num_blocks - 1)
 
 
 def test_where_every_strand_keeps_all_a_page_is_waited_for_wherever_the_base_ends(

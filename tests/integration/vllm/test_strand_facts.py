@@ -328,5 +328,6 @@ def test_one_line_says_what_a_model_stores() -> None:
         "(window_interval) and at the end of a prompt: a prompt of 32768 writes 6.348 MiB per 1000 "
         "tokens, 27 % of its KV"
     )
+    assert "every 128 tokens" in strands_text(facts.strands, 64), "rounded up to blocks"
     ends_only = "Hits end at the end of a prompt (more often with window_interval): a prompt of"
     assert ends_only in strands_text(facts.strands, 0)

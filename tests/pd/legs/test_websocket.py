@@ -165,12 +165,12 @@ async def test_a_peer_that_takes_nothing_any_more_lets_its_engine_go(fleet: Flee
 
 
 async def test_a_socket_with_messages_stays_open_for_longer_than_the_limit(fleet: Fleet):
-    await fleet.start(1, 1, websocket_idle_timeout_s=1.0)
+    await fleet.start(1, 1, websocket_idle_timeout_s=3.0)
     fleet.decode[0].answer = echo
     async with fleet.client.ws_connect(fleet.proxy / REALTIME) as socket:
         await socket.receive_json()
-        for i in range(30):
-            await asyncio.sleep(0.05)
+        for i in range(40):
+            await asyncio.sleep(0.1)
             await socket.send_str(str(i))
             assert str(i) == await socket.receive_str()
 

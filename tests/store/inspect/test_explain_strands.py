@@ -111,6 +111,29 @@ def test_what_is_printed_names_strands_and_ends_with_what_is_in_the_way(
     )
 
 
+def test_a_damaged_block_of_the_first_strand_is_what_is_in_the_way(
+    store: Store, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """And no other strand, of which nobody keeps what is needed there."""
+    made = with_windows()
+    made.fill(store, LONG)
+    flip_bit(store.file(made.manifest, made.prompt(LONG).key_of(3)))
+    found = explained(store, made.manifest)
+    printed(found)
+
+    assert found.ends[0].strand == "window 256"
+    assert capsys.readouterr().out.splitlines()[-1].endswith("; block 3 of all is corrupt.")
+
+
+def test_where_there_are_states_no_tail_is_told_of(store: Store) -> None:
+    """Nobody keeps a state inside of a block."""
+    made = with_states()
+    made.fill(store, LONG)
+    found = explained(store, made.manifest)
+
+    assert (len(found.blocks), found.tail, found.num_handed_over) == (20, None, 0)
+
+
 def test_blocks_that_no_boundary_needs_are_not_told_of(
     store: Store, capsys: pytest.CaptureFixture[str]
 ) -> None:

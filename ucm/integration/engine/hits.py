@@ -262,9 +262,9 @@ class Hits:
             waits=SideWaits(
                 until_s=now_s + timeout_s,
                 promised_blocks=hit.promise.num_blocks if hit.promise and left_s > 0 else 0,
-                interval_tokens=self._interval_tokens,
             ),
             on_shorter=partial(self._on_shorter, hit),
+            why_shorter=hit.of_request.reason,
             on_settled=partial(self._on_settled, hit),
         )
 

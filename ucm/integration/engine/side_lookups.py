@@ -25,13 +25,11 @@ from ucm.store.node import protocol as p
 @dataclass(frozen=True)
 class SideWaits:
     """Answers are due by `until_s` (monotonic). The first `promised_blocks` of the prompt are on
-    their way: what is needed of them is waited for where they end, and at the boundaries that every
-    prefill of this prompt keeps, `interval_tokens` apart. Elsewhere another prompt may have kept
-    something, or nobody."""
+    their way: what is needed where they end is waited for, and nothing at a boundary before. That
+    was published earlier, or is kept by nobody: prefill may have another interval."""
 
     until_s: float
     promised_blocks: int
-    interval_tokens: int = 0
 
 
 @dataclass(eq=False)
@@ -67,12 +65,13 @@ class SideLookups:
     waits: SideWaits
     # Told by how many blocks the hit is shorter, and why.
     on_shorter: Callable[[int, Outcome], None]
+    # Why the base has no more. What is lost by that is as well what no strand keeps where it ends.
+    why_shorter: Outcome = Outcome.FINE
     on_settled: Callable[[], None] = lambda: None
     is_settled: bool = False
     end_tokens: int = 0
     _asked: list[_SideQuestion] = field(default_factory=list)
     _tries: int = 0
-    _why: Outcome = Outcome.FINE
 
     def __post_init__(self) -> None:
         self._try(self.ends[0] if self.ends else 0)
@@ -152,8 +151,9 @@ class SideLookups:
         end_tokens = self._boundary_before(min(missing) * block_tokens)
         lost_tokens = self.end_tokens - max(end_tokens, self.read_from * block_tokens)
         # All that is lost by it, though at the boundary before nobody may have kept anything.
-        self._why = self._why or reasons[0]
-        self.on_shorter(-(-lost_tokens // block_tokens), self._why)
+        if self.why_shorter in (Outcome.FINE, Outcome.NEVER_STORED):
+            self.why_shorter = reasons[0]
+        self.on_shorter(-(-lost_tokens // block_tokens), self.why_shorter)
         self._try(end_tokens)
 
     def _settle(self) -> None:
@@ -162,11 +162,10 @@ class SideLookups:
 
     def _promised_at(self, boundary: int) -> int:
         """Of strands that keep all, every block. Where the base ends before what is promised, at no
-        boundary, no prefill keeps a window. That of a shorter prompt has its own end."""
-        prompt, facts, promised = self.prompt, self.facts, self.waits.promised_blocks
-        kept = prompt.boundaries(self.waits.interval_tokens, with_states=facts.has_states)
-        is_end = -(-boundary // prompt.block_tokens) == promised
-        return promised if facts.is_plain or is_end or boundary in kept else 0
+        boundary, no prefill keeps a window."""
+        promised = self.waits.promised_blocks
+        is_end = -(-boundary // self.prompt.block_tokens) == promised
+        return promised if self.facts.is_plain or is_end else 0
 
     def _boundary_before(self, num_tokens: int) -> int:
         """The longest that needs nothing behind so many tokens, which are whole blocks."""

@@ -29,15 +29,14 @@ def _boundaries(strands: Sequence[StrandFacts], interval_tokens: int) -> str:
     """Where hits end, and which setting or flag of vLLM's would change that."""
     if all(strand.reach == ALL for strand in strands):
         return f"Of every block of {strands[0].geometry.block_tokens} tokens all is kept, so"
-    ends = "the end of a prompt"
-    setting = "window_interval"
-    for strand in strands:
-        if strand.has_states:
-            block_tokens = strand.geometry.block_tokens
-            ends = f"the last multiple of {block_tokens} tokens (--block-size) in a prompt"
-            setting = "--prefix-cache-retention-interval"
+    ends, setting = "the end of a prompt", "window_interval"
+    block_tokens = strands[0].geometry.block_tokens
+    if any(strand.has_states for strand in strands):
+        ends = f"the last multiple of {block_tokens} tokens (--block-size) in a prompt"
+        setting = "--prefix-cache-retention-interval"
     if interval_tokens:
-        return f"Hits end every {interval_tokens} tokens ({setting}) and at {ends}:"
+        step = -(-interval_tokens // block_tokens) * block_tokens
+        return f"Hits end every {step} tokens ({setting}) and at {ends}:"
     return f"Hits end at {ends} (more often with {setting}):"
 
 
@@ -56,11 +55,15 @@ def _count(strands: Sequence[StrandFacts]) -> str:
 def _strand_text(strand: StrandFacts) -> str:
     if strand.has_states:
         size = _size(strand.geometry.page_bytes)
-        return f"{strand.reach}, {len(strand.layer_names)} layers, {size} per boundary"
+        return f"{strand.reach}, {_layers(len(strand.layer_names))}, {size} per boundary"
     return (
-        f"{strand.reach}, {strand.geometry.num_layers} layers, {_size(_token_bytes(strand))} per "
+        f"{strand.reach}, {_layers(strand.geometry.num_layers)}, {_size(_token_bytes(strand))} per "
         f"token, {_size(strand.geometry.page_bytes)} per block"
     )
+
+
+def _layers(count: int) -> str:
+    return "1 layer" if count == 1 else f"{count} layers"
 
 
 def _token_bytes(strand: StrandFacts) -> float:

@@ -112,6 +112,8 @@ def explain(
         blocks.append(look.at(block))
         on_progress(block + 1, len(look.keys))
     tail = blocks.pop() if blocks and is_tail(look.keys, -1) else None
+    if has_states(look.strands):
+        tail = None  # no state is kept inside of a block
     ends = _ends(look, len(blocks)) if asked.has_strands else []
     handed_over = _ends(look, len(look.keys)) if asked.has_strands and tail is not None else []
     is_known = any(folder in folders for folder in own)
@@ -143,6 +145,11 @@ def _name(of: bytes, key_id: bytes) -> str:
 def can_be_loaded(block: ExplainedBlock) -> bool:
     """If all before it can be."""
     return block.state in (Whereabouts.STORED.value, Whereabouts.IN_MEMORY.value)
+
+
+def is_broken(block: ExplainedBlock) -> bool:
+    """It is there, and can't be read or believed."""
+    return block.state in (Whereabouts.CORRUPT.value, Whereabouts.UNREADABLE.value)
 
 
 @dataclass(eq=False)
