@@ -14,6 +14,7 @@ from __future__ import annotations
 import threading
 from collections.abc import Callable, Iterable, Sequence
 from functools import partial
+from typing import Final
 
 from xxhash import xxh3_64_intdigest
 
@@ -23,12 +24,16 @@ from ucm.store.blocks.keys import Key
 from ucm.store.tiers.posix.backend import Backend
 from ucm.store.tiers.posix.os_errors import READ_ONLY_ERRNOS
 
+# How long a write waits for the one that opens its backend.
+_OPENING_S: Final = 5.0
+
 
 class Placement:
     """Of one process. Ids don't change once they are known, so neither do places once all are.
 
     Only `open` waits for a backend that hangs. Whoever else would need its id does without while
-    somebody is looking for it: at most one thread per backend hangs for an id.
+    somebody is looking for it: at most one thread per backend hangs for an id. What is to be
+    written waits a while for it: at the first start of all the id is made while pages come already.
     """
 
     def __init__(self, backends: Sequence[Backend]) -> None:
@@ -67,7 +72,10 @@ class Placement:
                 reason=Outcome.IO_ERROR,
             )
         if backend.identity.id is None:
-            self.look_for(self._backends.index(backend))
+            lane = self._backends.index(backend)
+            if self._looking[lane].acquire(timeout=_OPENING_S):
+                self._looking[lane].release()
+            self.look_for(lane)
         backend.identity.check()
         return backend
 
