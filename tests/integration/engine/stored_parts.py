@@ -21,6 +21,11 @@ def stored(tier: MemoryTier) -> set[Key]:
     return {key for _, key in tier._pages}
 
 
+def damage(tier: MemoryTier, key: Key) -> None:
+    (at,) = [each for each in tier._pages if each[1] == key]
+    tier._pages[at] = b"cut short"
+
+
 def parts_of(job: CopyJob, target: int) -> list[tuple[int, ...]]:
     return [part.block_ids for part in job.parts if part.target == target]
 

@@ -9,7 +9,7 @@ import pytest
 pytest.importorskip("vllm")
 
 from tests.integration.engine.state_parts import LAST, prefill, started, state_keys
-from tests.integration.engine.stored_parts import PROMPT, prefill_by_twos, strand_keys
+from tests.integration.engine.stored_parts import PROMPT, damage, prefill_by_twos, strand_keys
 from tests.integration.scheduler_parts import BLOCK, Engine, Loopback
 from tests.store.tiers.memory_tier import MemoryTier
 from ucm import handoff as h
@@ -22,11 +22,6 @@ def take(tier: MemoryTier, key: Key) -> Callable[[], None]:
     (at,) = [each for each in tier._pages if each[1] == key]
     page = tier._pages.pop(at)
     return lambda: tier._pages.update({at: page})
-
-
-def damage(tier: MemoryTier, key: Key) -> None:
-    (at,) = [each for each in tier._pages if each[1] == key]
-    tier._pages[at] = b"cut short"
 
 
 def answer_in(engine: Engine, name: str, most_s: float) -> int | None:

@@ -14,7 +14,7 @@ from tests.integration.engine.state_parts import (
     state_keys,
     state_keys_of,
 )
-from tests.integration.engine.stored_parts import PROMPT, stored
+from tests.integration.engine.stored_parts import PROMPT, damage, stored
 from tests.integration.scheduler_parts import BLOCK
 from tests.store.tiers.memory_tier import MemoryTier
 from ucm import handoff as h
@@ -92,8 +92,7 @@ def test_behind_a_promised_state_that_is_damaged_none_is_waited_for_that_nobody_
     _, receipt = prefill(started(tier), says=h.Wanted())
     decoder = started(tier)
     request = decoder.add("s", PROMPT, says=h.Expected() if says_expected else receipt)
-    (at,) = [each for each in tier._pages if each[1] == state_keys(decoder, "s")[8]]
-    tier._pages[at] = b"cut short"
+    damage(tier, state_keys(decoder, "s")[8])
     for _ in range(3):  # well before the promise is over
         decoder.side.matched_tokens(request, 0)
 
@@ -109,8 +108,7 @@ def test_behind_a_damaged_state_a_hit_ends_where_a_shorter_prompt_kept_one(
     _, receipt = prefill(started(tier), at=(8 * BLOCK, LAST), says=h.Wanted())
     decoder = started(tier)
     request = decoder.add("s", PROMPT, says=receipt if is_promised else None)
-    (at,) = [each for each in tier._pages if each[1] == state_keys(decoder, "s")[8]]
-    tier._pages[at] = b"cut short"
+    damage(tier, state_keys(decoder, "s")[8])
 
     assert decoder.admit(request) == 8 * BLOCK
 
