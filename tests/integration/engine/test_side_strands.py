@@ -20,7 +20,7 @@ from tests.integration.scheduler_parts import BLOCK, MANIFEST, Engine, Loopback
 from tests.store.tiers.memory_tier import MemoryTier
 from ucm import handoff as h
 from ucm.errors import TierError
-from ucm.integration.engine.epoch import Epochs
+from ucm.integration.engine.epoch import EngineEpochs
 from ucm.outcome import Outcome
 from ucm.store.blocks.keys import Key
 from ucm.store.node import protocol as p
@@ -223,7 +223,7 @@ def test_there_are_no_tails_where_one_strand_has_pages_of_units_larger_than_a_to
     assert side._epochs.rules.keeps_tails
     opaque = replace(window, geometry=replace(window.geometry, unit_tokens=BLOCK))
     facts = replace(side._facts, strands=(base, opaque))
-    assert not Epochs(side._settings, facts, MANIFEST).rules.keeps_tails
+    assert not EngineEpochs(side._settings, facts, MANIFEST).rules.keeps_tails
 
 
 def test_a_promised_window_is_waited_for(tier: MemoryTier) -> None:

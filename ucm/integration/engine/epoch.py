@@ -29,43 +29,14 @@ _READ_S = 2.0
 
 
 class Epochs:
-    """Owned by the engine's thread. `rules` and `fingerprint` are those of now."""
+    """Owned by the engine's thread. `manifest` and `fingerprint` are those of now."""
 
-    def __init__(self, settings: Settings, facts: EngineFacts, manifest: Manifest) -> None:
+    def __init__(self, settings: Settings, manifest: Manifest) -> None:
         self.manifest = manifest
         self.fingerprint = fingerprint(manifest)
         self._settings = settings
-        self._facts = facts
         self._number = 1
         self._disk = SideThread("ucm-epoch", limit=1)
-
-    @property
-    def rules(self) -> PromiseRules:
-        settings = self._settings
-        # Where a page's units are larger than a token, a tail would end inside of one.
-        has_tails = all(each.geometry.unit_tokens == 1 for each in self._facts.strands)
-        return PromiseRules(
-            fingerprint=self.fingerprint,
-            block_tokens=settings.block_tokens,
-            keeps_tails=settings.store_tail and has_tails,
-            handoff_timeout_s=settings.handoff_timeout_ms / 1000,
-            expect_timeout_s=settings.expect_timeout_ms / 1000,
-            has_states=self._facts.has_states,
-        )
-
-    def openings(self) -> list[p.OpenNamespace]:
-        """One for each strand: all are one namespace, whose pages differ in size."""
-        strands = self._facts.strands
-        return [
-            p.OpenNamespace(
-                ns=self._number * len(strands) + number,
-                fingerprint=self.fingerprint,
-                page_bytes=strand.geometry.page_bytes,
-                block_tokens=self._settings.block_tokens,
-                manifest=to_json(self.manifest),
-            )
-            for number, strand in enumerate(strands)
-        ]
 
     def reset(self) -> bool:
         """vLLM has reset its caches. Whether a new epoch begins."""
@@ -109,6 +80,42 @@ class Epochs:
 
     def log(self) -> None:
         logger.info("UCM namespace %s: %s", self.fingerprint.hex()[:16], self.manifest)
+
+
+class EngineEpochs(Epochs):
+    """Of an engine that keeps its own promises and strands. `rules` are those of now."""
+
+    def __init__(self, settings: Settings, facts: EngineFacts, manifest: Manifest) -> None:
+        super().__init__(settings, manifest)
+        self._facts = facts
+
+    @property
+    def rules(self) -> PromiseRules:
+        settings = self._settings
+        # Where a page's units are larger than a token, a tail would end inside of one.
+        has_tails = all(each.geometry.unit_tokens == 1 for each in self._facts.strands)
+        return PromiseRules(
+            fingerprint=self.fingerprint,
+            block_tokens=settings.block_tokens,
+            keeps_tails=settings.store_tail and has_tails,
+            handoff_timeout_s=settings.handoff_timeout_ms / 1000,
+            expect_timeout_s=settings.expect_timeout_ms / 1000,
+            has_states=self._facts.has_states,
+        )
+
+    def openings(self) -> list[p.OpenNamespace]:
+        """One for each strand: all are one namespace, whose pages differ in size."""
+        strands = self._facts.strands
+        return [
+            p.OpenNamespace(
+                ns=self._number * len(strands) + number,
+                fingerprint=self.fingerprint,
+                page_bytes=strand.geometry.page_bytes,
+                block_tokens=self._settings.block_tokens,
+                manifest=to_json(self.manifest),
+            )
+            for number, strand in enumerate(strands)
+        ]
 
 
 def _read(path: str) -> int | None:

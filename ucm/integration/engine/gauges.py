@@ -10,7 +10,6 @@ import time
 from collections.abc import Callable, Mapping
 from typing import Protocol
 
-from ucm.integration.engine.counts import Counts
 from ucm.metrics import METRICS
 from ucm.outcome import UNWRITTEN
 from ucm.store.node import protocol as p
@@ -28,11 +27,21 @@ class StatusSource(Protocol):
     def send(self, message: p.ClientMessage) -> None: ...
 
 
+class GaugeBook(Protocol):
+    """Of `Counts` what is needed here."""
+
+    def gauge(self, name: str, value: float, **labels: str) -> None: ...
+
+
 class NodeGauges:
     """Asks for a status every few seconds while the engine steps; the answer comes later."""
 
     def __init__(
-        self, session: StatusSource, stats: Counts, *, clock: Callable[[], float] = time.monotonic
+        self,
+        session: StatusSource,
+        stats: GaugeBook,
+        *,
+        clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self._session = session
         self._stats = stats

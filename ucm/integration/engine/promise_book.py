@@ -13,7 +13,7 @@ from typing import Any
 from ucm import handoff as h
 from ucm.errors import UcmError
 from ucm.integration.engine.counts import Counts
-from ucm.integration.engine.epoch import Epochs
+from ucm.integration.engine.epoch import EngineEpochs
 from ucm.integration.engine.prompt import Prompt
 from ucm.integration.engine.receipt import Promise, promise_of, receipt_for, wants_tail
 from ucm.outcome import Outcome, recomputed_as
@@ -42,7 +42,7 @@ class _Account:
 class PromiseBook:
     """Owned by the engine's thread."""
 
-    def __init__(self, session: NodeSession, epochs: Epochs, stats: Counts) -> None:
+    def __init__(self, session: NodeSession, epochs: EngineEpochs, stats: Counts) -> None:
         self._session = session
         self._epochs = epochs
         self._stats = stats

@@ -15,7 +15,7 @@ from ucm.config.settings import Settings
 from ucm.integration.engine.device_blocks import BlockLedger
 from ucm.integration.engine.dump_state import DeviceBlocks
 from ucm.integration.engine.dumps import DumpEnd, Dumps
-from ucm.integration.engine.epoch import Epochs
+from ucm.integration.engine.epoch import EngineEpochs
 from ucm.integration.engine.facts import EngineFacts
 from ucm.integration.engine.gauges import NodeGauges
 from ucm.integration.engine.hits import Hits
@@ -67,7 +67,7 @@ class SchedulerSide:
         self._acks: dict[int, int] = {}
         self._failed: set[int] = set()
         self._idle_wait_s = IDLE_WAIT_S
-        self._epochs = Epochs(settings, facts, manifest)
+        self._epochs = EngineEpochs(settings, facts, manifest)
         self._session = NodeSession(
             link,
             *self._epochs.openings(),

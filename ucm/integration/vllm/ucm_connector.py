@@ -26,6 +26,7 @@ from ucm.integration.vllm.device_facts import wanted_layout
 from ucm.integration.vllm.engine_facts import engine_facts
 from ucm.integration.vllm.engine_versions import check_version, hybrid_support
 from ucm.integration.vllm.identity import manifest
+from ucm.integration.vllm.logs import log_like_vllm
 from ucm.integration.vllm.metadata import RankReport, StepMetadata
 from ucm.integration.vllm.scheduler import SchedulerSide
 from ucm.integration.vllm.stats import UcmPromMetrics, UcmStats
@@ -56,7 +57,7 @@ class UCMConnector(KVConnectorBase_V1, _HybridSupport):
         self, vllm_config: VllmConfig, role: KVConnectorRole, kv_cache_config: KVCacheConfig
     ) -> None:
         super().__init__(vllm_config, role, kv_cache_config)
-        _log_like_vllm()
+        log_like_vllm()
         check_version(vllm.__version__)
         settings = load_settings(vllm_config.kv_transfer_config.kv_connector_extra_config)
         facts = engine_facts(vllm_config, kv_cache_config, settings)
@@ -239,15 +240,6 @@ class UCMConnector(KVConnectorBase_V1, _HybridSupport):
     def _rank(self) -> WorkerSide:
         assert self._worker is not None, "a hook of the worker side on the scheduler side"
         return self._worker
-
-
-def _log_like_vllm() -> None:
-    """vLLM configures its own loggers only; ours write where its do, at its level."""
-    ours, theirs = logging.getLogger("ucm"), logging.getLogger("vllm")
-    if not ours.handlers and theirs.handlers:
-        ours.handlers = list(theirs.handlers)
-        ours.setLevel(theirs.level)
-        ours.propagate = False
 
 
 def _register() -> None:
