@@ -30,6 +30,7 @@ FLOORS = (
     "ucm.store.pipeline",
     # Engines: the copies of any, the scheduler half of any, and vLLM.
     *("ucm.integration.copies", "ucm.integration.engine", "ucm.integration.vllm"),
+    "ucm.integration.tiering",
     # The proxy, which knows nothing of the store.
     *("ucm.pd.protocol", "ucm.pd.errors", "ucm.pd.security", "ucm.pd.fleet", "ucm.pd.flags"),
     *("ucm.pd.access", "ucm.pd.metrics", "ucm.pd.legs.upstream", "ucm.pd.trace"),
@@ -47,7 +48,11 @@ DOORS = {
 }
 # Who may import a heavy or foreign package, by the module's name or its package's.
 FOREIGN: dict[str, tuple[str, ...]] = {
-    "vllm": ("ucm.integration.vllm",),
+    "vllm": (
+        "ucm.integration.vllm",
+        *(f"ucm.integration.tiering.{name}" for name in ("connector", "ucm_tier", "vllm_stats")),
+        "ucm.integration.tiering.identity",
+    ),
     "torch": ("ucm.store.api.tensors", "ucm.integration.copies", "ucm.integration.vllm"),
     "yaml": ("ucm.config",),
     "aiohttp": ("ucm.pd",),
@@ -63,6 +68,8 @@ TENSOR_DOOR = "ucm.store.api.tensors"
 
 ENTRY_POINTS = {
     "ucm.cli.main",
+    "ucm.integration.tiering.connector",
+    "ucm.integration.tiering.ucm_tier",
     "ucm.integration.vllm.describe",
     "ucm.integration.vllm.ucm_connector",
     "ucm.pd.register",

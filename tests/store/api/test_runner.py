@@ -22,7 +22,7 @@ KEYS = make_keys("runner", 2)
 
 
 def task() -> Task:
-    return Task(time.monotonic() + SOON_S)
+    return Task(SOON_S)
 
 
 def reserving(questions: Questions) -> Steps[list[int]]:

@@ -37,6 +37,15 @@ def layout_of(vllm_config: Any, spec: Any, settings: Settings) -> tuple[LayoutKi
     return (LayoutKind.MLA if _is_mla(spec) else LayoutKind.PACKED, "")
 
 
+def order_inside_blocks(vllm_config: Any, spec: Any) -> str:
+    """A name for it, where the processor decides it; empty elsewhere."""
+    from vllm.platforms import current_platform
+
+    if current_platform.device_type != "cpu" or _is_mla(spec) or not hasattr(spec, "head_size"):
+        return ""
+    return _cpu_isa(vllm_config, spec)
+
+
 def name_of_raw_blocks(spec: Any) -> str:
     """Of MLA and its indexer, which all ranks have alike. What kernels make of an indexer's block
     is theirs: on AMD's accelerators its numbers are those of one of two kinds of fp8, and their

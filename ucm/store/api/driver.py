@@ -15,7 +15,7 @@ import threading
 import time
 from collections import deque
 from collections.abc import Callable
-from typing import Any, Final, TypeAlias
+from typing import Any, Final, Protocol, TypeAlias
 
 from ucm.config.settings import StoreSettings
 from ucm.errors import ConfigError, NodeUnavailable, TaskFailed, UcmError
@@ -24,7 +24,6 @@ from ucm.store.api.open_blocks import OpenBlocks
 from ucm.store.api.pages import Pages
 from ucm.store.api.questions import NAMESPACE, Questions, abort
 from ucm.store.api.runner import TaskRunner
-from ucm.store.api.shards import BlockShape
 from ucm.store.api.steps import Steps
 from ucm.store.api.tasks import Task
 from ucm.store.api.unsaved import Unsaved, not_written
@@ -50,13 +49,30 @@ _START_S: Final = 15.0
 MakeSteps: TypeAlias = Callable[[Questions], Steps[Any]]
 
 
+class PageShape(Protocol):
+    """How pages are made of shards, and which namespace they are of."""
+
+    @property
+    def shard_bytes(self) -> int: ...
+
+    @property
+    def num_shards(self) -> int: ...
+
+    @property
+    def page_bytes(self) -> int: ...
+
+    def manifest(self) -> namespace.Manifest: ...
+
+
 class Driver:
-    """See the module's text. `start`, `wait_opened`, `close` and `shared.unsaved` are for any
-    thread."""
+    """See the module's text. `start`, `wait_opened`, `is_ready`, `close` and `shared.unsaved` are
+    for any thread. `on_step` and `on_status` are called on the store's own."""
 
     def __init__(
-        self, settings: StoreSettings, shape: BlockShape, *, name: str, timeout_s: float
+        self, settings: StoreSettings, shape: PageShape, *, name: str, timeout_s: float
     ) -> None:
+        self.on_step: Callable[[NodeSession], None] = lambda session: None
+        self.on_status: Callable[[p.Status], None] = lambda status: None
         self.shared = Shared(
             Pages(shard_bytes=shape.shard_bytes),
             OpenBlocks(num_shards=shape.num_shards, timeout_s=timeout_s),
@@ -71,6 +87,7 @@ class Driver:
         self._session.on_lost = self._node_lost
         self._session.on_opened = self._namespace_opened
         self._session.on_saving = self._note_saving
+        self._session.on_status = self._note_status
         self._runner = TaskRunner(self._session)
         self._new: deque[tuple[Task, Steps[Any]]] = deque()
         self._opened = threading.Event()
@@ -107,12 +124,19 @@ class Driver:
             f"the node cache has not answered for {waited_s:.0f} s: {who}; its log: {log}"
         )
 
-    def start(self, make_steps: MakeSteps) -> Task:
-        """Raises the error that ended this store, or TaskFailed when too many tasks are open."""
+    @property
+    def is_ready(self) -> bool:
+        """There is a node cache that has opened the namespace, and the last task that was late was
+        not so because nobody had answered."""
+        return self._opened.is_set() and self._ended_by is None and self._session.is_ready
+
+    def start(self, make_steps: MakeSteps, *, timeout_s: float | None = None) -> Task:
+        """A task that ends by itself in `timeout_s` (the store's). Raises the error that ended this
+        store, or TaskFailed when too many tasks are open."""
         self._waker.check_process()
         if self._runner.num_tasks + len(self._new) >= MAX_TASKS:
             raise TaskFailed(f"{MAX_TASKS} tasks are under way: wait for some of them")
-        task = Task(time.monotonic() + self._timeout_s)
+        task = Task(self._timeout_s if timeout_s is None else timeout_s)
         steps = make_steps(Questions(self._session.next_id, task.deadline_s))
         self._new.append((task, steps))
         # Only now, so that no task comes after the thread's last look.
@@ -120,6 +144,11 @@ class Driver:
             raise self._ended_by
         self._waker.wake()
         return task
+
+    @property
+    def has_ended(self) -> bool:
+        """Nothing of a user's memory is touched any more."""
+        return not self._thread.is_alive()
 
     def close(self) -> None:
         """Fails what is under way and gives everything back. May be repeated."""
@@ -157,9 +186,12 @@ class Driver:
             self._runner.begin(*self._new.popleft())
         self._runner.go_on()
         for task in self._runner.late():
-            late = f"timed out after {self._timeout_s:g} s, waiting for {self._waits_for(task)}"
+            late = f"timed out after {task.timeout_s:g} s, waiting for {self._waits_for(task)}"
             self._runner.fail(task, TaskFailed(late))
+            if self._session.is_met and not self._session.was_heard_since(task.began_s):
+                self._session.found_silent()
         self._expire_blocks()
+        self.on_step(self._session)
 
     def _sleep(self) -> None:
         """Until there is something to do: a new task, a message, a pause's end, a deadline."""
@@ -176,8 +208,7 @@ class Driver:
 
     def _waits_for(self, task: Task) -> str:
         """A node cache that lives answers before a task ends, whatever storage does."""
-        began_s = task.deadline_s - self._timeout_s
-        if self._session.is_met and self._session.was_heard_since(began_s):
+        if self._session.is_met and self._session.was_heard_since(task.began_s):
             return task.waits_for
         return why_held_up(self._socket_path) or task.waits_for
 
@@ -210,13 +241,16 @@ class Driver:
             logger.warning("pages may not reach storage: %s", opened.error)
         self._opened.set()
 
+    def _note_status(self, status: p.Status) -> None:
+        self.on_status(status)
+
     def _note_saving(self, news: p.SavingNews) -> None:
         refused = self.shared.unsaved.heard(news)
         if refused:
             self._notices.warn("not written", f"{not_written(refused)}; flush() tries once more")
 
 
-def _opening(shape: BlockShape) -> p.OpenNamespace:
+def _opening(shape: PageShape) -> p.OpenNamespace:
     manifest = shape.manifest()
     return p.OpenNamespace(
         ns=NAMESPACE,

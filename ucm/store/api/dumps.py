@@ -102,7 +102,7 @@ class _ShardDump:
                 self._start_over(key, block)
         missing = [key for key in batch if key not in self._blocks]
         if missing:
-            yield Ask(self._questions.reserve(missing), undo=partial(_give_back, missing))
+            yield Ask(self._questions.reserve(missing), undo=partial(give_back, missing))
             reply: p.ReserveReply = yield Hear()
             now_s = time.monotonic()
             for key, offset in zip(missing, reply.offsets, strict=True):
@@ -162,7 +162,7 @@ class _ShardDump:
         return len({part.shard for part in self._parts[key]}) == self._blocks.num_shards
 
 
-def _give_back(keys: Sequence[Key], reply: p.ReserveReply) -> p.Abort | None:
+def give_back(keys: Sequence[Key], reply: p.ReserveReply) -> p.Abort | None:
     """The slots of a reply that nobody waits for any more."""
     reserved = [key for key, offset in zip(keys, reply.offsets, strict=True) if offset >= 0]
     return abort(reserved) if reserved else None

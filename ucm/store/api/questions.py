@@ -5,10 +5,12 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Final
+from typing import Final, TypeVar
 
 from ucm.store.blocks.keys import Key
 from ucm.store.node import protocol as p
+
+_T = TypeVar("_T")
 
 # A store has one.
 NAMESPACE: Final = 1
@@ -40,8 +42,9 @@ class Questions:
             timeout_ms=self._timeout_ms(),
         )
 
-    def lookup(self, keys: Sequence[Key]) -> p.Lookup:
-        """The pages of these blocks, pinned, up to the first that can't be had."""
+    def lookup(self, keys: Sequence[Key], *, promised: int = 0) -> p.Lookup:
+        """The pages of these blocks, pinned, up to the first that can't be had. The first
+        `promised` are waited for."""
         return p.Lookup(
             id=self.next_id(),
             ns=NAMESPACE,
@@ -49,14 +52,16 @@ class Questions:
             read_from=0,
             load=True,
             timeout_ms=self._timeout_ms(),
+            promised=promised,
         )
 
-    def reserve(self, keys: Sequence[Key]) -> p.Reserve:
+    def reserve(self, keys: Sequence[Key], parents: Sequence[bytes] = ()) -> p.Reserve:
+        """Without `parents` each is written for itself."""
         return p.Reserve(
             id=self.next_id(),
             ns=NAMESPACE,
             keys=list(keys),
-            parents=no_parents(keys),
+            parents=list(parents) or no_parents(keys),
             will_ask_again=True,
         )
 
@@ -85,5 +90,5 @@ def batch_blocks(page_bytes: int, capacity_bytes: int) -> int:
     return min(_MAX_BATCH_BLOCKS, max(1, batch_bytes // page_bytes))
 
 
-def batches(keys: list[Key], size: int) -> list[list[Key]]:
-    return [keys[i : i + size] for i in range(0, len(keys), size)]
+def batches(each: list[_T], size: int) -> list[list[_T]]:
+    return [each[i : i + size] for i in range(0, len(each), size)]

@@ -10,7 +10,7 @@ import heapq
 import itertools
 import math
 import time
-from collections import OrderedDict, deque
+from collections import deque
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from functools import partial
@@ -41,9 +41,10 @@ class TaskRunner:
 
     def __init__(self, session: NodeSession) -> None:
         self._session = session
-        # The oldest first, which has to end first: all have the same time.
-        self._running: OrderedDict[Task, _RunningTask] = OrderedDict()
+        self._running: dict[Task, _RunningTask] = {}
         self._timers: list[tuple[float, int, _RunningTask]] = []
+        # When which task is late; those that have ended are taken out when it is their time.
+        self._deadlines: list[tuple[float, int, Task]] = []
         self._numbers = itertools.count()
         self._turns: deque[_RunningTask] = deque()
         self._has_turn: _RunningTask | None = None
@@ -55,6 +56,7 @@ class TaskRunner:
     def begin(self, task: Task, steps: Steps[object]) -> None:
         """At once, or when there is a node cache."""
         running = self._running[task] = _RunningTask(task, steps)
+        heapq.heappush(self._deadlines, (task.deadline_s, next(self._numbers), task))
         if self._session.is_met:
             self._go_on(running)
 
@@ -86,13 +88,17 @@ class TaskRunner:
     def late(self) -> Iterator[Task]:
         """Those that have not ended in their time. The caller fails each of them."""
         now_s = time.monotonic()
-        while self._running and (task := next(iter(self._running))).deadline_s <= now_s:
-            yield task
+        while self._deadlines and self._deadlines[0][0] <= now_s:
+            task = heapq.heappop(self._deadlines)[2]
+            if not task.has_ended:
+                yield task
 
     def next_s(self) -> float:
         """When (time.monotonic()) there is something to do without any news."""
+        while self._deadlines and self._deadlines[0][2].has_ended:
+            heapq.heappop(self._deadlines)
         pause_s = self._timers[0][0] if self._timers else math.inf
-        late_s = next(iter(self._running)).deadline_s if self._running else math.inf
+        late_s = self._deadlines[0][0] if self._deadlines else math.inf
         return min(pause_s, late_s)
 
     def fail(self, task: Task, error: UcmError) -> None:

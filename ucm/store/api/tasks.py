@@ -6,6 +6,7 @@ A task ends once, well or badly, and then touches no memory of its user any more
 from __future__ import annotations
 
 import threading
+import time
 from typing import Any
 
 from ucm.errors import UcmError
@@ -14,9 +15,11 @@ from ucm.errors import UcmError
 class Task:
     """For `UcmPipelineStore.wait` and `check`, from any thread. The store's thread ends it."""
 
-    def __init__(self, deadline_s: float) -> None:
-        """`deadline_s`: by time.monotonic()."""
-        self.deadline_s = deadline_s
+    def __init__(self, timeout_s: float) -> None:
+        """It begins now; `began_s` and `deadline_s` are by time.monotonic()."""
+        self.timeout_s = timeout_s
+        self.began_s = time.monotonic()
+        self.deadline_s = self.began_s + timeout_s
         # What a task that times out was waiting for, for people.
         self.waits_for = "the node cache"
         # What its steps have returned, once it has ended well.
