@@ -10,12 +10,14 @@ from __future__ import annotations
 from contextlib import suppress
 from typing import TYPE_CHECKING, Any
 
+import vllm
 from vllm.distributed.kv_transfer.kv_connector.factory import KVConnectorFactory
 from vllm.distributed.kv_transfer.kv_connector.v1.offloading_connector import OffloadingConnector
 from vllm.v1.request import RequestStatus
 
 from ucm import handoff
 from ucm.integration.tiering.engine import Engine, making
+from ucm.integration.vllm.engine_versions import OLDEST_TIERING, check_version
 from ucm.integration.vllm.logs import log_like_vllm
 
 if TYPE_CHECKING:
@@ -34,6 +36,7 @@ class UCMOffloadingConnector(OffloadingConnector):
         self, vllm_config: VllmConfig, role: KVConnectorRole, kv_cache_config: KVCacheConfig
     ) -> None:
         log_like_vllm()
+        check_version(vllm.__version__, oldest=OLDEST_TIERING)
         self._engine = Engine(vllm_config, kv_cache_config)
         with making(self._engine):
             super().__init__(vllm_config, role, kv_cache_config)

@@ -18,18 +18,20 @@ logger = logging.getLogger(__name__)
 
 # Before it nobody has tried.
 OLDEST: Final = (0, 28)
+# vLLM's offloading tells a tier where in its prompt a row lies.
+OLDEST_TIERING: Final = (0, 31)
 NEWEST_TRIED: Final = (0, 32)
 
 
-def check_version(version: str) -> None:
+def check_version(version: str, *, oldest: tuple[int, int] = OLDEST) -> None:
     """Raises UnsupportedEngine for one that is too old, and warns of one that is newer than what
     was tried. What has no number is taken for what somebody builds today."""
     release = _release(version)
     if release is None:
         return
-    if release < OLDEST:
+    if release < oldest:
         raise UnsupportedEngine(
-            f"this is vLLM {version}, and UCM needs {_text(OLDEST)} or a later one: update vLLM"
+            f"this is vLLM {version}, and UCM needs {_text(oldest)} or a later one: update vLLM"
         )
     if release > NEWEST_TRIED:
         logger.warning(
