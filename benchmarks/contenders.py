@@ -11,6 +11,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+from benchmarks.tiering_parts import PEERS, offloading, ucm_tier
 from examples.cluster.processes import (
     MIB,
     ProxyServer,
@@ -70,39 +71,29 @@ def contenders(store: Path, mounted: Path | None) -> list[Contender]:
 
 
 def _contenders(folder: Path, *, is_slow: bool) -> list[Contender]:
+    return [*_ours(folder, is_slow=is_slow), *_peers(folder, is_slow=is_slow)]
+
+
+def _ours(folder: Path, *, is_slow: bool) -> list[Contender]:
     mark = "-slow" if is_slow else ""
 
-    def ucm(directory: str, socket: str) -> dict[str, Any]:
-        settings = {
+    def settings(directory: str, socket: str) -> dict[str, Any]:
+        store = {
             "store_pipeline": "Cache|Posix",
             "storage_backends": str(folder / directory),
             "cache_buffer_capacity_gb": 1,
             "node_cache_idle_exit_s": 5,
             "node_cache_socket": str(run_folder() / f"{socket}{mark}.sock"),
         }
-        entry = {"ucm_connector_name": "UcmPipelineStore", "ucm_connector_config": settings}
-        return ucm_connector({"ucm_connectors": [entry]})
+        entry = {"ucm_connector_name": "UcmPipelineStore", "ucm_connector_config": store}
+        return {"ucm_connectors": [entry]}
 
-    example = {
-        "kv_connector": "ExampleConnector",
-        "kv_role": "kv_both",
-        "kv_connector_extra_config": {"shared_storage_path": str(folder / "example")},
-    }
+    def ucm(directory: str, socket: str) -> dict[str, Any]:
+        return ucm_connector(settings(directory, socket))
 
-    def tiering(role: str) -> dict[str, Any]:
-        return {
-            "kv_connector": "OffloadingConnector",
-            "kv_role": "kv_both",
-            "engine_id": f"{run_folder().name}-{role}",
-            "kv_connector_extra_config": {
-                "spec_name": "CpuTieringSpec",
-                "spec_module_path": "cpu_tiering",
-                "cpu_bytes_to_use": 1 << 30,
-                "secondary_tiers": [{"type": "fs", "root_dir": str(folder / "fs")}],
-            },
-        }
+    def tiering(role: str, socket: str) -> dict[str, Any]:
+        return _offloading(role, ucm_tier(settings("tiering", socket)))
 
-    peers = Path(__file__).with_name("peers")
     ours = partial(Contender, handoffs=("chain", "overlap"), is_slow=is_slow)
     return [
         ours(
@@ -118,6 +109,31 @@ def _contenders(folder: Path, *, is_slow: bool) -> list[Contender]:
             ucm("files", "left"),
             ucm("files", "right"),
         ),
+        ours(
+            f"tiering{mark}",
+            "UcmTier below vLLM's offloading, two nodes, copy worker for CPU",
+            tiering("prefill", "tier-left"),
+            tiering("decode", "tier-right"),
+            PEERS,
+        ),
+    ]
+
+
+def _peers(folder: Path, *, is_slow: bool) -> list[Contender]:
+    mark = "-slow" if is_slow else ""
+    example = {
+        "kv_connector": "ExampleConnector",
+        "kv_role": "kv_both",
+        "kv_connector_extra_config": {"shared_storage_path": str(folder / "example")},
+    }
+
+    def fs(role: str) -> dict[str, Any]:
+        """As vLLM has it."""
+        ours = _offloading(role, {"type": "fs", "root_dir": str(folder / "fs")})
+        del ours["kv_connector_module_path"]
+        return {**ours, "kv_connector": "OffloadingConnector"}
+
+    return [
         Contender(
             f"example{mark}",
             "vLLM's ExampleConnector, prefill in one chunk",
@@ -130,12 +146,17 @@ def _contenders(folder: Path, *, is_slow: bool) -> list[Contender]:
         Contender(
             f"fs{mark}",
             "vLLM's fs tier, copy worker for CPU",
-            tiering("prefill"),
-            tiering("decode"),
-            peers,
+            fs("prefill"),
+            fs("decode"),
+            PEERS,
             is_slow=is_slow,
         ),
     ]
+
+
+def _offloading(role: str, tier: Mapping[str, Any]) -> dict[str, Any]:
+    run = run_folder().name.removeprefix("ucm-")
+    return offloading([tier], engine_id=f"{run}-{role}", host_bytes=1 << 30)
 
 
 @contextmanager

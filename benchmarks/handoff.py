@@ -5,13 +5,14 @@ proxy before them. All contenders in one run, page cache warm; then those of UCM
 take 5 ms longer each (a FUSE mount; needs root). The parts:
 
 - latency: hand-off latency with `--handoff chain` and `overlap` (handoff_latency.py)
+- race: of how many prompts decode loads all, asked at once (race.py)
 - pace: the time between tokens of others while a hit loads (pace.py)
 - hit: decode's TTFT on a store hit minus its TTFT on a local prefix hit; the prompt was prefilled
   a while ago and no proxy has a part in it. The yardstick is the bytes over the machine's memory
   bandwidth.
 
     python benchmarks/handoff.py [--repeats 5] [--tokens 1500 3500] [--only ucm-dram,fs]
-        [--parts latency,pace,hit] [--model small] [--slow-peers]
+        [--parts latency,race,pace,hit] [--model small] [--slow-peers]
 
 Aims are shown as reached or missed; a missed one is no error.
 """
@@ -36,7 +37,7 @@ from rich.table import Table
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from benchmarks import handoff_latency, pace
+from benchmarks import handoff_latency, pace, race
 from benchmarks.contenders import (
     BLOCK_TOKENS,
     KV_BYTES_PER_TOKEN,
@@ -50,7 +51,7 @@ from benchmarks.contenders import (
 from examples.cluster.models import make_model
 from examples.cluster.processes import MIB
 
-PARTS = ("latency", "pace", "hit")
+PARTS = ("latency", "race", "pace", "hit")
 SETTLE_S = 1.5
 NUM_WARM_UP = 3
 MIN_WIDTH = 140
@@ -67,6 +68,7 @@ class Sample:
 @dataclass
 class Results:
     latency: list[handoff_latency.Group] = field(default_factory=list)
+    races: list[race.Races] = field(default_factory=list)
     paces: list[pace.Pace] = field(default_factory=list)
     hits: list[tuple[Contender, list[Sample]]] = field(default_factory=list)
 
@@ -77,6 +79,8 @@ def measure(servers: Servers, args: argparse.Namespace, results: Results) -> Non
         results.latency += handoff_latency.measure(
             servers, lengths=args.tokens, repeats=args.repeats
         )
+    if "race" in args.parts:
+        results.races += race.measure(servers, min(args.tokens))
     if servers.contender.is_slow:
         return  # the other parts are about files at their usual pace
     if "pace" in args.parts and servers.contender.is_ours:
@@ -182,6 +186,8 @@ def show(console: Console, results: Results, args: argparse.Namespace) -> None:
     expected = tokens // BLOCK_TOKENS * BLOCK_TOKENS
     if results.latency:
         console.print(handoff_latency.table(results.latency))
+    if results.races:
+        console.print(race.table(results.races))
     if results.paces:
         console.print(pace.table(results.paces))
     if results.hits:
