@@ -6,7 +6,6 @@ and compute differently has two.
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Any, Final
 
 import msgspec
@@ -15,6 +14,7 @@ from ucm.config.settings import Settings
 from ucm.errors import UnsupportedEngine
 from ucm.integration.copies.state_field import StateField
 from ucm.integration.engine.facts import EngineFacts, StrandFacts
+from ucm.integration.engine.model_files import model_place
 from ucm.integration.vllm.kv_specs import layer_index
 from ucm.store.blocks.model_shape import model_shape
 from ucm.store.blocks.namespace import MANIFEST_FORMAT, STRANDS_FORMAT, Manifest
@@ -163,20 +163,4 @@ def draft_with_kv(vllm_config: Any) -> Any | None:
 
 
 def _identity(model: str, revision: str | None, load_format: str) -> str:
-    return weights_identity(_place(model, revision), load_format=load_format)
-
-
-def _place(model: str, revision: str | None) -> Path:
-    """The folder, or for some formats the file, that holds the weights."""
-    place = Path(model)
-    if place.exists():
-        return place
-    from huggingface_hub import snapshot_download
-
-    try:
-        return Path(snapshot_download(model, revision=revision, local_files_only=True))
-    except Exception as error:
-        raise UnsupportedEngine(
-            f"can't find the files of {model!r} to tell which weights these are ({error}); set "
-            "model_id"
-        ) from error
+    return weights_identity(model_place(model, revision), load_format=load_format)
