@@ -28,9 +28,9 @@ FLOORS = (
     *("ucm.store.tiers.posix", "ucm.store.tiers"),
     *("ucm.store.node", "ucm.store.client", "ucm.store.api", "ucm.store.inspect"),
     "ucm.store.pipeline",
-    # Engines: the copies of any, the scheduler half of any, and vLLM.
-    *("ucm.integration.copies", "ucm.integration.engine", "ucm.integration.vllm"),
-    "ucm.integration.tiering",
+    # Engines: the copies of any, the scheduler half of any, and those that we know by name.
+    *("ucm.integration.copies", "ucm.integration.engine"),
+    *("ucm.integration.vllm", "ucm.integration.tiering", "ucm.integration.sglang"),
     # The proxy, which knows nothing of the store.
     *("ucm.pd.protocol", "ucm.pd.errors", "ucm.pd.security", "ucm.pd.fleet", "ucm.pd.flags"),
     *("ucm.pd.access", "ucm.pd.metrics", "ucm.pd.legs.upstream", "ucm.pd.trace"),
@@ -39,7 +39,10 @@ FLOORS = (
     "ucm.cli",
 )
 # Houses that stand side by side: neither knows the other, whatever their floors.
-APART = (("ucm.pd", "ucm.store"), ("ucm.pd", "ucm.integration"), ("ucm.cli", "ucm.integration"))
+APART = (
+    *(("ucm.pd", "ucm.store"), ("ucm.pd", "ucm.integration"), ("ucm.cli", "ucm.integration")),
+    *(("ucm.integration.sglang", f"ucm.integration.{n}") for n in ("copies", "vllm", "tiering")),
+)
 # What is inside of the process that a room is about; others know its doors alone.
 DOORS = {
     "ucm.store.node": (
@@ -53,6 +56,7 @@ FOREIGN: dict[str, tuple[str, ...]] = {
         *(f"ucm.integration.tiering.{name}" for name in ("connector", "ucm_tier", "vllm_stats")),
         "ucm.integration.tiering.identity",
     ),
+    "sglang": ("ucm.integration.sglang",),
     "torch": ("ucm.store.api.tensors", "ucm.integration.copies", "ucm.integration.vllm"),
     "yaml": ("ucm.config",),
     "aiohttp": ("ucm.pd",),
@@ -60,14 +64,20 @@ FOREIGN: dict[str, tuple[str, ...]] = {
 }
 # These run, with all that they need, where a package is not installed.
 WITHOUT: dict[str, tuple[str, ...]] = {
-    "vllm": ("ucm.store", "ucm.integration.copies", "ucm.integration.engine", "ucm.pd", "ucm.cli"),
-    "torch": ("ucm.store", "ucm.integration.engine", "ucm.pd", "ucm.cli"),
+    "vllm": (
+        *("ucm.store", "ucm.integration.copies", "ucm.integration.engine"),
+        *("ucm.integration.sglang", "ucm.pd", "ucm.cli"),
+    ),
+    "torch": (
+        *("ucm.store", "ucm.integration.engine", "ucm.integration.sglang", "ucm.pd", "ucm.cli"),
+    ),
 }
 # The store API takes tensors where there is torch, and knows so when it is given one.
 TENSOR_DOOR = "ucm.store.api.tensors"
 
 ENTRY_POINTS = {
     "ucm.cli.main",
+    "ucm.integration.sglang.hicache",
     "ucm.integration.tiering.connector",
     "ucm.integration.tiering.ucm_tier",
     "ucm.integration.vllm.describe",

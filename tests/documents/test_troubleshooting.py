@@ -11,12 +11,13 @@ from ucm.pd import flags, register
 
 TEXT = (ROOT / "docs" / "troubleshooting.md").read_text()
 # Of vLLM's server, whose flags are not ours to know.
-_OF_VLLM = {
+_OF_ENGINES = {
     "--block-size",
     "--calculate-kv-scales",
     "--enable-dbo",
     "--enable-prompt-tokens-details",
     "--kv-cache-dtype",
+    "--hicache-storage-backend",
     "--kv-transfer-config",
     "--load-format",
     "--ubatch-size",
@@ -60,7 +61,7 @@ def test_the_flags_that_are_to_help_exist() -> None:
     named = {name for _, _, fix in rows() for name in re.findall(r"(?<![\w-])--[a-z][a-z-]*", fix)}
 
     assert "--max-queued" in named
-    assert set() == named - ours - _OF_VLLM
+    assert set() == named - ours - _OF_ENGINES
 
 
 @pytest.mark.parametrize(

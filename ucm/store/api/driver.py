@@ -19,6 +19,7 @@ from typing import Any, Final, Protocol, TypeAlias
 
 from ucm.config.settings import StoreSettings
 from ucm.errors import ConfigError, NodeUnavailable, TaskFailed, UcmError
+from ucm.outcome import Outcome
 from ucm.store.api.dumps import Shared
 from ucm.store.api.open_blocks import OpenBlocks
 from ucm.store.api.pages import Pages
@@ -65,8 +66,8 @@ class PageShape(Protocol):
 
 
 class Driver:
-    """See the module's text. `start`, `wait_opened`, `is_ready`, `close` and `shared.unsaved` are
-    for any thread. `on_step` and `on_status` are called on the store's own."""
+    """See the module's text. `start`, `wait_opened`, `is_ready`, `why_not_ready`, `close` and
+    `shared.unsaved` are for any thread. `on_step` and `on_status` are called on the store's own."""
 
     def __init__(
         self, settings: StoreSettings, shape: PageShape, *, name: str, timeout_s: float
@@ -126,9 +127,17 @@ class Driver:
 
     @property
     def is_ready(self) -> bool:
-        """There is a node cache that has opened the namespace, and the last task that was late was
-        not so because nobody had answered."""
-        return self._opened.is_set() and self._ended_by is None and self._session.is_ready
+        return not self.why_not_ready
+
+    @property
+    def why_not_ready(self) -> Outcome:
+        """FINE if there is a node cache that has opened the namespace, and the last task that was
+        late was not so because nobody had answered."""
+        if self._ended_by is not None:
+            return Outcome.NAMESPACE
+        if self._opened.is_set() and self._session.is_ready:
+            return Outcome.FINE
+        return self._session.why_not_ready
 
     def start(self, make_steps: MakeSteps, *, timeout_s: float | None = None) -> Task:
         """A task that ends by itself in `timeout_s` (the store's). Raises the error that ended this

@@ -49,7 +49,7 @@ def prefetch(
         for key, place in zip(keys, found.places, strict=True)
         if place & p.IN_STORAGE and not place & p.IN_MEMORY
     ]
-    yield from _bring(questions, stored[:max_blocks], batch, lambda batch, offsets: None)
+    yield from bring(questions, stored[:max_blocks], batch, lambda batch, offsets: None)
 
 
 def load(
@@ -63,7 +63,7 @@ def load(
             for part in parts_of[key]:
                 part.row.load_from(pages.shard_address(offset, part.shard))
 
-    absent = yield from _bring(questions, list(parts_of), batch, copy)
+    absent = yield from bring(questions, list(parts_of), batch, copy)
     if absent is not None:
         name = f"block {parts_of[absent.key][0].block_id.hex()}"
         why = _WHY_ABSENT.get(absent.reason, str(absent.reason))
@@ -73,17 +73,19 @@ def load(
 
 
 @dataclass(frozen=True, slots=True)
-class _Absent:
+class Absent:
+    """A block that can't be had, and why."""
+
     key: Key
     reason: Outcome
 
 
-def _bring(
+def bring(
     questions: Questions,
     keys: list[Key],
     batch_size: int,
     copy: Callable[[Sequence[Key], Sequence[int]], None],
-) -> Steps[_Absent | None]:
+) -> Steps[Absent | None]:
     """Asks for the pages in batches, some ahead, and copies each batch as it comes. Returns the
     first block that can't be had."""
     todo = deque(batches(keys, batch_size))
@@ -118,7 +120,7 @@ def _bring(
             waits_for = "room in the node cache: raise cache_buffer_capacity_gb"
             todo.appendleft(rest)
         elif rest:
-            return _Absent(rest[0], reply.reason)
+            return Absent(rest[0], reply.reason)
     return None
 
 
