@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import hashlib
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
 from typing import Any
+
+import pytest
 
 from tests.integration.sglang.recorded import (
     CacheController,
@@ -16,6 +19,14 @@ from tests.integration.sglang.recorded import (
 )
 from tests.store.node.support import SOON_S, Place
 from ucm.integration.sglang.hicache import UcmHiCache
+
+
+def sglangs(module: str) -> Any:
+    """A module of SGLang's, whose import warns of much; the test is skipped where it can't be."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        return pytest.importorskip(f"sglang.srt.{module}", exc_type=ImportError)
+
 
 CLASS = {
     "backend_name": "ucm",

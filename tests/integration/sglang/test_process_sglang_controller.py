@@ -15,11 +15,11 @@ from typing import Any
 
 import pytest
 
-from tests.integration.sglang.instances import extra_config
+from tests.integration.sglang.instances import extra_config, sglangs
 from tests.integration.sglang.recorded import MHATokenToKVPoolHost, MLATokenToKVPoolHost
 from tests.store.node.support import SOON_S, Place, wait_until
 
-controllers = pytest.importorskip("sglang.srt.managers.cache_controller", exc_type=ImportError)
+controllers = sglangs("managers.cache_controller")
 torch = pytest.importorskip("torch")
 
 pytestmark = [pytest.mark.process, pytest.mark.filterwarnings("default")]

@@ -69,6 +69,7 @@ def served(tmp_path: Path) -> ServedModel:
         quantization_param_path=None,
         json_overrides="{}",
         context_length=None,
+        adapters=(),
     )
 
 
@@ -152,6 +153,20 @@ def test_what_the_engine_makes_of_a_model_is_in_the_name(
     assert fingerprint(manifest(served=replace(served, **change))) != fingerprint(
         manifest(served=served)
     )
+
+
+def test_an_adapter_is_known_by_its_files_for_sglang_goes_by_its_name(
+    served: ServedModel, tmp_path: Path
+) -> None:
+    folder = tmp_path / "adapter"
+    folder.mkdir()
+    (folder / "adapter_config.json").write_text("{}")
+    names = set()
+    for content in (b"one", b"two"):
+        (folder / "adapter_model.bin").write_bytes(content)
+        adapted = replace(served, adapters=(("a", str(folder)),))
+        names |= {fingerprint(manifest(served=adapted)), fingerprint(manifest(served=served))}
+    assert len(names) == 3
 
 
 def test_bytes_that_are_numbers_of_two_formats_are_told_apart(served: ServedModel) -> None:

@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from tests.integration.sglang.instances import CLASS, extra_config
+from tests.integration.sglang.instances import CLASS, extra_config, sglangs
 from tests.integration.sglang.recorded import (
     SIGNATURES,
     STORAGE_BATCH_SIZE,
@@ -19,6 +19,7 @@ from tests.integration.sglang.recorded import (
 )
 from tests.store.node.support import Place
 from ucm.integration.sglang.hicache import UcmHiCache
+from ucm.integration.sglang.served_model import read_served_model
 
 
 def parameters(method: Any) -> list[str]:
@@ -52,7 +53,7 @@ def test_the_door_needs_no_engine_and_no_torch() -> None:
 
 @pytest.fixture
 def sglang() -> Any:
-    return pytest.importorskip("sglang.srt.mem_cache.hicache_storage", exc_type=ImportError)
+    return sglangs("mem_cache.hicache_storage")
 
 
 def test_the_recorded_interface_is_sglangs(sglang: Any) -> None:
@@ -70,7 +71,7 @@ def test_the_recorded_interface_is_sglangs(sglang: Any) -> None:
 
 
 def test_sglangs_factory_makes_our_backend(sglang: Any, place: Place) -> None:
-    factory = pytest.importorskip("sglang.srt.mem_cache.storage.backend_factory")
+    factory = sglangs("mem_cache.storage.backend_factory")
     config = sglang.HiCacheStorageConfig(
         tp_rank=0,
         tp_size=1,
@@ -89,3 +90,26 @@ def test_sglangs_factory_makes_our_backend(sglang: Any, place: Place) -> None:
     assert backend.batch_exists(["no pool yet"]) == 0
     assert backend.get_stats() is None
     backend.close()
+
+
+def test_what_the_server_was_started_with_is_read_where_sglang_keeps_it(sglang: Any) -> None:
+    contexts = sglangs("runtime_context")
+    given: dict[str, Any] = {
+        "model_path": "/models/tiny",
+        "revision": "main",
+        "kv_cache_dtype": "fp8_e5m2",
+        "quantization": "fp8",
+        "json_model_override_args": '{"rope_theta": 5}',
+        "context_length": 4096,
+    }
+    adapters = sglangs("lora.lora_registry")
+    given["lora_paths"] = [adapters.LoRARef(lora_name="a", lora_path="/adapters/a")]
+    with contexts.get_context().override_server_args(**given):
+        served = read_served_model()
+    assert served is not None
+    assert (served.path, served.json_overrides) == ("/models/tiny", '{"rope_theta": 5}')
+    for name in ("revision", "kv_cache_dtype", "quantization", "context_length"):
+        assert getattr(served, name) == given[name]
+    assert served.adapters == (("a", "/adapters/a"),)
+    assert (served.load_format, served.dtype) == ("auto", "auto")
+    assert read_served_model() is None, "nothing is made up where there is no server"

@@ -44,7 +44,8 @@ class PageCounts:
     def missed(self, what: str, why: Outcome, num_pages: int, text: object = "") -> None:
         """`text` says more, to the log. That a page was never stored is no trouble."""
         with self._lock:
-            self._pages[f"{what}:{why}"] += num_pages
+            if num_pages:
+                self._pages[f"{what}:{why}"] += num_pages
             if why is not Outcome.NEVER_STORED:
                 said = f"{text}; " if text else ""
                 self._notices.warn(f"pages_{what}", f"{said}{why}; so far: {self}", of=str(why))

@@ -17,7 +17,7 @@ from ucm.config.settings import Settings
 from ucm.errors import UnsupportedEngine
 from ucm.integration.engine.model_files import model_place
 from ucm.store.blocks.model_shape import model_shape
-from ucm.store.blocks.weights import weights_identity
+from ucm.store.blocks.weights import lora_digest, weights_identity
 
 _WIDE_DTYPES = {"half": "float16", "float": "float32"}
 
@@ -35,12 +35,15 @@ class ServedModel:
     quantization_param_path: str | None
     json_overrides: str
     context_length: int | None
+    # Names and paths of --lora-paths, of which SGLang makes what tells their pages apart. What is
+    # loaded at run time is told apart by an id that no other server has.
+    adapters: tuple[tuple[str, str], ...]
 
 
 def read_served_model() -> ServedModel | None:
     """None where this is no process of an SGLang server of a version that keeps these there."""
     try:
-        from sglang.srt.runtime_context import get_model
+        from sglang.srt.runtime_context import get_lora, get_model
 
         model = get_model()
         return ServedModel(
@@ -53,6 +56,9 @@ def read_served_model() -> ServedModel | None:
             quantization_param_path=_text(model.quantization_param_path),
             json_overrides=str(model.json_model_override_args or "{}"),
             context_length=model.context_length,
+            adapters=tuple(
+                (str(each.lora_name), str(each.lora_path)) for each in get_lora().lora_paths or ()
+            ),
         )
     except Exception:  # noqa: BLE001 (what another version raises is not known)
         return None
@@ -99,7 +105,12 @@ def model_identity(
         return ModelIdentity(
             f"model_id:{settings.model_id}", kv_dtype, kv_dtype, scales, "none", {}
         )
-    shape = {"overrides": json.loads(served.json_overrides)} if served.json_overrides else {}
+    shape = {
+        "overrides": json.loads(served.json_overrides),
+        "adapters": {
+            name: lora_digest(model_place(path, None)).hex() for name, path in served.adapters
+        },
+    }
     if settings.model_id is not None:
         dtype = _WIDE_DTYPES.get(served.dtype, served.dtype)
         # Whoever names the model names what its files and the engine make of its weights.
