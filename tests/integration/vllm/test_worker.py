@@ -269,40 +269,6 @@ def test_layer_by_layer_is_refused_with_micro_batches() -> None:
     refuse_layerwise_with_micro_batches(SimpleNamespace(use_ubatching=False), settings)
 
 
-@pytest.mark.parametrize("bench", [{"can_sleep": True}], indirect=True, ids=["can sleep"])
-def test_a_step_of_an_engine_that_can_sleep_leaves_no_copy_that_the_device_does_not_know(
-    bench: Bench, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """Before vLLM unmaps the KV cache it waits for the device, and only for that: a copy that is
-    still in a lane's queue would touch memory that is gone."""
-    bench.pin()
-    page_in(bench.arena, GEOMETRY, 1).fill_(7)
-    bench.write(3)
-    issued = threading.Event()
-    wait = SimulatedDevice.wait
-
-    def slowly(self, event) -> None:
-        if threading.current_thread().name.startswith("ucm-"):
-            assert not issued.wait(0.3)
-        wait(self, event)
-
-    monkeypatch.setattr(SimulatedDevice, "wait", slowly)
-    step = StepMetadata(dumps=(job(1, 0),), loads=(job(2, 1, (4, 5, 6, 7)),))
-    bench.connector.handle_preemptions(step)
-    bench.connector.bind_connector_metadata(step)
-    bench.connector.start_load_kv(None)
-    bench.connector.wait_for_save()
-    bench.device.synchronize()
-    real = [bench.device.real(t) for t in bench.rank.cache.layers]
-    for tensor in real:
-        assert bool((tensor[4:8] == 7).all())
-        tensor.fill_(9)  # memory that is gone, or that somebody else has
-    assert bench.until_ended(1, 2) == set()
-    bench.device.synchronize()
-    assert all(bool((tensor == 9).all()) for tensor in real)
-    assert bool((page_in(bench.arena, GEOMETRY, 0) == 3).all())
-
-
 @pytest.mark.parametrize(
     ("tokens", "pays"), [(16, False), (32, False), (128, True)], ids=["16", "32", "whole page"]
 )

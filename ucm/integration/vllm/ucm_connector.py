@@ -106,6 +106,12 @@ class UCMConnector(KVConnectorBase_V1, _HybridSupport):
         """Layer by layer needs Python between the layers."""
         return load_settings(extra_config).use_layerwise
 
+    @classmethod
+    def supports_sleep_mode(cls, kv_transfer_config: Any) -> bool:
+        """vLLM maps other memory to the addresses it had: views of it stay good, and no copy is
+        under way."""
+        return True
+
     @property
     def requires_kv_delivery(self) -> bool:
         """A dump that is dropped is a later miss, never a reason to compute again here."""
@@ -115,6 +121,10 @@ class UCMConnector(KVConnectorBase_V1, _HybridSupport):
 
     def register_kv_caches(self, kv_caches: dict[str, torch.Tensor]) -> None:
         self._rank.register(kv_caches)
+
+    def unregister_kv_caches(self) -> None:
+        """Their memory goes after this, until vLLM wakes up."""
+        self._rank.drain()
 
     def handle_preemptions(self, kv_connector_metadata: KVConnectorMetadata) -> None:
         assert isinstance(kv_connector_metadata, StepMetadata)

@@ -201,6 +201,13 @@ class WorkerSide:
             # vLLM waits for the device, and for nobody's queue, before it unmaps the KV cache.
             self._engine.wait_until_queued()
 
+    def drain(self) -> None:
+        """No copy touches the KV cache after this, until the next step."""
+        if self._engine is not None:
+            self._engine.wait_until_queued()
+            if torch.accelerator.is_available():
+                torch.accelerator.synchronize()
+
     def take_finished(self, step: StepMetadata) -> tuple[set[str], set[str]]:
         """Requests whose copies out have ended (vLLM may free their blocks) and whose loads have
         arrived. Collects what the next report says."""
