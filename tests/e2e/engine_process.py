@@ -44,6 +44,32 @@ class Engine:
         self._engine.abort_request([name])
         return computed
 
+    def pause(self, prompt: list[int], max_tokens: int, mode: str, num_steps: int) -> list[int]:
+        """After so many steps of it, and for some more. What is answered in the end."""
+        core = self._engine.engine_core.engine_core
+        name = f"paused-{time.monotonic_ns()}"
+        given = self._sampling(max_tokens)
+        self._engine.add_request(name, {"prompt_token_ids": prompt}, given)
+        tokens: list[int] = []
+        outputs = [each for _ in range(num_steps) for each in self._engine.step()]
+        core.pause_scheduler(mode, clear_cache=False)
+        outputs += [each for _ in range(5) for each in self._engine.step()]
+        core.resume_scheduler()
+        until_s = time.monotonic() + _DRAIN_S
+        while self._scheduler.get_num_unfinished_requests() and time.monotonic() < until_s:
+            outputs += self._engine.step()
+        if mode == "abort":
+            # Here nobody tells the other half of the engine, as its process would.
+            self._engine.abort_request([name])
+        for each in outputs:
+            tokens = list(each.outputs[0].token_ids)
+        return tokens
+
+    def sleep(self) -> None:
+        core = self._engine.engine_core.engine_core
+        core.sleep(level=1, mode="abort")
+        core.wake_up()
+
     def _computed(self) -> int:
         return sum(each.num_computed_tokens for each in self._scheduler.running)
 

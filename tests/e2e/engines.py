@@ -6,9 +6,12 @@ import json
 import os
 import subprocess
 import sys
+from collections.abc import Sequence
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
+
+import pytest
 
 from examples.cluster.processes import MIB, VLLM_ENVIRONMENT
 from tests.e2e.engine_process import ANSWER
@@ -17,8 +20,29 @@ from tests.source import ROOT
 # What `make` installs beside the version that the other tests run on: vLLM alone, without what it
 # needs, which is the same.
 OTHERS = Path(sys.prefix) / "versions"
+# What was built for another torch finds it here.
+OLD_TORCH = OTHERS / "torch-2.11.0"
+# Over the kernels of the version of the other tests.
+PYTHON_ALONE = ("0.33.0",)
+NEEDS_OLD_TORCH = ("0.23.", "0.24.", "0.25.", "0.26.")
 # Of 128 tokens. One is vLLM's own.
 NUM_BLOCKS = 20
+
+
+def environment_of(version: str) -> dict[str, str]:
+    """With it an interpreter imports that vLLM, and this UCM."""
+    places = [OTHERS / version] if version else []
+    if version.startswith(NEEDS_OLD_TORCH):
+        places.append(OLD_TORCH)
+    # What was built for CUDA would look for it.
+    device = {"VLLM_TARGET_DEVICE": "cpu"} if version in PYTHON_ALONE else {}
+    return {"PYTHONPATH": os.pathsep.join(map(str, [*places, ROOT])), **device}
+
+
+def fail_without(versions: Sequence[str]) -> None:
+    missing = [each for each in versions if each and not (OTHERS / each / "vllm").is_dir()]
+    if missing:
+        pytest.fail(f"vLLM {', '.join(missing)} is not installed: `make test-versions` does it")
 
 
 class EngineProcess:
@@ -46,12 +70,11 @@ class EngineProcess:
         }
         if kv_transfer is not None:
             flags["kv_transfer_config"] = kv_transfer
-        places = [str(OTHERS / version)] if version else []
         environment = {
             **os.environ,
             **VLLM_ENVIRONMENT,
             "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
-            "PYTHONPATH": os.pathsep.join([*places, str(ROOT)]),
+            **environment_of(version),
         }
         with log.open("wb") as errors:
             self._process = subprocess.Popen(

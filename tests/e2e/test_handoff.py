@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import json
-from functools import partial
 
 import pytest
 
-from examples.cluster.processes import HttpServer
-from tests.e2e.checks import Prompt, at_once, counted, handed_over, handed_over_since, make_prompt
+from tests.e2e.checks import counted, handed_over, handed_over_since, make_prompt
 from tests.e2e.deployment import MAX_TOKENS, Deployment, Oracle
 from tests.e2e.proxies import ONE_TO_ONE, proxy
+from tests.e2e.races import race
 
 pytestmark = [pytest.mark.vllm, pytest.mark.timeout(600)]
 
@@ -19,9 +18,6 @@ PLACES = {
     "one node": {"p1": "chunk512", "d1": "chunk512-layerwise"},
     "two nodes": {"p1": "chunk512-layerwise", "d1": "chunk4096"},
 }
-NUM_CLIENTS = 4
-NUM_ANSWERED = 4
-RACING = [make_prompt(1500, f"race {i}") for i in range(100)]
 
 
 @pytest.mark.parametrize(
@@ -36,26 +32,8 @@ RACING = [make_prompt(1500, f"race {i}") for i in range(100)]
 def test_decode_asked_at_once_loads_every_promised_token_of_every_prompt(
     float32_fleet: Deployment, oracle: Oracle, place: str, handoff: str, num_prompts: int
 ) -> None:
-    prompts = RACING[:num_prompts]
-    expected = oracle.answers(prompts, max_tokens=NUM_ANSWERED)
-    decode = float32_fleet[PLACES[place]["d1"]]
-    vllm_before, before = decode.client.counters(), handed_over(decode.client)
-
-    def client(server: HttpServer, mine: list[Prompt]) -> None:
-        for prompt in mine:
-            # A salt makes keys that nobody has stored, for tokens that the oracle has answered.
-            salt = f"{place} {handoff} {num_prompts}"
-            answer = server.client.complete(prompt, max_tokens=NUM_ANSWERED, cache_salt=salt)
-            assert answer.token_ids == expected[prompt]
-
-    with proxy(float32_fleet, f"{ONE_TO_ONE} --handoff {handoff}", PLACES[place]) as server:
-        at_once(partial(client, server, prompts[i::NUM_CLIENTS]) for i in range(NUM_CLIENTS))
-    promised = num_prompts * 1499
-    gained = handed_over_since(decode.client, before, promised)
-    assert (gained.promised, gained.loaded, gained.recomputed) == (promised, promised, {})
-    assert gained.receipts == ({"taken": num_prompts} if handoff == "chain" else {})
-    hits = counted(decode.client, vllm_before, num_prompts * 1500).external_hits
-    assert hits == num_prompts * decode.handed_over_tokens(prompts[0])
+    salt = f"{place} {handoff} {num_prompts}"
+    race(float32_fleet, oracle, PLACES[place], handoff, num_prompts=num_prompts, salt=salt)
 
 
 @pytest.mark.parametrize("place", PLACES)

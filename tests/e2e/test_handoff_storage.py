@@ -25,7 +25,7 @@ from tests.e2e.checks import (
 )
 from tests.e2e.deployment import Deployment, Engine, Oracle
 from tests.e2e.node import Node, is_alive
-from tests.e2e.test_handoff import NUM_ANSWERED, RACING
+from tests.e2e.races import NUM_ANSWERED, RACING
 from tests.faults.fuse import FuseMount, mount_fuse, needs_fuse
 from ucm.errors import UcmError
 from ucm.handoff import Wanted, params

@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import json
+import os
+import subprocess
+import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import partial
@@ -10,11 +14,12 @@ from typing import Any
 
 import pytest
 
-from examples.cluster.processes import ucm_connector
+from examples.cluster.processes import VLLM_ENVIRONMENT, ucm_connector
 from tests.e2e.checks import Prompt, at_once, make_prompt
 from tests.e2e.deployment import Deployment
-from tests.e2e.engines import OTHERS, EngineProcess
+from tests.e2e.engines import EngineProcess, environment_of, fail_without
 from tests.e2e.node import Node, engine_sessions
+from tests.e2e.versions import BETWEEN, BORDERS, ENDS
 from tests.source import ROOT
 
 pytestmark = [pytest.mark.vllm, pytest.mark.timeout(600)]
@@ -24,10 +29,6 @@ MAX_TOKENS = 8
 # Each has five full blocks, and grows into a seventh: three need more blocks than there are.
 CROWD = (760, 761, 762)
 CROWD_TOKENS = 16
-PINNED = (ROOT / "requirements" / "versions.txt").read_text()
-# The version of the other tests is spelled as nothing.
-ALL = ("", *(line.split("==")[1] for line in PINNED.splitlines() if "==" in line))
-BORDERS = ("", "0.28.0", "0.30.0")
 
 
 @dataclass
@@ -70,9 +71,7 @@ class Fleet:
 
 @pytest.fixture
 def fleet(request: pytest.FixtureRequest, tmp_path: Path, tiny_model: Path) -> Iterator[Fleet]:
-    missing = [each for each in request.param if each and not (OTHERS / each / "vllm").is_dir()]
-    if missing:
-        pytest.fail(f"vLLM {', '.join(missing)} is not installed: `make test-versions` does it")
+    fail_without(request.param)
     made = Fleet(Deployment(tmp_path, tiny_model), tiny_model, request.param)
     yield made
     made.end()
@@ -82,7 +81,8 @@ def fleet(request: pytest.FixtureRequest, tmp_path: Path, tiny_model: Path) -> I
     "fleet",
     [
         pytest.param(BORDERS, id="borders"),
-        pytest.param(ALL, id="all", marks=[pytest.mark.long, pytest.mark.versions]),
+        pytest.param(ENDS, id="ends", marks=[pytest.mark.long, pytest.mark.versions]),
+        pytest.param(BETWEEN, id="between", marks=[pytest.mark.long, pytest.mark.versions]),
     ],
     indirect=True,
 )
@@ -152,3 +152,54 @@ def check_decode(
     assert engine("preemptions") > 0, f"{engine}"
     assert 0 < engine("abort", make_prompt(1500, f"aborted by {engine}"))
     assert engine("drain") == [], f"{engine}"
+    check_pauses(engine, next(iter(prompts.values()))[-1], expected)
+
+
+def check_pauses(engine: EngineProcess, prompt: Prompt, expected: _Answers) -> None:
+    """In the middle of a load or of an answer, and asleep. A CPU has no memory to give back, but
+    all that vLLM asks of a connector before it does."""
+    for num_steps in (1, 2, 4):
+        what = f"{engine}, paused after {num_steps} steps"
+        assert engine("pause", prompt, MAX_TOKENS, "keep", num_steps) == expected[prompt], what
+        assert len(engine("pause", prompt, MAX_TOKENS, "abort", num_steps)) < MAX_TOKENS, what
+        assert engine("drain") == [], what
+    for _ in range(2):
+        engine("sleep")
+        ((answer),) = engine("ask", [prompt], MAX_TOKENS)
+        assert answer["tokens"] == expected[prompt], f"{engine}, slept"
+        # The weights may be others now: nothing of before is loaded.
+        assert answer["cached"] == 0, f"{engine}, slept"
+        assert engine("drain") == [], f"{engine}, slept"
+        ((answer),) = engine("ask", [prompt], MAX_TOKENS)
+        assert answer["tokens"] == expected[prompt], f"{engine}, awake"
+        assert answer["cached"] == len(prompt) // 128 * 128, f"{engine}, awake"
+        assert engine("drain") == [], f"{engine}, awake"
+
+
+@pytest.mark.parametrize(
+    "version",
+    [
+        "",
+        *(
+            pytest.param(each, marks=[pytest.mark.long, pytest.mark.versions])
+            for each in sorted({*ENDS, *BETWEEN} - {""})
+        ),
+    ],
+    ids=lambda version: version or "own",
+)
+def test_to_import_the_connector_changes_nothing_of_vllm_and_starts_nothing(version: str) -> None:
+    fail_without([version])
+    probe = subprocess.run(
+        [sys.executable, str(ROOT / "tests/e2e/import_probe.py")],
+        env={**os.environ, **VLLM_ENVIRONMENT, **environment_of(version)},
+        capture_output=True,
+        text=True,
+        timeout=180,
+    )
+    assert probe.returncode == 0, probe.stderr[-3000:]
+    told = json.loads(probe.stdout.splitlines()[-1])
+    assert told["loaded by the package"] == []
+    assert told["registered"] == ["UCMConnector"]
+    assert told["changed"] == []
+    assert told["started"] == []
+    assert told["seen"] > 1000, "it has looked at vLLM"

@@ -28,6 +28,9 @@ def engine_facts(vllm_config: Any, kv_cache_config: Any, settings: Settings) -> 
     layers = cached_layers(kv_cache_config)
     _refuse_spread_engines(parallel)
     refuse_layerwise_with_micro_batches(parallel, settings)
+    kinds = {(layer.group, layer.reach) for layer in layers}
+    # Before they are looked at: of others, old versions don't say all that is to be known.
+    refuse_what_fails_untold(one_plain_group=len(kinds) == 1 and layers[0].reach == ALL)
     strands, targets = read_strands(vllm_config, layers, settings)
     _refuse_states_inside_blocks(vllm_config, strands)
     plain = len(targets) == 1 and strands[0].reach == ALL

@@ -17,10 +17,10 @@ from ucm.integration.engine.dump_state import DeviceBlocks
 logger = logging.getLogger(__name__)
 
 # Before it nobody has tried.
-OLDEST: Final = (0, 28)
+OLDEST: Final = (0, 23)
 # vLLM's offloading tells a tier where in its prompt a row lies.
 OLDEST_TIERING: Final = (0, 31)
-NEWEST_TRIED: Final = (0, 32)
+NEWEST_TRIED: Final = (0, 33)
 
 
 def check_version(version: str, *, oldest: tuple[int, int] = OLDEST) -> None:
@@ -66,16 +66,17 @@ def refuse_what_fails_untold(*, one_plain_group: bool) -> None:
 
 
 class BlockTables:
-    """The device blocks of the requests of a step. Since 0.29 vLLM tells them; before, it tells
-    once what is new."""
+    """The device blocks of the requests of a step. Since 0.30 vLLM tells them; before, it tells
+    what is new, 0.29 with the whole table of those that it names."""
 
     def __init__(self) -> None:
         self._blocks: dict[str, list[list[int]]] = {}
 
     def of_step(self, output: Any) -> Callable[[str], DeviceBlocks]:
         """Call it once a step. Good for the requests that are scheduled in it, until the next."""
-        if hasattr(output, "kv_connector_block_state"):
-            told: Callable[[str], DeviceBlocks] = output.kv_connector_block_state.get_block_ids
+        state = getattr(output, "kv_connector_block_state", None)
+        told: Callable[[str], DeviceBlocks] | None = getattr(state, "get_block_ids", None)
+        if told is not None:
             return told
         for request_id in output.finished_req_ids:
             self._blocks.pop(request_id, None)
@@ -89,6 +90,8 @@ class BlockTables:
                 known = self._blocks.setdefault(request_id, [[] for _ in more])
                 for group, blocks in zip(known, more, strict=True):
                     group.extend(blocks)
+        for request_id, table in getattr(state, "block_ids", {}).items():
+            self._blocks[request_id] = [list(group) for group in table]
         return lambda request_id: tuple(self._blocks[request_id])
 
 
@@ -107,6 +110,30 @@ def writes_before_hooks(output: Any) -> bool:
 
 def tokens_per_state(spec: Any) -> Any:
     return getattr(spec, "tokens_per_state", getattr(spec, "compress_ratio", 1))
+
+
+def packs_states(spec: Any) -> bool:
+    """Whether an attention layer's block holds anything but the K and V of each of its tokens.
+    Before 0.28 only the number of its bytes tells, which leaves out the scales of single heads."""
+    if tokens_per_state(spec) != 1:
+        return True
+    if hasattr(spec, "state_content_bytes"):
+        return spec.state_content_bytes is not None
+    from vllm.v1.kv_cache_interface import MLAAttentionSpec
+
+    token_size = spec.head_size if isinstance(spec, MLAAttentionSpec) else _kv_size(spec)
+    plain_bytes = spec.block_size * spec.num_kv_heads * token_size * spec.dtype.itemsize
+    return bool(spec.kv_quant_mode.is_per_token_head or block_bytes(spec) != plain_bytes)
+
+
+def _kv_size(spec: Any) -> int:
+    return int(spec.head_size + getattr(spec, "head_size_v", spec.head_size))
+
+
+def block_bytes(spec: Any) -> int:
+    """What of a block is used."""
+    new_name = hasattr(spec, "unpadded_page_size_bytes")
+    return int(spec.unpadded_page_size_bytes if new_name else spec.real_page_size_bytes)
 
 
 def hides_unlike_specs(kv_cache_config: Any, group: Any) -> bool:

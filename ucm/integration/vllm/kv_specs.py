@@ -12,7 +12,12 @@ from dataclasses import dataclass
 from typing import Any, Final
 
 from ucm.errors import UnsupportedEngine
-from ucm.integration.vllm.engine_versions import hides_unlike_specs, runs_of_specs, tokens_per_state
+from ucm.integration.vllm.engine_versions import (
+    hides_unlike_specs,
+    packs_states,
+    runs_of_specs,
+    tokens_per_state,
+)
 from ucm.store.blocks.strands import ALL, STATE, Reach, ReachKind
 
 _SHOWN_LAYERS: Final = 3
@@ -148,7 +153,7 @@ def _refuse_what_is_no_plain_kv(spec: Any, reach: Reach) -> None:
         raise UnsupportedEngine(
             "this model's attention is not causal: a token's KV depends on those that follow it"
         )
-    if spec.state_content_bytes is not None or tokens_per_state(spec) != 1:
+    if packs_states(spec):
         raise UnsupportedEngine("this KV cache dtype packs its own scales or states into a block")
 
 

@@ -7,7 +7,7 @@ from typing import Any
 from ucm.config.settings import Settings
 from ucm.errors import UnsupportedEngine
 from ucm.integration.copies.layout_kind import LayoutKind
-from ucm.integration.vllm.engine_versions import layout_in_use, release_text
+from ucm.integration.vllm.engine_versions import block_bytes, layout_in_use, release_text
 from ucm.store.blocks.page_layout import PageGeometry
 
 # The instruction sets of vLLM's CPU attention whose order inside a block is a strided view.
@@ -98,7 +98,7 @@ def geometry_of(
             spec,
             num_layers=num_layers,
             num_heads=int(vllm_config.parallel_config.tensor_parallel_size),
-            block_bytes=int(spec.unpadded_page_size_bytes),
+            block_bytes=block_bytes(spec),
         )
     if layout is LayoutKind.MLA:
         heads = 1
