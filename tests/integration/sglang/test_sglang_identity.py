@@ -69,6 +69,7 @@ def served(tmp_path: Path) -> ServedModel:
         quantization_param_path=None,
         json_overrides="{}",
         context_length=None,
+        other_weights=(),
         adapters=(),
     )
 
@@ -226,6 +227,37 @@ def test_a_draft_in_the_pages_needs_a_name(served: ServedModel) -> None:
     with pytest.raises(UnsupportedEngine, match="layers of a draft model"):
         manifest(changed(MHATokenToKVPoolHost(), target_layer_num=2), served=served)
     manifest(changed(MHATokenToKVPoolHost(), target_layer_num=2), model_id="both")
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        ({"load_format": "dummy"}, "--load-format dummy"),
+        ({"load_format": "remote_instance"}, "--load-format remote_instance"),
+        ({"other_weights": ("--kt-weight-path",)}, "--kt-weight-path: the weights"),
+    ],
+    ids=repr,
+)
+def test_weights_that_are_not_the_models_files_need_a_name(
+    served: ServedModel, change: dict[str, Any], words: str
+) -> None:
+    with pytest.raises(UnsupportedEngine, match=words):
+        manifest(served=replace(served, **change))
+    named = manifest(served=replace(served, **change), model_id="as it is loaded")
+    assert named.weights == "model_id:as it is loaded"
+
+
+def test_a_base_models_file_in_mistrals_format_is_not_what_a_fine_tune_is_known_by(
+    served: ServedModel,
+) -> None:
+    """SGLang loads it where it is told to, and vLLM wherever it is there."""
+    tuned = Path(served.path) / "model.safetensors"
+    (Path(served.path) / "consolidated.safetensors").write_bytes(tuned.read_bytes())
+    mistral = replace(served, load_format="mistral")
+    before, base = manifest(served=served), manifest(served=mistral)
+    tuned.write_bytes(tuned.read_bytes()[:-1] + b"!")
+    assert fingerprint(manifest(served=served)) != fingerprint(before)
+    assert fingerprint(manifest(served=mistral)) == fingerprint(base)
 
 
 def test_scales_from_a_file_are_refused(served: ServedModel) -> None:

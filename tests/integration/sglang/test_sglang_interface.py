@@ -70,6 +70,7 @@ def test_the_recorded_interface_is_sglangs(sglang: Any) -> None:
     assert sglang.STORAGE_BATCH_SIZE == STORAGE_BATCH_SIZE
 
 
+@pytest.mark.filterwarnings("default")
 def test_sglangs_factory_makes_our_backend(sglang: Any, place: Place) -> None:
     factory = sglangs("mem_cache.storage.backend_factory")
     config = sglang.HiCacheStorageConfig(
@@ -80,7 +81,7 @@ def test_sglangs_factory_makes_our_backend(sglang: Any, place: Place) -> None:
         attn_cp_rank=0,
         attn_cp_size=1,
         is_mla_model=False,
-        enable_storage_metrics=False,
+        enable_storage_metrics=True,
         is_page_first_layout=True,
         model_name="tiny",
         extra_config=extra_config(place),
@@ -88,10 +89,14 @@ def test_sglangs_factory_makes_our_backend(sglang: Any, place: Place) -> None:
     backend = factory.StorageBackendFactory.create_backend("dynamic", config, object())
     assert isinstance(backend, UcmHiCache)
     assert backend.batch_exists(["no pool yet"]) == 0
-    assert backend.get_stats() is None
+    backend.counts.note_transfer(is_load=True, num_pages=3, nbytes=4_000_000_000, took_s=2.0)
+    stats = backend.get_stats()
+    assert (stats.prefetch_pgs, stats.prefetch_bandwidth) == ([3], [2.0])
+    assert (stats.backup_pgs, stats.backup_bandwidth) == ([], [])
     backend.close()
 
 
+@pytest.mark.filterwarnings("default")
 def test_what_the_server_was_started_with_is_read_where_sglang_keeps_it(sglang: Any) -> None:
     contexts = sglangs("runtime_context")
     given: dict[str, Any] = {
@@ -101,6 +106,8 @@ def test_what_the_server_was_started_with_is_read_where_sglang_keeps_it(sglang: 
         "quantization": "fp8",
         "json_model_override_args": '{"rope_theta": 5}',
         "context_length": 4096,
+        "rl_quant_profile": "/profile",
+        "kt_weight_path": "/experts",
     }
     adapters = sglangs("lora.lora_registry")
     given["lora_paths"] = [adapters.LoRARef(lora_name="a", lora_path="/adapters/a")]
@@ -110,6 +117,7 @@ def test_what_the_server_was_started_with_is_read_where_sglang_keeps_it(sglang: 
     assert (served.path, served.json_overrides) == ("/models/tiny", '{"rope_theta": 5}')
     for name in ("revision", "kv_cache_dtype", "quantization", "context_length"):
         assert getattr(served, name) == given[name]
+    assert served.other_weights == ("--rl-quant-profile", "--kt-weight-path")
     assert served.adapters == (("a", "/adapters/a"),)
     assert (served.load_format, served.dtype) == ("auto", "auto")
     assert read_served_model() is None, "nothing is made up where there is no server"

@@ -11,7 +11,7 @@ import json
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Final
 
 from ucm.config.settings import Settings
 from ucm.errors import UnsupportedEngine
@@ -20,6 +20,16 @@ from ucm.store.blocks.model_shape import model_shape
 from ucm.store.blocks.weights import lora_digest, weights_identity
 
 _WIDE_DTYPES = {"half": "float16", "float": "float32"}
+# Those that load the files in the model's folder and nothing else.
+_FORMATS_OF_FILES: Final = frozenset(
+    {"auto", "safetensors", "pt", "npcache", "gguf", "bitsandbytes", "mistral", "layered"}
+    | {"fastsafetensors", "instanttensor", "runai_streamer"}
+)
+# Settings of SGLang's that make weights of something beside these files, or in a way of their own.
+_OTHER_WEIGHTS: Final = (
+    *("modelopt_quant", "modelopt_checkpoint_restore_path", "rl_quant_profile"),
+    "decrypted_config_file",
+)
 
 
 @dataclass(frozen=True)
@@ -35,6 +45,8 @@ class ServedModel:
     quantization_param_path: str | None
     json_overrides: str
     context_length: int | None
+    # Flags of settings that are set and make other weights than the model's files hold.
+    other_weights: tuple[str, ...]
     # Names and paths of --lora-paths, of which SGLang makes what tells their pages apart. What is
     # loaded at run time is told apart by an id that no other server has.
     adapters: tuple[tuple[str, str], ...]
@@ -43,9 +55,11 @@ class ServedModel:
 def read_served_model() -> ServedModel | None:
     """None where this is no process of an SGLang server of a version that keeps these there."""
     try:
-        from sglang.srt.runtime_context import get_lora, get_model
+        from sglang.srt.runtime_context import get_exec, get_lora, get_model
 
         model = get_model()
+        others = {name: getattr(model, name) for name in _OTHER_WEIGHTS}
+        others["kt_weight_path"] = get_exec().moe.kt_weight_path
         return ServedModel(
             path=str(model.model_path),
             revision=_text(model.revision),
@@ -56,6 +70,7 @@ def read_served_model() -> ServedModel | None:
             quantization_param_path=_text(model.quantization_param_path),
             json_overrides=str(model.json_model_override_args or "{}"),
             context_length=model.context_length,
+            other_weights=tuple(_flag(name) for name, value in others.items() if value is not None),
             adapters=tuple(
                 (str(each.lora_name), str(each.lora_path)) for each in get_lora().lora_paths or ()
             ),
@@ -72,6 +87,10 @@ def is_rocm() -> bool:
         return bool(is_hip())
     except Exception:  # noqa: BLE001 (as above)
         return False
+
+
+def _flag(name: str) -> str:
+    return "--" + name.replace("_", "-")
 
 
 def _text(value: Any) -> str | None:
@@ -116,10 +135,13 @@ def model_identity(
         # Whoever names the model names what its files and the engine make of its weights.
         identity = f"model_id:{settings.model_id}"
         return ModelIdentity(identity, dtype, kv_dtype, scales, "none", _given(shape))
+    _refuse_other_weights(served)
     place = model_place(served.path, served.revision)
     config = _config(place)
+    # Unlike vLLM, SGLang takes Mistral's one file of all weights only where it is told to.
+    load_format = "mistral" if served.load_format == "mistral" else "safetensors"
     return ModelIdentity(
-        weights=weights_identity(place, load_format=served.load_format),
+        weights=weights_identity(place, load_format=load_format),
         model_dtype=_model_dtype(served, config),
         kv_dtype=kv_dtype,
         kv_scales=scales,
@@ -127,6 +149,19 @@ def model_identity(
         shape=model_shape(_text_config(config), max_model_len=served.context_length)
         | _given(shape),
     )
+
+
+def _refuse_other_weights(served: ServedModel) -> None:
+    if served.load_format not in _FORMATS_OF_FILES:
+        raise UnsupportedEngine(
+            f"--load-format {served.load_format}: the model's files don't say which weights these "
+            f"are: set model_id, to the same text on all instances that serve them"
+        )
+    if served.other_weights:
+        raise UnsupportedEngine(
+            f"{', '.join(served.other_weights)}: the weights are not those of the model's files "
+            f"alone: set model_id, to the same text on all instances that serve them"
+        )
 
 
 def _given(shape: dict[str, object]) -> dict[str, object]:
