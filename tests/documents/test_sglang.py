@@ -11,6 +11,7 @@ from tests.integration.sglang.recorded import VERSION
 from ucm.config.settings import Settings, load_settings_file
 from ucm.integration.sglang.extra_config import settings_of
 from ucm.integration.sglang.identity import LAYOUTS
+from ucm.integration.sglang.page_store import MAX_CALL_S
 
 TEXT = (ROOT / "docs" / "sglang.md").read_text()
 
@@ -43,6 +44,7 @@ def test_the_times_that_calls_wait_are_those_of_the_settings() -> None:
     assert said == {
         name: str(by_name[name] // 1000) for name in ("lookup_timeout_ms", "dump_timeout_ms")
     }
+    assert f"a call has returned after {MAX_CALL_S:g} s" in TEXT
 
 
 def test_the_table_of_engines_has_the_layouts_that_are_taken_and_the_version_that_was_read() -> (

@@ -22,6 +22,7 @@ from tests.integration.sglang.recorded import (
 )
 from tests.store.node.support import Place, kill, wait_until
 from ucm.errors import ConfigError, UnsupportedEngine
+from ucm.integration.sglang import page_store
 from ucm.store.blocks.blockfile import HEADER_BYTES
 
 pytestmark = pytest.mark.process
@@ -204,6 +205,23 @@ def test_a_node_cache_that_stands_still_costs_one_wait_and_then_nothing(place: P
         empty(one)
         assert one.prefetch(HASHES, SECOND) == len(HASHES)
         assert all(holds(one, *pair) for pair in zip(HASHES, SECOND, strict=True))
+
+
+def test_no_call_waits_as_long_as_sglang_does_for_a_thread_that_is_to_stop(
+    place: Place, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert page_store.MAX_CALL_S < 10
+    monkeypatch.setattr(page_store, "MAX_CALL_S", 1.5)
+    with rank(place, lookup_timeout_ms=120_000, dump_timeout_ms=120_000) as one:
+        (pid,) = place.pids()
+        os.kill(pid, signal.SIGSTOP)
+        try:
+            began_s = time.monotonic()
+            assert one.backup(HASHES, FIRST) == 0
+            assert one.prefetch(HASHES, FIRST) == 0
+            assert time.monotonic() - began_s < 60
+        finally:
+            os.kill(pid, signal.SIGCONT)
 
 
 def test_a_prompt_that_is_larger_than_the_node_cache_goes_through_storage(place: Place) -> None:

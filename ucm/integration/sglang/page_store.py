@@ -40,6 +40,8 @@ from ucm.store.node import protocol as p
 
 logger = logging.getLogger(__name__)
 
+# SGLang gives a thread that is to stop 10 s; one that still waits then is an error of the server's.
+MAX_CALL_S: Final = 9.0
 # A task ends in its time by itself; this is for a thread that gets no CPU.
 _GRACE_S: Final = 1.0
 # A cold prompt ends at its first page.
@@ -68,8 +70,8 @@ class PageStore:
         self._page = page
         self._names = BlockNames(namespace.fingerprint(page.manifest()))
         name = f"sglang-{os.getpid()}-{uuid.uuid4().hex}"
-        self._load_timeout_s = settings.lookup_timeout_ms / 1000
-        self._dump_timeout_s = settings.dump_timeout_ms / 1000
+        self._load_timeout_s = _task_s(settings.lookup_timeout_ms)
+        self._dump_timeout_s = _task_s(settings.dump_timeout_ms)
         self._loads = Driver(
             settings.store, page, name=f"{name}-load", timeout_s=self._load_timeout_s
         )
@@ -163,6 +165,10 @@ class PageStore:
             nbytes=num_done * self._page.page_bytes,
             took_s=time.monotonic() - began_s,
         )
+
+
+def _task_s(timeout_ms: int) -> float:
+    return min(timeout_ms / 1000, MAX_CALL_S - _GRACE_S)
 
 
 def _stored(questions: Questions, keys: Sequence[Key], reached: _Reached) -> Steps[None]:
