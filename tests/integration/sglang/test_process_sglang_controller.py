@@ -1,4 +1,4 @@
-"""SGLang's own cache controller, with its threads, over its own host pools and our backend.
+"""SGLang's own cache controllers, with their threads, over its own host pools and our backend.
 
 Skipped where SGLang can't be imported, as in the suite's own environment. What it needs of a
 machine (an accelerator, a process group) is replaced by what says that there is one rank; what is
@@ -11,7 +11,7 @@ import threading
 from collections.abc import Callable, Iterator
 from queue import Queue
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, ClassVar
 
 import pytest
 
@@ -20,6 +20,8 @@ from tests.integration.sglang.recorded import MHATokenToKVPoolHost, MLATokenToKV
 from tests.store.node.support import SOON_S, Place, wait_until
 
 controllers = sglangs("managers.cache_controller")
+hybrid = sglangs("mem_cache.hybrid_cache.hybrid_cache_controller")
+groups = sglangs("mem_cache.pool_host.group")
 torch = pytest.importorskip("torch")
 
 pytestmark = [pytest.mark.process, pytest.mark.filterwarnings("default")]
@@ -100,8 +102,11 @@ def host_pool(kind: Any, described: Any, layout: str, **more: Any) -> Any:
         )
 
 
-class OneRank(controllers.HiCacheController):  # type: ignore[misc]
-    """Without a device: what its constructor sets for storage, and one rank."""
+class DecodeRank(controllers.HiCacheController):  # type: ignore[misc]
+    """Of a decode server that stores. Without a device: what its constructor sets for storage."""
+
+    host_pools: ClassVar[dict[str, Any]] = {}
+    request = "a request"
 
     def __init__(self, pool: Any) -> None:
         self.mem_pool_host = self.storage_host_pool = pool
@@ -118,21 +123,45 @@ class OneRank(controllers.HiCacheController):  # type: ignore[misc]
         return []
 
 
+class Rank(hybrid.HybridCacheController):  # type: ignore[misc]
+    """Of any other server, whose pool is a group's, of one. As above."""
+
+    request = hybrid.CacheRequestHandle("a request", 0)
+    _create_sync_groups = DecodeRank._create_sync_groups
+
+    def __init__(self, pool: Any) -> None:
+        DecodeRank.__init__(self, pool)
+        entry = groups.PoolEntry(
+            name=hybrid.PoolName.KV,
+            host_pool=pool,
+            device_pool=object(),
+            layer_mapper=lambda layer: layer,
+            is_primary_index_anchor=True,
+        )
+        self.mem_pool_host = groups.HostPoolGroup([entry])
+        self.host_pools = {"host_pools": self.mem_pool_host.entries}
+        self.pp_prefetch_command_group = self.pp_prefetch_command_thread = None
+        self.pp_prefetch_state_lock = threading.Lock()
+        self.pp_prefetch_states: dict[str, Any] = {}
+        self.pp_prefetch_decisions: dict[str, Any] = {}
+
+
 @pytest.fixture
-def attach(place: Place, monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[..., OneRank]]:
+def attach(place: Place, monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[..., Any]]:
     alone = SimpleNamespace(attn_dcp_size=1, attn_dcp_rank=0, tp_rank=0, tp_size=1)
     alone.pp_rank, alone.pp_size = 0, 1
     monkeypatch.setattr(controllers, "get_parallel", lambda: alone)
     monkeypatch.setattr(controllers, "is_dp_attention_enabled", lambda: False)
-    attached: list[OneRank] = []
+    attached: list[Any] = []
 
-    def make(pool: Any, socket: str = "a") -> OneRank:
-        one = OneRank(pool)
+    def make(pool: Any, socket: str = "a", kind: type = Rank) -> Any:
+        one = kind(pool)
         one.attach_storage_backend(
             "dynamic",
             prefetch_threshold=PAGE_TOKENS,
             model_name="served-name",
             storage_backend_extra_config=extra_config(place, socket),
+            **one.host_pools,
         )
         attached.append(one)
         return one
@@ -155,7 +184,7 @@ def starts(indices: Any) -> list[int]:
     return [int(index) for index in indices[::PAGE_TOKENS]]
 
 
-def backup(one: OneRank, indices: Any) -> int:
+def backup(one: Any, indices: Any) -> int:
     """Tokens that SGLang takes for stored."""
     hashes = controllers.get_storage_hash_str(TOKENS, None, page_size=PAGE_TOKENS)
     one.write_storage(indices, TOKENS, hash_value=hashes)
@@ -164,11 +193,11 @@ def backup(one: OneRank, indices: Any) -> int:
     return int(done.completed_tokens)
 
 
-def prefetch(one: OneRank) -> tuple[int, Any]:
+def prefetch(one: Any) -> tuple[int, Any]:
     """Tokens that SGLang takes for loaded, and the pages that they are in."""
     assert one.prefetch_hit_queue is not None
     assert one.prefetch_buffer is not None
-    operation = one.prefetch("a request", TOKENS)
+    operation = one.prefetch(one.request, TOKENS)
     operation = one.prefetch_hit_queue.get(timeout=SOON_S)
     indices = one.mem_pool_host.alloc(operation.storage_hit_count)
     operation.host_indices = indices
@@ -189,12 +218,14 @@ POOLS = {
 
 
 @pytest.mark.parametrize("what", POOLS)
+@pytest.mark.parametrize("kind", [Rank, DecodeRank])
 def test_prefill_backs_up_and_decode_prefetches(
-    what: str, attach: Callable[..., OneRank], place: Place
+    kind: type, what: str, attach: Callable[..., Any], place: Place
 ) -> None:
     make_pool, layout = POOLS[what]
-    prefill, decode = attach(make_pool(layout), "prefill"), attach(make_pool(layout), "decode")
-    random_pages(prefill.mem_pool_host)
+    prefill = attach(make_pool(layout), "prefill")
+    decode = attach(make_pool(layout), "decode", kind)
+    random_pages(prefill.storage_host_pool)
     stored = prefill.mem_pool_host.alloc(len(TOKENS))
     assert backup(prefill, stored) == len(TOKENS)
     wait_until(lambda: len(place.blocks()) == 6, "all pages are files")
@@ -205,13 +236,11 @@ def test_prefill_backs_up_and_decode_prefetches(
     assert starts(loaded) != starts(stored)
     for ours, theirs in zip(starts(loaded), starts(stored), strict=True):
         assert torch.equal(
-            page_of(decode.mem_pool_host, ours), page_of(prefill.mem_pool_host, theirs)
+            page_of(decode.storage_host_pool, ours), page_of(prefill.storage_host_pool, theirs)
         )
 
 
-def test_a_damaged_file_ends_a_prefetch_before_it(
-    attach: Callable[..., OneRank], place: Place
-) -> None:
+def test_a_damaged_file_ends_a_prefetch_before_it(attach: Callable[..., Any], place: Place) -> None:
     prefill = attach(mha_pool("page_first"), "prefill")
     assert backup(prefill, prefill.mem_pool_host.alloc(len(TOKENS))) == len(TOKENS)
     wait_until(lambda: len(place.blocks()) == 6, "all pages are files")
@@ -223,7 +252,7 @@ def test_a_damaged_file_ends_a_prefetch_before_it(
     decode = attach(mha_pool("page_first"), "decode")
     completed, _ = prefetch(decode)
     assert completed == 0
-    assert not decode.mem_pool_host.kv_buffer.any()
+    assert not decode.storage_host_pool.kv_buffer.any()
 
 
 @pytest.mark.parametrize(
