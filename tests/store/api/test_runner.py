@@ -12,9 +12,10 @@ from tests.store.client.test_link import peer
 from tests.store.client.test_session import serving, session_of
 from tests.store.node.support import SOON_S, Place, make_keys, wait_until
 from ucm.errors import TaskFailed
+from ucm.outcome import Outcome
 from ucm.store.api.questions import Questions, abort
 from ucm.store.api.runner import TaskRunner
-from ucm.store.api.steps import Ask, Hear, NodeLost, Pause, ReserveTurn, Steps
+from ucm.store.api.steps import Ask, Hear, NodeLost, Pause, ReserveTurn, Steps, Tell
 from ucm.store.api.tasks import Task
 from ucm.store.node import protocol as p
 
@@ -65,6 +66,52 @@ def test_what_a_task_reserves_after_its_end_is_given_back_before_another_reserve
     assert second.result == [0, p.HAVE]
     with pytest.raises(TaskFailed, match="it is late"):
         late.wait(0)
+
+
+def test_the_lookups_of_a_task_that_has_ended_are_withdrawn_whether_answered_or_not(
+    place: Place,
+) -> None:
+    heard: list[p.ClientMessage] = []
+
+    def answer(message: p.ClientMessage) -> list[p.NodeMessage]:
+        heard.append(message)
+        if not isinstance(message, p.Lookup) or message.promised:
+            return []
+        reply = p.LookupReply(
+            id=message.id,
+            offsets=[],
+            num_stored=0,
+            from_files=0,
+            head_stored=0,
+            reason=Outcome.NEVER_STORED,
+        )
+        return [reply]
+
+    def asking(questions: Questions) -> Steps[None]:
+        first = yield Ask(questions.lookup(KEYS))
+        asked.append((yield Ask(questions.lookup(KEYS, promised=2))))
+        reply: p.LookupReply = yield Hear()
+        assert reply.id == first
+        yield Tell(p.Release(lookups=[first]))
+        asked.append(first)
+        yield Hear()
+
+    asked: list[int] = []
+    with peer(place, serving(place, answer)), closing(session_of(place)) as session:
+        runner = TaskRunner(session)
+        wait_until(lambda: session.poll(0.01) or session.is_met, "it is met")
+        ends = task()
+        runner.begin(ends, asking(Questions(session.next_id, time.monotonic() + SOON_S)))
+        wait_until(lambda: session.poll(0.01) or len(asked) == 2, "one answer")
+        runner.fail(ends, TaskFailed("it is late"))
+        promised, first = asked
+
+        def released() -> list[int]:
+            told = [message.lookups for message in heard if isinstance(message, p.Release)]
+            return [each for lookups in told for each in lookups]
+
+        wait_until(lambda: session.poll(0.01) or len(released()) == 2, "both are given back")
+    assert released() == [first, promised]
 
 
 def test_tasks_wait_for_a_node_cache_and_are_told_when_it_is_another_one(place: Place) -> None:

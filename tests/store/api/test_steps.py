@@ -148,15 +148,6 @@ def test_a_load_whose_copy_fails_gives_its_pages_back_first() -> None:
         next(steps)
 
 
-def test_an_answer_to_a_load_that_has_ended_is_given_back() -> None:
-    steps = load(questions(), parts_of(KEYS[:1], [Seen()]), batch=2, pages=Memory(), log_path="")
-
-    (ask, _) = go_on(steps)
-
-    assert isinstance(ask, Ask)
-    assert ask.undo(pages(1, 0)) == p.Release(lookups=[1])
-
-
 def test_a_find_asks_each_node_cache_until_one_has_answered() -> None:
     steps = find(questions(), KEYS, storage=True)
     go_on(steps)

@@ -66,12 +66,19 @@ class PageShape(Protocol):
 
 
 class Driver:
-    """See the module's text. `start`, `wait_opened`, `is_ready`, `why_not_ready`, `close` and
-    `shared.unsaved` are for any thread. `on_step` and `on_status` are called on the store's own."""
+    """See the module's text. What stands under "from any thread" is for those, and so is
+    `shared.unsaved`. `on_step` and `on_status` are called on the store's own."""
 
     def __init__(
-        self, settings: StoreSettings, shape: PageShape, *, name: str, timeout_s: float
+        self,
+        settings: StoreSettings,
+        shape: PageShape,
+        *,
+        name: str,
+        timeout_s: float,
+        patience_s: float = 0.0,
     ) -> None:
+        """`patience_s` is for `is_silent`."""
         self.on_step: Callable[[NodeSession], None] = lambda session: None
         self.on_status: Callable[[p.Status], None] = lambda status: None
         self.shared = Shared(
@@ -83,7 +90,9 @@ class Driver:
         self._timeout_s = timeout_s
         self._socket_path = settings.socket_path
         link = NodeLink(settings, engine_id=name, role="store")
-        self._session = NodeSession(link, _opening(shape), log_path=self.log_path)
+        self._session = NodeSession(
+            link, _opening(shape), dump_timeout_s=patience_s, log_path=self.log_path
+        )
         self._session.on_met = self._node_met
         self._session.on_lost = self._node_lost
         self._session.on_opened = self._namespace_opened
@@ -91,6 +100,7 @@ class Driver:
         self._session.on_status = self._note_status
         self._runner = TaskRunner(self._session)
         self._new: deque[tuple[Task, Steps[Any]]] = deque()
+        self._withdrawn: deque[Task] = deque()
         self._opened = threading.Event()
         self._ended_by: UcmError | None = None
         self._closing = False
@@ -139,6 +149,12 @@ class Driver:
             return Outcome.FINE
         return self._session.why_not_ready
 
+    @property
+    def is_silent(self) -> bool:
+        """There is a node cache that has left a task without an answer, and has said nothing for
+        `patience_s` since: what is asked of it only piles up."""
+        return self._session.is_met and not self._session.can_store
+
     def start(self, make_steps: MakeSteps, *, timeout_s: float | None = None) -> Task:
         """A task that ends by itself in `timeout_s` (the store's). Raises the error that ended this
         store, or TaskFailed when too many tasks are open."""
@@ -153,6 +169,11 @@ class Driver:
             raise self._ended_by
         self._waker.wake()
         return task
+
+    def withdraw(self, task: Task) -> None:
+        """Nobody waits for it any more: it ends soon, without a result, if it has not."""
+        self._withdrawn.append(task)
+        self._waker.wake()
 
     @property
     def has_ended(self) -> bool:
@@ -191,8 +212,13 @@ class Driver:
     def _step(self) -> None:
         self._sleep()
         self._session.poll()
+        # Only those that are known below: each was started before it was withdrawn.
+        withdrawn = [self._withdrawn.popleft() for _ in range(len(self._withdrawn))]
         while self._new:
             self._runner.begin(*self._new.popleft())
+        for task in withdrawn:
+            if not task.has_ended:
+                self._runner.withdraw(task)
         self._runner.go_on()
         for task in self._runner.late():
             late = f"timed out after {task.timeout_s:g} s, waiting for {self._waits_for(task)}"
@@ -244,6 +270,7 @@ class Driver:
 
     def _namespace_opened(self, opened: p.NamespaceOpened) -> None:
         if opened.refused:
+            logger.error("the store can't be used: %s", opened.error)
             self._ended_by = ConfigError(opened.error)
             self._closing = True
         elif opened.error:

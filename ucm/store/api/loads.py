@@ -85,9 +85,11 @@ def bring(
     keys: list[Key],
     batch_size: int,
     copy: Callable[[Sequence[Key], Sequence[int]], None],
+    *,
+    leave_out: Callable[[Absent], None] | None = None,
 ) -> Steps[Absent | None]:
     """Asks for the pages in batches, some ahead, and copies each batch as it comes. Returns the
-    first block that can't be had."""
+    first block that can't be had, or tells each to `leave_out` and goes on."""
     todo = deque(batches(keys, batch_size))
     asked: dict[int, list[Key]] = {}
     waits_for = "storage"
@@ -99,7 +101,7 @@ def bring(
                 is_full = False
             while todo and len(asked) < _BATCHES_AHEAD and not is_full:
                 waits_for = "storage"
-                number = yield Ask(questions.lookup(todo[0]), undo=_release)
+                number = yield Ask(questions.lookup(todo[0]))
                 asked[number] = todo.popleft()
             reply: p.LookupReply = yield Hear(waits_for)
         except NodeLost:
@@ -111,18 +113,19 @@ def bring(
         try:
             copy(batch, reply.offsets)
         except Exception as error:
-            yield Tell(_release(reply))
+            yield Tell(p.Release(lookups=[reply.id]))
             raise copy_failed(error) from error
-        yield Tell(_release(reply))
+        yield Tell(p.Release(lookups=[reply.id]))
         rest = batch[len(reply.offsets) :]
         is_full = bool(rest) and reply.reason is Outcome.NO_ROOM
         if is_full:
             waits_for = "room in the node cache: raise cache_buffer_capacity_gb"
             todo.appendleft(rest)
         elif rest:
-            return Absent(rest[0], reply.reason)
+            absent = Absent(rest[0], reply.reason)
+            if leave_out is None:
+                return absent
+            leave_out(absent)
+            if rest[1:]:
+                todo.appendleft(rest[1:])
     return None
-
-
-def _release(reply: p.LookupReply) -> p.Release:
-    return p.Release(lookups=[reply.id])

@@ -34,6 +34,8 @@ class _RunningTask:
     is_hearing: bool = False
     heard: deque[Any] = field(default_factory=deque)
     num_unanswered: int = 0
+    # Of these the lookups.
+    lookups: set[int] = field(default_factory=set)
 
 
 class TaskRunner:
@@ -68,6 +70,7 @@ class TaskRunner:
             running.is_hearing = False
             running.heard.clear()
             running.num_unanswered = 0
+            running.lookups.clear()
 
     def node_met(self) -> None:
         """Another one: all tasks go on with it, or fail."""
@@ -104,6 +107,10 @@ class TaskRunner:
     def fail(self, task: Task, error: UcmError) -> None:
         self._end(self._running[task], partial(task.fail, error))
 
+    def withdraw(self, task: Task) -> None:
+        """Nobody wants its result."""
+        self._end(self._running[task], partial(task.finish, None))
+
     def fail_all(self, error: UcmError) -> None:
         for task in list(self._running):
             self.fail(task, error)
@@ -130,7 +137,9 @@ class TaskRunner:
     def _supply(self, running: _RunningTask, need: Need) -> object:
         if isinstance(need, Ask):
             running.num_unanswered += 1
-            self._session.ask(need.question, partial(self._answered, running, need.undo))
+            if isinstance(need.question, p.Lookup):
+                running.lookups.add(need.question.id)
+            self._session.ask(need.question, partial(self._answered, running, need))
             return need.question.id
         if isinstance(need, Tell):
             self._session.send(need.message)
@@ -153,15 +162,11 @@ class TaskRunner:
         running.is_hearing = True
         return _LATER
 
-    def _answered(
-        self,
-        running: _RunningTask,
-        undo: Callable[[Any], p.ClientMessage | None],
-        reply: p.NodeMessage,
-    ) -> None:
+    def _answered(self, running: _RunningTask, ask: Ask, reply: p.NodeMessage) -> None:
         running.num_unanswered -= 1
+        running.lookups.discard(ask.question.id)
         if running.task.has_ended:
-            message = undo(reply)
+            message = ask.undo(reply)
             if message is not None:
                 self._session.send(message)
             self._end_turn(running)
@@ -175,8 +180,16 @@ class TaskRunner:
         """`tell` comes last: the user may do anything with the task's memory then."""
         del self._running[running.task]
         running.steps.close()
+        self._withdraw_lookups(running)
         self._end_turn(running)
         tell()
+
+    def _withdraw_lookups(self, running: _RunningTask) -> None:
+        """Their pages would be held for nobody."""
+        for lookup_id in running.lookups:
+            self._session.release(lookup_id)
+        running.num_unanswered -= len(running.lookups)
+        running.lookups.clear()
 
     def _end_turn(self, running: _RunningTask) -> None:
         """Not before it is known what was reserved."""

@@ -36,7 +36,8 @@ class NodeLost(UcmError):
 
 @dataclass(frozen=True, slots=True)
 class Ask:
-    """Gives the question's id. An answer that comes after the task's end is undone by a message."""
+    """Gives the question's id. When the task ends before the answer, a lookup is withdrawn, and any
+    other answer is undone by a message."""
 
     question: Question
     undo: Callable[[Any], p.ClientMessage | None] = lambda reply: None
