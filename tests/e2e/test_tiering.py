@@ -17,6 +17,7 @@ from tests.e2e.node import Node
 from tests.e2e.proxies import ONE_TO_ONE, proxy
 from tests.e2e.store import flip_bit
 from tests.e2e.tiering_fleet import ROW_TOKENS, TieringFleet, middle_row, promises
+from ucm.store.blocks.keys import Key
 
 pytestmark = [pytest.mark.vllm, pytest.mark.timeout(900)]
 
@@ -90,11 +91,24 @@ def test_what_one_engine_has_offloaded_another_on_another_node_answers_from(
     check_identity(fleet)
 
 
+def check_control(fleet: TieringFleet, model: HybridModel | None = None) -> None:
+    prompt = make_prompt(1500, "tiering control")
+    before = set(fleet.store.blocks())
+    computed = ask(fleet["prefill"].client, prompt)
+    fleet.wait_stored_by("prefill")
+    keys = [Key(bytes.fromhex(path.stem)) for path in set(fleet.store.blocks()) - before]
+    decode = fleet["decode"]
+    with decode.node.pages(fleet.store.namespace("opaque"), keys) as pages:
+        for page in pages:
+            page[:] = bytes(len(page))
+        said, _, hits = ask_counted(decode, prompt)
+    assert hits == hit_tokens(prompt, model)
+    assert not said.is_like(computed)
+
+
 @pytest.mark.long
-def test_a_model_with_windows_is_handed_over_with_the_hybrid_memory_manager_on(
-    gemma: TieringFleet,
-) -> None:
-    check_identity(gemma, GEMMA)
+def test_rows_that_are_zeros_after_verification_change_answers(fleet: TieringFleet) -> None:
+    check_control(fleet)
 
 
 def test_a_flipped_bit_is_computed_anew_and_not_served(fleet: TieringFleet) -> None:
@@ -145,12 +159,37 @@ def race(fleet: TieringFleet, handoff: str, model: HybridModel | None = None) ->
 
 
 @pytest.mark.long
-@pytest.mark.parametrize("handoff", ["chain", "overlap"])
+def test_a_prefill_that_is_told_to_end_hands_on_first_what_it_has_computed(
+    fleet: TieringFleet,
+) -> None:
+    prompt = make_prompt(3400, "tiering drain")
+    computed = ask(fleet["prefill"].client, prompt)
+    fleet["prefill"].server.stop()
+    fleet.start_again("prefill")
+    fleet.wait_ready()
+    said, _, hits = ask_counted(fleet["decode"], prompt)
+    assert hits == hit_tokens(prompt)
+    assert said.is_like(computed)
+
+
+@pytest.mark.parametrize("handoff", ["chain", pytest.param("overlap", marks=pytest.mark.long)])
 def test_decode_asked_at_once_loads_every_row_of_20_prompts_of_20(
     fleet: TieringFleet, handoff: str
 ) -> None:
     """Where vLLM's fs tier loses most of them: docs/tiering.md."""
     race(fleet, handoff)
+
+
+@pytest.mark.long
+def test_a_model_with_windows_is_handed_over_with_the_hybrid_memory_manager_on(
+    gemma: TieringFleet,
+) -> None:
+    check_identity(gemma, GEMMA)
+
+
+@pytest.mark.long
+def test_rows_of_a_model_with_windows_as_well(gemma: TieringFleet) -> None:
+    check_control(gemma, GEMMA)
 
 
 @pytest.mark.long

@@ -79,6 +79,13 @@ class Tiering:
 
         wait_until(is_settled, "all jobs have ended")
 
+    def reset(self) -> None:
+        """As vLLM's scheduler and our connector do it."""
+        self.manager.reset_cache()
+        if hasattr(self.manager, "on_reset_flushed"):  # vLLM 0.33 loads nothing before
+            self.manager.on_reset_flushed()
+        self.tier.begin_epoch()
+
     def close(self) -> None:
         self.manager.shutdown()
 

@@ -21,12 +21,12 @@ HASHES = [b"one", b"two"]
 
 class Tier(Promising):
     def __init__(self, receipt: h.Receipt | None) -> None:
-        self.asked: list[tuple[Any, int]] = []
+        self.asked: list[tuple[str, Any, int]] = []
         self.epochs = 0
         self._receipt = receipt
 
-    def receipt(self, block_hashes: Any, num_prompt: int) -> h.Receipt | None:
-        self.asked.append((block_hashes, num_prompt))
+    def receipt(self, request_id: str, block_hashes: Any, num_prompt: int) -> h.Receipt | None:
+        self.asked.append((request_id, block_hashes, num_prompt))
         return self._receipt
 
     def begin_epoch(self) -> None:
@@ -44,6 +44,7 @@ def connector_with(*tiers: Tier, params: dict[str, Any] | None = None) -> UCMOff
 
 def finished(words: h.Handoff | None = None, status: Any = None) -> Any:
     return SimpleNamespace(
+        request_id="r",
         kv_transfer_params=h.params(words) if words is not None else None,
         status=status or RequestStatus.FINISHED_LENGTH_CAPPED,
         block_hashes=HASHES,
@@ -60,7 +61,7 @@ def test_a_prefill_that_is_asked_for_a_receipt_gives_that_of_the_first_tier_that
         made.request_finished(finished(h.Wanted()), [1, 2]),
     ):
         assert answer == (False, {"theirs": 1, **h.params(RECEIPT)})
-    assert tier.asked == [(HASHES, 300)] * 2
+    assert tier.asked == [("r", HASHES, 300)] * 2
 
 
 @pytest.mark.parametrize(

@@ -29,6 +29,7 @@ class Store:
         self.here: set[Key] = set()
         self.finds: list[tuple[list[Key], Task]] = []
         self.waits: list[tuple[list[Key], Task]] = []
+        self.withdrawn: list[Task] = []
 
     def find(self, keys: Sequence[Key]) -> Task:
         self.finds.append((list(keys), Task(10.0)))
@@ -37,6 +38,9 @@ class Store:
     def wait_for(self, keys: Sequence[Key], wait_s: float) -> Task:
         self.waits.append((list(keys), Task(wait_s)))
         return self.waits[-1][1]
+
+    def withdraw(self, question: Task) -> None:
+        self.withdrawn.append(question)
 
     def answer(self) -> None:
         for keys, task in self.finds:
@@ -106,6 +110,20 @@ def test_no_more_questions_are_under_way_than_the_settings_say_and_each_gets_its
     assert all(asking.ask(name) == [False] * 8 for name in names)
 
 
+def test_who_has_waited_for_a_promise_asks_in_its_turn_as_well() -> None:
+    asking = Asking(max_lookups=1)
+    asking.ask("without a promise")
+    for name in ("one", "two"):
+        asking.lookups.begin(name, RowsPromised(5.0))
+        asking.ask(name)
+    for _, task in asking.store.waits:
+        task.finish(Outcome.FINE)
+    for number in (1, 2, 3):
+        asking.lookups.flush()
+        assert len(asking.store.finds) == number
+        asking.store.answer()
+
+
 def test_a_question_has_no_more_keys_than_a_node_cache_takes() -> None:
     keys = make_keys("many", 2500)
     asking = Asking(max_keys=1024)
@@ -125,6 +143,10 @@ def test_without_an_answer_in_its_time_all_is_absent() -> None:
     asking.lookups._requests["one"].until_s = time.monotonic() - 1
 
     assert asking.ask("one") == [False] * 8
+    asking.store.here = set(KEYS)
+    asking.store.answer()
+    assert asking.ask("one") == [False] * 8, "vLLM has gone by it"
+    assert asking.store.withdrawn == [asking.store.finds[0][1]]
 
 
 def test_a_question_that_fails_finds_nothing() -> None:
@@ -172,10 +194,12 @@ def test_no_more_requests_wait_than_the_settings_say() -> None:
 def test_a_request_that_has_ended_is_forgotten() -> None:
     asking = Asking()
     for i in range(3):
-        asking.lookups.begin(f"{i}")
+        asking.lookups.begin(f"{i}", RowsPromised(5.0) if i else None)
         asking.ask(f"{i}")
         asking.lookups.end(f"{i}")
     asking.store.answer()
     asking.lookups.flush()
 
+    under_way = [task for _, task in asking.store.finds + asking.store.waits]
+    assert len(under_way) == 3 and asking.store.withdrawn == under_way
     assert asking.lookups._requests == {} and asking.lookups._open == {}

@@ -10,9 +10,9 @@ from collections.abc import Callable, Iterator
 import pytest
 from vllm.v1.kv_offload.base import LookupResult
 
-from tests.integration.tiering.managers import GROUP, Tiering
+from tests.integration.tiering.managers import GROUP, Request, Tiering
 from tests.integration.tiering.rows import manifest
-from tests.store.node.support import Engine, Place, wait_until
+from tests.store.node.support import Engine, Place, kill, wait_until
 from ucm import handoff as h
 from ucm.integration.tiering.counts import TIERING_METRICS
 from ucm.store.blocks.blockfile import HEADER_BYTES
@@ -105,11 +105,37 @@ def test_two_engines_that_store_the_same_prompt_at_once_both_end_well(
     assert tiering("b").begin(PROMPT).hit() == 8
 
 
-def receipt(engine: Tiering, request: object, num_chunks: int) -> h.Receipt:
-    hashes = request.hashes  # type: ignore[attr-defined]
-    found = engine.tier.receipt(hashes, num_chunks * GROUP.chunk_tokens + 1)
+def receipt_of(engine: Tiering, request: Request, num_chunks: int) -> h.Receipt | None:
+    tokens = num_chunks * GROUP.chunk_tokens + 1
+    return engine.tier.receipt(request.context.req_id, request.hashes, tokens)
+
+
+def receipt(engine: Tiering, request: Request, num_chunks: int) -> h.Receipt:
+    found = receipt_of(engine, request, num_chunks)
     assert found is not None
     return found
+
+
+@pytest.mark.parametrize("words", [None, h.Wanted()])
+def test_what_a_receipt_promises_is_stored_even_if_host_memory_has_had_it_for_long(
+    tiering: Maker, place: Place, words: h.Handoff | None
+) -> None:
+    """Of other requests vLLM hands on what is new alone."""
+    prefill = tiering("a")
+    prefill.begin(PROMPT[:5]).store()
+    prefill.settle()
+    wait_files(place, 5)
+    with Engine(prefill.tier._settings.store, session="watch", role="tool") as watch:
+        pid = watch.pid
+    kill(pid)
+    for path in place.blocks():
+        path.unlink()
+    wait_until(lambda: prefill.begin(PROMPT).look() == 5, "a node cache that knows of nothing")
+
+    prefill.begin(PROMPT, words).store()
+    prefill.settle()
+    wait_files(place, 8 if words else 3)
+    assert tiering("b").begin(PROMPT).hit() == (8 if words else 0)
 
 
 @pytest.mark.parametrize("kind", ["receipt", "expected"])
@@ -206,12 +232,13 @@ def test_a_reset_waits_for_jobs_and_begins_an_epoch_in_which_nothing_of_before_i
     engine = tiering()
     before = engine.begin(PROMPT)
     before.store()
-    engine.manager.reset_cache()
-    engine.tier.begin_epoch()
+    engine.reset()
     wait_until(lambda: engine.tier._store.is_ready, "the node cache answers")
 
     assert engine.tier._epochs.fingerprint != manifest()
     assert engine.begin(PROMPT).hit() == 0
+    assert receipt_of(engine, engine.begin(PROMPT), 8) is not None
+    assert receipt_of(engine, before, 8) is None
     # What a request that was there before computes may be of the weights of before.
     before.store()
     engine.settle()
@@ -225,8 +252,7 @@ def test_with_reset_epoch_keep_what_was_stored_is_found_after_a_reset(tiering: M
     request = engine.begin(PROMPT)
     request.store()
     engine.settle()
-    engine.manager.reset_cache()
-    engine.tier.begin_epoch()
+    engine.reset()
     assert engine.begin(PROMPT).hit() == 8
 
 

@@ -9,10 +9,18 @@ from collections.abc import Callable, Iterator
 
 import pytest
 
-from tests.integration.tiering.rows import Host, content, make_keys
+from tests.integration.tiering.rows import (
+    ROW_BYTES,
+    Host,
+    content,
+    make_keys,
+    manifest,
+    settings_of,
+)
 from tests.store.node.support import Engine, Place, kill, wait_until
-from ucm.integration.tiering.counts import Series
-from ucm.integration.tiering.row_store import result_of
+from ucm.integration.tiering.counts import Series, TierCounts
+from ucm.integration.tiering.row_store import RowStore, result_of
+from ucm.integration.tiering.rows import HostRows
 from ucm.outcome import Outcome
 from ucm.store.blocks.blockfile import HEADER_BYTES
 from ucm.store.node import protocol as p
@@ -145,7 +153,7 @@ def test_rows_that_a_client_began_and_died_over_are_stored_by_who_waited_for_it(
             p.OpenNamespace(
                 ns=1,
                 fingerprint=one.store.names.fingerprint,
-                page_bytes=12_288,
+                page_bytes=ROW_BYTES,
                 block_tokens=4,
                 manifest=b"{}",
             )
@@ -215,6 +223,60 @@ def test_a_node_cache_that_stands_still_keeps_a_job_no_longer_than_its_time_and_
     assert one.load(keys) == set(keys)
 
 
+def test_a_node_cache_that_stays_silent_is_given_nothing_more_and_jobs_end_at_once(
+    host: HostMaker,
+) -> None:
+    one = host(lookup_timeout_ms=300, dump_timeout_ms=600)
+    keys = make_keys("silent", 4)
+    pid = pid_of(one)
+    os.kill(pid, signal.SIGSTOP)
+    try:
+        assert not one.dump(keys).job.done
+        wait_until(lambda: one.store._driver.is_silent, "it is given up")
+        started_s = time.monotonic()
+        ended = one.dump(keys)
+        assert time.monotonic() - started_s < 0.3 and not ended.job.is_whole
+    finally:
+        os.kill(pid, signal.SIGCONT)
+    assert one.counted()[Series("ucm_tiering_dropped_rows", ())] == 8
+    wait_until(lambda: one.store.is_ready, "it answers again")
+    assert one.dump(keys).job.is_whole
+    assert one.load(keys) == set(keys)
+
+
+def test_a_wait_that_is_withdrawn_ends_and_what_comes_later_is_found(host: HostMaker) -> None:
+    prefill, decode = host("a"), host("b")
+    keys = make_keys("withdrawn", 3)
+    task = decode.store.wait_for(keys, 60.0)
+    time.sleep(0.1)
+    decode.store.withdraw(task)
+
+    wait_until(lambda: task.has_ended, "it has ended", within_s=5.0)
+    assert result_of(task) is None
+    prefill.dump(keys)
+    prefill.wait_files(keys)
+    assert decode.load(keys) == set(keys)
+
+
+def test_rows_that_fit_into_no_node_cache_are_dropped_and_the_log_says_why(
+    place: Place, caplog: pytest.LogCaptureFixture
+) -> None:
+    rows = HostRows(address=0, num_rows=1, row_bytes=1 << 30)
+    large = manifest(k_size=1 << 30)
+    store = RowStore(settings_of(place, "a"), rows, large, name="large", counts=TierCounts())
+    try:
+        wait_until(lambda: store._driver.has_ended, "it is refused")
+        store.store(1, make_keys("large", 1), [0], [b""])
+        assert [ended.job.done for ended in store.take_ended()] == [set()]
+        assert not store.is_ready
+    finally:
+        store.close()
+    assert any(
+        "the store can't be used" in record.message and "1073741824" in record.message
+        for record in caplog.records
+    )
+
+
 def test_a_drained_store_has_told_of_every_job(host: HostMaker) -> None:
     one = host()
     keys = make_keys("drained", 8)
@@ -230,13 +292,11 @@ def test_after_it_was_reopened_it_finds_nothing_of_what_was_there_before(host: H
     keys = make_keys("before", 3)
     one.dump(keys)
     before = one.store.names.fingerprint
-    from tests.integration.tiering.rows import manifest
-
     one.store.reopen(manifest(epoch=7))
     wait_until(lambda: one.store.is_ready, "the node cache answers")
 
     assert one.store.names.fingerprint != before
-    names = [one.store.names.key(b"x" * 36) for _ in range(1)]
+    names = [one.store.names.key(b"x" * 36)]
     assert one.load(names) == set()
     one.dump(names)
     assert one.load(names) == set(names)

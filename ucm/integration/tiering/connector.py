@@ -17,6 +17,7 @@ from vllm.v1.request import RequestStatus
 
 from ucm import handoff
 from ucm.integration.tiering.engine import Engine, making
+from ucm.integration.tiering.promises import is_receipt_wanted
 from ucm.integration.vllm.engine_versions import OLDEST_TIERING, check_version
 from ucm.integration.vllm.logs import log_like_vllm
 
@@ -56,11 +57,13 @@ class UCMOffloadingConnector(OffloadingConnector):
         self, request: Request, found: tuple[bool, dict[str, Any] | None]
     ) -> tuple[bool, dict[str, Any] | None]:
         is_kept, params = found
-        is_wanted = isinstance(handoff.parse(request.kv_transfer_params), handoff.Wanted)
-        if not is_wanted or request.status not in _COMPUTED:
+        is_computed = request.status in _COMPUTED
+        if not is_computed or not is_receipt_wanted(request.kv_transfer_params):
             return found
         for tier in self._engine.tiers:
-            receipt = tier.receipt(request.block_hashes, request.num_prompt_tokens)
+            receipt = tier.receipt(
+                request.request_id, request.block_hashes, request.num_prompt_tokens
+            )
             if receipt is not None:
                 return is_kept, {**(params or {}), **handoff.params(receipt)}
         return found

@@ -63,8 +63,10 @@ class RowLookups:
         self._requests[name] = _Request(promise)
 
     def end(self, name: str) -> None:
-        self._requests.pop(name, None)
+        request = self._requests.pop(name, None)
         self._open.pop(name, None)
+        if request is not None:
+            self._withdraw(request)
 
     def is_bypassed(self, name: str) -> bool:
         request = self._requests.get(name)
@@ -103,13 +105,15 @@ class RowLookups:
 
     def flush(self) -> None:
         """Asks for what was asked in this step."""
-        finds = sum(request.find is not None for request in self._open.values())
-        waits = sum(request.wait is not None for request in self._open.values())
         for name, request in list(self._open.items()):
             self._go_on(request)
             if not request.asked:
                 del self._open[name]
-            elif request.wait is None and request.find is None:
+                self._withdraw(request)
+        finds = sum(request.find is not None for request in self._open.values())
+        waits = sum(request.wait is not None for request in self._open.values())
+        for request in self._open.values():
+            if request.wait is None and request.find is None:
                 if request.promise is not None:
                     waits += self._wait(request, is_crowded=waits >= self._max_waits)
                 if request.wait is None and finds < self._max_finds:
@@ -151,18 +155,24 @@ class RowLookups:
             request.wait = None
             self._counts.observe("ucm_tiering_wait_seconds", took_s)
             self._counts.count("ucm_tiering_promises", outcome="kept" if is_kept else "late")
-            self._find(request)
         if request.find is not None and request.find.has_ended:
             found: p.Found | None = result_of(request.find)
             request.find = None
             places = found.places if found is not None else bytes(len(request.found))
             for key, place in zip(request.found, places, strict=True):
                 is_here = bool(place & _HERE)
-                self._answer(request, key, is_here, "found" if is_here else "absent")
+                if key not in request.answers:
+                    self._answer(request, key, is_here, "found" if is_here else "absent")
+
+    def _withdraw(self, request: _Request) -> None:
+        """What would be waited for, and held in the node cache's memory, for nobody."""
+        for question in (request.wait, request.find):
+            if question is not None:
+                self._store.withdraw(question)
+        request.wait = request.find = None
 
     def _answer(self, request: _Request, key: Key, is_here: bool, word: str) -> bool:
-        if key not in request.answers:
-            self._counts.count("ucm_tiering_asked_rows", answer=word)
+        self._counts.count("ucm_tiering_asked_rows", answer=word)
         request.answers[key] = is_here
         request.asked.pop(key, None)
         return is_here

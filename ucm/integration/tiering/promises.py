@@ -21,7 +21,9 @@ class Promising(ABC):
     """A tier, as its connector sees it."""
 
     @abstractmethod
-    def receipt(self, block_hashes: Any, num_prompt: int) -> handoff.Receipt | None:
+    def receipt(
+        self, request_id: str, block_hashes: Any, num_prompt: int
+    ) -> handoff.Receipt | None:
         """For a request that has been computed; None if nothing can be promised."""
 
     @abstractmethod
@@ -46,6 +48,10 @@ class RowsPromised:
     wait_s: float
     tokens: int | None = None
     key: str = ""
+
+
+def is_receipt_wanted(kv_transfer_params: Mapping[str, Any] | None) -> bool:
+    return isinstance(handoff.parse(kv_transfer_params), handoff.Wanted)
 
 
 def promise_of(

@@ -96,6 +96,7 @@ class RowStore:
             RowShape(self._rows.row_bytes, manifest),
             name=f"{self._name}/{self._number}",
             timeout_s=self._load_s,
+            patience_s=self._store_s,
         )
         numbers = _NodeNumbers(self._counts)
         self._driver.on_status = numbers.on_status
@@ -118,6 +119,10 @@ class RowStore:
         """Until they are there. Raises UcmError as `find`."""
         return self._driver.start(partial(promised, keys=list(keys)), timeout_s=wait_s)
 
+    def withdraw(self, question: Task) -> None:
+        """Nobody waits for its answer any more."""
+        self._driver.withdraw(question)
+
     # -- jobs ------------------------------------------------------------------------------
 
     def load(self, number: int, keys: Sequence[Key], rows: Sequence[int]) -> None:
@@ -138,20 +143,20 @@ class RowStore:
         self._jobs[number] = _Begun(RowJob([]), None, False, time.monotonic())
 
     def _begin(self, number: int, rows: Sequence[PlacedRow], *, is_load: bool = True) -> None:
+        """Without a task it ends at once, and nothing is done of it."""
         job = RowJob(rows)
-        steps, timeout_s = (load, self._load_s) if is_load else (store, self._store_s)
         task = None
-        with suppress(UcmError):  # it ends at once, without anything done
-            task = self._driver.start(
-                partial(
-                    steps,
-                    job=job,
-                    pages=self._driver.shared.pages,
-                    row_bytes=self._rows.row_bytes,
-                ),
-                timeout_s=timeout_s,
-            )
+        if not self._driver.is_silent:
+            with suppress(UcmError):
+                task = self._start(job, is_load=is_load)
         self._jobs[number] = _Begun(job, task, is_load, time.monotonic())
+
+    def _start(self, job: RowJob, *, is_load: bool) -> Task:
+        steps, timeout_s = (load, self._load_s) if is_load else (store, self._store_s)
+        pages, row_bytes = self._driver.shared.pages, self._rows.row_bytes
+        return self._driver.start(
+            partial(steps, job=job, pages=pages, row_bytes=row_bytes), timeout_s=timeout_s
+        )
 
     def take_ended(self) -> list[Ended]:
         """Since the last call."""

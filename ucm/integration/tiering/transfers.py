@@ -18,15 +18,13 @@ from typing import Final
 
 from ucm.outcome import Outcome
 from ucm.store.api.dumps import give_back
+from ucm.store.api.loads import Absent, bring
 from ucm.store.api.pages import Pages
-from ucm.store.api.questions import NAMESPACE, Questions, batches
+from ucm.store.api.questions import NAMESPACE, Questions, batch_blocks, batches
 from ucm.store.api.steps import RETRY_S, Ask, Hear, NodeLost, Pause, Steps, Tell
 from ucm.store.blocks.keys import Key
 from ucm.store.node import protocol as p
 
-# Rows asked for at once: a copy starts while the next ones are still being read.
-_BATCH_BYTES: Final = 64 << 20
-_BATCH_ROWS: Final = 256
 _ROOM: Final = "room in the node cache: storage is slow, or cache_buffer_capacity_gb too small"
 _OTHER_CLIENT: Final = "another client, which is storing the same row"
 
@@ -54,11 +52,6 @@ class RowJob:
         return len(self.done) == len({row.key for row in self.rows})
 
 
-def rows_at_once(row_bytes: int, capacity_bytes: int) -> int:
-    """No more than a quarter of the node cache's memory."""
-    return min(_BATCH_ROWS, max(1, min(_BATCH_BYTES, capacity_bytes // 4) // row_bytes))
-
-
 def store(questions: Questions, job: RowJob, *, pages: Pages, row_bytes: int) -> Steps[None]:
     """Rows that the node cache has already are not copied. It may have been told of them by another
     client, which has not filled them yet and may never: then they are stored after all."""
@@ -80,7 +73,7 @@ def _store_once(
     """Returns the rows that are to be tried again."""
     left: list[PlacedRow] = []
     elsewhere: list[PlacedRow] = []
-    for batch in batches(todo, rows_at_once(row_bytes, pages.capacity_bytes)):
+    for batch in batches(todo, batch_blocks(row_bytes, pages.capacity_bytes)):
         keys = [row.key for row in batch]
         parents = [row.parent for row in batch]
         yield Ask(questions.reserve(keys, parents), undo=partial(give_back, keys))
@@ -117,26 +110,17 @@ def _store_once(
 def load(questions: Questions, job: RowJob, *, pages: Pages, row_bytes: int) -> Steps[None]:
     """Each row that can be had. Its page was verified in the read that has brought it."""
     addresses = {row.key: row.address for row in job.rows}
-    todo = list(addresses)
-    while todo:
-        try:
-            batch = todo[: rows_at_once(row_bytes, pages.capacity_bytes)]
-            yield Ask(questions.lookup(batch), undo=_release)
-            reply: p.LookupReply = yield Hear("storage")
-        except NodeLost:
-            continue
-        for key, offset in zip(batch, reply.offsets, strict=False):
+
+    def copy(batch: Sequence[Key], offsets: Sequence[int]) -> None:
+        for key, offset in zip(batch, offsets, strict=False):
             ctypes.memmove(addresses[key], pages.shard_address(offset, 0), row_bytes)
             job.done.add(key)
-        yield Tell(_release(reply))
-        todo = todo[len(reply.offsets) :]
-        if len(reply.offsets) == len(batch):
-            continue
-        if reply.reason is Outcome.NO_ROOM:
-            with suppress(NodeLost):
-                yield Pause(RETRY_S, _ROOM)
-            continue
-        job.reasons[todo.pop(0)] = reply.reason
+
+    def leave_out(absent: Absent) -> None:
+        job.reasons[absent.key] = absent.reason
+
+    batch = batch_blocks(row_bytes, pages.capacity_bytes)
+    yield from bring(questions, list(addresses), batch, copy, leave_out=leave_out)
 
 
 def promised(questions: Questions, keys: Sequence[Key]) -> Steps[Outcome]:
@@ -145,14 +129,10 @@ def promised(questions: Questions, keys: Sequence[Key]) -> Steps[Outcome]:
     ended it; FINE is none."""
     while True:
         try:
-            yield Ask(questions.lookup(keys, promised=len(keys)), undo=_release)
+            yield Ask(questions.lookup(keys, promised=len(keys)))
             reply: p.LookupReply = yield Hear("pages that prefill has promised")
             break
         except NodeLost:
             continue
-    yield Tell(_release(reply))
+    yield Tell(p.Release(lookups=[reply.id]))
     return reply.reason
-
-
-def _release(reply: p.LookupReply) -> p.Release:
-    return p.Release(lookups=[reply.id])

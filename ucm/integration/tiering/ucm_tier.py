@@ -20,12 +20,13 @@ from vllm.v1.kv_offload.base import (
     Locality,
     LookupResult,
     Medium,
+    OffloadPolicy,
+    RequestOffloadingContext,
     get_offload_group_idx,
     make_offload_key,
 )
 from vllm.v1.kv_offload.tiering.base import (
     JobResult,
-    RequestOffloadingContext,
     SecondaryTierManager,
 )
 
@@ -36,7 +37,12 @@ from ucm.integration.tiering.counts import TierCounts
 from ucm.integration.tiering.engine import engine_of_tier
 from ucm.integration.tiering.identity import row_manifest, waited_group
 from ucm.integration.tiering.lookups import RowLookups
-from ucm.integration.tiering.promises import Promising, promise_of, receipt_for
+from ucm.integration.tiering.promises import (
+    Promising,
+    is_receipt_wanted,
+    promise_of,
+    receipt_for,
+)
 from ucm.integration.tiering.row_store import Ended, RowStore
 from ucm.integration.tiering.rows import HostRows
 from ucm.integration.tiering.vllm_stats import definitions, stats_of
@@ -133,7 +139,11 @@ class UcmTier(SecondaryTierManager, Promising):
             self._counts.count("ucm_tiering_promises", outcome=promise)
             promise = None
         self._lookups.begin(req_context.req_id, promise)
-        return RequestOffloadingContext()
+        if not is_receipt_wanted(req_context.kv_transfer_params):
+            return RequestOffloadingContext()
+        # What is promised is handed on even if vLLM's host memory has it already: that may be of a
+        # time when the store did not take it.
+        return RequestOffloadingContext(policy=OffloadPolicy.REQUEST_LEVEL)
 
     def lookup(self, key: OffloadKey, req_context: ReqContext) -> LookupResult:
         found = self._lookups.lookup(
@@ -208,9 +218,9 @@ class UcmTier(SecondaryTierManager, Promising):
 
     # -- hand-off, and what the connector tells ----------------------------------------------
 
-    def receipt(self, block_hashes: Any, num_prompt: int) -> Receipt | None:
+    def receipt(self, request_id: str, block_hashes: Any, num_prompt: int) -> Receipt | None:
         tokens = num_prompt // self._group.chunk_tokens * self._group.chunk_tokens
-        if not tokens or not self._store.is_ready:
+        if not tokens or not self._store.is_ready or self._lookups.is_bypassed(request_id):
             return None
         block_hash = block_hashes[tokens // self._tokens_per_hash - 1]
         name = make_offload_key(block_hash, self._group.number)
