@@ -173,7 +173,9 @@ def _add_array(digest: hashlib._Hash, value: torch.Tensor | np.ndarray[Any, Any]
         if value.device.type != "cpu" or value.layout is not torch.strided:
             raise Unnameable(f"a tensor on {value.device}")
         shape, dtype = tuple(value.shape), str(value.dtype)
-        data = value.detach().contiguous().reshape(-1).view(torch.uint8).numpy()
+        flat = value.detach().resolve_conj().resolve_neg().contiguous().reshape(-1)
+        # To torch fewer than two numbers are contiguous whatever their stride, but not to view().
+        data = flat.as_strided(flat.shape, (1,)).view(torch.uint8).numpy()
     _head(digest, f"{dtype}{list(shape)}", data.nbytes)
     digest.update(data.data)
 
