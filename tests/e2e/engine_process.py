@@ -8,6 +8,8 @@ Its scheduler is in the same process, so a test sees what is left in it. FLAGS a
 
 from __future__ import annotations
 
+import base64
+import io
 import json
 import sys
 import time
@@ -33,6 +35,24 @@ class Engine:
             {"tokens": list(each.outputs[0].token_ids), "cached": each.num_cached_tokens}
             for each in answers
         ]
+
+    def see(self, shown: dict[str, Any], max_tokens: int) -> dict[str, Any]:
+        """A prompt with a picture: the tokens that vLLM makes of it, and the answer."""
+        asked: Any = [_opened(shown)]
+        (answer,) = self._llm.generate(asked, self._sampling(max_tokens), use_tqdm=False)
+        return {
+            "prompt": answer.prompt_token_ids,
+            "tokens": list(answer.outputs[0].token_ids),
+            "cached": answer.num_cached_tokens,
+        }
+
+    def name_of(self, shown: dict[str, Any]) -> str:
+        """What vLLM calls a prompt's picture."""
+        name = f"named-{time.monotonic_ns()}"
+        self._engine.add_request(name, _opened(shown), self._sampling(1))
+        (request,) = self._scheduler.requests.values()
+        self._engine.abort_request([name])
+        return str(request.mm_features[0].identifier)
 
     def abort(self, prompt: list[int]) -> int:
         """In the middle of its prompt. How much of it was computed."""
@@ -93,6 +113,14 @@ class Engine:
         from vllm import SamplingParams
 
         return SamplingParams(max_tokens=max_tokens, temperature=0, ignore_eos=True)
+
+
+def _opened(shown: dict[str, Any]) -> Any:
+    """JSON has no pictures."""
+    from PIL import Image
+
+    picture = Image.open(io.BytesIO(base64.b64decode(shown["picture"])))
+    return {**shown["fields"], "prompt": shown["text"], "multi_modal_data": {"image": picture}}
 
 
 def main(flags: str) -> None:

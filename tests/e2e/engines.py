@@ -50,8 +50,14 @@ class EngineProcess:
     other tests."""
 
     def __init__(
-        self, version: str, model: Path, log: Path, kv_transfer: dict[str, Any] | None = None
+        self,
+        version: str,
+        model: Path,
+        log: Path,
+        kv_transfer: dict[str, Any] | None = None,
+        **more: Any,
     ) -> None:
+        """`more` are further flags."""
         self.version = version
         self._log = log
         flags = {
@@ -67,6 +73,7 @@ class EngineProcess:
             "kv_cache_memory_bytes": 16 * MIB,
             "num_gpu_blocks_override": NUM_BLOCKS,
             "disable_log_stats": False,
+            **more,
         }
         if kv_transfer is not None:
             flags["kv_transfer_config"] = kv_transfer

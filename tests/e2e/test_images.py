@@ -199,3 +199,23 @@ def test_a_picture_that_a_request_has_prepared_otherwise_is_another_one(pair: De
     assert ask(client, "prepared", "red", opened=dark, name="dark") == expected
     loaded = counted(client, before, len(plain.prompt)).external_hits
     assert loaded == pair["decode"].full_hit_tokens(plain.prompt)
+
+
+@pytest.mark.long
+def test_a_picture_is_the_same_one_to_a_server_that_has_been_started_again(
+    pair: Deployment,
+) -> None:
+    right = cold(pair["decode"], "restarted", "red")
+    assert ask(pair["decode"].client, "restarted", "red") == right
+    pair["decode"].node.wait_quiet()
+    pair["decode"].server.kill()
+    pair.start_again("decode")
+    pair.wait_ready()
+
+    full = pair["decode"].full_hit_tokens(right.prompt)
+    for color, loaded in {"blue": right.before_image, "red": full}.items():
+        client = pair["decode"].client
+        before = client.counters()
+        seen = ask(client, "restarted", color)
+        assert (seen == right) == (color == "red")
+        assert counted(client, before, len(seen.prompt)).external_hits == loaded

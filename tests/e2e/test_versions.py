@@ -6,19 +6,18 @@ import json
 import os
 import subprocess
 import sys
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
-from typing import Any
 
 import pytest
 
-from examples.cluster.processes import VLLM_ENVIRONMENT, ucm_connector
+from examples.cluster.processes import VLLM_ENVIRONMENT
 from tests.e2e.checks import Prompt, at_once, make_prompt
 from tests.e2e.deployment import Deployment
+from tests.e2e.engine_fleet import EngineFleet
 from tests.e2e.engines import EngineProcess, environment_of, fail_without
-from tests.e2e.node import Node, engine_sessions
+from tests.e2e.node import Node
 from tests.e2e.versions import BETWEEN, BORDERS, ENDS
 from tests.source import ROOT
 
@@ -31,48 +30,11 @@ CROWD = (760, 761, 762)
 CROWD_TOKENS = 16
 
 
-@dataclass
-class Fleet:
-    """Of each version a prefill engine, and later a decode engine on a node of its own."""
-
-    deployment: Deployment
-    model: Path
-    versions: Sequence[str]
-    running: list[EngineProcess] = field(default_factory=list)
-
-    def start(self, role: str) -> dict[str, EngineProcess]:
-        """At once, and waits until their node cache is known to each of them."""
-        node = Node(role)
-        settings = self.deployment.settings(node)
-        engines = {
-            version: self._start(version, role, ucm_connector(settings, kv_role=role))
-            for version in self.versions
-        }
-        for version, engine in engines.items():
-            assert not version or engine("version") == version
-        node.wait("known to its engines", lambda status: self._are_known(engine_sessions(status)))
-        return engines
-
-    def _are_known(self, sessions: dict[str, dict[str, int]]) -> bool:
-        return sum(each["connections"] > 1 for each in sessions.values()) >= len(self.versions)
-
-    def start_plain(self) -> EngineProcess:
-        return self._start("", "plain", None)
-
-    def _start(self, version: str, name: str, kv_transfer: dict[str, Any] | None) -> EngineProcess:
-        log = self.deployment.folder / f"{name}-{version or 'own'}.log"
-        self.running.append(EngineProcess(version, self.model, log, kv_transfer))
-        return self.running[-1]
-
-    def end(self) -> None:
-        while self.running:
-            self.running.pop().kill()
-
-
 @pytest.fixture
-def fleet(request: pytest.FixtureRequest, tmp_path: Path, tiny_model: Path) -> Iterator[Fleet]:
-    fail_without(request.param)
-    made = Fleet(Deployment(tmp_path, tiny_model), tiny_model, request.param)
+def fleet(
+    request: pytest.FixtureRequest, tmp_path: Path, tiny_model: Path
+) -> Iterator[EngineFleet]:
+    made = EngineFleet(Deployment(tmp_path, tiny_model), dict.fromkeys(request.param, tiny_model))
     yield made
     made.end()
 
@@ -86,21 +48,21 @@ def fleet(request: pytest.FixtureRequest, tmp_path: Path, tiny_model: Path) -> I
     ],
     indirect=True,
 )
-def test_what_one_version_stores_every_other_loads(fleet: Fleet) -> None:
-    prompts = {v: [make_prompt(n, f"of {v}") for n in LENGTHS] for v in fleet.versions}
-    crowds = {v: [make_prompt(n, f"crowd of {v}") for n in CROWD] for v in fleet.versions}
+def test_what_one_version_stores_every_other_loads(fleet: EngineFleet) -> None:
+    prompts = {v: [make_prompt(n, f"of {v}") for n in LENGTHS] for v in fleet.models}
+    crowds = {v: [make_prompt(n, f"crowd of {v}") for n in CROWD] for v in fleet.models}
     expected = answers_of(fleet, prompts, crowds)
 
-    prefill = fleet.start("kv_producer")
+    prefill = fleet.start("kv_producer", Node("kv_producer"))
     at_once(
         partial(check_prefill, engine, [*prompts[version], *crowds[version]], expected)
         for version, engine in prefill.items()
     )
-    for prompt in (each for v in fleet.versions for each in (*prompts[v], *crowds[v])):
+    for prompt in (each for v in fleet.models for each in (*prompts[v], *crowds[v])):
         fleet.deployment.store.wait_stored(prompt)
     fleet.end()
 
-    decode = fleet.start("kv_both")
+    decode = fleet.start("kv_both", Node("kv_both"))
     at_once(partial(check_decode, engine, prompts, crowds, expected) for engine in decode.values())
 
 
@@ -108,7 +70,7 @@ _Answers = dict[Prompt, list[int]]
 
 
 def answers_of(
-    fleet: Fleet, prompts: dict[str, list[Prompt]], crowds: dict[str, list[Prompt]]
+    fleet: EngineFleet, prompts: dict[str, list[Prompt]], crowds: dict[str, list[Prompt]]
 ) -> _Answers:
     """Of a vLLM without UCM."""
     plain = fleet.start_plain()

@@ -115,7 +115,7 @@ def test_any_change_of_an_item_is_another_item(numbers: list[int], data: st.Data
         copy.reshape(-1).view(torch.uint8)[data.draw(st.integers(0, tensor.nbytes - 1))] ^= 1
         return copy
 
-    others = [
+    others: list[dict[str, Any]] = [
         {**whole, "pixel_values": changed(pixels)},
         {**whole, "image_grid_thw": changed(grid)},
         {**whole, "pixel_values": pixels.reshape(data.draw(st.sampled_from([(3, 2, 4), (24,)])))},
@@ -131,6 +131,14 @@ def test_any_change_of_an_item_is_another_item(numbers: list[int], data: st.Data
     ]
     found = [digest(each) for each in (whole, *others)]
     found += [digest(whole, modality) for modality in ("video", "audio")]
+    assert len(set(found)) == len(found)
+
+
+def test_values_that_look_alike_are_told_apart() -> None:
+    texts = [None, "None", b"None", True, "True", 1, "1", b"1", 1.0, "1.0", 0.0, -0.0, "", b""]
+    lists = [[], [[]], [[], []], [1, [2]], [[1], 2], [[1, 2]], [1, 2], [[1, 2], [3]], [[1], [2, 3]]]
+    maps = [{}, {"a": 1}, ["a", 1], {"a": {"b": 1}}, {"a": {}, "b": 1}, [{"a": 1}, {}]]
+    found = [digest({"sizes": value}) for value in (*texts, *lists, *maps)]
     assert len(set(found)) == len(found)
 
 

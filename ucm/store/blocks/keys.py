@@ -68,7 +68,7 @@ class TailKey(bytes):
 class Item:
     """A multimodal item of a prompt: tokens [start, start + length) stand for `identifier`.
 
-    The identifier names the item's content (vLLM's content hash), not the request's name for it.
+    The identifier names the item's content, and is no name that a request or its engine gives it.
     """
 
     identifier: str
