@@ -111,6 +111,29 @@ def test_a_picture_that_one_version_has_stored_all_load_and_no_other_picture(
     at_once(partial(check_read, engine, fleet.models) for engine in engines.values())
 
 
+@pytest.mark.long
+@pytest.mark.parametrize("fleet", [("",)], ids=["own"], indirect=True)
+def test_an_encoder_that_is_configured_otherwise_makes_another_thing_of_the_same_picture(
+    fleet: EngineFleet,
+) -> None:
+    """With the same weights and tensors."""
+    topic, node = Shown("Of two towers"), Node("towers")
+    (engine,) = fleet.start("kv_both", node).values()
+    plain = cold(engine, topic)
+    assert engine("see", topic.message(), MAX_TOKENS) == plain
+    assert engine("drain") == []
+    node.wait_quiet()
+    fleet.end()
+
+    fleet.flags = {**fleet.flags, "hf_overrides": {"vision_feature_layer": -2}}
+    (engine,) = fleet.start("kv_both", Node("other-towers")).values()
+    expected = cold(engine, topic, salt="other tower")
+    assert expected["tokens"] != plain["tokens"]
+    before_picture = expected["prompt"].index(IMAGE_ID) // BLOCK_TOKENS * BLOCK_TOKENS
+    seen = engine("see", topic.message(), MAX_TOKENS)
+    assert seen == {**expected, "cached": before_picture}
+
+
 def names(engine: EngineProcess) -> set[str]:
     return {engine("name_of", each.message()) for each in (Shown("named"), *others("named"))}
 
@@ -145,8 +168,9 @@ def check_read(engine: EngineProcess, writers: Iterable[str]) -> None:
             assert seen == {**expected, "cached": before_picture}, f"{engine}, {other}"
 
 
-def cold(engine: EngineProcess, shown: Shown) -> dict[str, Any]:
+def cold(engine: EngineProcess, shown: Shown, salt: str = "cold") -> dict[str, Any]:
     """What it answers when it computes all of it: nothing else is asked with this salt."""
-    seen: dict[str, Any] = engine("see", shown.message(cache_salt=str(shown)), MAX_TOKENS)
+    message = shown.message(cache_salt=f"{shown} {salt}")
+    seen: dict[str, Any] = engine("see", message, MAX_TOKENS)
     assert seen["cached"] == 0, f"{engine}, {shown}"
     return seen

@@ -54,7 +54,7 @@ def config(
             dtype=torch.bfloat16,
             max_model_len=4096,
             quantization=None,
-            hf_config=SimpleNamespace(),
+            hf_config=SimpleNamespace(to_dict=dict),
             hf_text_config=shape,
             multimodal_config=SimpleNamespace(mm_encoder_attn_dtype=encoder_dtype),
             is_prefix_caching_supported=more.get("supported", True),

@@ -54,7 +54,8 @@ class EngineFacts:
     """One engine. `layer_names` are the attention layers of this process in order: all of them, or
     with pipeline parallelism a stage's. `loads` and `dumps` follow from kv_role; an engine that
     could not use a hit (`why_no_hits` says why) loads nothing. `adapter_rules` is what of its
-    settings decides how a LoRA adapter is applied, empty for vLLM's defaults.
+    settings decides how a LoRA adapter is applied, empty for vLLM's defaults, and `encoder_rules`
+    what of them decides how pictures and the like become KV.
 
     `strands` and `targets` are what there is to store and where it lies. Most models have one each,
     and the fields above them describe it (it need not be given of an engine with one stage). Of a
@@ -79,6 +80,7 @@ class EngineFacts:
     geometry: PageGeometry
     why_no_hits: str = ""
     adapter_rules: str = ""
+    encoder_rules: str = ""
     can_sleep: bool = False
     strands: tuple[StrandFacts, ...] = ()
     targets: tuple[TargetFacts, ...] = ()

@@ -13,6 +13,7 @@ from ucm.config.settings import Settings
 from ucm.errors import UnsupportedEngine
 from ucm.integration.engine.facts import EngineFacts, StrandFacts
 from ucm.integration.vllm.device_facts import can_sleep, refuse_layerwise_with_micro_batches
+from ucm.integration.vllm.encoder import encoder_rules
 from ucm.integration.vllm.engine_versions import refuse_what_fails_untold
 from ucm.integration.vllm.identity import dtype_name
 from ucm.integration.vllm.kv_specs import cached_layers
@@ -53,6 +54,7 @@ def engine_facts(vllm_config: Any, kv_cache_config: Any, settings: Settings) -> 
         geometry=base.geometry,
         why_no_hits=no_hits,
         adapter_rules=adapter_rules(vllm_config),
+        encoder_rules=encoder_rules(vllm_config),
         can_sleep=can_sleep(vllm_config.model_config),
         strands=strands,
         targets=targets,

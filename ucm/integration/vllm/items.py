@@ -4,7 +4,7 @@ vLLM's own identifier of an item is no name of its content: it may be the client
 hash of that word, or a number counted by its process, and nothing says which. What the model is
 given is the tensors of the request's features: their digest is the name, the same in every vLLM
 and under every path of the model. Processor settings, of the server or of the request, have done
-their work in them.
+their work in them; what the encoder goes by besides is in every name (`encoder.py`).
 
 Where the scheduler doesn't have the tensors (vLLM's shared-memory picture cache, encoders that run
 elsewhere, tensors on a device) the item has no name, and neither has what follows it.
@@ -43,8 +43,10 @@ class Unnameable(Exception):  # caught in this file
 class VllmItems(ItemNames):
     """Remembers digests as long as vLLM keeps the tensors."""
 
-    def __init__(self, block_tokens: int) -> None:
+    def __init__(self, block_tokens: int, encoder_rules: str = "") -> None:
+        """`encoder_rules` is what else decides what becomes of an item's tensors."""
         self._block_tokens = block_tokens
+        self._encoder = hashlib.sha256(encoder_rules.encode()).digest()
         self._digests: dict[int, tuple[weakref.ref[Any], bytes]] = {}
         self._contents: OrderedDict[str, bytes | None] = OrderedDict()
 
@@ -66,7 +68,7 @@ class VllmItems(ItemNames):
             if self._is_ambiguous(feature, digest, adapter) or digest is None:
                 end = int(place.offset) if end is None else end
             else:
-                content = _with_mask(digest, place).hex()
+                content = _with_mask(self._encoder + digest, place).hex()
                 named.append(Item(content, int(place.offset), int(place.length)))
         return NamedItems(tuple(named), end)
 
@@ -129,13 +131,12 @@ def embedded_items(embeds: Any, is_token: Sequence[bool] | None, block_tokens: i
     return NamedItems(tuple(items))
 
 
-def _with_mask(digest: bytes, place: Any) -> bytes:
+def _with_mask(digests: bytes, place: Any) -> bytes:
     """Where not all tokens of an item stand for it, which do is a part of what it is."""
     mask = getattr(place, "is_embed", None)
-    if mask is None or bool(mask.all()):
-        return digest
-    masked = hashlib.sha256(digest)
-    _add(masked, mask)
+    masked = hashlib.sha256(digests)
+    if mask is not None and not bool(mask.all()):
+        _add(masked, mask)
     return masked.digest()
 
 

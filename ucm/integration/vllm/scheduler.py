@@ -57,7 +57,7 @@ class SchedulerSide:
             self._named,
             self._bypassed,
             stats,
-            VllmItems(settings.block_tokens),
+            VllmItems(settings.block_tokens, facts.encoder_rules),
             timeout_s=settings.lookup_timeout_ms / 1000,
             adapter_rules=facts.adapter_rules,
         )
