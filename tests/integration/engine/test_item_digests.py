@@ -142,6 +142,13 @@ def test_values_that_look_alike_are_told_apart() -> None:
     assert len(set(found)) == len(found)
 
 
+def test_the_mask_of_a_whole_prompt_is_no_part_of_its_picture() -> None:
+    """vLLM 0.23 to 0.26 have it in the item, and not even that of the prompt that is asked."""
+    mask = torch.tensor([[0, 0, 1, 1, 0]])
+    fields = {"pixel_values": red()}
+    assert digest({**fields, "mm_token_type_ids": mask}) == digest(fields)
+
+
 def test_an_item_is_digested_once_while_vllm_keeps_it(monkeypatch: pytest.MonkeyPatch) -> None:
     """Under another name and elsewhere, too. Nothing is kept of one that is gone."""
     digested: list[str] = []
