@@ -143,8 +143,9 @@ def check_pauses(engine: EngineProcess, prompt: Prompt, expected: _Answers) -> N
     [
         "",
         *(
-            pytest.param(each, marks=[pytest.mark.long, pytest.mark.versions])
-            for each in sorted({*ENDS, *BETWEEN} - {""})
+            pytest.param(each, id=f"{place}-{each}", marks=[pytest.mark.long, pytest.mark.versions])
+            for place, versions in (("ends", ENDS), ("between", BETWEEN))
+            for each in versions[1:]
         ),
     ],
     ids=lambda version: version or "own",
