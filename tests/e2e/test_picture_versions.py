@@ -89,7 +89,12 @@ def fleet(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[EngineFlee
     ("fleet", "is_restarted"),
     [
         pytest.param(("", "0.28.0"), False, id="border"),
-        pytest.param(("", "0.23.0", "0.33.0"), True, id="ends", marks=[pytest.mark.long, pytest.mark.versions]),
+        pytest.param(
+            ("", "0.23.0", "0.33.0"),
+            True,
+            id="ends",
+            marks=[pytest.mark.long, pytest.mark.versions],
+        ),
     ],
     indirect=["fleet"],
 )
