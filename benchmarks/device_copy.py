@@ -30,6 +30,7 @@ from ucm.integration.copies.jobs import Direction, PagePart
 from ucm.integration.copies.layout import KV, layer_view
 from ucm.integration.copies.layout_kind import LayoutKind
 from ucm.integration.copies.make import make_copy_engine
+from ucm.integration.copies.target import CopyTarget
 from ucm.store.blocks.page_layout import PageGeometry, rank_share
 
 _BLOCK_TOKENS = 128
@@ -83,17 +84,17 @@ def layouts(
     named: dict[str, Callable[[], tuple[list[KV], LayoutKind]]] = {
         "BLHNC (a page is one run)": lambda: (
             stored("BLHNC", model, num_blocks, device),
-            LayoutKind.PACKED,
+            LayoutKind.AS_SHAPED,
         ),
         "LBHNC (a layer is one run)": lambda: (
             stored("LBHNC", model, num_blocks, device),
-            LayoutKind.PACKED,
+            LayoutKind.AS_SHAPED,
         ),
         "LBNHC (tokens before heads)": lambda: (
             stored("LBNHC", model, num_blocks, device),
-            LayoutKind.PACKED,
+            LayoutKind.AS_SHAPED,
         ),
-        "K and V apart": lambda: (apart(model, num_blocks, device), LayoutKind.SPLIT),
+        "K and V apart": lambda: (apart(model, num_blocks, device), LayoutKind.AS_SHAPED),
     }
     if device.type == "cpu":
         named["CPU kernel (K transposed)"] = lambda: (
@@ -115,9 +116,7 @@ def engine_of(layers: list[KV], kind: LayoutKind, geometry: PageGeometry) -> Cop
         )
         for kv in layers
     ]
-    return make_copy_engine(
-        views, geometry=geometry, share=share, engine_block_tokens=_BLOCK_TOKENS
-    )
+    return make_copy_engine([CopyTarget(views, geometry, share)])
 
 
 def new_arena(nbytes: int, device: torch.device) -> Arena:

@@ -132,7 +132,7 @@ def test_with_more_ranks_than_heads_the_fs_tier_has_a_copy_for_each_and_ucm_one(
 def test_what_ucm_writes_is_what_an_engine_would_say_at_its_start(model: Model) -> None:
     block_tokens = model.block_tokens(1)
     strands = [
-        StrandFacts("", each.reach, each.geometry(block_tokens), LayoutKind.PACKED, "", ())
+        StrandFacts("", each.reach, each.geometry(block_tokens), LayoutKind.AS_SHAPED, "", ())
         for each in model.attention
     ]
     if model.states is not None:
@@ -145,7 +145,7 @@ def test_what_ucm_writes_is_what_an_engine_would_say_at_its_start(model: Model) 
             item_bytes=1,
             unit_tokens=block_tokens,
         )
-        strands.append(StrandFacts("", STATE, page, LayoutKind.PACKED, "", ()))
+        strands.append(StrandFacts("", STATE, page, LayoutKind.AS_SHAPED, "", ()))
     for interval in (model.interval_tokens(1), 0):
         written = ucm_written_bytes(model, 32768, interval, 1) * 1000 / 32768
         said = f"a prompt of 32768 writes {written / (1 << 20):.4g} MiB per 1000 tokens"

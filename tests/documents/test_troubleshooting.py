@@ -12,6 +12,7 @@ from ucm.pd import flags, register
 TEXT = (ROOT / "docs" / "troubleshooting.md").read_text()
 # Of vLLM's server, whose flags are not ours to know.
 _OF_ENGINES = {
+    "--attention-backend",
     "--block-size",
     "--calculate-kv-scales",
     "--enable-dbo",

@@ -18,6 +18,7 @@ from ucm.integration.copies.jobs import PagePart
 from ucm.integration.copies.layout import layer_view
 from ucm.integration.copies.layout_kind import LayoutKind
 from ucm.integration.copies.make import make_copy_engine
+from ucm.integration.copies.target import CopyTarget
 from ucm.store.blocks.page_layout import PageGeometry, rank_share
 
 
@@ -161,17 +162,11 @@ def test_opaque_blocks_travel_as_bytes(device: torch.device, make: MakeEngine, n
     share = rank_share(geometry, tp_rank=0, tp_size=1, layers=range(2))
     caches = [torch.randint(0, 256, (12, 96 << 10), dtype=torch.uint8).to(device) for _ in range(2)]
     before = [cache.cpu() for cache in caches]
-    engine = make_copy_engine(
-        [
-            layer_view(
-                cache, kind=LayoutKind.OPAQUE, geometry=geometry, num_heads=1, block_tokens=64
-            )
-            for cache in caches
-        ],
-        geometry=geometry,
-        share=share,
-        engine_block_tokens=64,
-    )
+    views = [
+        layer_view(cache, kind=LayoutKind.OPAQUE, geometry=geometry, num_heads=1, block_tokens=64)
+        for cache in caches
+    ]
+    engine = make_copy_engine([CopyTarget(views, geometry, share)])
     arena = new_arena(geometry)
     engine.submit(1, DUMP, [PagePart(0, 0, (3, 8))], arena)
     wait_for(engine, 1)

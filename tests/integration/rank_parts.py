@@ -32,7 +32,7 @@ def facts_of(*, tp_size: int = 1, can_sleep: bool = False) -> EngineFacts:
         num_blocks=NUM_BLOCKS,
         max_step_tokens=64,
         layer_names=LAYERS,
-        layout=LayoutKind.PACKED,
+        layout=LayoutKind.AS_SHAPED,
         layout_name="",
         geometry=GEOMETRY,
         can_sleep=can_sleep,

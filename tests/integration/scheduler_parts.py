@@ -150,7 +150,7 @@ class Engine:
             num_blocks=100,
             max_step_tokens=4 * BLOCK,
             layer_names=("layers.0",),
-            layout=LayoutKind.PACKED,
+            layout=LayoutKind.AS_SHAPED,
             layout_name="",
             geometry=GEOMETRY,
             **strands,

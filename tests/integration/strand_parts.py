@@ -19,7 +19,7 @@ GEOMETRY = PageGeometry(
 
 def two_strands(window: int) -> dict[str, Any]:
     """Facts of an engine whose second group has a window, in smaller pages."""
-    kind = LayoutKind.PACKED
+    kind = LayoutKind.AS_SHAPED
     side = PageGeometry(
         num_layers=1, num_kv_heads=1, block_tokens=BLOCK, k_size=16, v_size=16, item_bytes=2
     )
@@ -48,7 +48,7 @@ def with_indexer() -> dict[str, Any]:
 
 def windows_only(window: int, other: int) -> dict[str, Any]:
     """Facts of an engine whose two groups both have windows, in pages of one size."""
-    kind = LayoutKind.PACKED
+    kind = LayoutKind.AS_SHAPED
     return {
         "strands": tuple(
             StrandFacts(name, Reach(ReachKind.WINDOW, size), GEOMETRY, kind, "", (f"layers.{i}",))
@@ -79,7 +79,7 @@ def with_states() -> dict[str, Any]:
     layers = ("layers.1", "layers.2")
     return {
         "strands": (
-            StrandFacts("", ALL, GEOMETRY, LayoutKind.PACKED, "", ("layers.0",)),
+            StrandFacts("", ALL, GEOMETRY, LayoutKind.AS_SHAPED, "", ("layers.0",)),
             StrandFacts("s", STATE, page, LayoutKind.STATE, "", layers, fields),
         ),
         "targets": (

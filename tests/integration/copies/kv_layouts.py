@@ -49,7 +49,7 @@ def packed(name: str, logical: Tensor) -> Cache:
     stored = logical.permute(order).contiguous()
     inverse = [order.index(dim) for dim in range(5)]
     view = stored.permute(inverse)
-    return Cache(list(view.unbind(0)), LayoutKind.PACKED, view.clone)
+    return Cache(list(view.unbind(0)), LayoutKind.AS_SHAPED, view.clone)
 
 
 def cpu_vec(logical: Tensor) -> Cache:
@@ -66,69 +66,105 @@ def cpu_vec(logical: Tensor) -> Cache:
     return Cache(list(stored.view_as(logical).unbind(0)), LayoutKind.CPU_VEC, read)
 
 
-def split_tensor(logical: Tensor) -> Cache:
-    """Older vLLM: a tensor [2, B, N, H, d] of its own for every layer."""
-    size = logical.shape[-1] // 2
-    layers = [
-        torch.stack([x[..., :size], x[..., size:]]).transpose(2, 3).contiguous() for x in logical
-    ]
-
-    def read() -> Tensor:
-        return torch.stack([torch.cat(list(x.transpose(2, 3)), dim=-1) for x in layers])
-
-    return Cache(list(layers), LayoutKind.SPLIT, read)
-
-
-def split_tuple(logical: Tensor) -> Cache:
-    """Ascend: (K, V), each [B, N, H, d]."""
-    size = logical.shape[-1] // 2
-    layers = [
+def _apart(logical: Tensor, size: int) -> list[tuple[Tensor, Tensor]]:
+    """Of each layer the first `size` elements and the others, each [B, N, H, d]."""
+    return [
         (x[..., :size].transpose(1, 2).contiguous(), x[..., size:].transpose(1, 2).contiguous())
         for x in logical
     ]
 
+
+def split_tensor(logical: Tensor) -> Cache:
+    """CUDA until 0.18: a tensor [2, B, N, H, d] of its own for every layer."""
+    layers = [torch.stack(pair) for pair in _apart(logical, logical.shape[-1] // 2)]
+
+    def read() -> Tensor:
+        return torch.stack([torch.cat(list(x.transpose(2, 3)), dim=-1) for x in layers])
+
+    return Cache(list(layers), LayoutKind.AS_SHAPED, read)
+
+
+def split_in_blocks(logical: Tensor) -> Cache:
+    """CUDA until 0.24, and HPC's kernels until 0.28: [B, 2, N, H, d]."""
+    layers = [torch.stack(pair, dim=1) for pair in _apart(logical, logical.shape[-1] // 2)]
+
+    def read() -> Tensor:
+        pairs = [x.transpose(2, 3).unbind(1) for x in layers]
+        return torch.stack([torch.cat(pair, dim=-1) for pair in pairs])
+
+    return Cache(list(layers), LayoutKind.AS_SHAPED, read)
+
+
+def split_tuple(logical: Tensor) -> Cache:
+    """Ascend: (K, V), each [B, N, H, d]."""
+    layers = _apart(logical, logical.shape[-1] // 2)
+
     def read() -> Tensor:
         return torch.stack([torch.cat(x, dim=-1).transpose(1, 2) for x in layers])
 
-    return Cache(list(layers), LayoutKind.SPLIT, read)
+    return Cache(list(layers), LayoutKind.AS_SHAPED, read)
 
 
 def latent(logical: Tensor) -> Cache:
     """MLA, [B, N, C]."""
     layers = [x[:, 0].clone() for x in logical]
-    return Cache(list(layers), LayoutKind.MLA, lambda: torch.stack(layers).unsqueeze(2))
+    return Cache(list(layers), LayoutKind.AS_SHAPED, lambda: torch.stack(layers).unsqueeze(2))
 
 
 def latent_with_head(logical: Tensor) -> Cache:
     """MLA, [B, 1, N, C]."""
     stored = logical.clone()
-    return Cache(list(stored.unbind(0)), LayoutKind.MLA, stored.clone)
+    return Cache(list(stored.unbind(0)), LayoutKind.AS_SHAPED, stored.clone)
+
+
+def latent_with_head_last(logical: Tensor) -> Cache:
+    """MLA, [B, N, 1, C]."""
+    stored = logical.transpose(2, 3).contiguous()
+    return Cache(
+        list(stored.unbind(0)), LayoutKind.AS_SHAPED, lambda: stored.transpose(2, 3).clone()
+    )
 
 
 def latent_tuple(logical: Tensor) -> Cache:
-    """Ascend's MLA: the latent and the rotary part apart, each [B, N, 1, c]."""
-    size = logical.shape[-1] * 8 // 9
-    layers = [
-        (x[..., :size].transpose(1, 2).contiguous(), x[..., size:].transpose(1, 2).contiguous())
-        for x in logical
-    ]
+    """MLA with the latent and the rope part apart, each [B, N, 1, c], and the latter as it is."""
+    layers = _apart(logical, logical.shape[-1] * 8 // 9)
 
     def read() -> Tensor:
         return torch.stack([torch.cat(x, dim=-1).transpose(1, 2) for x in layers])
 
-    return Cache(list(layers), LayoutKind.MLA, read)
+    return Cache(list(layers), LayoutKind.AS_SHAPED, read)
+
+
+def rope_halves(logical: Tensor) -> Cache:
+    """Ascend's MLA: the same, and of the rope part the even elements before the odd ones."""
+    layers = [
+        (first, torch.cat([rope[..., ::2], rope[..., 1::2]], dim=-1))
+        for first, rope in _apart(logical, logical.shape[-1] * 8 // 9)
+    ]
+
+    def read() -> Tensor:
+        found = []
+        for first, halves in layers:
+            rope = torch.stack(halves.chunk(2, dim=-1), dim=-1).flatten(-2)
+            found.append(torch.cat([first, rope], dim=-1).transpose(1, 2))
+        return torch.stack(found)
+
+    return Cache(list(layers), LayoutKind.ROPE_HALVES, read)
 
 
 LAYOUTS: dict[str, Callable[[Tensor], Cache]] = {
     **{name: (lambda x, name=name: packed(name, x)) for name in _STRIDE_ORDERS},
     "cpu_vec": cpu_vec,
     "split_tensor": split_tensor,
+    "split_in_blocks": split_in_blocks,
     "split_tuple": split_tuple,
 }
 LATENT_LAYOUTS: dict[str, Callable[[Tensor], Cache]] = {
     "latent": latent,
     "latent_with_head": latent_with_head,
+    "latent_with_head_last": latent_with_head_last,
     "latent_tuple": latent_tuple,
+    "rope_halves": rope_halves,
 }
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import platform
+import re
 
 import pytest
 import torch
@@ -25,6 +26,10 @@ LATENT = PageGeometry(
 
 def contents(view: LayerView) -> torch.Tensor:
     """[block, head, unit, content]"""
+    if any(place.piece_step for place in view.places):
+        latent, halves = view.parts
+        rope = halves.permute(0, 2, 3, 1).flatten(-2).unsqueeze(1)
+        return torch.cat([latent, rope], dim=-1)
     return torch.cat(view.parts, dim=-1)
 
 
@@ -87,7 +92,9 @@ def test_layers_at_uneven_distances_stay_apart() -> None:
     stored = stored.view(5, 2, 4, 32, 32)
     share = rank_share(HEADS, tp_rank=0, tp_size=1, layers=range(3))
     views = [
-        layer_view(stored[i], kind=LayoutKind.PACKED, geometry=HEADS, num_heads=4, block_tokens=32)
+        layer_view(
+            stored[i], kind=LayoutKind.AS_SHAPED, geometry=HEADS, num_heads=4, block_tokens=32
+        )
         for i in (0, 1, 4)
     ]
     placed = placed_parts(CopyTarget(views, HEADS, share))
@@ -99,7 +106,7 @@ def test_layers_at_uneven_distances_stay_apart() -> None:
 def test_nan_bits_are_seen_as_integers() -> None:
     bits = torch.tensor([0x7FC1, -1, 0x7F81, 0x0001], dtype=torch.int16).repeat(8 * 4 * 32 * 8)
     kv = bits.view(8, 4, 32, 32).view(torch.bfloat16)
-    view = layer_view(kv, kind=LayoutKind.PACKED, geometry=HEADS, num_heads=4, block_tokens=32)
+    view = layer_view(kv, kind=LayoutKind.AS_SHAPED, geometry=HEADS, num_heads=4, block_tokens=32)
 
     assert torch.equal(bits.view(8, 4, 32, 32), view.parts[0])
 
@@ -123,29 +130,112 @@ def test_opaque_blocks_are_their_bytes_whatever_their_order() -> None:
     assert raw.data_ptr() == view.parts[0].data_ptr()
 
 
+def zeros(*shape: int, dtype: torch.dtype = torch.float16) -> torch.Tensor:
+    return torch.zeros(shape, dtype=dtype)
+
+
+KNOWN, TWO_THINGS = "which is no layout that UCM knows", "which may mean two things"
+HEADS_TEXT = "of 4 heads, 32 units and 16 + 16 elements of 2 bytes"
+LATENT_TEXT = "of 1 heads, 32 units and 72 + 0 elements of 2 bytes"
+
+
 @pytest.mark.parametrize(
-    ("kv", "kind", "message"),
+    ("kv", "told"),
     [
-        (torch.zeros(8, 4, 32, 32), LayoutKind.PACKED, "of [4] bytes per item"),
-        (torch.zeros(8, 2, 32, 32).half(), LayoutKind.PACKED, "4 heads"),
-        (torch.zeros(8, 4, 16, 32).half(), LayoutKind.PACKED, "32 units"),
-        (torch.zeros(8, 4, 32, 48).half(), LayoutKind.PACKED, "16 + 16 elements"),
-        (torch.zeros(8, 4, 32).half(), LayoutKind.PACKED, "takes 4 dimensions"),
-        (torch.zeros(8, 4, 32, 32).half(), LayoutKind.SPLIT, "takes 5 dimensions"),
-        (torch.zeros(2, 8, 4, 32, 16).half(), LayoutKind.SPLIT, "4 heads"),
-        ((torch.zeros(8, 32, 4, 16).half(),) * 3, LayoutKind.SPLIT, "16 + 16 elements"),
-        ((torch.zeros(8, 4, 32, 32).half(),) * 2, LayoutKind.PACKED, "takes one"),
-        (torch.zeros(8, 4, 64, 32).half()[:, :, ::2], LayoutKind.CPU_VEC, "dense heads"),
-        (torch.zeros(8, 4, 64, 32).half()[:, :, ::2], LayoutKind.OPAQUE, "not runs of bytes"),
+        (zeros(8, 4, 32, 32, dtype=torch.float32), f"[8, 4, 32, 32] of float32, {KNOWN}"),
+        (zeros(8, 2, 32, 32), f"[8, 2, 32, 32] of float16, {KNOWN}"),
+        (zeros(8, 4, 16, 32), f"[8, 4, 16, 32] of float16, {KNOWN}"),
+        (zeros(8, 4, 32, 48), f"[8, 4, 32, 48] of float16, {KNOWN}"),
+        (zeros(8, 4, 32), f"[8, 4, 32] of float16, {KNOWN}"),
+        (zeros(8, 32, 4, 32), f"[8, 32, 4, 32] of float16, {KNOWN}"),
+        (zeros(2, 8, 4, 32, 16), f"[2, 8, 4, 32, 16] of float16, {KNOWN}"),
+        (zeros(2, 2, 32, 4, 16), f"[2, 2, 32, 4, 16] of float16, {TWO_THINGS}"),
+        ((zeros(8, 32, 4, 16),) * 3, f"[8, 32, 4, 16]) of float16, {KNOWN}"),
+        ((zeros(8, 4, 32, 16),) * 2, f"([8, 4, 32, 16], [8, 4, 32, 16]) of float16, {KNOWN}"),
+        ((zeros(8, 32, 4, 16), zeros(9, 32, 4, 16)), f"[9, 32, 4, 16]) of float16, {KNOWN}"),
+        ((zeros(8, 32, 4, 20), zeros(8, 32, 4, 12)), f"[8, 32, 4, 12]) of float16, {KNOWN}"),
+        (
+            (zeros(8, 32, 4, 16), zeros(8, 32, 4, 16, dtype=torch.int8)),
+            f"[8, 32, 4, 16]) of float16 and int8, {KNOWN}",
+        ),
     ],
 )
-def test_tensors_that_are_not_what_they_are_said_to_be_are_refused(
-    kv: torch.Tensor | tuple[torch.Tensor, ...], kind: LayoutKind, message: str
+def test_a_layout_that_no_shape_tells_is_refused_with_its_shape_and_layer(
+    kv: torch.Tensor | tuple[torch.Tensor, ...], told: str
 ) -> None:
     with pytest.raises(UnsupportedEngine) as refusal:
-        layer_view(kv, kind=kind, geometry=HEADS, num_heads=4, block_tokens=32)
+        layer_view(
+            kv,
+            kind=LayoutKind.AS_SHAPED,
+            geometry=HEADS,
+            num_heads=4,
+            block_tokens=32,
+            layer="model.layers.7.attn",
+        )
 
-    assert message in str(refusal.value)
+    text = str(refusal.value)
+    assert text.startswith("the KV cache of model.layers.7.attn is ")
+    assert told in text and HEADS_TEXT in text and "\n" not in text
+
+
+@pytest.mark.parametrize("kind", [LayoutKind.AS_SHAPED, LayoutKind.ROPE_HALVES])
+@pytest.mark.parametrize(
+    "kv",
+    [
+        zeros(8, 2, 32, 72),
+        zeros(8, 32, 64),
+        (zeros(8, 32, 64), zeros(8, 32, 16)),
+        (zeros(8, 32, 64), zeros(8, 32, 4), zeros(8, 32, 4)),
+        (zeros(8, 32, 1, 64), zeros(8, 32, 2, 8)),
+    ],
+)
+def test_a_latent_that_no_shape_tells_is_refused(
+    kv: torch.Tensor | tuple[torch.Tensor, ...], kind: LayoutKind
+) -> None:
+    with pytest.raises(UnsupportedEngine, match=re.escape(f"{KNOWN} {LATENT_TEXT}")):
+        layer_view(kv, kind=kind, geometry=LATENT, num_heads=1, block_tokens=32)
+
+
+@pytest.mark.parametrize("kv", [zeros(8, 32, 72), (zeros(8, 32, 63), zeros(8, 32, 9))])
+def test_a_latent_whose_rope_part_is_not_to_be_found_has_no_halves(
+    kv: torch.Tensor | tuple[torch.Tensor, ...],
+) -> None:
+    layer_view(kv, kind=LayoutKind.AS_SHAPED, geometry=LATENT, num_heads=1, block_tokens=32)
+    with pytest.raises(UnsupportedEngine, match=KNOWN):
+        layer_view(kv, kind=LayoutKind.ROPE_HALVES, geometry=LATENT, num_heads=1, block_tokens=32)
+
+
+@pytest.mark.parametrize(
+    ("kind", "geometry", "message"),
+    [
+        (LayoutKind.CPU_VEC, HEADS, "16 + 16 elements of 2 bytes (cpu_vec)"),
+        (
+            LayoutKind.OPAQUE,
+            PageGeometry(
+                num_layers=1,
+                num_kv_heads=1,
+                block_tokens=32,
+                k_size=1 << 13,
+                v_size=0,
+                item_bytes=1,
+                unit_tokens=32,
+            ),
+            "not runs of bytes",
+        ),
+    ],
+)
+def test_blocks_with_gaps_are_refused_where_a_kernel_s_own_order_has_none(
+    kind: LayoutKind, geometry: PageGeometry, message: str
+) -> None:
+    kv = zeros(8, 4, 64, 32)[:, :, ::2]
+    with pytest.raises(UnsupportedEngine, match=re.escape(message)):
+        layer_view(
+            kv,
+            kind=kind,
+            geometry=geometry,
+            num_heads=geometry.num_kv_heads,
+            block_tokens=32,
+        )
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])

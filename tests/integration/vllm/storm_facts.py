@@ -35,7 +35,7 @@ def storm_facts(weather: Weather, geometry: PageGeometry) -> EngineFacts:
         num_blocks=weather.num_blocks,
         max_step_tokens=weather.step_tokens,
         layer_names=("layers.0",),
-        layout=LayoutKind.PACKED,
+        layout=LayoutKind.AS_SHAPED,
         layout_name="",
         geometry=geometry,
         strands=tuple(
@@ -43,7 +43,7 @@ def storm_facts(weather: Weather, geometry: PageGeometry) -> EngineFacts:
                 f"{group or ''}",
                 reach,
                 _STATES if reach == STATE else geometry,
-                LayoutKind.PACKED,
+                LayoutKind.AS_SHAPED,
                 "",
                 (f"layers.{group}",),
             )

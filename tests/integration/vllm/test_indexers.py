@@ -39,6 +39,7 @@ from ucm.integration.copies.layout_kind import LayoutKind
 from ucm.integration.engine.facts import EngineFacts
 from ucm.integration.engine.strand_report import strands_text
 from ucm.integration.vllm.identity import manifest
+from ucm.integration.vllm.registered import registered_target
 from ucm.integration.vllm.stats import UcmStats
 from ucm.integration.vllm.worker import WorkerSide
 from ucm.store.blocks.namespace import fingerprint
@@ -186,7 +187,7 @@ class Memory:
         settings = Settings(store=StoreSettings(socket_path="/nowhere"), block_tokens=BLOCK_TOKENS)
         side = WorkerSide(settings, self.facts, tp_rank=0, stats=UcmStats())
         targets = [
-            side._copy_target(target, share, self.layers)
+            registered_target(self.facts, target, share, self.layers).target
             for target, share in zip(self.facts.targets, side._shares, strict=True)
         ]
         second = self.facts.strands[0].geometry.slot_bytes

@@ -2,20 +2,21 @@
 
 `layer_view` turns what an engine registers for one layer into parts `[block, head, unit, size]`:
 one for K and V together where they lie together, else one for each. Every difference between
-backends, platforms and model families lives in that one function:
+backends, platforms and model families lies here and in what its tensors are told by, `shapes`:
 
-    kind     what the engine hands out                   parts
-    PACKED   [B, H, N, K|V], any strides                 one
-    CPU_VEC  [B, H, N, K|V] by name; inside a block      K (transposed back by strides), V
-             K is [d][N] and V is [N][d]
-    SPLIT    [2, B, N, H, d], or (K, V) each [B, N, H, d]  K, V
-    MLA      [B, N, C], [B, 1, N, C] or [B, N, 1, C];    one per tensor
-             or a tuple of those that share C
-    OPAQUE   anything whose blocks are runs of bytes     one: head and unit are 1, size is bytes
-    STATE    the same                                    one, for each field (`state_view`)
+    kind         what the engine hands out                       parts
+    AS_SHAPED    K and V in one tensor, or two                   one, or K and V
+                 MLA in one tensor, or two                       one per tensor
+    CPU_VEC      [B, H, N, K|V] by name; inside a block          K (transposed back by strides), V
+                 K is [d][N] and V is [N][d]
+    ROPE_HALVES  MLA in two tensors; in the second the even      the latent; the rope part's two
+                 elements of the rope part, and then its odd     halves side by side
+    OPAQUE       anything whose blocks are runs of bytes         one: head and unit are 1, size is
+                                                                 bytes
+    STATE        the same                                        one, for each field (`state_view`)
 
-The parts of a layer, put side by side along `size`, are the content of a page; `placement` says
-where they lie in one.
+The parts of a layer together are the content of a page, and each has its place in it; `placement`
+says where they lie in a page.
 
 Bits are moved, never values: parts are integers of the width of the items (wider where strides
 allow), so that a NaN stays the NaN it was and no dtype lacks a kernel.
@@ -32,6 +33,7 @@ from torch import Tensor
 
 from ucm.errors import UnsupportedEngine
 from ucm.integration.copies.layout_kind import LayoutKind
+from ucm.integration.copies.shapes import RankBlock, readings, shapes_text
 from ucm.integration.copies.state_field import StateField
 from ucm.store.blocks.page_layout import PageGeometry
 
@@ -41,10 +43,29 @@ INTEGER_OF_BYTES = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int
 
 
 @dataclass(frozen=True)
+class ContentPlace:
+    """Where a part's elements are in the content of a unit: `first`, and every `step` from there.
+    The heads of a part with a `piece_step` are no heads of the model but pieces of a single one's
+    content, that far from each other."""
+
+    first: int
+    step: int = 1
+    piece_step: int = 0
+
+
+@dataclass(frozen=True)
 class LayerView:
-    """One layer. Each part is [block, head, unit, size], K before V; only the sizes differ."""
+    """One layer. Each part is [block, head, unit, size], and has a place; unless said otherwise
+    they are side by side, K before V."""
 
     parts: tuple[Tensor, ...]
+    places: tuple[ContentPlace, ...] = ()
+
+    def __post_init__(self) -> None:
+        if not self.places:
+            sizes = [part.shape[3] for part in self.parts]
+            firsts = (sum(sizes[:number]) for number in range(len(sizes)))
+            object.__setattr__(self, "places", tuple(map(ContentPlace, firsts)))
 
     @property
     def num_units(self) -> int:
@@ -53,32 +74,45 @@ class LayerView:
 
 
 def layer_view(
-    kv: KV, *, kind: LayoutKind, geometry: PageGeometry, num_heads: int, block_tokens: int
+    kv: KV,
+    *,
+    kind: LayoutKind,
+    geometry: PageGeometry,
+    num_heads: int,
+    block_tokens: int,
+    layer: str = "",
 ) -> LayerView:
-    """The view of one layer's KV: `num_heads` heads of this rank in blocks of `block_tokens`.
+    """The view of the KV of `layer`: `num_heads` heads of this rank in blocks of `block_tokens`.
 
-    Raises UnsupportedEngine if the tensors are not what `kind` says they are.
+    Raises UnsupportedEngine for tensors that can't be told, or are not what `kind` says they are.
     """
-    tensors = (kv,) if isinstance(kv, Tensor) else tuple(kv)
-    if kind is LayoutKind.OPAQUE:
-        parts: tuple[Tensor, ...] = (_raw_blocks(_only(tensors, kind)),)
-    elif kind is LayoutKind.CPU_VEC:
-        parts = _cpu_vec_parts(_only(tensors, kind), geometry=geometry)
-    elif kind is LayoutKind.PACKED:
-        parts = (_of_rank(_only(tensors, kind), 4, kind),)
-    elif kind is LayoutKind.SPLIT:
-        if len(tensors) == 1:
-            tensors = tuple(_of_rank(tensors[0], 5, kind).unbind(0))
-        parts = tuple(_of_rank(t, 4, kind).transpose(1, 2) for t in tensors)
-    else:
-        parts = tuple(_latent(t) for t in tensors)
     if block_tokens % geometry.unit_tokens:
         raise UnsupportedEngine(
             f"blocks of {block_tokens} tokens are not whole units of {geometry.unit_tokens} tokens"
         )
-    block_shape = (num_heads, block_tokens // geometry.unit_tokens)
-    _check(parts, kind=kind, geometry=geometry, block_shape=block_shape)
-    return LayerView(tuple(p.view(INTEGER_OF_BYTES[p.element_size()]) for p in parts))
+    tensors = tensors_of(kv)
+    block = RankBlock(geometry, num_heads, block_tokens // geometry.unit_tokens)
+    places: tuple[ContentPlace, ...] = ()
+    found: list[tuple[Tensor, ...]]
+    if kind is LayoutKind.OPAQUE:
+        found = [(_raw_blocks(each),) for each in tensors]
+        found = [parts for parts in found if block.holds(parts)]
+    elif kind is LayoutKind.CPU_VEC:
+        found = _cpu_vec_parts(tensors, block)
+    else:
+        found = readings(tensors, block)
+    if kind is LayoutKind.ROPE_HALVES:
+        found = [_rope_halves(parts) for parts in found if _has_rope_halves(parts)]
+        places = _places_of_rope_halves(found[0]) if found else ()
+    items = {part.element_size() for parts in found for part in parts}
+    if len(found) != 1 or items != {geometry.item_bytes}:
+        raise UnsupportedEngine(_untold(tensors, kind, block, len(found), layer))
+    (parts,) = found
+    return LayerView(tuple(p.view(INTEGER_OF_BYTES[p.element_size()]) for p in parts), places)
+
+
+def tensors_of(kv: KV) -> tuple[Tensor, ...]:
+    return (kv,) if isinstance(kv, Tensor) else tuple(kv)
 
 
 def state_view(kv: KV, field: StateField, *, num_heads: int) -> LayerView:
@@ -86,7 +120,12 @@ def state_view(kv: KV, field: StateField, *, num_heads: int) -> LayerView:
 
     Raises UnsupportedEngine if the engine's blocks are not runs of bytes that hold it.
     """
-    raw = _raw_blocks(_only((kv,) if isinstance(kv, Tensor) else tuple(kv), LayoutKind.STATE))
+    tensors = tensors_of(kv)
+    if len(tensors) != 1:
+        raise UnsupportedEngine(
+            f"the states of a layer are {shapes_text(tensors)}, where UCM takes one tensor"
+        )
+    raw = _raw_blocks(tensors[0])
     geometry, item_bytes = field.geometry, field.geometry.item_bytes
     shape = (num_heads, geometry.num_units, geometry.content_size)
     last = sum((size - 1) * step for size, step in zip(shape, field.strides, strict=True))
@@ -108,47 +147,52 @@ def state_view(kv: KV, field: StateField, *, num_heads: int) -> LayerView:
     return LayerView((part,))
 
 
-def _only(tensors: tuple[Tensor, ...], kind: LayoutKind) -> Tensor:
-    if len(tensors) != 1:
-        raise UnsupportedEngine(
-            f"the KV cache of a layer is {len(tensors)} tensors, layout {kind.value} takes one"
-        )
-    return tensors[0]
+def _untold(
+    tensors: Sequence[Tensor], kind: LayoutKind, block: RankBlock, num_ways: int, layer: str
+) -> str:
+    geometry = block.geometry
+    dtypes = " and ".join(sorted({str(each.dtype).removeprefix("torch.") for each in tensors}))
+    means = "may mean two things" if num_ways > 1 else "is no layout that UCM knows"
+    return (
+        f"the KV cache of {layer or 'a layer'} is {shapes_text(tensors)} of {dtypes}, which {means}"
+        f" of {block.num_heads} heads, {block.num_units} units and {geometry.k_size} + "
+        f"{geometry.v_size} elements of {geometry.item_bytes} bytes ({kind.value})"
+    )
 
 
-def _of_rank(tensor: Tensor, rank: int, kind: LayoutKind) -> Tensor:
-    if tensor.dim() != rank:
-        raise UnsupportedEngine(
-            f"the KV cache of a layer has shape {list(tensor.shape)}, "
-            f"layout {kind.value} takes {rank} dimensions"
-        )
-    return tensor
-
-
-def _cpu_vec_parts(kv: Tensor, *, geometry: PageGeometry) -> tuple[Tensor, Tensor]:
+def _cpu_vec_parts(tensors: Sequence[Tensor], block: RankBlock) -> list[tuple[Tensor, ...]]:
     """vLLM's `vec` and `vec16` CPU kernels: per head of a block [d][N] of K, then [N][d] of V."""
-    num_blocks, num_heads, num_tokens, content = _of_rank(kv, 4, LayoutKind.CPU_VEC).shape
-    size = geometry.k_size
-    dense_head = kv.stride()[2:] == (content, 1)
-    if content != 2 * size or geometry.v_size != size or not dense_head:
-        raise UnsupportedEngine(
-            f"the KV cache of a layer has shape {list(kv.shape)} and strides {list(kv.stride())}; "
-            f"the CPU kernel's own order needs dense heads of {size} + {size} elements per token"
-        )
+    geometry, size = block.geometry, block.geometry.k_size
+    if len(tensors) != 1 or tensors[0].dim() != 4 or geometry.v_size != size:
+        return []
+    (kv,) = tensors
+    num_blocks, num_heads, num_tokens, content = kv.shape
+    if not block.holds(tensors) or kv.stride()[2:] != (content, 1):
+        return []
     shape = (num_blocks, num_heads, num_tokens, size)
     outer, start = kv.stride()[:2], kv.storage_offset()
     keys = kv.as_strided(shape, (*outer, 1, num_tokens), start)
     values = kv.as_strided(shape, (*outer, size, 1), start + num_tokens * size)
-    return keys, values
+    return [(keys, values)]
 
 
-def _latent(kv: Tensor) -> Tensor:
-    """MLA's latent as [block, 1, token, size]: the one head may be first, last, or left out."""
-    if kv.dim() == 4 and kv.shape[1] == 1:
-        return kv
-    if kv.dim() == 4 and kv.shape[2] == 1:
-        return kv.transpose(1, 2)
-    return _of_rank(kv, 3, LayoutKind.MLA).unsqueeze(1)
+def _has_rope_halves(parts: Sequence[Tensor]) -> bool:
+    return len(parts) == 2 and parts[1].shape[3] % 2 == 0
+
+
+def _rope_halves(parts: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+    """The rope part as [block, half, unit, size], by strides, so that it is still all of its
+    tensor."""
+    latent, rope = parts
+    num_blocks, _, num_units, size = rope.shape
+    block, _, unit, item = rope.stride()
+    shape, strides = (num_blocks, 2, num_units, size // 2), (block, size // 2 * item, unit, item)
+    return latent, rope.as_strided(shape, strides, rope.storage_offset())
+
+
+def _places_of_rope_halves(parts: Sequence[Tensor]) -> tuple[ContentPlace, ...]:
+    """An element of the one half, and then its neighbour in the other."""
+    return ContentPlace(0), ContentPlace(parts[0].shape[3], step=2, piece_step=1)
 
 
 def _raw_blocks(kv: Tensor) -> Tensor:
@@ -169,33 +213,3 @@ def _raw_blocks(kv: Tensor) -> Tensor:
         (num_blocks, 1, 1, block_bytes),
         (stride_bytes, block_bytes, block_bytes, 1),
     )
-
-
-def _check(
-    parts: tuple[Tensor, ...],
-    *,
-    kind: LayoutKind,
-    geometry: PageGeometry,
-    block_shape: tuple[int, int],
-) -> None:
-    """The view must be the content of this rank's heads, whatever the engine said of it."""
-    num_blocks = parts[0].shape[0]
-    sizes = tuple(p.shape[3] for p in parts)
-    items = {p.element_size() for p in parts}
-    in_order = kind not in (LayoutKind.SPLIT, LayoutKind.CPU_VEC) or sizes == (
-        geometry.k_size,
-        geometry.v_size,
-    )
-    if (
-        any(tuple(p.shape[:3]) != (num_blocks, *block_shape) for p in parts)
-        or sum(sizes) != geometry.content_size
-        or not in_order
-        or items != {geometry.item_bytes}
-    ):
-        num_heads, num_units = block_shape
-        raise UnsupportedEngine(
-            f"the KV cache of a layer, read as {kind.value}, has parts "
-            f"{[list(p.shape) for p in parts]} of {sorted(items)} bytes per item; expected blocks "
-            f"of {num_heads} heads, {num_units} units and {geometry.k_size} + {geometry.v_size} "
-            f"elements of {geometry.item_bytes} bytes"
-        )

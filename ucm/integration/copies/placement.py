@@ -11,7 +11,7 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-from ucm.integration.copies.layout import INTEGER_OF_BYTES, LayerView
+from ucm.integration.copies.layout import INTEGER_OF_BYTES, ContentPlace, LayerView
 from ucm.integration.copies.target import CopyTarget
 from ucm.store.blocks.page_layout import PageGeometry
 
@@ -67,22 +67,25 @@ def placed_parts(target: CopyTarget) -> tuple[PlacedPart, ...]:
         while end < len(views) and _joins(views, start, end):
             end += 1
         layers = range(start, end)
-        content_bytes = 0
-        for index, part in enumerate(views[start].parts):
-            tensor = _widest(_join([view.parts[index] for view in views[start:end]]), geometry)
-            first = geometry.offset(share.layers[start], share.heads.start)
+        first = geometry.offset(share.layers[start], share.heads.start)
+        for index, place in enumerate(views[start].places):
+            joined = _join([view.parts[index] for view in views[start:end]])
+            tensor = _widest(joined, geometry, place)
             item_bytes = tensor.element_size()
-            strides = (layer_bytes, geometry.head_bytes, geometry.unit_bytes, item_bytes)
-            layer_stride, head_stride, unit_stride, _ = (s // item_bytes for s in strides)
+            head_bytes = place.piece_step * geometry.item_bytes or geometry.head_bytes
             placed.append(
                 PlacedPart(
                     layers=layers,
                     tensor=tensor,
-                    page_offset_bytes=first + content_bytes,
-                    page_strides=(layer_stride, head_stride, unit_stride, 1),
+                    page_offset_bytes=first + place.first * geometry.item_bytes,
+                    page_strides=(
+                        layer_bytes // item_bytes,
+                        head_bytes // item_bytes,
+                        geometry.unit_bytes // item_bytes,
+                        place.step,
+                    ),
                 )
             )
-            content_bytes += part.shape[3] * part.element_size()
         start = end
     return tuple(placed)
 
@@ -91,7 +94,7 @@ def _joins(views: Sequence[LayerView], start: int, layer: int) -> bool:
     """Whether `layer` continues the layers from `start`: one storage, one form, one distance."""
     first, second, before, this = (views[i].parts for i in (start, start + 1, layer - 1, layer))
     step = second[0].storage_offset() - first[0].storage_offset()
-    if step <= 0 or len(this) != len(first):
+    if step <= 0 or views[layer].places != views[start].places:
         return False
     return all(
         c.untyped_storage().data_ptr() == a.untyped_storage().data_ptr()
@@ -109,14 +112,15 @@ def _join(layers: Sequence[Tensor]) -> Tensor:
     return first.as_strided(shape, stride, first.storage_offset())
 
 
-def _widest(tensor: Tensor, geometry: PageGeometry) -> Tensor:
-    """The same bytes as the widest integers that all strides, here and in the page, allow."""
+def _widest(tensor: Tensor, geometry: PageGeometry, place: ContentPlace) -> Tensor:
+    """The same bytes as the widest integers that all strides, here and in the page, allow. What is
+    not side by side in the page keeps its items."""
     item_bytes = tensor.element_size()
     numbers = (tensor.shape[-1], tensor.storage_offset(), *tensor.stride()[:-1])
     in_bytes = [n * item_bytes for n in numbers]
-    in_bytes += [tensor.data_ptr(), geometry.k_size * geometry.item_bytes, geometry.unit_bytes]
+    in_bytes += [tensor.data_ptr(), place.first * geometry.item_bytes, geometry.unit_bytes]
     for width in (8, 4, 2):
-        if width <= item_bytes or tensor.stride(-1) != 1:
+        if width <= item_bytes or tensor.stride(-1) != 1 or place.step != 1:
             break
         if all(n % width == 0 for n in in_bytes):
             return tensor.view(INTEGER_OF_BYTES[width])

@@ -187,10 +187,11 @@ class _StagedRoute(Route):
         first_layer = share.layers[placed.layers.start]
         start = placed.page_offset_bytes - geometry.offset(first_layer, share.heads.start)
         start += self._units(batch).start * geometry.unit_bytes
-        unit, layer = geometry.unit_bytes // item_bytes, self._layer_bytes // item_bytes
+        _, head, unit, item = placed.page_strides
+        layer = self._layer_bytes // item_bytes
         return staging.view(tensor.dtype).as_strided(
             (layers, len(batch), len(batch[0].block_ids), heads, units, size),
-            (layer, layers * layer, units * unit, geometry.head_bytes // item_bytes, unit, 1),
+            (layer, layers * layer, units * unit, head, unit, item),
             start // item_bytes,
         )
 

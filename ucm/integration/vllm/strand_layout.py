@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 from ucm.config.settings import Settings
@@ -15,7 +16,8 @@ _CPU_STRIDED_ISAS = ("vec", "vec16")
 
 
 def layout_of(vllm_config: Any, spec: Any, settings: Settings) -> tuple[LayoutKind, str]:
-    """How the backend orders bytes inside a block, and a name for it (empty: canonical)."""
+    """What the tensors won't show of how the backend orders bytes inside a block, and a name for it
+    (empty: canonical)."""
     from vllm.platforms import current_platform
 
     device = current_platform.device_type
@@ -34,7 +36,31 @@ def layout_of(vllm_config: Any, spec: Any, settings: Settings) -> tuple[LayoutKi
                 "be named"
             )
         return LayoutKind.OPAQUE, f"{device}:{layout}:{place}"
-    return (LayoutKind.MLA if _is_mla(spec) else LayoutKind.PACKED, "")
+    if current_platform.is_rocm():
+        _refuse_shuffled_blocks()
+    return LayoutKind.AS_SHAPED, ""
+
+
+def _refuse_shuffled_blocks() -> None:
+    from vllm import envs
+
+    if getattr(envs, "VLLM_ROCM_SHUFFLE_KV_CACHE_LAYOUT", False):
+        raise UnsupportedEngine(
+            "VLLM_ROCM_SHUFFLE_KV_CACHE_LAYOUT keeps KV in an order of the kernel's that its shape "
+            "does not show: unset it"
+        )
+
+
+def refuse_hidden_order(layer: str, shape: Sequence[int]) -> None:
+    """AMD's ROCM_ATTN kernels spread a key's elements over a block, and older versions of vLLM
+    register that as [2, B, N, H, d]."""
+    from vllm.platforms import current_platform
+
+    if current_platform.is_rocm() and len(shape) == 5:
+        raise UnsupportedEngine(
+            f"the KV cache of {layer} is {list(shape)}, whose order inside a block is one of this "
+            "kernel's own: choose another by --attention-backend"
+        )
 
 
 def order_inside_blocks(vllm_config: Any, spec: Any) -> str:
@@ -100,7 +126,8 @@ def geometry_of(
             num_heads=int(vllm_config.parallel_config.tensor_parallel_size),
             block_bytes=block_bytes(spec),
         )
-    if layout is LayoutKind.MLA:
+    is_mla = _is_mla(spec)
+    if is_mla:
         heads = 1
     elif is_only:
         heads = int(vllm_config.model_config.get_total_num_kv_heads())
@@ -111,7 +138,7 @@ def geometry_of(
         num_kv_heads=heads,
         block_tokens=settings.block_tokens,
         k_size=int(spec.head_size),
-        v_size=0 if layout is LayoutKind.MLA else int(spec.head_size_v),
+        v_size=0 if is_mla else int(spec.head_size_v),
         item_bytes=int(spec.dtype.itemsize),
     )
 

@@ -22,19 +22,17 @@ from typing import Any
 import torch
 
 from ucm.config.settings import Settings
-from ucm.errors import UnsupportedEngine
 from ucm.integration.copies.arena import Arena
 from ucm.integration.copies.copy_engine import CopyEngine
 from ucm.integration.copies.generations import Memories
 from ucm.integration.copies.jobs import CopyJob, Direction, PagePart
-from ucm.integration.copies.layout import layer_view, state_view
 from ucm.integration.copies.make import make_copy_engine
-from ucm.integration.copies.target import CopyTarget
-from ucm.integration.engine.facts import EngineFacts, TargetFacts
+from ucm.integration.engine.facts import EngineFacts
 from ucm.integration.engine.meter import CopyMeter
 from ucm.integration.engine.step_waits import IDLE_WAIT_S
 from ucm.integration.vllm.batched_copy import batched_copy
 from ucm.integration.vllm.metadata import RankReport, StepMetadata
+from ucm.integration.vllm.registered import registered_target
 from ucm.integration.vllm.stats import UcmStats
 from ucm.store.blocks.page_layout import RankShare, rank_share
 from ucm.store.client.rank_link import RankLink
@@ -80,15 +78,19 @@ class WorkerSide:
         self._forward_ended = False
 
     def register(self, kv_caches: dict[str, Any]) -> None:
-        """Takes the KV tensors of this rank. Raises UnsupportedEngine if they are not laid out as
-        the configuration says."""
+        """Takes the KV tensors of this rank. Raises UnsupportedEngine if they are laid out in no
+        way that can be told."""
         facts = self._facts
-        targets = [
-            self._copy_target(target, share, kv_caches)
+        registered = [
+            registered_target(facts, target, share, kv_caches)
             for target, share in zip(facts.targets, self._shares, strict=True)
         ]
+        targets = [each.target for each in registered]
+        self._kernel_blocks = [each.kernel_blocks for each in registered]
         self._engine = make_copy_engine(
-            targets, batched=batched_copy(), staging_bytes=self._settings.copy_staging_bytes
+            targets,
+            batched=batched_copy(),
+            staging_bytes=self._settings.copy_staging_bytes,
         )
         device = targets[0].views[0].parts[0].device
         self._memories = Memories(device, pin_piece_bytes=self._settings.pin_piece_bytes)
@@ -96,35 +98,6 @@ class WorkerSide:
             self._settings.store, engine_id=facts.engine_id, on_memory=self._memories
         )
         self._link.start()
-
-    def _copy_target(
-        self, target: TargetFacts, share: RankShare, kv_caches: dict[str, Any]
-    ) -> CopyTarget:
-        missing = [name for name in target.layer_names if name not in kv_caches]
-        if missing:
-            raise UnsupportedEngine(f"vLLM registered no KV cache for layer {missing[0]}")
-        strand, geometry = self._facts.strands[target.strand], self._facts.geometry_of(target)
-        tensors = [kv_caches[name] for name in target.layer_names]
-        if target.field is not None:
-            self._kernel_blocks.append(1)
-            num_heads = len(share.heads)
-            states = [state_view(each, target.field, num_heads=num_heads) for each in tensors]
-            return CopyTarget(states, geometry, share)
-        first = tensors[0][0] if isinstance(tensors[0], (tuple, list)) else tensors[0]
-        # Some kernels want smaller blocks than vLLM's manager hands out; ids then count those.
-        kernel_blocks = max(1, first.shape[0] // self._facts.num_blocks)
-        self._kernel_blocks.append(kernel_blocks)
-        views = [
-            layer_view(
-                tensor,
-                kind=strand.layout,
-                geometry=geometry,
-                num_heads=len(share.heads),
-                block_tokens=target.block_tokens // kernel_blocks,
-            )
-            for tensor in tensors
-        ]
-        return CopyTarget(views, geometry, share)
 
     # -- a step, in order ------------------------------------------------------------------
 
