@@ -28,8 +28,9 @@ FLOORS = (
     *("ucm.store.tiers.posix", "ucm.store.tiers"),
     *("ucm.store.node", "ucm.store.client", "ucm.store.api", "ucm.store.inspect"),
     "ucm.store.pipeline",
-    # Engines: the copies of any, the scheduler half of any, and those that we know by name.
-    *("ucm.integration.copies", "ucm.integration.engine"),
+    # Engines: the copies of any, the scheduler half of any, what one platform does, and those that
+    # we know by name.
+    *("ucm.integration.copies", "ucm.integration.engine", "ucm.integration.ascend"),
     *("ucm.integration.vllm", "ucm.integration.tiering", "ucm.integration.sglang"),
     # The proxy, which knows nothing of the store.
     *("ucm.pd.protocol", "ucm.pd.errors", "ucm.pd.security", "ucm.pd.fleet", "ucm.pd.flags"),
@@ -57,7 +58,10 @@ FOREIGN: dict[str, tuple[str, ...]] = {
         "ucm.integration.tiering.identity",
     ),
     "sglang": ("ucm.integration.sglang",),
-    "torch": ("ucm.store.api.tensors", "ucm.integration.copies", "ucm.integration.vllm"),
+    "torch": (
+        *("ucm.store.api.tensors", "ucm.integration.copies"),
+        *("ucm.integration.ascend.accelerator", "ucm.integration.vllm"),
+    ),
     "yaml": ("ucm.config",),
     "aiohttp": ("ucm.pd",),
     "typer": ("ucm.cli", "ucm.pd.toy_proxy_server"),
@@ -66,14 +70,18 @@ FOREIGN: dict[str, tuple[str, ...]] = {
 WITHOUT: dict[str, tuple[str, ...]] = {
     "vllm": (
         *("ucm.store", "ucm.integration.copies", "ucm.integration.engine"),
-        *("ucm.integration.sglang", "ucm.pd", "ucm.cli"),
+        *("ucm.integration.ascend", "ucm.integration.sglang", "ucm.pd", "ucm.cli"),
     ),
     "torch": (
-        *("ucm.store", "ucm.integration.engine", "ucm.integration.sglang", "ucm.pd", "ucm.cli"),
+        *("ucm.store", "ucm.integration.engine", "ucm.integration.ascend.engine"),
+        *("ucm.integration.sglang", "ucm.pd", "ucm.cli"),
     ),
 }
 # The store API takes tensors where there is torch, and knows so when it is given one.
 TENSOR_DOOR = "ucm.store.api.tensors"
+
+# What only one room may speak of, in its names and its texts.
+SPOKEN_OF = {"npu": "ucm.integration.ascend", "ascend": "ucm.integration.ascend"}
 
 ENTRY_POINTS = {
     "ucm.cli.main",
@@ -140,6 +148,31 @@ def test_foreign_packages_stay_in_their_rooms(package: str) -> None:
             assert any(within(module.name, room) for room in FOREIGN[package]), (
                 f"{module} imports {package}"
             )
+
+
+@pytest.mark.parametrize("word", SPOKEN_OF)
+def test_only_the_room_of_a_platform_speaks_of_it(word: str) -> None:
+    """Others import what that room has, and ask it."""
+    of_word = re.compile(rf"(?i:(?<![a-z]){word})|{word.title()}")
+    speakers: set[str] = set()
+    for module in ours():
+        told = {
+            text
+            for node in ast.walk(module.tree)
+            if not isinstance(node, ast.ImportFrom)
+            for text in _words_of(node)
+            if of_word.search(text)
+        }
+        if told:
+            speakers.add(module.name)
+            assert within(module.name, SPOKEN_OF[word]), f"{module} speaks of {word}: {told}"
+    assert speakers
+
+
+def _words_of(node: ast.AST) -> list[str]:
+    """Its own, not those of what is in it."""
+    found = [getattr(node, field, None) for field in ("id", "attr", "name", "arg", "value")]
+    return [each for each in found if isinstance(each, str)]
 
 
 @pytest.mark.parametrize("package", WITHOUT)

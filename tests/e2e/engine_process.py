@@ -1,14 +1,16 @@
 """An engine of any vLLM in a process of its own: it does what its standard input says, a line each,
 and answers on its standard output.
 
-    python tests/e2e/engine_process.py FLAGS
+    python tests/e2e/engine_process.py FLAGS [PLUGIN]
 
 Its scheduler is in the same process, so a test sees what is left in it. FLAGS are vLLM's, as JSON.
+PLUGIN is a module that is imported before the engine is made, as vLLM does with a platform's.
 """
 
 from __future__ import annotations
 
 import base64
+import importlib
 import io
 import json
 import sys
@@ -104,6 +106,9 @@ class Engine:
         found = [each for each in self._llm.get_metrics() if each.name == "vllm:num_preemptions"]
         return int(found[0].value)
 
+    def connector(self) -> str:
+        return type(self._scheduler.connector).__name__
+
     def version(self) -> str:
         import vllm
 
@@ -123,7 +128,9 @@ def _opened(shown: dict[str, Any]) -> Any:
     return {**shown["fields"], "prompt": shown["text"], "multi_modal_data": {"image": picture}}
 
 
-def main(flags: str) -> None:
+def main(flags: str, plugin: str = "") -> None:
+    if plugin:
+        importlib.import_module(plugin)
     engine = Engine(json.loads(flags))
     for line in sys.stdin:
         what, arguments = json.loads(line)
@@ -132,4 +139,4 @@ def main(flags: str) -> None:
 
 
 if __name__ == "__main__":
-    main(sys.argv[1])
+    main(*sys.argv[1:])

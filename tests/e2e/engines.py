@@ -25,6 +25,7 @@ OLD_TORCH = OTHERS / "torch-2.11.0"
 # Over the kernels of the version of the other tests.
 PYTHON_ALONE = ("0.33.0",)
 NEEDS_OLD_TORCH = ("0.23.", "0.24.", "0.25.", "0.26.")
+SCRIPT = ROOT / "tests" / "e2e" / "engine_process.py"
 # Of 128 tokens. One is vLLM's own.
 NUM_BLOCKS = 20
 
@@ -47,7 +48,7 @@ def fail_without(versions: Sequence[str]) -> None:
 
 class EngineProcess:
     """Starts at once; the first question waits until it is there. `version`: empty is that of the
-    other tests."""
+    other tests. `plugin`: a module for it to begin with. `more` are further flags."""
 
     def __init__(
         self,
@@ -55,9 +56,10 @@ class EngineProcess:
         model: Path,
         log: Path,
         kv_transfer: dict[str, Any] | None = None,
+        *,
+        plugin: str = "",
         **more: Any,
     ) -> None:
-        """`more` are further flags."""
         self.version = version
         self._log = log
         flags = {
@@ -85,7 +87,7 @@ class EngineProcess:
         }
         with log.open("wb") as errors:
             self._process = subprocess.Popen(
-                [sys.executable, str(ROOT / "tests/e2e/engine_process.py"), json.dumps(flags)],
+                [sys.executable, str(SCRIPT), json.dumps(flags), *([plugin] if plugin else [])],
                 env=environment,
                 stdin=subprocess.PIPE,
                 stdout=subprocess.PIPE,

@@ -11,7 +11,6 @@ import pytest
 
 pytest.importorskip("vllm")
 
-import torch
 
 from tests.integration.copies.kv_layouts import Rank, make_rank, page_in, page_of_blocks
 from tests.integration.copies.simulated_device import SimulatedDevice
@@ -25,18 +24,12 @@ from tests.integration.rank_parts import (
     facts_of,
 )
 from ucm.config.settings import Settings, StoreSettings
-from ucm.errors import UnsupportedEngine
 from ucm.integration.copies import generations as memories_module
 from ucm.integration.copies.arena import Arena
 from ucm.integration.copies.device import CopyLimits, DeviceCopyEngine
 from ucm.integration.copies.jobs import CopyJob, PagePart
 from ucm.integration.copies.make import make_copy_engine
 from ucm.integration.vllm import worker as worker_module
-from ucm.integration.vllm.device_facts import (
-    head_major_pays,
-    refuse_layerwise_with_micro_batches,
-    wanted_layout,
-)
 from ucm.integration.vllm.engine_versions import writes_before_hooks
 from ucm.integration.vllm.metadata import StepMetadata
 from ucm.integration.vllm.stats import UcmStats
@@ -208,6 +201,30 @@ def test_a_dump_whose_blocks_were_written_before_the_fence_is_not_called_good(
     assert bench.until_ended(2) == {2}
 
 
+def test_a_fence_that_a_connector_around_this_one_keeps_back_comes_with_the_step(
+    bench: Bench,
+) -> None:
+    """vllm-ascend's own does not hand on handle_preemptions."""
+    bench.pin()
+    bench.write(3)
+    warm = StepMetadata(dumps=(job(1, 1),))
+    bench.connector.bind_connector_metadata(warm)
+    bench.connector.wait_for_save()
+    assert bench.until_ended(1) == set()
+    dumps_go_on = threading.Event()
+    bench.device.streams["ucm-dump"].put(dumps_go_on.wait)
+    first = StepMetadata(dumps=(job(2, 0),))
+    bench.connector.bind_connector_metadata(first)
+    bench.connector.wait_for_save()
+
+    bench.connector.bind_connector_metadata(StepMetadata(fence=(2,)))
+    bench.write(0, BLOCKS)
+    threading.Event().wait(0.2)  # enough for a forward pass that would not wait
+    dumps_go_on.set()
+    assert bench.until_ended(2) == set()
+    assert bool((page_in(bench.arena, GEOMETRY, 0) == 3).all())
+
+
 def test_the_scheduler_side_knows_which_steps_write_blocks_of_their_own() -> None:
     assert not writes_before_hooks(SimpleNamespace(new_block_ids_to_zero=None))
     assert writes_before_hooks(SimpleNamespace(new_block_ids_to_zero=[3]))
@@ -259,58 +276,3 @@ def test_loads_that_are_started_twice_in_a_step_are_copied_once(bench: Bench) ->
         bench.connector.wait_for_layer_load(name)
     assert bench.until_ended(1) == set()
     assert bool((page_of_blocks(bench.rank.cache.read(), BLOCKS) == 7).all())
-
-
-def test_layer_by_layer_is_refused_with_micro_batches() -> None:
-    """A layer has run when all micro-batches have run it, which no hook tells."""
-    settings = Settings(store=StoreSettings(socket_path="/nowhere"), use_layerwise=True)
-    with pytest.raises(UnsupportedEngine, match="--enable-dbo"):
-        refuse_layerwise_with_micro_batches(SimpleNamespace(use_ubatching=True), settings)
-    refuse_layerwise_with_micro_batches(SimpleNamespace(use_ubatching=False), settings)
-
-
-@pytest.mark.parametrize(
-    ("tokens", "pays"), [(16, False), (32, False), (128, True)], ids=["16", "32", "whole page"]
-)
-def test_a_layout_is_asked_for_only_where_blocks_then_need_no_staging(
-    tokens: int, pays: bool
-) -> None:
-    """8 heads of 128 in bfloat16: a head's part of a block of 16 tokens is 8 KiB."""
-    assert pays == head_major_pays(
-        engine_block_tokens=tokens, block_tokens=128, num_heads=8, token_bytes=512
-    )
-
-
-@pytest.mark.parametrize(
-    ("setting", "block_size", "wanted"),
-    [
-        ("auto", 16, None),
-        ("auto", 128, "LBHNC"),
-        ("keep", 128, None),
-        ("head_major", 16, "LBHNC"),
-        ("auto", None, None),
-    ],
-)
-def test_the_setting_decides_about_the_layout(
-    setting: str, block_size: int | None, wanted: str | None, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    import vllm.platforms
-
-    monkeypatch.setattr(
-        vllm.platforms, "current_platform", SimpleNamespace(device_type="cuda"), raising=False
-    )
-    model = SimpleNamespace(
-        use_mla=False,
-        dtype=torch.bfloat16,
-        get_num_kv_heads=lambda parallel: 8,
-        get_head_size=lambda: 128,
-    )
-    config = SimpleNamespace(
-        model_config=model,
-        cache_config=SimpleNamespace(
-            block_size=block_size, cache_dtype="auto", kv_cache_layout=None
-        ),
-        parallel_config=None,
-    )
-    settings = Settings(store=StoreSettings(socket_path="/nowhere"), engine_layout=setting)
-    assert wanted == wanted_layout(config, settings)

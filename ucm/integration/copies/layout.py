@@ -150,6 +150,7 @@ def state_view(kv: KV, field: StateField, *, num_heads: int) -> LayerView:
 def _untold(
     tensors: Sequence[Tensor], kind: LayoutKind, block: RankBlock, num_ways: int, layer: str
 ) -> str:
+    """For people."""
     geometry = block.geometry
     dtypes = " and ".join(sorted({str(each.dtype).removeprefix("torch.") for each in tensors}))
     means = "may mean two things" if num_ways > 1 else "is no layout that UCM knows"

@@ -6,6 +6,7 @@ from typing import Any
 
 from ucm.config.settings import Settings
 from ucm.errors import UnsupportedEngine
+from ucm.integration.ascend.engine import keeps_its_layout
 from ucm.integration.copies.device import DIRECT_RUN_BYTES
 from ucm.integration.vllm.engine_versions import head_major_layout
 
@@ -29,7 +30,8 @@ def wanted_layout(vllm_config: Any, settings: Settings) -> str | None:
     """The KV cache layout to ask vLLM for; None leaves it to vLLM."""
     from vllm.platforms import current_platform
 
-    if current_platform.device_type == "cpu" or settings.engine_layout == "keep":
+    device = current_platform.device_type
+    if device == "cpu" or keeps_its_layout(device) or settings.engine_layout == "keep":
         return None
     if settings.engine_layout == "head_major":
         return head_major_layout(vllm_config)

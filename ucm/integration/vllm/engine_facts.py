@@ -11,15 +11,16 @@ from typing import Any
 
 from ucm.config.settings import Settings
 from ucm.errors import UnsupportedEngine
+from ucm.integration.ascend.engine import refuse_what_is_unlike
 from ucm.integration.engine.facts import EngineFacts, StrandFacts
 from ucm.integration.vllm.device_facts import can_sleep, refuse_layerwise_with_micro_batches
 from ucm.integration.vllm.encoder import encoder_rules
 from ucm.integration.vllm.engine_versions import refuse_what_fails_untold
 from ucm.integration.vllm.identity import dtype_name
-from ucm.integration.vllm.kv_specs import cached_layers
+from ucm.integration.vllm.kv_specs import CachedLayer, cached_layers
 from ucm.integration.vllm.strand_facts import read_strands
 from ucm.store.blocks.canonical_json import canonical_json
-from ucm.store.blocks.strands import ALL
+from ucm.store.blocks.strands import ALL, STATE
 
 
 def engine_facts(vllm_config: Any, kv_cache_config: Any, settings: Settings) -> EngineFacts:
@@ -34,6 +35,7 @@ def engine_facts(vllm_config: Any, kv_cache_config: Any, settings: Settings) -> 
     refuse_what_fails_untold(one_plain_group=len(kinds) == 1 and layers[0].reach == ALL)
     strands, targets = read_strands(vllm_config, layers, settings)
     _refuse_states_inside_blocks(vllm_config, strands)
+    _refuse_what_is_unlike(vllm_config, settings, layers)
     plain = len(targets) == 1 and strands[0].reach == ALL
     refuse_what_fails_untold(one_plain_group=plain)
     base, no_hits = strands[0], why_no_hits(vllm_config)
@@ -59,6 +61,21 @@ def engine_facts(vllm_config: Any, kv_cache_config: Any, settings: Settings) -> 
         strands=strands,
         targets=targets,
         state_interval_tokens=state_interval_tokens(vllm_config, settings),
+    )
+
+
+def _refuse_what_is_unlike(
+    vllm_config: Any, settings: Settings, layers: Sequence[CachedLayer]
+) -> None:
+    from vllm.platforms import current_platform
+    from vllm.v1.kv_cache_interface import MLAAttentionSpec
+
+    refuse_what_is_unlike(
+        vllm_config,
+        settings,
+        device_type=current_platform.device_type,
+        has_mla=any(isinstance(layer.spec, MLAAttentionSpec) for layer in layers),
+        kv_dtypes=frozenset(layer.spec.dtype for layer in layers if layer.reach != STATE),
     )
 
 

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from typing import Any, Final
 
 from ucm.errors import UnsupportedEngine
+from ucm.integration.ascend.engine import REFUSED_SPECS, is_plain_mla
 from ucm.integration.vllm.engine_versions import (
     hides_unlike_specs,
     packs_states,
@@ -53,6 +54,7 @@ _REFUSED: Final = {
         "a cache of hidden states",
         "it is no KV; leave extract_hidden_states out of --speculative-config",
     ),
+    **REFUSED_SPECS,
 }
 _OTHER: Final = (
     "layers of a kind that UCM doesn't know",
@@ -131,7 +133,8 @@ def _reach(spec: Any) -> Reach | None:
     )
 
     kind = type(spec)
-    if kind in (FullAttentionSpec, MLAAttentionSpec) and not _is_indexer(spec):
+    is_whole = kind in (FullAttentionSpec, MLAAttentionSpec) or is_plain_mla(spec)
+    if is_whole and not _is_indexer(spec):
         return ALL
     if kind is SlidingWindowSpec:
         return Reach(ReachKind.WINDOW, int(spec.sliding_window))

@@ -7,6 +7,7 @@ from typing import Any
 
 from ucm.config.settings import Settings
 from ucm.errors import UnsupportedEngine
+from ucm.integration.ascend.engine import keeps_rope_halves
 from ucm.integration.copies.layout_kind import LayoutKind
 from ucm.integration.vllm.engine_versions import block_bytes, layout_in_use, release_text
 from ucm.store.blocks.page_layout import PageGeometry
@@ -38,6 +39,8 @@ def layout_of(vllm_config: Any, spec: Any, settings: Settings) -> tuple[LayoutKi
         return LayoutKind.OPAQUE, f"{device}:{layout}:{place}"
     if current_platform.is_rocm():
         _refuse_shuffled_blocks()
+    if _is_mla(spec) and keeps_rope_halves(device):
+        return LayoutKind.ROPE_HALVES, ""
     return LayoutKind.AS_SHAPED, ""
 
 

@@ -31,6 +31,11 @@ from ucm.integration.vllm.metadata import RankReport, StepMetadata
 from ucm.integration.vllm.scheduler import SchedulerSide
 from ucm.integration.vllm.stats import UcmPromMetrics, UcmStats
 from ucm.integration.vllm.worker import WorkerSide
+from ucm.integration.vllm.wrapped import (
+    is_made_by_another,
+    refuse_what_another_keeps,
+    warn_of_what_another_keeps,
+)
 from ucm.store.client.link import NodeLink
 
 if TYPE_CHECKING:
@@ -61,12 +66,17 @@ class UCMConnector(KVConnectorBase_V1, _HybridSupport):
         check_version(vllm.__version__)
         settings = load_settings(vllm_config.kv_transfer_config.kv_connector_extra_config)
         facts = engine_facts(vllm_config, kv_cache_config, settings)
+        is_wrapped = is_made_by_another(vllm_config.kv_transfer_config, type(self))
+        if is_wrapped:
+            refuse_what_another_keeps(settings, facts)
         self._stats = UcmStats()
         self._scheduler: SchedulerSide | None = None
         self._worker: WorkerSide | None = None
         if role is KVConnectorRole.SCHEDULER:
             for warning in settings.warnings:
                 logger.warning("%s", warning)
+            if is_wrapped:
+                warn_of_what_another_keeps()
             if facts.why_no_hits:
                 logger.warning(
                     "nothing is loaded from the store into this engine: %s", facts.why_no_hits

@@ -22,6 +22,7 @@ from typing import Any
 import torch
 
 from ucm.config.settings import Settings
+from ucm.integration.ascend.accelerator import accelerator_for
 from ucm.integration.copies.arena import Arena
 from ucm.integration.copies.copy_engine import CopyEngine
 from ucm.integration.copies.generations import Memories
@@ -73,6 +74,7 @@ class WorkerSide:
         self._loading: StepMetadata | None = None
         self._dumping: StepMetadata | None = None
         self._unended: StepMetadata | None = None
+        self._fenced: StepMetadata | None = None
         self._step_dumps: list[tuple[CopyJob, Arena]] = []
         self._saved_layers: set[int] = set()
         self._forward_ended = False
@@ -89,6 +91,7 @@ class WorkerSide:
         self._kernel_blocks = [each.kernel_blocks for each in registered]
         self._engine = make_copy_engine(
             targets,
+            accelerator=accelerator_for(targets),
             batched=batched_copy(),
             staging_bytes=self._settings.copy_staging_bytes,
         )
@@ -103,6 +106,7 @@ class WorkerSide:
 
     def fence(self, step: StepMetadata) -> None:
         """Before this step overwrites freed blocks: their copies must have ended."""
+        self._fenced = step
         if self._unended is not None:
             self.end_of_forward(self._unended)
         if self._link is not None and self._memories is not None:
@@ -122,7 +126,12 @@ class WorkerSide:
         """The step's loads come after what is on the stream now. vLLM's runners overwrite blocks
         partly before `fence` and partly after it, and all before this: a load that were ordered
         before the fence could overtake a dump that still reads its blocks, and one that were
-        ordered later would wait for the step's own forward pass."""
+        ordered later would wait for the step's own forward pass.
+
+        A connector around this one may keep `fence` from it. Nothing but the runner's own writes
+        comes before `begin` either, and what those touch fails by itself."""
+        if self._fenced is not step:
+            self.fence(step)
         self._unended = step
         if self._engine is not None:
             self._engine.order_before_forward()

@@ -4,9 +4,10 @@ A page is the canonical form of one block, the same for every engine and every r
 
     [layer][kv_head][unit][content]
 
-`unit` is one token and `content` is K then V of that token and head. MLA has one head and no V. An
-opaque layout has one engine block as its unit, one head per tensor parallel rank, and raw bytes as
-its content. All sizes are in bytes, all ranges are half-open.
+`unit` is one token and `content` is K then V of that token and head. MLA has one head and no V: its
+content is the latent and then the rope part, whose pairs are side by side, whatever order a kernel
+keeps them in. An opaque layout has one engine block as its unit, one head per tensor parallel rank,
+and raw bytes as its content. All sizes are in bytes, all ranges are half-open.
 
 A rank holds some layers (its pipeline stage, or one of an engine's cache groups, which may be every
 nth layer) and some heads (its tensor parallel share) of every page: one contiguous run of bytes per
