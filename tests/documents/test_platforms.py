@@ -11,7 +11,7 @@ import pytest
 
 from tests.documents.document_tables import ROOT, quoted, table
 from tests.e2e.versions import BETWEEN, BORDERS, ENDS
-from tests.integration.copies.kv_layouts import LATENT_LAYOUTS, LAYOUTS
+from tests.integration.copies.kv_layouts import ALL_LAYOUTS
 from ucm.integration.vllm.engine_versions import NEWEST_TRIED, OLDEST
 
 REQUIREMENTS = ROOT / "requirements"
@@ -81,7 +81,7 @@ def texts_of_code() -> str:
 
 def test_every_layout_of_the_tests_is_in_one_row() -> None:
     named = [name for *_, names in rows() for name in quoted(names)]
-    assert sorted(named) == sorted([*LAYOUTS, *LATENT_LAYOUTS])
+    assert sorted(named) == sorted(ALL_LAYOUTS)
 
 
 def test_what_is_seen_is_one_of_four() -> None:

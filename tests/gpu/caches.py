@@ -6,7 +6,7 @@ from collections.abc import Callable
 
 import torch
 
-from tests.integration.copies.kv_layouts import LATENT_LAYOUTS, Rank, make_rank
+from tests.integration.copies.kv_layouts import Rank, geometry_for, make_rank
 from ucm.integration.copies.copy_engine import CopyEngine
 from ucm.integration.copies.jobs import Direction
 from ucm.store.blocks.page_layout import PageGeometry
@@ -25,5 +25,5 @@ MakeEngine = Callable[..., CopyEngine]
 
 
 def rank_of(layout: str, device: torch.device, **more) -> Rank:
-    geometry = LATENT if layout in LATENT_LAYOUTS else HEADS
+    geometry = geometry_for(layout, heads=HEADS, latent=LATENT)
     return make_rank(layout, geometry, device=device, **more)

@@ -7,8 +7,7 @@ import torch
 
 from tests.gpu.caches import DUMP, HEADS, LOAD, PAGES, MakeEngine, rank_of
 from tests.integration.copies.kv_layouts import (
-    LATENT_LAYOUTS,
-    LAYOUTS,
+    ALL_LAYOUTS,
     page_in,
     page_of_blocks,
     wait_for,
@@ -30,7 +29,7 @@ def blocks_of(block_tokens: int) -> list[tuple[int, ...]]:
 
 
 @pytest.mark.parametrize("block_tokens", [128, 32])
-@pytest.mark.parametrize("layout", [*LAYOUTS, *LATENT_LAYOUTS])
+@pytest.mark.parametrize("layout", ALL_LAYOUTS)
 def test_what_is_dumped_from_one_cache_is_loaded_into_another(
     device: torch.device, make: MakeEngine, new_arena, layout: str, block_tokens: int
 ) -> None:

@@ -12,7 +12,7 @@ from collections.abc import Callable, Sequence
 
 import torch
 
-from tests.integration.copies.kv_layouts import LATENT_LAYOUTS, Rank, make_rank, wait_for
+from tests.integration.copies.kv_layouts import Rank, geometry_for, make_rank, wait_for
 from ucm.integration.copies.accelerator import Accelerator
 from ucm.integration.copies.arena import Arena, Piece
 from ucm.integration.copies.copy_engine import CopyEngine
@@ -131,7 +131,7 @@ ENGINES: dict[str, MakeEngine] = {
 
 
 def rank_of(layout: str, **more) -> Rank:
-    return make_rank(layout, LATENT if layout in LATENT_LAYOUTS else HEADS, **more)
+    return make_rank(layout, geometry_for(layout, heads=HEADS, latent=LATENT), **more)
 
 
 def copy_and_wait(

@@ -85,7 +85,7 @@ def split_tensor(logical: Tensor) -> Cache:
 
 
 def split_in_blocks(logical: Tensor) -> Cache:
-    """CUDA until 0.24, and HPC's kernels until 0.28: [B, 2, N, H, d]."""
+    """CUDA until 0.25, and HPC's kernels until 0.28: [B, 2, N, H, d]."""
     layers = [torch.stack(pair, dim=1) for pair in _apart(logical, logical.shape[-1] // 2)]
 
     def read() -> Tensor:
@@ -103,6 +103,14 @@ def split_tuple(logical: Tensor) -> Cache:
         return torch.stack([torch.cat(x, dim=-1).transpose(1, 2) for x in layers])
 
     return Cache(list(layers), LayoutKind.AS_SHAPED, read)
+
+
+def packed_by_token(logical: Tensor) -> Cache:
+    """CUDA until 0.25, keys and values of unlike sizes: [B, N, H, K|V]."""
+    stored = logical.transpose(2, 3).contiguous()
+    return Cache(
+        list(stored.unbind(0)), LayoutKind.AS_SHAPED, lambda: stored.transpose(2, 3).clone()
+    )
 
 
 def latent(logical: Tensor) -> Cache:
@@ -166,6 +174,17 @@ LATENT_LAYOUTS: dict[str, Callable[[Tensor], Cache]] = {
     "latent_tuple": latent_tuple,
     "rope_halves": rope_halves,
 }
+# Of keys and values of unlike sizes.
+UNLIKE_LAYOUTS: dict[str, Callable[[Tensor], Cache]] = {"packed_by_token": packed_by_token}
+ALL_LAYOUTS = LAYOUTS | LATENT_LAYOUTS | UNLIKE_LAYOUTS
+
+
+def geometry_for(layout: str, *, heads: PageGeometry, latent: PageGeometry) -> PageGeometry:
+    """One of these, or as large a one with keys three times the size of values."""
+    if layout in UNLIKE_LAYOUTS:
+        size = heads.content_size // 4
+        return replace(heads, k_size=3 * size, v_size=size)
+    return latent if layout in LATENT_LAYOUTS else heads
 
 
 @dataclass(frozen=True)
@@ -216,8 +235,7 @@ def make_rank(
         generator = torch.Generator().manual_seed(seed)
         low, high = (0, 256) if dtype == torch.uint8 else (-(2**15), 2**15)
         logical = torch.randint(low, high, shape, generator=generator, dtype=dtype)
-    make = (LAYOUTS | LATENT_LAYOUTS)[layout]
-    return Rank(make(logical.to(device)), geometry, share, tokens)
+    return Rank(ALL_LAYOUTS[layout](logical.to(device)), geometry, share, tokens)
 
 
 def make_arena(num_pages: int, geometry: PageGeometry, device: torch.device | None = None) -> Arena:

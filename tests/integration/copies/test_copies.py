@@ -18,8 +18,7 @@ from tests.integration.copies.copy_engines import (
     rank_of,
 )
 from tests.integration.copies.kv_layouts import (
-    LATENT_LAYOUTS,
-    LAYOUTS,
+    ALL_LAYOUTS,
     make_arena,
     only_share,
     page_in,
@@ -30,7 +29,7 @@ from ucm.integration.copies.host import HostCopyEngine
 from ucm.integration.copies.jobs import Direction, PagePart
 
 
-@pytest.mark.parametrize("layout", [*LAYOUTS, *LATENT_LAYOUTS])
+@pytest.mark.parametrize("layout", ALL_LAYOUTS)
 @pytest.mark.parametrize("block_tokens", [32, 8])
 def test_a_dump_writes_canonical_pages(make: MakeEngine, layout: str, block_tokens: int) -> None:
     rank = rank_of(layout, seed=1, block_tokens=block_tokens, num_blocks=16)
@@ -46,7 +45,7 @@ def test_a_dump_writes_canonical_pages(make: MakeEngine, layout: str, block_toke
     assert bool((arena.bytes[3 * rank.geometry.slot_bytes :] == 0xEE).all())
 
 
-@pytest.mark.parametrize("layout", [*LAYOUTS, *LATENT_LAYOUTS])
+@pytest.mark.parametrize("layout", ALL_LAYOUTS)
 @pytest.mark.parametrize("block_tokens", [32, 8])
 def test_a_load_fills_the_named_blocks_and_no_other(
     make: MakeEngine, layout: str, block_tokens: int

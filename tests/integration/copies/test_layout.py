@@ -8,7 +8,7 @@ import re
 import pytest
 import torch
 
-from tests.integration.copies.kv_layouts import LATENT_LAYOUTS, LAYOUTS, Rank, make_rank
+from tests.integration.copies.kv_layouts import ALL_LAYOUTS, Rank, geometry_for, make_rank
 from ucm.errors import UnsupportedEngine
 from ucm.integration.copies.layout import LayerView, layer_view
 from ucm.integration.copies.layout_kind import LayoutKind
@@ -34,10 +34,10 @@ def contents(view: LayerView) -> torch.Tensor:
 
 
 def rank_of(layout: str) -> Rank:
-    return make_rank(layout, LATENT if layout in LATENT_LAYOUTS else HEADS, seed=1)
+    return make_rank(layout, geometry_for(layout, heads=HEADS, latent=LATENT), seed=1)
 
 
-@pytest.mark.parametrize("layout", [*LAYOUTS, *LATENT_LAYOUTS])
+@pytest.mark.parametrize("layout", ALL_LAYOUTS)
 def test_the_view_of_every_layout_has_the_named_elements(layout: str) -> None:
     rank = rank_of(layout)
     expected = rank.cache.read()
@@ -45,7 +45,7 @@ def test_the_view_of_every_layout_has_the_named_elements(layout: str) -> None:
     assert torch.equal(expected, torch.stack([contents(view) for view in rank.views()]))
 
 
-@pytest.mark.parametrize("layout", [*LAYOUTS, *LATENT_LAYOUTS])
+@pytest.mark.parametrize("layout", ALL_LAYOUTS)
 def test_a_view_is_the_engine_s_own_memory(layout: str) -> None:
     rank = rank_of(layout)
     for view in rank.views():
@@ -132,6 +132,46 @@ def test_opaque_blocks_are_their_bytes_whatever_their_order() -> None:
 
 def zeros(*shape: int, dtype: torch.dtype = torch.float16) -> torch.Tensor:
     return torch.zeros(shape, dtype=dtype)
+
+
+def test_keys_and_values_of_unlike_sizes_are_not_guessed_where_heads_are_as_many_as_tokens() -> (
+    None
+):
+    """vLLM until 0.25 has the tokens first and later the heads; where they are equal sizes the
+    shape is that of both."""
+    alike, unlike = (
+        PageGeometry(
+            num_layers=1, num_kv_heads=16, block_tokens=16, k_size=k, v_size=v, item_bytes=2
+        )
+        for k, v in ((16, 16), (24, 8))
+    )
+    kv = zeros(8, 16, 16, 32)
+    layer_view(kv, kind=LayoutKind.AS_SHAPED, geometry=alike, num_heads=16, block_tokens=16)
+    with pytest.raises(UnsupportedEngine, match=TWO_THINGS):
+        layer_view(kv, kind=LayoutKind.AS_SHAPED, geometry=unlike, num_heads=16, block_tokens=16)
+
+
+def test_raw_blocks_are_those_of_one_tensor() -> None:
+    """A second one beside it would be left out of the page."""
+    geometry = PageGeometry(
+        num_layers=1,
+        num_kv_heads=1,
+        block_tokens=32,
+        k_size=2 * 4 * 32 * 32,
+        v_size=0,
+        item_bytes=1,
+        unit_tokens=32,
+    )
+    kv = zeros(8, 4, 32, 32)
+    layer_view(kv, kind=LayoutKind.OPAQUE, geometry=geometry, num_heads=1, block_tokens=32)
+    with pytest.raises(UnsupportedEngine, match=KNOWN):
+        layer_view(
+            (kv, zeros(8, 4, 32, 1)),
+            kind=LayoutKind.OPAQUE,
+            geometry=geometry,
+            num_heads=1,
+            block_tokens=32,
+        )
 
 
 KNOWN, TWO_THINGS = "which is no layout that UCM knows", "which may mean two things"

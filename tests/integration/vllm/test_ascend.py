@@ -108,6 +108,7 @@ def test_no_layout_is_asked_for_where_there_is_one(setting: str) -> None:
     [
         (replace(ASCEND, sparse_head_dim=(512, 64, 128)), "MLA layers with an indexer or scales"),
         (replace(ASCEND, scale_dim=1), "MLA layers with an indexer or scales"),
+        (replace(ASCEND, cache_sparse_sfa_c8=True), "MLA layers with an indexer or scales"),
     ],
 )
 def test_what_its_spec_stands_for_besides_plain_mla_is_refused(

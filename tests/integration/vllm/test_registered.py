@@ -102,11 +102,24 @@ def test_an_order_that_amd_s_kernels_keep_under_a_known_shape_is_refused() -> No
         platform = SimpleNamespace(is_rocm=lambda is_rocm=is_rocm: is_rocm)
         with mock.patch("vllm.platforms.current_platform", platform):
             refuse_hidden_order("layers.0", (8, 4, 32, 32))
+            refuse_hidden_order("layers.0", (8, 2, 32, 4, 16))
             if is_rocm:
                 with pytest.raises(UnsupportedEngine, match="one of this kernel's own"):
                     refuse_hidden_order("layers.0", (2, 8, 32, 4, 16))
             else:
                 refuse_hidden_order("layers.0", (2, 8, 32, 4, 16))
+
+
+def test_a_platform_that_nobody_has_read_is_refused() -> None:
+    from tests.integration.vllm.ascend_stand_in import NPU
+    from tests.integration.vllm.strand_engine import FULL, config, facts_of, grouped
+
+    other = SimpleNamespace(**{**vars(NPU), "device_type": "mlu"})
+    with (
+        mock.patch("vllm.platforms.current_platform", other),
+        pytest.raises(UnsupportedEngine, match="kernels for mlu keep a block"),
+    ):
+        facts_of(grouped((FULL, range(2))), config())
 
 
 def test_shuffled_blocks_of_amd_s_kernels_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -19,6 +19,11 @@ from ucm.errors import UnsupportedEngine
 
 _DEVICE_TYPE: Final = "npu"
 _MLA_SPEC: Final = "AscendMLAAttentionSpec"
+# Fields of that spec, by one version or another, that are set where there is more than that.
+_OF_UNLIKE_MLA: Final = (
+    *("scale_dim", "cache_sparse_c8", "cache_sparse_sfa_c8", "cache_sparse_li_c8"),
+    "store_on_host",
+)
 
 # What the layers are that have a spec of such a type, and why they are refused.
 REFUSED_SPECS: Final = {
@@ -42,6 +47,11 @@ def keeps_its_layout(device_type: str) -> bool:
     return is_ascend(device_type)
 
 
+def keeps_plain_order(device_type: str) -> bool:
+    """Whether shapes show all of the order inside a block, but for what is told below."""
+    return is_ascend(device_type)
+
+
 def keeps_rope_halves(device_type: str) -> bool:
     """Whether MLA's rope part lies as its even elements and then the odd ones."""
     return is_ascend(device_type)
@@ -49,9 +59,9 @@ def keeps_rope_halves(device_type: str) -> bool:
 
 def is_plain_mla(spec: Any) -> bool:
     """A latent and a rope part for each token, and nothing beside them."""
-    if type(spec).__name__ != _MLA_SPEC:
+    if type(spec).__name__ != _MLA_SPEC or getattr(spec, "sparse_head_dim", None) is not None:
         return False
-    return getattr(spec, "sparse_head_dim", None) is None and not getattr(spec, "scale_dim", 0)
+    return not any(getattr(spec, name, False) for name in _OF_UNLIKE_MLA)
 
 
 def refuse_what_is_unlike(

@@ -95,7 +95,7 @@ def layer_view(
     places: tuple[ContentPlace, ...] = ()
     found: list[tuple[Tensor, ...]]
     if kind is LayoutKind.OPAQUE:
-        found = [(_raw_blocks(each),) for each in tensors]
+        found = [(_raw_blocks(each),) for each in tensors] if len(tensors) == 1 else []
         found = [parts for parts in found if block.holds(parts)]
     elif kind is LayoutKind.CPU_VEC:
         found = _cpu_vec_parts(tensors, block)

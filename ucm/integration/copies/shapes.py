@@ -1,6 +1,7 @@
 """Which layout the tensors of a layer have, told by their shapes and by nothing else.
 
-    K and V in one tensor    [B, H, N, K|V], any strides
+    K and V in one tensor    [B, H, N, K|V], any strides; if their sizes are unlike also
+                             [B, N, H, K|V]
     apart in one tensor      [2, B, N, H, d] or [B, 2, N, H, d]
     apart in two             (K, V), each [B, N, H, d]
     MLA                      [B, N, C], [B, 1, N, C] or [B, N, 1, C]; or two of these that share C,
@@ -43,7 +44,7 @@ class RankBlock:
 
 def readings(tensors: Sequence[Tensor], block: RankBlock) -> list[tuple[Tensor, ...]]:
     """Every way to read them as parts [block, head, unit, size], K before V: by rights one."""
-    reading = _of_heads(tensors) if block.geometry.v_size else _of_latents(tensors)
+    reading = _of_heads(tensors, block.geometry) if block.geometry.v_size else _of_latents(tensors)
     return [parts for parts in reading if block.holds(parts)]
 
 
@@ -57,10 +58,12 @@ def shapes_text(tensors: Sequence[Tensor]) -> str:
     return shapes[0] if len(shapes) == 1 else f"({', '.join(shapes)})"
 
 
-def _of_heads(tensors: Sequence[Tensor]) -> Iterator[tuple[Tensor, ...]]:
+def _of_heads(tensors: Sequence[Tensor], geometry: PageGeometry) -> Iterator[tuple[Tensor, ...]]:
     ranks = [each.dim() for each in tensors]
     if ranks == [4]:
         yield (tensors[0],)
+        if geometry.k_size != geometry.v_size:
+            yield (tensors[0].transpose(1, 2),)
     if ranks == [4, 4]:
         yield tuple(each.transpose(1, 2) for each in tensors)
     if ranks == [5]:

@@ -7,13 +7,15 @@ from typing import Any
 
 from ucm.config.settings import Settings
 from ucm.errors import UnsupportedEngine
-from ucm.integration.ascend.engine import keeps_rope_halves
+from ucm.integration.ascend.engine import keeps_plain_order, keeps_rope_halves
 from ucm.integration.copies.layout_kind import LayoutKind
 from ucm.integration.vllm.engine_versions import block_bytes, layout_in_use, release_text
 from ucm.store.blocks.page_layout import PageGeometry
 
 # The instruction sets of vLLM's CPU attention whose order inside a block is a strided view.
 _CPU_STRIDED_ISAS = ("vec", "vec16")
+# Devices whose backends have been read: behind shapes their orders are these.
+_READ = ("cpu", "cuda", "xpu")
 
 
 def layout_of(vllm_config: Any, spec: Any, settings: Settings) -> tuple[LayoutKind, str]:
@@ -29,6 +31,8 @@ def layout_of(vllm_config: Any, spec: Any, settings: Settings) -> tuple[LayoutKi
         if isa in _CPU_STRIDED_ISAS and settings.kv_layout == "auto":
             return LayoutKind.CPU_VEC, ""
         return LayoutKind.OPAQUE, f"cpu:{isa}:{place}"
+    if current_platform.is_rocm():
+        _refuse_shuffled_blocks()
     if settings.kv_layout == "opaque":
         layout = layout_in_use(vllm_config)
         if layout is None:
@@ -37,8 +41,11 @@ def layout_of(vllm_config: Any, spec: Any, settings: Settings) -> tuple[LayoutKi
                 "be named"
             )
         return LayoutKind.OPAQUE, f"{device}:{layout}:{place}"
-    if current_platform.is_rocm():
-        _refuse_shuffled_blocks()
+    if device not in _READ and not keeps_plain_order(device):
+        raise UnsupportedEngine(
+            f"UCM does not know the order in which kernels for {device} keep a block, and shapes "
+            "don't show all of it: set kv_layout: opaque, and blocks are stored as they are"
+        )
     if _is_mla(spec) and keeps_rope_halves(device):
         return LayoutKind.ROPE_HALVES, ""
     return LayoutKind.AS_SHAPED, ""
@@ -59,7 +66,7 @@ def refuse_hidden_order(layer: str, shape: Sequence[int]) -> None:
     register that as [2, B, N, H, d]."""
     from vllm.platforms import current_platform
 
-    if current_platform.is_rocm() and len(shape) == 5:
+    if current_platform.is_rocm() and len(shape) == 5 and shape[0] == 2:
         raise UnsupportedEngine(
             f"the KV cache of {layer} is {list(shape)}, whose order inside a block is one of this "
             "kernel's own: choose another by --attention-backend"
