@@ -62,9 +62,9 @@ def _is_known(sessions: dict[str, dict[str, int]]) -> bool:
 # Those of vllm-ascend's releases, besides that of the other tests.
 @pytest.fixture(
     params=[
-        "",
-        pytest.param("0.23.0", marks=[pytest.mark.long, pytest.mark.versions]),
-        pytest.param("0.26.0", marks=[pytest.mark.long, pytest.mark.versions]),
+        pytest.param("", id="own"),
+        pytest.param("0.23.0", id="ends", marks=[pytest.mark.long, pytest.mark.versions]),
+        pytest.param("0.26.0", id="between", marks=[pytest.mark.long, pytest.mark.versions]),
     ]
 )
 def pair(request: pytest.FixtureRequest, tmp_path: Path, tiny_model: Path) -> Iterator[Pair]:
