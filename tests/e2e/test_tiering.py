@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import os
+import signal
+import time
 from functools import partial
 from pathlib import Path
 
@@ -32,7 +35,8 @@ def start_fleet(folder: Path, model: Path, name: str, *flags: str) -> Deployment
     """Two engines that share a store and nothing else. Neither has a prefix cache: what is cached
     is cached by vLLM's offloading."""
     made = TieringFleet(folder, model)
-    made.with_tiers("prefill", Node(f"{name}-one"), chunk=512, args=flags)
+    patient = ("--shutdown-timeout", "20")
+    made.with_tiers("prefill", Node(f"{name}-one"), chunk=512, args=(*patient, *flags))
     made.with_tiers("decode", Node(f"{name}-two"), args=flags)
     return made
 
@@ -159,12 +163,26 @@ def race(fleet: TieringFleet, handoff: str, model: HybridModel | None = None) ->
 
 
 @pytest.mark.long
-def test_a_prefill_that_is_told_to_end_hands_on_first_what_it_has_computed(
+def test_a_prefill_that_is_told_to_end_and_given_time_hands_on_first_what_it_has_computed(
     fleet: TieringFleet,
 ) -> None:
-    prompt = make_prompt(3400, "tiering drain")
-    computed = ask(fleet["prefill"].client, prompt)
-    fleet["prefill"].server.stop()
+    """Until it is told its node cache stands still, and takes nothing."""
+    prefill = fleet["prefill"]
+    ask(prefill.client, make_prompt(130, "tiering warm up"))
+    prompt = make_prompt(1500, "tiering drain")
+    pid = prefill.node.status().pid
+
+    def go_on() -> None:
+        time.sleep(1.0)
+        os.kill(pid, signal.SIGCONT)
+
+    os.kill(pid, signal.SIGSTOP)
+    try:
+        computed = ask(prefill.client, prompt)
+    except BaseException:
+        go_on()
+        raise
+    at_once([prefill.server.stop, go_on])
     fleet.start_again("prefill")
     fleet.wait_ready()
     said, _, hits = ask_counted(fleet["decode"], prompt)
