@@ -227,6 +227,7 @@ def test_a_layout_that_no_shape_tells_is_refused_with_its_shape_and_layer(
         (zeros(8, 32, 64), zeros(8, 32, 16)),
         (zeros(8, 32, 64), zeros(8, 32, 4), zeros(8, 32, 4)),
         (zeros(8, 32, 1, 64), zeros(8, 32, 2, 8)),
+        (zeros(8, 32, 1, 8), zeros(8, 32, 1, 64)),
     ],
 )
 def test_a_latent_that_no_shape_tells_is_refused(

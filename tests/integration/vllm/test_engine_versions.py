@@ -22,6 +22,7 @@ from ucm.integration.vllm import engine_versions
 from ucm.integration.vllm.engine_versions import (
     NEWEST_TRIED,
     OLDEST,
+    OLDEST_TIERING,
     BlockTables,
     block_bytes,
     check_version,
@@ -43,6 +44,12 @@ def test_an_old_one_is_refused_by_its_number(version: str) -> None:
     ) as why:
         check_version(version)
     assert version in str(why.value)
+
+
+def test_one_that_is_too_old_for_the_tier_alone_is_told_so() -> None:
+    with pytest.raises(UnsupportedEngine, match=r"vLLM 0\.30\.0, and UcmTier needs 0\.31 or"):
+        check_version("0.30.0", oldest=OLDEST_TIERING, who="UcmTier")
+    check_version("0.30.0")
 
 
 @pytest.mark.parametrize(

@@ -97,6 +97,15 @@ def test_a_layer_without_a_cache_is_named() -> None:
         registered({name: torch.zeros(1) for name in LAYERS[:2]})
 
 
+@pytest.mark.parametrize("cache", [None, {"k": torch.zeros(1)}, (), (torch.zeros(1), None)])
+def test_what_is_no_tensor_is_refused_by_the_layer_that_has_it(cache: Any) -> None:
+    caches, _ = caches_of("LBHNC", "split_tuple", "LBHNC")
+    caches[LAYERS[1]] = cache
+    told = f"KV cache of {LAYERS[1]} is no tensor and no tuple of tensors: {type(cache).__name__}"
+    with pytest.raises(UnsupportedEngine, match=re.escape(told)):
+        registered(caches)
+
+
 def test_an_order_that_amd_s_kernels_keep_under_a_known_shape_is_refused() -> None:
     for is_rocm in (True, False):
         platform = SimpleNamespace(is_rocm=lambda is_rocm=is_rocm: is_rocm)

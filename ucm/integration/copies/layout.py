@@ -90,7 +90,7 @@ def layer_view(
         raise UnsupportedEngine(
             f"blocks of {block_tokens} tokens are not whole units of {geometry.unit_tokens} tokens"
         )
-    tensors = tensors_of(kv)
+    tensors = tensors_of(kv, layer)
     block = RankBlock(geometry, num_heads, block_tokens // geometry.unit_tokens)
     places: tuple[ContentPlace, ...] = ()
     found: list[tuple[Tensor, ...]]
@@ -111,8 +111,16 @@ def layer_view(
     return LayerView(tuple(p.view(INTEGER_OF_BYTES[p.element_size()]) for p in parts), places)
 
 
-def tensors_of(kv: KV) -> tuple[Tensor, ...]:
-    return (kv,) if isinstance(kv, Tensor) else tuple(kv)
+def tensors_of(kv: KV, layer: str = "") -> tuple[Tensor, ...]:
+    """Raises UnsupportedEngine for anything else than tensors."""
+    if isinstance(kv, Tensor):
+        return (kv,)
+    if not isinstance(kv, (tuple, list)) or not kv or not all(isinstance(x, Tensor) for x in kv):
+        raise UnsupportedEngine(
+            f"the KV cache of {layer or 'a layer'} is no tensor and no tuple of tensors: "
+            f"{type(kv).__name__}"
+        )
+    return tuple(kv)
 
 
 def state_view(kv: KV, field: StateField, *, num_heads: int) -> LayerView:

@@ -5,7 +5,7 @@
     apart in one tensor      [2, B, N, H, d] or [B, 2, N, H, d]
     apart in two             (K, V), each [B, N, H, d]
     MLA                      [B, N, C], [B, 1, N, C] or [B, N, 1, C]; or two of these that share C,
-                             the latent before the rope part
+                             the latent before the rope part, which is the smaller one
 
 B are blocks, H this rank's heads, N the units of a block. What fits none of these, or two, nobody
 can tell: the caller refuses it.
@@ -80,5 +80,6 @@ def _of_latents(tensors: Sequence[Tensor]) -> Iterator[tuple[Tensor, ...]]:
             parts.append(each.unsqueeze(1))
         elif each.dim() == 4 and 1 in each.shape[1:3]:
             parts.append(each if each.shape[1] == 1 else each.transpose(1, 2))
-    if len(parts) == len(tensors) in (1, 2):
+    sizes = [part.shape[3] for part in parts]
+    if len(parts) == len(tensors) in (1, 2) and sizes == sorted(sizes, reverse=True):
         yield tuple(parts)

@@ -37,7 +37,7 @@ class UCMOffloadingConnector(OffloadingConnector):
         self, vllm_config: VllmConfig, role: KVConnectorRole, kv_cache_config: KVCacheConfig
     ) -> None:
         log_like_vllm()
-        check_version(vllm.__version__, oldest=OLDEST_TIERING)
+        check_version(vllm.__version__, oldest=OLDEST_TIERING, who="UcmTier")
         self._engine = Engine(vllm_config, kv_cache_config)
         with making(self._engine):
             super().__init__(vllm_config, role, kv_cache_config)

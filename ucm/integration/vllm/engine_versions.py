@@ -23,15 +23,17 @@ OLDEST_TIERING: Final = (0, 31)
 NEWEST_TRIED: Final = (0, 33)
 
 
-def check_version(version: str, *, oldest: tuple[int, int] = OLDEST) -> None:
-    """Raises UnsupportedEngine for one that is too old, and warns of one that is newer than what
-    was tried. What has no number is taken for what somebody builds today."""
+def check_version(
+    version: str, *, oldest: tuple[int, int] = OLDEST, who: str = "UCM's connector"
+) -> None:
+    """Raises UnsupportedEngine for one that is too old for `who`, and warns of one that is newer
+    than what was tried. What has no number is taken for what somebody builds today."""
     release = _release(version)
     if release is None:
         return
     if release < oldest:
         raise UnsupportedEngine(
-            f"this is vLLM {version}, and UCM needs {_text(oldest)} or a later one: update vLLM"
+            f"this is vLLM {version}, and {who} needs {_text(oldest)} or a later one: update vLLM"
         )
     if release > NEWEST_TRIED:
         logger.warning(

@@ -54,7 +54,7 @@ def registered_target(
 def _kernel_blocks(facts: EngineFacts, caches: Mapping[str, KV]) -> int:
     counts: dict[int, str] = {}
     for name, kv in caches.items():
-        tensors = tensors_of(kv)
+        tensors = tensors_of(kv, name)
         refuse_hidden_order(name, tensors[0].shape)
         counts.setdefault(max(1, num_blocks_of(tensors) // facts.num_blocks), name)
     if len(counts) > 1:
