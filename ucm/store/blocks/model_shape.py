@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, MutableMapping
 from typing import Final
 
 from ucm.errors import UnsupportedEngine
@@ -41,6 +41,12 @@ MODEL_SHAPE_FIELDS: Final = frozenset(_MODEL_SHAPE_FIELDS.split())
 # rope_parameters: one spelling of it here, so that the two share.
 _ROPE_FIELDS: Final = ("rope_theta", "partial_rotary_factor")
 
+# What older releases of transformers have as constants in their code, by the type of the model.
+_CONSTANTS: Final[Mapping[str, Mapping[str, object]]] = {
+    "gpt_oss": {"swiglu_alpha": 1.702, "swiglu_limit": 7},
+    "llama4_text": {"no_rope_layer_interval": 4},
+}
+
 
 def model_shape(
     hf_text_config: Mapping[str, object], *, max_model_len: int | None = None
@@ -55,6 +61,7 @@ def model_shape(
         for name in sorted(MODEL_SHAPE_FIELDS & hf_text_config.keys())
         if hf_text_config[name] is not None
     }
+    _add_what_older_ones_leave_out(shape)
     rope = _rope(hf_text_config)
     if rope:
         shape["rope"] = rope
@@ -64,6 +71,24 @@ def model_shape(
     if rope.get("rope_type") == "longrope" and max_model_len and isinstance(original_len, int):
         shape["longrope_factors"] = "long" if max_model_len > original_len else "short"
     return shape
+
+
+def _add_what_older_ones_leave_out(shape: MutableMapping[str, object]) -> None:
+    """One config.json is read by vLLM 0.23 and by 0.33, with whatever transformers they have: as
+    the newest that was read spells it, so that namespaces stay."""
+    kind = shape.get("model_type")
+    for name, value in _CONSTANTS.get(str(kind), {}).items():
+        shape.setdefault(name, value)
+    if kind == "qwen3_moe" and "num_experts" in shape:
+        shape.setdefault("num_local_experts", shape.pop("num_experts"))
+    if kind == "deepseek_v2":
+        nope, rope = shape.get("qk_nope_head_dim"), shape.get("qk_rope_head_dim")
+        if isinstance(nope, int) and isinstance(rope, int):
+            shape.setdefault("qk_head_dim", nope + rope)
+    if kind == "mistral":
+        hidden, heads = shape.get("hidden_size"), shape.get("num_attention_heads")
+        if isinstance(hidden, int) and isinstance(heads, int):
+            shape.setdefault("head_dim", hidden // heads)
 
 
 def _rope(config: Mapping[str, object]) -> dict[str, object]:
