@@ -26,6 +26,7 @@ def rules(
     language: dict[str, Any] | None = None,
     tower: dict[str, Any] | None = None,
     settings: dict[str, Any] | None = None,
+    overrides: dict[str, Any] | None = None,
     **more: Any,
 ) -> str:
     """Of a LLaVA in the folder `place`. `more` are fields of its configuration."""
@@ -40,6 +41,7 @@ def rules(
         hf_config=config,
         hf_text_config=config.get_text_config(),
         multimodal_config=SimpleNamespace(**(settings or {})),
+        hf_overrides=overrides or {},
     )
     return encoder_rules(SimpleNamespace(model_config=model))
 
@@ -114,3 +116,38 @@ def test_where_the_device_normalises_it_is_told_with_what(model: Path, tmp_path:
 def test_a_model_that_is_given_tokens_alone_has_no_such_rules() -> None:
     model = SimpleNamespace(multimodal_config=None)
     assert encoder_rules(SimpleNamespace(model_config=model)) == ""
+
+
+def written(place: Path, **fields: Any) -> Path:
+    place.mkdir(exist_ok=True)
+    vision = {"hidden_size": 64, "model_type": "clip_vision_model"}
+    said = {"model_type": "llava", "vision_config": vision, "text_config": {"hidden_size": 8}}
+    (place / "config.json").write_text(json.dumps({**said, **fields}))
+    return place
+
+
+def test_a_file_of_the_model_tells_the_same_to_every_transformers(tmp_path: Path) -> None:
+    """They differ in what they add to it: here by fields of the configuration that was read."""
+    place = written(tmp_path / "model", vision_feature_layer=-2)
+    copied = written(
+        tmp_path / "copied", vision_feature_layer=-2, transformers_version="4.57", dtype="float16"
+    )
+    same = {
+        rules(place),
+        rules(copied),
+        rules(place, projector_bias=False),
+        rules(place, tower={"rope_parameters": {"rope_theta": 10000}}),
+        rules(place, language={"rope_theta": 5.0}),
+        rules(
+            written(tmp_path / "larger", vision_feature_layer=-2, text_config={"hidden_size": 9})
+        ),
+    }
+    assert len(same) == 1
+    unlike = {
+        rules(place),
+        rules(place, overrides={"vision_feature_layer": -1}),
+        rules(place, overrides={"vision_config": {"hidden_act": "gelu"}}),
+        rules(written(tmp_path / "other", vision_feature_layer=-1, vision_config={})),
+    }
+    assert len(unlike) == 4
+    assert rules(place, overrides={"text_config": {"rope_theta": 5}}) == rules(place)

@@ -22,6 +22,10 @@ _PROCESSOR_FILES: Final = (
     *("preprocessor_config.json", "processor_config.json"),
     "video_preprocessor_config.json",
 )
+# Of a configuration, as every model has it.
+_NOT_OF_ENCODERS: Final = frozenset(
+    {"architectures", "dtype", "torch_dtype", "transformers_version", "_name_or_path"}
+)
 _NORMALIZING: Final = frozenset(
     {"do_normalize", "do_rescale", "rescale_factor", "image_mean", "image_std"}
 )
@@ -33,7 +37,7 @@ def encoder_rules(vllm_config: Any) -> str:
     multimodal = getattr(model, "multimodal_config", None)
     if multimodal is None:
         return ""
-    rules: dict[str, object] = {"config": _told(model.hf_config, model.hf_text_config)}
+    rules: dict[str, object] = {"config": _config_of(model)}
     # Older versions of vLLM don't have all of these.
     if pruned := getattr(multimodal, "video_pruning_rate", None):
         rules["pruning"] = [pruned, str(getattr(multimodal, "video_pruning_method", "evs"))]
@@ -42,6 +46,44 @@ def encoder_rules(vllm_config: Any) -> str:
     if scales := getattr(multimodal, "mm_encoder_fp8_scale_path", None):
         rules["scales"] = hashlib.sha256(Path(scales).read_bytes()).hexdigest()
     return canonical_json(rules).decode()
+
+
+def _config_of(model: Any) -> dict[str, object]:
+    """As the model's file has it, with what the engine was told instead: releases of transformers
+    add defaults to what they read, and rename it."""
+    overrides = getattr(model, "hf_overrides", None) or {}
+    written = _written(model)
+    if not written or not isinstance(overrides, Mapping):
+        return _told(model.hf_config, model.hf_text_config)
+    language = {
+        name for name in written if getattr(model.hf_config, name, None) is model.hf_text_config
+    }
+    told = _overlaid(written, overrides)
+    return {
+        name: _plain(value)
+        for name, value in told.items()
+        if name not in _NOT_OF_ENCODERS | language and value is not None
+    }
+
+
+def _written(model: Any) -> dict[str, Any]:
+    """Empty where there is no such file: a model_id stands for it, or another format."""
+    try:
+        named = getattr(model, "hf_config_path", None) or model.model
+        text = (model_place(named, model.revision) / "config.json").read_text(encoding="utf-8")
+        written = json.loads(text)
+    except (UnsupportedEngine, OSError, ValueError):
+        return {}
+    return written if isinstance(written, dict) else {}
+
+
+def _overlaid(below: Mapping[str, Any], above: Mapping[str, Any]) -> dict[str, Any]:
+    found = dict(below)
+    for name, value in above.items():
+        inner = found.get(name)
+        both = isinstance(value, Mapping) and isinstance(inner, Mapping)
+        found[name] = _overlaid(inner, value) if both else value  # type: ignore[arg-type]
+    return found
 
 
 def _told(config: Any, text_config: Any) -> dict[str, object]:
