@@ -92,6 +92,9 @@ def no_other_session(place: Place) -> Any:
     return status if list(status.sessions) == ["watch"] else None
 
 
+# What is collected may be what tests before it have left, sockets of another library too.
+@pytest.mark.filterwarnings("ignore::ResourceWarning")
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
 def test_a_store_that_is_forgotten_is_closed(place: Place) -> None:
     store = whole_blocks(place)
     del store
