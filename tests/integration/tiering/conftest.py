@@ -1,18 +1,7 @@
+"""A directory with a store, for node caches of its own."""
+
 from __future__ import annotations
 
-import tempfile
-from collections.abc import Iterator
-from pathlib import Path
+from tests.store.conftest import place
 
-import pytest
-
-from tests.store.node.support import Place
-
-
-@pytest.fixture
-def place() -> Iterator[Place]:
-    place = Place(Path(tempfile.mkdtemp(prefix="ucm-")))
-    try:
-        yield place
-    finally:
-        place.close()
+__all__ = ["place"]

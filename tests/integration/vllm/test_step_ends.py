@@ -26,12 +26,7 @@ def test_a_dump_that_ends_with_its_step_has_read_its_blocks_before_the_next_writ
     bench: Bench,
 ) -> None:
     """Blocks that a window has left, which the scheduler gives to another request at once."""
-    bench.pin()
-    bench.write(3)
-    warm = StepMetadata(dumps=(job(1, 1),))
-    bench.connector.bind_connector_metadata(warm)
-    bench.connector.wait_for_save()
-    assert bench.until_ended(1) == set()
+    bench.warm_up()
 
     bench.device.streams["ucm-dump"].put(lambda: time.sleep(0.3))
     step = StepMetadata(dumps=(job(2, 0),), at_once=(2,))

@@ -95,6 +95,15 @@ class Bench:
     def pin(self) -> None:
         assert not self.arena.prepare(0, NUM_SLOTS * GEOMETRY.slot_bytes)
 
+    def warm_up(self) -> None:
+        """A dump has been, of blocks that are written."""
+        self.pin()
+        self.write(3)
+        warm = StepMetadata(dumps=(job(1, 1),))
+        self.connector.bind_connector_metadata(warm)
+        self.connector.wait_for_save()
+        assert self.until_ended(1) == set()
+
     def write(self, value: int, blocks=range(NUM_BLOCKS)) -> None:
         """A kernel that writes blocks of all layers."""
         real = [self.device.real(t) for t in self.rank.cache.layers]
@@ -205,12 +214,7 @@ def test_a_fence_that_a_connector_around_this_one_keeps_back_comes_with_the_step
     bench: Bench,
 ) -> None:
     """vllm-ascend's own does not hand on handle_preemptions."""
-    bench.pin()
-    bench.write(3)
-    warm = StepMetadata(dumps=(job(1, 1),))
-    bench.connector.bind_connector_metadata(warm)
-    bench.connector.wait_for_save()
-    assert bench.until_ended(1) == set()
+    bench.warm_up()
     dumps_go_on = threading.Event()
     bench.device.streams["ucm-dump"].put(dumps_go_on.wait)
     first = StepMetadata(dumps=(job(2, 0),))

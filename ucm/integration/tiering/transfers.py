@@ -10,17 +10,19 @@ A job notes which rows it has done as it goes, so one that ends too late has don
 from __future__ import annotations
 
 import ctypes
+from collections import deque
 from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
 from functools import partial
+from itertools import chain
 from typing import Final
 
 from ucm.outcome import Outcome
 from ucm.store.api.dumps import give_back
 from ucm.store.api.loads import Absent, bring
 from ucm.store.api.pages import Pages
-from ucm.store.api.questions import NAMESPACE, Questions, batch_blocks, batches
+from ucm.store.api.questions import Questions, batch_blocks, batches, commit
 from ucm.store.api.steps import RETRY_S, Ask, Hear, NodeLost, Pause, Steps, Tell
 from ucm.store.blocks.keys import Key
 from ucm.store.node import protocol as p
@@ -73,7 +75,9 @@ def _store_once(
     """Returns the rows that are to be tried again."""
     left: list[PlacedRow] = []
     elsewhere: list[PlacedRow] = []
-    for batch in batches(todo, batch_blocks(row_bytes, pages.capacity_bytes)):
+    waiting = deque(batches(todo, batch_blocks(row_bytes, pages.capacity_bytes)))
+    while waiting:
+        batch = waiting.popleft()
         keys = [row.key for row in batch]
         parents = [row.parent for row in batch]
         yield Ask(questions.reserve(keys, parents), undo=partial(give_back, keys))
@@ -86,16 +90,10 @@ def _store_once(
             else:
                 (elsewhere if offset == p.HAVE else left).append(row)
         if filled:
-            yield Tell(
-                p.Commit(
-                    ns=NAMESPACE,
-                    keys=[row.key for row in filled],
-                    parents=[row.parent for row in filled],
-                )
-            )
+            yield Tell(commit([row.key for row in filled], [row.parent for row in filled]))
             job.done.update(row.key for row in filled)
         if left:
-            return left + elsewhere + todo[todo.index(batch[-1]) + 1 :]
+            return [*left, *elsewhere, *chain.from_iterable(waiting)]
     if elsewhere:
         yield Ask(questions.find([row.key for row in elsewhere]))
         found: p.Found = yield Hear(_OTHER_CLIENT)

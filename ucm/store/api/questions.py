@@ -71,8 +71,9 @@ class Questions:
         return max(1, int((left_s - answer_s) * 1000))
 
 
-def commit(keys: Sequence[Key]) -> p.Commit:
-    return p.Commit(ns=NAMESPACE, keys=list(keys), parents=no_parents(keys))
+def commit(keys: Sequence[Key], parents: Sequence[bytes] = ()) -> p.Commit:
+    """Without `parents` each is written for itself."""
+    return p.Commit(ns=NAMESPACE, keys=list(keys), parents=list(parents) or no_parents(keys))
 
 
 def abort(keys: Sequence[Key]) -> p.Abort:
