@@ -29,6 +29,7 @@ class Past:
     prompts: list[Prompt]
     asked_again: Counters
     exit_code: int
+    last_words: str
 
 
 @pytest.fixture(scope="module")
@@ -56,9 +57,10 @@ def past(
         exit_code = prefill.server.exit_code
         assert exit_code is not None
         del made.engines["prefill"]
+        last_words = prefill.server.log_tail()
         made.start("decode", Node("files-now"), role="kv_consumer")
         made.wait_ready()
-        yield Past(made.store, made, prompts, asked_again, exit_code)
+        yield Past(made.store, made, prompts, asked_again, exit_code, last_words)
 
 
 @pytest.fixture
@@ -69,7 +71,7 @@ def decode(past: Past) -> Engine:
 def test_decode_started_after_prefill_was_stopped_loads_everything_from_files(
     past: Past, decode: Engine, oracle: Oracle
 ) -> None:
-    assert past.exit_code == 0
+    assert past.exit_code == 0, past.last_words
     for prompt in past.prompts:
         check_loaded(decode, prompt, oracle.answer(prompt))
     # Each block was read once; the first block of the shared prefix counts among them.

@@ -145,3 +145,23 @@ def test_a_port_that_was_given_out_is_nobody_elses_until_a_server_has_it() -> No
         other.bind(("127.0.0.1", port))
     with socket.create_server(("127.0.0.1", port)):
         pass
+
+
+FORK = """
+import os, socket
+from examples.cluster.serve_vllm import close_what_would_not_be_inherited
+port = socket.create_server(("127.0.0.1", 0))
+ends = [socket.create_connection(port.getsockname()), port.accept()[0], *socket.socketpair()]
+os.register_at_fork(after_in_child=close_what_would_not_be_inherited)
+if os.fork() == 0:
+    for each in (port, *ends):
+        print(os.readlink(f"/proc/self/fd/{each.fileno()}").partition(":")[0], flush=True)
+else:
+    os.wait()
+"""
+
+
+def test_a_forked_engine_holds_its_servers_connections_and_not_its_port():
+    done = subprocess.run([sys.executable, "-c", FORK], capture_output=True, text=True, check=True)
+
+    assert ["/dev/null", *["socket"] * 4] == done.stdout.split()
