@@ -63,6 +63,25 @@ def test_a_directory_stays_that_somebody_makes_a_file_in_this_moment(
     assert Path(store.targets()[3]).exists()
 
 
+def test_what_an_nfs_client_keeps_of_a_removed_page_that_is_read_is_nobodys_problem(
+    store: Store, changed_long_ago: Callable[[float], None], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A name of the client's own, and a directory that is busy though nothing is listed in it."""
+    leaf, kept = Path(store.targets()[3]).parent, Path(store.targets()[2]).parent
+    leaf.mkdir(parents=True, exist_ok=True)
+    (kept / ".nfs00000000000000e100000003").write_bytes(b"of a page")
+    changed_long_ago(25 * HOUR_S)
+
+    def is_busy(name: str, *, dir_fd: int) -> None:
+        raise OSError(errno.EBUSY, os.strerror(errno.EBUSY), name)
+
+    monkeypatch.setattr(os, "rmdir", is_busy)
+    done = swept(store)
+    assert (done.num_emptied, done.num_files, done.num_problems) == (0, 0, 0), done.problem
+    assert leaf.is_dir()
+    assert (kept / ".nfs00000000000000e100000003").exists()
+
+
 @pytest.mark.parametrize("said", [errno.ENOENT, errno.ESTALE])
 @pytest.mark.parametrize("depth", [1, 2])
 def test_a_writer_whose_directory_goes_before_it_makes_its_file_makes_it_again(

@@ -45,7 +45,8 @@ _SETTLE_S = 60.0
 _EMPTY_S = 86_400.0
 # Of the levels below a backend: those that `make_dirs` makes again, and hold pages alone.
 _FAN_OUT = (2, 3)
-_NOT_EMPTY = frozenset({errno.ENOTEMPTY, errno.EEXIST})
+# EBUSY: an NFS client keeps a removed page that is still read, as `.nfs...`, and its directory.
+_NOT_EMPTY = frozenset({errno.ENOTEMPTY, errno.EEXIST, errno.EBUSY})
 # Bounds for memory. What is beyond them is found by the next sweep.
 _MAX_FOUND = 10_000
 # A directory may have been filled with names that aren't ours.
