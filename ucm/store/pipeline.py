@@ -21,6 +21,7 @@ from __future__ import annotations
 
 import logging
 import os
+import threading
 import time
 import uuid
 import weakref
@@ -44,6 +45,7 @@ from ucm.store.blocks import namespace
 from ucm.store.blocks.keys import Key
 from ucm.store.client.start import log_path
 from ucm.store.node import protocol as p
+from ucm.store.node.notices import Notices
 from ucm.store.tiers.build import keeps_pages
 
 if TYPE_CHECKING:
@@ -92,6 +94,7 @@ class UcmPipelineStore:
         except BaseException:
             self._close()
             raise
+        self._notices, self._notices_lock = Notices(time.monotonic), threading.Lock()
         self._capacity_bytes = self._driver.shared.pages.capacity_bytes
         self._batch = batch_blocks(self._shape.page_bytes, self._capacity_bytes)
         logger.info(
@@ -247,8 +250,13 @@ class UcmPipelineStore:
             self.wait(task)
             found: p.Found = task.result
             if found.reason:
-                logger.warning("storage could not tell about some blocks: %s", found.reason)
+                self._say_unsure(found.reason)
             yield from found.places
+
+    def _say_unsure(self, reason: Outcome) -> None:
+        """In an outage every lookup ends like this one."""
+        with self._notices_lock:
+            self._notices.warn("storage could not tell about some blocks", reason, of=reason)
 
     def _tensor_rows(self, tensors: Tensors) -> list[Row]:
         from ucm.store.api.tensors import tensor_rows

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import errno
 import gc
 import os
 import threading
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
 
+from tests.faults.fuse import mount_fuse, needs_fuse
 from tests.faults.mounts import mount_tmpfs, own_mounts
 from tests.store.api.whole_store import (
     IDS,
@@ -115,6 +118,23 @@ def test_flush_says_when_pages_did_not_get_to_storage(place: Place) -> None:
         assert store.lookup(ids) == [True] * 20
         with pytest.raises(TierError, match=r"the log of the node cache says why: /"):
             store.flush()
+
+
+@needs_fuse
+def test_an_outage_is_told_once_and_not_by_every_lookup(
+    place: Place, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    with (
+        mount_fuse(place.store, tmp_path / "mounted") as mount,
+        whole_blocks(place, storage_backends=str(mount.path)) as store,
+    ):
+        assert not any(store.lookup(IDS))
+        mount.fail("lookup", errno.EIO)
+        for _ in range(12):
+            assert not any(store.lookup(IDS))
+        said = [each.message for each in caplog.records if "could not tell" in each.message]
+        mount.release()
+    assert said == ["storage could not tell about some blocks: io_error"]
 
 
 @pytest.mark.parametrize(
