@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import threading
 from collections.abc import Callable
@@ -250,3 +251,26 @@ def test_what_has_been_in_quarantine_for_long_goes_and_what_is_new_there_stays(
     assert [path.name for path in folder.iterdir()] == ["directory"]
     assert (folder.parent / "notes" / "mine").exists()
     assert store.good <= store.files()
+
+
+def test_what_an_nfs_client_keeps_in_quarantine_does_not_keep_the_rest_there(
+    store: Store, changed_long_ago: Callable[[float], None], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As long as it is open somewhere, it can't be removed."""
+    folder = store.directory / "quarantine" / SMALL.fingerprint.hex()
+    folder.mkdir(parents=True)
+    names = [".nfs00000000000000e100000003", *(f"damaged{i}" for i in range(9))]
+    for name in names:
+        (folder / name).write_bytes(b"x")
+    changed_long_ago(2 * HOUR_S)
+    unlink = os.unlink
+
+    def is_busy(name: str, **where: int) -> None:
+        if name == names[0]:
+            raise OSError(errno.EBUSY, os.strerror(errno.EBUSY), name)
+        unlink(name, **where)
+
+    monkeypatch.setattr(os, "unlink", is_busy)
+    done = swept(store, quarantine_s=HOUR_S)
+    assert (done.num_quarantined, done.num_problems) == (9, 0), done.problem
+    assert os.listdir(folder) == names[:1]

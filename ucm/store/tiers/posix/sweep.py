@@ -45,7 +45,7 @@ _SETTLE_S = 60.0
 _EMPTY_S = 86_400.0
 # Of the levels below a backend: those that `make_dirs` makes again, and hold pages alone.
 _FAN_OUT = (2, 3)
-# EBUSY: an NFS client keeps a removed page that is still read, as `.nfs...`, and its directory.
+# EBUSY: an NFS client keeps what was removed while it is read, as `.nfs...`, and its directory.
 _NOT_EMPTY = frozenset({errno.ENOTEMPTY, errno.EEXIST, errno.EBUSY})
 # Bounds for memory. What is beyond them is found by the next sweep.
 _MAX_FOUND = 10_000
@@ -250,8 +250,13 @@ class Sweep:
             found = os.stat(name, dir_fd=fd, follow_symlinks=False)
             is_old = is_stale(self._age_s(root, found), stale_s=self.quarantine_s)
             if is_old and not stat.S_ISDIR(found.st_mode):
-                os.unlink(name, dir_fd=fd)
-                self.swept.num_quarantined += 1
+                try:
+                    os.unlink(name, dir_fd=fd)
+                except OSError as error:
+                    if error.errno != errno.EBUSY:
+                        raise
+                else:
+                    self.swept.num_quarantined += 1
 
     def _age_s(self, root: int, found: os.stat_result) -> float | None:
         """By the filesystem's clock; None where it can't be told. A file that is made is the only
