@@ -40,6 +40,10 @@ test-models: $(READY) ## the models of docs/models.md that others stand for in `
 test-versions: $(READY) $(MORE_VERSIONS) ## what each version of vLLM stores all others load (docs/platforms.md)
 	@exec $(BIN)/python -m pytest -m versions $(ARGS)
 
+.PHONY: test-cluster
+test-cluster: $(READY) ## real shared filesystems, two nodes each; ARGS=--install installs them (Debian, root)
+	@exec $(BIN)/python -m pytest -m cluster tests/cluster $(ARGS)
+
 .PHONY: test-gpu
 test-gpu: ## copies between a GPU and slots; uses PYTHON's own torch, skipped without an accelerator
 	@python=$${PYTHON:-}

@@ -26,7 +26,7 @@ ROOT = Path(__file__).resolve().parents[1]
 NOTHING_COLLECTED = 5
 # Where conftest.py writes how many tests passed, failed, and so on.
 COUNTS_VARIABLE = "UCM_TEST_COUNTS"
-SELECTIONS = {"short": "not long", "long": "long and not models and not versions"}
+SELECTIONS = {"short": "not long", "long": "long and not models and not versions and not cluster"}
 _TOLD = ("passed", "failed", "error", "skipped", "xfailed")
 # With these pytest talks to whoever runs it.
 _AT_A_TERMINAL = {"-s", "--pdb", "--trace", "--capture=no"}

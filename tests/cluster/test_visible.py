@@ -1,0 +1,43 @@
+"""How soon a node sees the pages of another one, with whatever its client remembers of absences."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import pytest
+
+from tests.cluster.conftest import record
+from tests.cluster.nodes import Cluster
+
+pytestmark = [pytest.mark.long, pytest.mark.cluster, pytest.mark.timeout(180)]
+
+NUM_PAGES = 48
+SOON_S = 1.0
+
+
+def delays(published_s: Sequence[float], seen_s: Sequence[float | None]) -> list[float]:
+    unseen = [i for i, each in enumerate(seen_s) if each is None]
+    assert not unseen, f"never seen: pages {unseen} of {len(seen_s)}"
+    return [max(0.0, (b or 0.0) - a) for a, b in zip(published_s, seen_s, strict=True)]
+
+
+def test_a_page_that_is_waited_for_is_seen_within_a_second(cluster: Cluster, store: str) -> None:
+    """Also on clients that cache listings, and where it comes in the tick of a look."""
+    asked = {"name": "awaited", "count": NUM_PAGES}
+    cluster.b.begin("wait_promised", store, **asked, at_once=4, timeout_ms=20_000)
+    published_s = cluster.a.ask("publish", store, **asked, pause_s=0.1)
+    seen = delays(published_s, cluster.b.node.end())
+    record(cluster, "hand-off", seen)
+    assert max(seen) <= SOON_S
+
+
+def test_ordinary_lookups_see_a_page_within_a_second_after_they_missed_it(
+    cluster: Cluster, store: str
+) -> None:
+    asked = {"name": "missed", "count": NUM_PAGES}
+    assert cluster.b.ask("load", store, **asked) == 0
+    cluster.b.begin("wait_ordinary", store, **asked, timeout_s=40.0, pause_s=0.05)
+    published_s = cluster.a.ask("publish", store, **asked, pause_s=0.02)
+    seen = delays(published_s, cluster.b.node.end())
+    record(cluster, "lookup after a miss", seen)
+    assert max(seen) <= SOON_S
