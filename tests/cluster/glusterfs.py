@@ -38,7 +38,7 @@ def cluster() -> Iterator[Cluster]:
             mounted.append(Mounted(node, path, partial(node.run, mount), unmount, folder))
             mounted[-1].mount()
             stack.callback(unmount)
-        start = partial(_gluster, server, f"volume start {_VOLUME} force")
+        start = partial(_start_bricks, server)
         faults = {
             "brick": Fault(partial(_kill, server, _BRICKS[:1]), start),
             "both bricks": Fault(partial(_kill, server, _BRICKS), start),
@@ -66,6 +66,14 @@ def _gluster(server: Node, what: str) -> None:
 def _kill(server: Node, bricks: Sequence[str]) -> None:
     for brick in bricks:
         server.run(f"kill -9 $(cat /run/gluster/vols/{_VOLUME}/*-{brick}.pid)")
+
+
+def _start_bricks(server: Node) -> None:
+    """Until they run: the daemon does not start one whose end it has not noticed."""
+    start = f"gluster --mode=script volume start {_VOLUME} force"
+    online = f"gluster volume status {_VOLUME} detail | grep -c 'Online *: Y'"
+    all_run = f"[ $({online}) = {len(_BRICKS)} ]"
+    server.run(f"for i in 1 2 3 4 5 6 7 8; do {start}; sleep 1; {all_run} && exit; done; exit 1")
 
 
 def _end(server: Node) -> None:
