@@ -164,9 +164,13 @@ def replace(store: str, name: str, count: int, within_s: float) -> None:
     """Removes pages and publishes them again, over and over."""
     deadline_s = time.monotonic() + within_s
     while time.monotonic() < deadline_s:
-        for path in paths_of(store, name, count):
-            os.unlink(path)
+        remove(store, name, count)
         publish(store, name, count)
+
+
+def remove(store: str, name: str, count: int) -> None:
+    for path in paths_of(store, name, count):
+        os.unlink(path)
 
 
 def paths_of(store: str, name: str, count: int) -> list[str]:
@@ -222,7 +226,7 @@ def _tier(store: str) -> PosixTier:
 
 _OPS: tuple[Callable[..., Any], ...] = (
     *(run, start, stop, dump, load, publish, wait_promised, wait_ordinary, status),
-    *(replace, sweep_beside_open_pages, look),
+    *(replace, remove, sweep_beside_open_pages, look),
 )
 
 

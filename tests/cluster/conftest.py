@@ -72,4 +72,4 @@ def store(cluster: Cluster) -> Iterator[str]:
 def record(cluster: Cluster, what: str, delays_s: Sequence[float]) -> None:
     """For the table of docs/storage.md."""
     median_s, worst_s = statistics.median(delays_s), max(delays_s)
-    _figures.append(f"{cluster.name:20} {what:24} median {median_s:6.3f}  worst {worst_s:6.3f}")
+    _figures.append(f"{cluster.name:20} {what:26} median {median_s:6.3f}  worst {worst_s:6.3f}")

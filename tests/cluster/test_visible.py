@@ -21,13 +21,20 @@ def delays(published_s: Sequence[float], seen_s: Sequence[float | None]) -> list
     return [max(0.0, (b or 0.0) - a) for a, b in zip(published_s, seen_s, strict=True)]
 
 
-def test_a_page_that_is_waited_for_is_seen_within_a_second(cluster: Cluster, store: str) -> None:
-    """Also on clients that cache listings, and where it comes in the tick of a look."""
+@pytest.mark.parametrize("into", ["new directories", "old directories"])
+def test_a_page_that_is_waited_for_is_seen_within_a_second(
+    cluster: Cluster, store: str, into: str
+) -> None:
+    """Also on clients that cache listings, where its directory was there without it; and where it
+    comes in the tick of a look."""
     asked = {"name": "awaited", "count": NUM_PAGES}
+    if into == "old directories":
+        cluster.a.ask("publish", store, **asked)
+        cluster.a.ask("remove", store, **asked)
     cluster.b.begin("wait_promised", store, **asked, at_once=4, timeout_ms=20_000)
     published_s = cluster.a.ask("publish", store, **asked, pause_s=0.1)
     seen = delays(published_s, cluster.b.node.end())
-    record(cluster, "hand-off", seen)
+    record(cluster, f"hand-off, {into}", seen)
     assert max(seen) <= SOON_S
 
 
