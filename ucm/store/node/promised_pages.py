@@ -29,7 +29,7 @@ FIRST_PAUSE_S = 0.001
 LAST_PAUSE_S = 0.05
 # After so long a page may be there unseen (`posix/revalidate.py`). To doubt costs a few writes.
 FIRST_DOUBT_S = 0.2
-LAST_DOUBT_S = 1.0
+LAST_DOUBT_S = 0.8
 # An engine of this node brings the pages: a look is for what it might not know of.
 FED_PAUSE_S = 1.0
 
