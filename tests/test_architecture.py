@@ -25,6 +25,7 @@ FLOORS = (
     # The store: what a block is, where its page is kept, the node cache, and its clients.
     *("ucm.store.processes", "ucm.store.blocks"),
     *("ucm.store.tiers.tier", "ucm.store.tiers.wrapper", "ucm.store.tiers.metered"),
+    "ucm.store.tiers.per_minute",
     *("ucm.store.tiers.posix", "ucm.store.tiers"),
     *("ucm.store.node", "ucm.store.client", "ucm.store.api", "ucm.store.inspect"),
     "ucm.store.pipeline",

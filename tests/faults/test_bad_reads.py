@@ -8,8 +8,8 @@ import pytest
 
 from tests.faults.fuse import mount_fuse, needs_fuse
 from tests.store.tiers.tier_contract import LARGE, content_of, dump, load, make_key, make_page
+from ucm.store.tiers.per_minute import PerMinute
 from ucm.store.tiers.posix.paths import QUARANTINE
-from ucm.store.tiers.posix.quarantine import Quarantine
 from ucm.store.tiers.posix.tier import PosixTier
 from ucm.store.tiers.tier import ReadStatus
 
@@ -69,8 +69,8 @@ def test_a_page_that_is_right_when_it_is_read_once_more_is_a_hit_and_stays(
 
 def test_more_files_may_be_moved_a_minute_later() -> None:
     now_s = 0.0
-    quarantine = Quarantine(2, lambda: now_s)
-    assert [quarantine._may_move() for _ in range(3)] == [True, True, False]
+    moves = PerMinute(2, lambda: now_s)
+    assert [moves.may() for _ in range(3)] == [True, True, False]
     now_s = 61.0
-    assert [quarantine._may_move() for _ in range(3)] == [True, True, False]
-    assert not Quarantine(0)._may_move()
+    assert [moves.may() for _ in range(3)] == [True, True, False]
+    assert not PerMinute(0).may()

@@ -228,18 +228,33 @@ class TierContract(ABC):
         assert raised.value.reason == "corrupt"
 
     def test_the_writer_keeps_its_page(self, tier: Tier) -> None:
-        """The buffer may be reused as soon as `stage` returns, and is not written to."""
+        """The buffer may be reused as soon as `publish` returns, and is not written to."""
         tier.open_namespace(ODD)
         page = make_page(ODD, "a")
         before = bytes(page)
         staged = tier.stage(ODD, make_key(1), page, num_tokens=BLOCK_TOKENS)
         assert staged is not None
+        tier.publish(staged)
         assert bytes(page) == before
+
+        page[:] = bytes(len(page))
+
+        assert load(tier, ODD, make_key(1)) == before[: ODD.page_bytes]
+
+    def test_a_page_that_is_not_kept_until_it_is_published_is_never_another(
+        self, tier: Tier
+    ) -> None:
+        """Its writer was too fast with the next page; what is read is the first one or none."""
+        tier.open_namespace(ODD)
+        page = make_page(ODD, "a")
+        before = bytes(page[: ODD.page_bytes])
+        staged = tier.stage(ODD, make_key(1), page, num_tokens=BLOCK_TOKENS)
+        assert staged is not None
 
         page[:] = bytes(len(page))
         tier.publish(staged)
 
-        assert load(tier, ODD, make_key(1)) == before[: ODD.page_bytes]
+        assert load(tier, ODD, make_key(1)) in (before, ReadStatus.CORRUPT)
 
     def test_threads_that_dump_and_read_one_key_never_see_half_a_page(self, tier: Tier) -> None:
         tier.open_namespace(LARGE)

@@ -7,7 +7,9 @@ Threads: every method may be called from any number of threads at once, and each
 as long as storage does; the node cache calls them on I/O threads only. Nothing here takes a
 deadline, because a system call in a hung mount can't be given one.
 
-Ownership: the caller owns the pages it passes. A tier touches one only until the call returns.
+Ownership: the caller owns the pages it passes. A tier touches one only until the call returns; what
+is staged it may read until the call that publishes or discards it returns, and the caller keeps the
+page as it is until then. What isn't kept is damaged, and never another page.
 
     stage ──► Staged ──publish──► visible to every reader of the storage
                  └────discard───► gone, as if it had never been
@@ -190,8 +192,9 @@ class Tier(ABC):
     def stage(
         self, namespace: TierNamespace, key: Key, page: memoryview, *, num_tokens: int
     ) -> Staged | None:
-        """Stores a copy of `page` that is complete but not visible. None: the key is already
-        there, nothing to do. Two writers may stage one key; the last to publish wins.
+        """Readies `page` for `publish`, so that nothing but becoming visible is left to do where
+        storage can do that. None: the key is already there, nothing to do. Two writers may stage
+        one key; the last to publish wins.
 
         Raises TierError; nothing is left behind then. The caller owes every Staged a `publish`
         or a `discard`.

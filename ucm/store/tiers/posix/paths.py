@@ -28,14 +28,14 @@ import time
 from dataclasses import dataclass
 
 from ucm.store.blocks.keys import SALT_TAG_BYTES, Key, TailKey
+from ucm.store.blocks.page_names import BLOCK_SUFFIX, namespace_name, page_name
+from ucm.store.blocks.page_names import MANIFEST as MANIFEST
 from ucm.store.processes import this_process
 from ucm.store.tiers.posix import writers
 from ucm.store.tiers.posix.writers import WriterName
 
-BLOCK_SUFFIX = ".kv"
 TEMP_SUFFIX = ".tmp"
 QUARANTINE = "quarantine"
-MANIFEST = "manifest.json"
 BACKEND_ID = "ucm-backend-id"
 RECLAIM_LEASE = "ucm-reclaim-lease"
 RECLAIM_GRANTS = "ucm-reclaim-grants"
@@ -72,8 +72,7 @@ def backend_id_path(backend: str) -> str:
 
 def namespace_dir(backend: str, fingerprint: bytes, key_id: bytes = b"") -> str:
     """`key_id` is that of the page key, if pages are sealed."""
-    sealed = f"-{key_id.hex()}" if key_id else ""
-    return f"{backend}/{fingerprint.hex()}{sealed}"
+    return f"{backend}/{namespace_name(fingerprint, key_id)}"
 
 
 def reclaim_record_paths(backend: str) -> tuple[str, str]:
@@ -86,7 +85,7 @@ def manifest_path(backend: str, fingerprint: bytes, key_id: bytes = b"") -> str:
 
 
 def block_path(backend: str, fingerprint: bytes, key: Key, key_id: bytes = b"") -> str:
-    name = _block_file_name(key)
+    name = page_name(key)
     return f"{namespace_dir(backend, fingerprint, key_id)}/{name[:2]}/{name[2:4]}/{name}"
 
 
@@ -113,7 +112,7 @@ def temp_target(temp: str) -> str:
 def quarantine_path(backend: str, fingerprint: bytes, key: Key) -> str:
     """A new name, because the same block may be damaged twice."""
     directory = f"{backend}/{QUARANTINE}/{fingerprint.hex()}"
-    return f"{directory}/{_block_file_name(key)}.{_new_writer()}"
+    return f"{directory}/{page_name(key)}.{_new_writer()}"
 
 
 def reclaim_node_name(word: str) -> str:
@@ -169,11 +168,6 @@ def parse_temp_name(name: str) -> TempName | None:
     """`name` is a file name without its directory."""
     match = _TEMP_NAME.fullmatch(name)
     return None if match is None else TempName(match["target"], writers.parsed(match))
-
-
-def _block_file_name(key: Key) -> str:
-    tokens = f".{key.num_tokens}" if isinstance(key, TailKey) else ""
-    return f"{key.hex()}{tokens}{BLOCK_SUFFIX}"
 
 
 def _new_writer() -> str:

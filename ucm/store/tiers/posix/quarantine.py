@@ -9,47 +9,29 @@ stays is absent for this read, like one that was moved.
 from __future__ import annotations
 
 import os
-import threading
-import time
-from collections import deque
-from collections.abc import Callable
 
 from ucm.errors import TierError
 from ucm.store.blocks.blockfile import BlockId
+from ucm.store.tiers.per_minute import PerMinute
 from ucm.store.tiers.posix import paths
 from ucm.store.tiers.posix.backend import Backend
-
-_MINUTE_S = 60.0
 
 
 class Quarantine:
     """Thread-safe. One for all backends of a tier."""
 
-    def __init__(self, per_minute: int, clock: Callable[[], float] = time.monotonic) -> None:
-        self._per_minute = per_minute
-        self._clock = clock
-        self._lock = threading.Lock()
-        # When the last files were moved, the latest last.
-        self._moved_s: deque[float] = deque(maxlen=max(1, per_minute))
+    def __init__(self, per_minute: int) -> None:
+        self._moves = PerMinute(per_minute)
 
     def move(self, seen: os.stat_result, path: str, backend: Backend, block: BlockId) -> str:
         """Moves what was `seen` at `path` aside, if that is allowed now. Returns what was done, for
         people."""
-        if not self._may_move():
+        if not self._moves.may():
             return (
-                f"left in its place: {self._per_minute} files were moved aside within a minute, so "
+                f"left in its place: {self._moves.most} files were moved aside within a minute, so "
                 f"it may be this node that reads badly; look at its memory, network and mount"
             )
         return move_aside(seen, path, backend, block)
-
-    def _may_move(self) -> bool:
-        now_s = self._clock()
-        with self._lock:
-            is_full = len(self._moved_s) == self._moved_s.maxlen
-            if self._per_minute == 0 or (is_full and now_s - self._moved_s[0] < _MINUTE_S):
-                return False
-            self._moved_s.append(now_s)
-        return True
 
 
 def forget_cached(fd: int) -> None:
