@@ -26,7 +26,7 @@ FLOORS = (
     *("ucm.store.processes", "ucm.store.blocks"),
     *("ucm.store.tiers.tier", "ucm.store.tiers.wrapper", "ucm.store.tiers.metered"),
     "ucm.store.tiers.per_minute",
-    *("ucm.store.tiers.posix", "ucm.store.tiers"),
+    *("ucm.store.tiers.posix", "ucm.store.tiers.s3", "ucm.store.tiers"),
     *("ucm.store.node", "ucm.store.client", "ucm.store.api", "ucm.store.inspect"),
     "ucm.store.pipeline",
     # Engines: the copies of any, the scheduler half of any, what one platform does, and those that
@@ -64,6 +64,7 @@ FOREIGN: dict[str, tuple[str, ...]] = {
         *("ucm.integration.ascend.accelerator", "ucm.integration.vllm"),
     ),
     "yaml": ("ucm.config",),
+    "obstore": ("ucm.store.tiers.s3",),
     "aiohttp": ("ucm.pd",),
     "typer": ("ucm.cli", "ucm.pd.toy_proxy_server"),
 }

@@ -23,7 +23,7 @@ def test_a_name_is_one_that_prometheus_shows_unchanged(metric: Metric) -> None:
 def test_a_label_can_only_have_values_that_are_known(metric: Metric) -> None:
     values = [value for known in metric.labels.values() for value in known]
 
-    assert all(re.fullmatch("[a-z]+(_[a-z]+)*", word) for word in [*metric.labels, *values])
+    assert all(re.fullmatch("[a-z]+[0-9]*(_[a-z]+)*", word) for word in [*metric.labels, *values])
     assert all(known for known in metric.labels.values())
     assert max(Counter(metric.series()).values()) == 1
 

@@ -21,6 +21,7 @@ use_layerwise: false
 
 # One key wrong each: what is changed in a good tree, and what the message must contain.
 STORE = "ucm_connectors[0].ucm_connector_config"
+_S3 = {"store_pipeline": "Cache|S3", "s3_bucket": "pages"}
 BAD_STORE: list[tuple[dict[Any, Any], str]] = [
     (
         {"store_pipline": "x"},
@@ -33,6 +34,28 @@ BAD_STORE: list[tuple[dict[Any, Any], str]] = [
     ({"quota_gb": {"salt-tag:0123": 1}}, "quota_gb: salt-tag:0123: expected 16 hex digits"),
     ({"quota_gb": {"salt-tag:" + 16 * "A": 1}}, "expected 16 hex digits behind salt-tag:"),
     ({"wibble": 1}, f"{STORE}.wibble: unknown setting"),
+    ({"store_pipeline": "Cache|S3"}, f"{STORE}.s3_bucket: missing: the S3 stage needs a bucket"),
+    (_S3 | {"s3_bukket": "kv"}, f"{STORE}.s3_bukket: unknown setting, did you mean s3_bucket?"),
+    ({"endpoint_url": "x"}, "endpoint_url: unknown setting, did you mean s3_endpoint?"),
+    (_S3 | {"s3_bucket": "s3://kv"}, "s3_bucket: expected a bucket's name, without s3:// and"),
+    (_S3 | {"s3_bucket": 3}, f"{STORE}.s3_bucket: expected text, got 3"),
+    (_S3 | {"s3_region": "US East"}, "s3_region: expected a region such as us-east-1"),
+    (_S3 | {"s3_prefix": "a//b"}, "s3_prefix: expected names joined by /"),
+    (_S3 | {"s3_prefix": "a/../b"}, "s3_prefix: expected at most 512 characters and no part that"),
+    (_S3 | {"s3_endpoint": "host:9000"}, "s3_endpoint: expected http://host:port or https://host"),
+    (_S3 | {"s3_endpoint": "http://host/kv"}, "without a path (that is s3_prefix)"),
+    (_S3 | {"s3_endpoint": "http://host:port"}, "s3_endpoint: expected http://host:port or"),
+    (_S3 | {"s3_endpoint": "http://k:HIDDEN@host"}, "s3_endpoint: has a user in it: credentials"),
+    (_S3 | {"s3_tls_ca_file": "ca.pem"}, 's3_tls_ca_file: expected an absolute path, got "ca.pem"'),
+    (_S3 | {"s3_credentials_file": "~/c"}, "s3_credentials_file: expected an absolute path"),
+    (_S3 | {"s3_path_style": "yes"}, 's3_path_style: expected true or false, got "yes"'),
+    (
+        _S3 | {"aws_secret_access_key": "HIDDEN"},
+        "aws_secret_access_key: credentials are no settings",
+    ),
+    (_S3 | {"s3_access_key_id": "HIDDEN"}, "s3_access_key_id: credentials are no settings"),
+    ({"secret_key": "HIDDEN"}, "secret_key: credentials are no settings"),
+    ({"AWS_SESSION_TOKEN": "HIDDEN"}, "AWS_SESSION_TOKEN: credentials are no settings"),
     ({"node_cache_group": "kv"}, f"{STORE}.node_cache_group: needs node_cache_socket"),
     ({"use_layerwise": True}, "use_layerwise: unknown setting, it belongs at the top level"),
     ({7: 1}, f"{STORE}: the key 7 is not text, quote it"),

@@ -73,7 +73,7 @@ def test_the_flags_that_are_to_help_exist() -> None:
         "timed out after … s, waiting for …",
         "it takes too long to start",
         "can't be moved aside: …",
-        "…: storage_backends: not used by store_pipeline …",
+        "…: …: not used by store_pipeline …",
         "one page takes … bytes and the node cache has …: raise cache_buffer_capacity_gb",
         "room in the node cache: storage is slow, or the cache is small",
         "write failed …: …",

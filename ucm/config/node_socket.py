@@ -23,11 +23,11 @@ SOCKET_PATH_MAX_BYTES: Final = 103
 _MAX_SQUATTED: Final = 8
 
 
-def default_socket_path(pipeline: tuple[str, ...], backends: tuple[str, ...]) -> str:
-    """One node cache per user, pipeline and backends. Engines of one node find it without being
-    told, as long as they see the same directory for temporary files. Not in the directory of a
-    login session, which a logout removes and the node cache survives."""
-    identity = msgspec.json.encode([pipeline, backends])
+def default_socket_path(pipeline: tuple[str, ...], places: tuple[str, ...]) -> str:
+    """One node cache per user, pipeline and places where it stores. Engines of one node find it
+    without being told, as long as they see the same directory for temporary files. Not in the
+    directory of a login session, which a logout removes and the node cache survives."""
+    identity = msgspec.json.encode([pipeline, places])
     name = hashlib.sha256(identity).hexdigest()[:16]
     directory = os.path.join(tempfile.gettempdir(), f"ucm-{os.getuid()}")
     # Anybody may have made it first. Everybody of this user steps around in the same way.

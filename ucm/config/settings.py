@@ -21,15 +21,21 @@ from ucm.config.epoch_file import PRIVATE_EPOCH as PRIVATE_EPOCH
 from ucm.config.epoch_file import read_epoch as read_epoch
 from ucm.config.node_socket import NODE_PROTOCOL as NODE_PROTOCOL
 from ucm.config.node_socket import check_socket_path, default_socket_path
-from ucm.config.reclaim_settings import ReclaimSettings
+from ucm.config.s3_settings import (
+    S3Settings,
+    check_no_credentials,
+    checked_s3,
+    not_used,
+    s3_places,
+)
 from ucm.config.strict_yaml import read_yaml as read_yaml
 from ucm.config.vocabulary import CONFIG_FILE_KEY, Vocabulary, did_you_mean
 from ucm.errors import ConfigError
 
 CONNECTOR_NAME: Final = "UcmPipelineStore"
 
-PIPELINES: Final = ("Cache|Posix", "Posix", "Cache")
-TIERS: Final = ("Posix",)
+PIPELINES: Final = ("Cache|Posix", "Posix", "Cache|S3", "Cache")
+TIERS: Final = ("Posix", "S3")
 STAGES: Final = ("Cache", *TIERS)
 
 _STORE_PATH: Final = "ucm_connectors[0].ucm_connector_config"
@@ -40,7 +46,7 @@ _CAPACITY_MAX_GB: Final = 1 << 16
 _Milliseconds = Annotated[int, Meta(ge=1, le=3_600_000)]
 
 
-class StoreSettings(ReclaimSettings, frozen=True, kw_only=True, forbid_unknown_fields=True):
+class StoreSettings(S3Settings, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """What the node cache process needs to know. It travels on its command line as JSON.
 
     Engines whose pipeline and backends are the same share one node cache: the default socket path
@@ -102,6 +108,11 @@ class StoreSettings(ReclaimSettings, frozen=True, kw_only=True, forbid_unknown_f
         default=None, name="node_cache_group"
     )
     socket_path: str = msgspec.field(name="node_cache_socket")
+
+    @property
+    def has_storage(self) -> bool:
+        """Whether there is more than memory."""
+        return any(stage in TIERS for stage in self.pipeline)
 
 
 class Settings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
@@ -189,6 +200,7 @@ def _parse(tree: object, *, source: str) -> Settings:
         connector, place="connector", source=source, prefix="ucm_connectors[0]."
     )
     store = _mapping(connector, "ucm_connector_config", source=source, path="ucm_connectors[0]")
+    check_no_credentials(store, where=f"{source}: {_STORE_PATH}")
     unused += VOCABULARY.check(store, place="store", source=source, prefix=f"{_STORE_PATH}.")
 
     warnings: list[str] = []
@@ -199,8 +211,8 @@ def _parse(tree: object, *, source: str) -> Settings:
     store_tree = {key: store[key] for key in store if key in VOCABULARY.used["store"]}
     store_tree["store_pipeline"] = pipeline = _pipeline(store, source=source)
     store_tree["storage_backends"] = backends = _backends(store, pipeline, source=source)
-    if "storage_backends" in store and not backends:
-        warnings.append(f"{source}: storage_backends: not used by store_pipeline {pipeline[0]}")
+    store_tree |= checked_s3(store, pipeline, where=f"{source}: {_STORE_PATH}")
+    warnings += not_used(pipeline, store, source=source)
     if _CAPACITY_KEY in store_tree:
         store_tree["cache_capacity_bytes"] = _capacity(store_tree.pop(_CAPACITY_KEY), source=source)
     if store_tree.get("node_cache_group") is not None and "node_cache_socket" not in store_tree:
@@ -208,7 +220,8 @@ def _parse(tree: object, *, source: str) -> Settings:
             f"{source}: {_STORE_PATH}.node_cache_group: needs node_cache_socket: the default place "
             f"is one user's own"
         )
-    store_tree.setdefault("node_cache_socket", default_socket_path(pipeline, backends))
+    places = (*backends, *s3_places(store_tree, pipeline))
+    store_tree.setdefault("node_cache_socket", default_socket_path(pipeline, places))
 
     settings_tree = {
         key: tree[key] for key in tree if key in VOCABULARY.used["top"] and key != "ucm_connectors"

@@ -201,7 +201,7 @@ class UcmPipelineStore:
         Raises TierError, which names them, when some are not there, or not in time (default:
         `timeout_ms`). In a pipeline without storage there is nothing to wait for.
         """
-        if not self._settings.storage_backends:
+        if not self._settings.has_storage:
             return
         deadline_s = time.monotonic() + (self._timeout_s if timeout_s is None else timeout_s)
         unsaved = self._driver.shared.unsaved

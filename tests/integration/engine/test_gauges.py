@@ -102,6 +102,8 @@ def test_a_status_sets_every_gauge_of_the_node() -> None:
         if metric.kind == "gauge" and metric.name.startswith(("ucm_node_", "ucm_tier_"))
         for values in metric.series()
     }
+    # A node has the tiers of its pipeline.
+    of_the_table = {key for key in of_the_table if 'tier="s3"' not in key}
     assert set(gauges) == of_the_table
 
 

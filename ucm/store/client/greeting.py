@@ -10,6 +10,7 @@ from collections.abc import Mapping, Sequence
 
 import msgspec
 
+from ucm.config.s3_settings import s3_places
 from ucm.config.settings import StoreSettings
 from ucm.errors import ConfigError
 from ucm.store.node.protocol import Welcome
@@ -52,8 +53,9 @@ def _as_served(welcome: Welcome) -> Mapping[str, object]:
 
 def _pages(settings: Mapping[str, object]) -> str:
     pipeline, backends = (_listed(settings.get(name)) for name in _WHOSE_PAGES)
-    places = f" in {':'.join(map(str, backends))}" if backends else ""
-    return f"{'|'.join(map(str, pipeline))}{places}"
+    places = [*map(str, backends), *s3_places(settings, tuple(map(str, pipeline)))]
+    where = f" in {':'.join(places)}" if places else ""
+    return f"{'|'.join(map(str, pipeline))}{where}"
 
 
 def _listed(value: object) -> Sequence[object]:

@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Callable
 
 from ucm.config.settings import StoreSettings
+from ucm.errors import ConfigError
 from ucm.store.blocks.page_key import page_key_of
 from ucm.store.tiers.posix.quotas import quotas_of
 from ucm.store.tiers.posix.reclaim_plan import ReclaimRules
@@ -50,12 +51,42 @@ def _posix(settings: StoreSettings) -> Tier:
     )
 
 
-TIER_STAGES: dict[str, Callable[[StoreSettings], Tier]] = {"Posix": _posix}
+def _s3(settings: StoreSettings) -> Tier:
+    # Only who stores in a bucket has the client.
+    try:
+        from ucm.store.tiers.s3.breaker import BucketBreaker
+        from ucm.store.tiers.s3.bucket import Bucket, BucketPlace
+        from ucm.store.tiers.s3.tier import S3Tier
+    except ModuleNotFoundError as error:
+        raise ConfigError(
+            f"store_pipeline: the S3 stage needs the package {error.name}: pip install 'ucm[s3]'"
+        ) from error
+
+    assert settings.s3_bucket, "the S3 stage without a bucket: config should have refused it"
+    place = BucketPlace(
+        bucket=settings.s3_bucket,
+        region=settings.s3_region,
+        endpoint=settings.s3_endpoint,
+        path_style=settings.s3_path_style,
+        tls_ca_file=settings.s3_tls_ca_file,
+        credentials_file=settings.s3_credentials_file,
+        timeout_s=settings.io_timeout_ms / 1000,
+    )
+    return S3Tier(
+        Bucket(place, BucketBreaker(settings.retry_ms / 1000)),
+        place=settings.s3_place,
+        prefix=settings.s3_prefix,
+        quarantine_per_minute=settings.quarantine_per_minute,
+        page_key=page_key_of(settings.page_key_file),
+    )
+
+
+TIER_STAGES: dict[str, Callable[[StoreSettings], Tier]] = {"Posix": _posix, "S3": _s3}
 
 
 def build_tier(settings: StoreSettings) -> Tier:
-    """The tier behind the node cache; `NoTier` if its memory is all there is. Reads the page
-    key, and nothing else. Raises ConfigError."""
+    """The tier behind the node cache; `NoTier` if its memory is all there is. Reads the page key
+    and a certificate, and nothing else. Raises ConfigError."""
     stages = [stage for stage in settings.pipeline if stage != NODE_CACHE_STAGE]
     assert len(stages) <= 1, "two tiers behind one node cache: config should have refused them"
     return TIER_STAGES[stages[0]](settings) if stages else NoTier()

@@ -1,0 +1,56 @@
+"""Credentials from a file, as other programs write it:
+
+    [default]
+    aws_access_key_id = ...
+    aws_secret_access_key = ...
+    aws_session_token = ...
+
+It is read again every minute, so that whatever renews it needs to tell nobody.
+"""
+
+from __future__ import annotations
+
+import configparser
+from datetime import datetime, timedelta, timezone
+from typing import TYPE_CHECKING
+
+from ucm.errors import TierError
+from ucm.outcome import Outcome
+
+if TYPE_CHECKING:
+    from obstore.store import S3Credential
+
+_SECTION = "default"
+_READ_EVERY = timedelta(minutes=1)
+# The client asks anew when what it has is valid for less than this.
+_CLIENT_ASKS_BEFORE = timedelta(minutes=5)
+
+
+class CredentialsFile:
+    """What the client calls for credentials. Any thread."""
+
+    def __init__(self, path: str) -> None:
+        self._path = path
+
+    def __call__(self) -> S3Credential:
+        """Raises TierError, which shows nothing of what is in the file."""
+        parser = configparser.RawConfigParser()
+        try:
+            with open(self._path, encoding="utf-8") as file:
+                parser.read_file(file)
+            found = parser[_SECTION]
+            key_id, secret = found["aws_access_key_id"], found["aws_secret_access_key"]
+        except OSError as error:
+            raise self._error(error.strerror or type(error).__name__) from None
+        except (KeyError, ValueError, configparser.Error):
+            needed = f"[{_SECTION}] with aws_access_key_id and aws_secret_access_key"
+            raise self._error(f"has no {needed}") from None
+        return {
+            "access_key_id": key_id,
+            "secret_access_key": secret,
+            "token": found.get("aws_session_token"),
+            "expires_at": datetime.now(timezone.utc) + _CLIENT_ASKS_BEFORE + _READ_EVERY,
+        }
+
+    def _error(self, why: str) -> TierError:
+        return TierError(f"s3_credentials_file: {self._path}: {why}", reason=Outcome.IO_ERROR)

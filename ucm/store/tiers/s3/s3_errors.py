@@ -1,0 +1,100 @@
+"""What the S3 client says, in the words of a tier: the one place that turns its errors into
+TierError.
+
+Its own texts are long, and hold answers of the server that may show an access key's id: of these
+only the code, such as SignatureDoesNotMatch, is taken over.
+"""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+
+from obstore.exceptions import BaseError, PermissionDeniedError, UnauthenticatedError
+
+from ucm.errors import TierError
+from ucm.outcome import Outcome
+
+CLIENT_ERRORS = (BaseError, OSError, ValueError)
+
+_CODE = re.compile(r"<Code>([A-Za-z0-9.]{1,64})</Code>")
+_STATUS = re.compile(r"status code: (\d{3}\b[A-Za-z -]{0,40})")
+_METADATA = re.compile(r"(http://169\.254\.|Missing(AccessKeyId|SecretAccessKey)|\bCredential)")
+_TIMEOUT = re.compile(r"\b(TimedOut|operation timed out|kind: Timeout|deadline has elapsed)\b")
+_CONNECT = re.compile(r"\bkind: Connect\b")
+_CERTIFICATE = re.compile(r"(?i)certificate|\btls\b")
+_FULL = frozenset({"QuotaExceeded", "XMinioStorageFull", "InsufficientCapacity"})
+# The client retries these once by itself.
+_BUSY = frozenset({"SlowDown", "ServiceUnavailable", "RequestTimeout", "Throttling"})
+
+
+@dataclass(frozen=True)
+class Trouble:
+    """`is_unreachable`: the server, or the way to it, and not this request."""
+
+    why: str
+    reason: Outcome
+    is_unreachable: bool = False
+
+
+def is_absent(error: Exception) -> bool:
+    """There is no such object. Of a bucket that isn't there it is said as well, where the server
+    says so in its answer."""
+    return isinstance(error, FileNotFoundError) and "<Code>NoSuchBucket</Code>" not in str(error)
+
+
+def is_empty_object(error: Exception) -> bool:
+    """There is one, and it has no byte at the offset that was asked for."""
+    return "416 Range Not Satisfiable" in str(error)
+
+
+def is_denied(error: Exception) -> bool:
+    return isinstance(error, PermissionDeniedError)
+
+
+def trouble_of(error: Exception) -> Trouble:
+    text = str(error)
+    code = _found(_CODE, text)
+    status = _found(_STATUS, text)
+    said = code or status
+    if isinstance(error, (PermissionDeniedError, UnauthenticatedError)) or status[:3] == "403":
+        if _METADATA.search(text):
+            return Trouble(_NO_CREDENTIALS, Outcome.IO_ERROR)
+        return Trouble(f"access is denied ({said}): look at credentials and rights", _IO)
+    if code == "NoSuchBucket" or isinstance(error, FileNotFoundError):
+        return Trouble("there is no such bucket", _IO)
+    if code in _FULL or status[:3] == "507":
+        return Trouble(f"storage is full ({said})", Outcome.FULL)
+    if _METADATA.search(text):
+        return Trouble(_NO_CREDENTIALS, _IO, is_unreachable=True)
+    if said:
+        is_busy = code in _BUSY or status[:1] == "5"
+        return Trouble(f"the server answers {said}", _IO, is_unreachable=is_busy)
+    return _of_the_way(text)
+
+
+def tier_error_of(what: str, doing: str, trouble: Trouble) -> TierError:
+    return TierError(f"{what}: {doing}: {trouble.why}", reason=trouble.reason)
+
+
+_IO = Outcome.IO_ERROR
+_NO_CREDENTIALS = (
+    "there are no credentials: neither AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, nor "
+    "s3_credentials_file, nor an instance's metadata"
+)
+
+
+def _of_the_way(text: str) -> Trouble:
+    """Nothing came back."""
+    if _TIMEOUT.search(text):
+        return Trouble("no answer in time", Outcome.TIMEOUT, is_unreachable=True)
+    if _CERTIFICATE.search(text):
+        return Trouble("its certificate is not trusted: see s3_tls_ca_file", _IO, True)
+    if _CONNECT.search(text):
+        return Trouble("can't connect", _IO, is_unreachable=True)
+    return Trouble("the connection broke", _IO, is_unreachable=True)
+
+
+def _found(pattern: re.Pattern[str], text: str) -> str:
+    match = pattern.search(text)
+    return match[1].strip() if match is not None else ""
