@@ -176,7 +176,8 @@ class Bucket:
 
     def _make(self) -> S3Store:
         place = self._place
-        # Two tries and the pause between them fit into the time of a call.
+        # Two tries and the pause between them fit into the time of a call. Where the first has
+        # taken all of its own there is no second.
         each = timedelta(seconds=0.45 * place.timeout_s)
         options: ClientConfig = {
             "allow_http": place.url.startswith("http://"),

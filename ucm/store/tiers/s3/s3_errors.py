@@ -23,6 +23,14 @@ _METADATA = re.compile(r"(http://169\.254\.|Missing(AccessKeyId|SecretAccessKey)
 _TIMEOUT = re.compile(r"\b(TimedOut|operation timed out|kind: Timeout|deadline has elapsed)\b")
 _CONNECT = re.compile(r"\bkind: Connect\b")
 _CERTIFICATE = re.compile(r"(?i)certificate|\btls\b")
+_OF_OUR_FILE = re.compile(r"TierError: (s3_credentials_file: [^\n]*)")
+# Some servers say these with another status than 403.
+_DENIED = frozenset(
+    {
+        *("ExpiredToken", "InvalidToken", "TokenRefreshRequired", "InvalidAccessKeyId"),
+        *("SignatureDoesNotMatch", "AuthorizationHeaderMalformed", "RequestTimeTooSkewed"),
+    }
+)
 _FULL = frozenset({"QuotaExceeded", "XMinioStorageFull", "InsufficientCapacity"})
 # The client retries these once by itself.
 _BUSY = frozenset({"SlowDown", "ServiceUnavailable", "RequestTimeout", "Throttling"})
@@ -57,9 +65,11 @@ def trouble_of(error: Exception) -> Trouble:
     code = _found(_CODE, text)
     status = _found(_STATUS, text)
     said = code or status
-    if isinstance(error, (PermissionDeniedError, UnauthenticatedError)) or status[:3] == "403":
-        if _METADATA.search(text):
-            return Trouble(_NO_CREDENTIALS, Outcome.IO_ERROR)
+    file = _found(_OF_OUR_FILE, text)
+    if file:
+        return Trouble(file, _IO)
+    is_refused = isinstance(error, (PermissionDeniedError, UnauthenticatedError))
+    if (is_refused or status[:3] == "403" or code in _DENIED) and not _METADATA.search(text):
         return Trouble(f"access is denied ({said}): look at credentials and rights", _IO)
     if code == "NoSuchBucket" or isinstance(error, FileNotFoundError):
         return Trouble("there is no such bucket", _IO)
