@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack
 from hashlib import shake_128
 
 import numpy as np
 import pytest
 
+from tests.faults.s3_server import BUCKET, ENVIRONMENT, S3Server
 from tests.store.api.whole_store import (
     IDS,
     NUM_SHARDS,
@@ -23,21 +25,46 @@ from tests.store.api.whole_store import (
 )
 from tests.store.node.support import Engine, Place, wait_until
 from ucm.config.settings import PIPELINES
-from ucm.errors import TaskFailed
+from ucm.errors import TaskFailed, TierError
 
 pytestmark = pytest.mark.process
 
 
 @pytest.mark.parametrize("pipeline", PIPELINES)
 def test_what_is_dumped_is_loaded_bit_for_bit_in_every_pipeline(
-    place: Place, pipeline: str
+    place: Place, pipeline: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    with open_store(place, store_pipeline=pipeline) as store:
+    changes: dict[str, object] = {"store_pipeline": pipeline}
+    with ExitStack() as stack:
+        if "S3" in pipeline:
+            for name, value in ENVIRONMENT.items():
+                monkeypatch.setenv(name, value)
+            server = stack.enter_context(S3Server())
+            changes |= {"s3_bucket": BUCKET, "s3_endpoint": server.url}
+        store = stack.enter_context(open_store(place, **changes))
         dump_all_shards(store, IDS)
         store.flush()
 
         for shard in range(NUM_SHARDS):
             assert load(store, IDS, shard) == rows(IDS, shard)
+
+
+def test_flush_says_that_a_bucket_has_not_got_what_was_dumped(
+    place: Place, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name, value in ENVIRONMENT.items():
+        monkeypatch.setenv(name, value)
+    with (
+        S3Server() as server,
+        whole_blocks(
+            place, store_pipeline="Cache|S3", s3_bucket=BUCKET, s3_endpoint=server.url
+        ) as store,
+    ):
+        server.kill()
+        store.wait(store.dump_data(IDS, [0] * len(IDS), rows(IDS)))
+
+        with pytest.raises(TierError):
+            store.flush()
 
 
 def test_tensors_and_plain_memory_are_the_same_blocks(place: Place) -> None:
