@@ -28,12 +28,10 @@ def block_header(
     return bytes(header)
 
 
-def block_bytes(block: BlockId, header: bytes, page: memoryview) -> bytearray:
+def block_bytes(block: BlockId, header: bytes, page: memoryview) -> bytes:
     """The whole file. What lies in the padding of `page` is anybody's old data, and stays here."""
-    whole = bytearray(block.file_bytes)
-    whole[:HEADER_BYTES] = header
-    whole[HEADER_BYTES : HEADER_BYTES + block.page_bytes] = page[: block.page_bytes]
-    return whole
+    padding = bytes(len(page) - block.page_bytes)
+    return b"".join((header, page[: block.page_bytes], padding))
 
 
 def check_head(

@@ -79,7 +79,7 @@ class Bucket:
         self._lock = threading.Lock()
         self._client: S3Store | None = None
 
-    def put(self, name: str, content: bytes | bytearray) -> None:
+    def put(self, name: str, content: bytes) -> None:
         """One request: the object is there as a whole, or not at all."""
 
         def put(client: S3Store) -> None:
