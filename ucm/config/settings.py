@@ -86,6 +86,7 @@ class StoreSettings(S3Settings, frozen=True, kw_only=True, forbid_unknown_fields
     sweep_dirs_per_s: Annotated[int, Meta(ge=1, le=1_000_000)] = msgspec.field(
         default=200, name="posix_sweep_dirs_per_s"
     )
+    autostart: bool = msgspec.field(default=True, name="node_cache_autostart")
     idle_exit_s: Annotated[float, Meta(gt=0, le=31_536_000)] = msgspec.field(
         default=60.0, name="node_cache_idle_exit_s"
     )

@@ -17,7 +17,8 @@ from ucm.store.node.protocol import Welcome
 
 _GIB = 1 << 30
 _WHOSE_PAGES = ("store_pipeline", "storage_backends")
-_NOT_COMPARED = {*_WHOSE_PAGES, "node_cache_socket"}
+# Where it is found, and who starts it, are the client's own.
+_NOT_COMPARED = {*_WHOSE_PAGES, "node_cache_socket", "node_cache_autostart"}
 
 
 def check_pages(mine: StoreSettings, welcome: Welcome) -> None:

@@ -52,9 +52,9 @@ def connect_or_start(
     given_up: threading.Event | None = None,
 ) -> NodeClient:
     """A connection to the node cache at `settings.socket_path`, which is started when nobody
-    answers. Blocks up to `timeout_s`, or until `given_up` is set; raises NodeUnavailable with where
-    to look, or ConfigError for a place that somebody else controls, or that serves other pages, and
-    for settings that no node cache can start with."""
+    answers, unless it is a service's to start. Blocks up to `timeout_s`, or until `given_up` is
+    set; raises NodeUnavailable with where to look, or ConfigError for a place that somebody else
+    controls, or that serves other pages, and for settings that no node cache can start with."""
     given_up = given_up or threading.Event()
     trust = trust_of(settings)
     ensure_private_directory(settings.socket_path, trust)
@@ -73,23 +73,30 @@ def connect_or_start(
             if given_up.is_set() or time.monotonic() >= deadline_s:
                 if error.__cause__ is None:
                     raise  # it has answered, and said why not
-                why = why_held_up(settings.socket_path)
-                log = log_path(settings)
-                raise NodeUnavailable(
-                    f"{error}: {why}; its log: {log}"
-                    if why
-                    else f"{error}; see {log} for why it did not start"
-                ) from error
+                raise _unavailable(settings, error) from error
             if isinstance(error.__cause__, TimeoutError):
                 # Somebody listens, on a machine that has too much to do.
                 handshake_s = min(handshake_s * 2, _LAST_HANDSHAKE_S)
         else:
             _accept(settings, client, role)
             return client
-        if role in _STARTERS:
+        if role in _STARTERS and settings.autostart:
             spawn(settings)
         given_up.wait(pause_s * random.uniform(0.5, 1.5))
         pause_s = min(pause_s * 1.5, _LAST_PAUSE_S)
+
+
+def _unavailable(settings: StoreSettings, error: NodeUnavailable) -> NodeUnavailable:
+    why = why_held_up(settings.socket_path)
+    if not settings.autostart:
+        said = f"{error}: {why}" if why else str(error)
+        return NodeUnavailable(
+            f"{said}; `ucm node-cache` is to run there (node_cache_autostart: false)"
+        )
+    log = log_path(settings)
+    return NodeUnavailable(
+        f"{error}: {why}; its log: {log}" if why else f"{error}; see {log} for why it did not start"
+    )
 
 
 def _accept(settings: StoreSettings, client: NodeClient, role: str) -> None:

@@ -160,7 +160,9 @@ class NodeServer:
             self.core.tick()
             if self.num_connections or any(self.core.queues().values()):
                 idle_since_s = time.monotonic()
-            if time.monotonic() - idle_since_s > self.settings.idle_exit_s:
+            is_idle = time.monotonic() - idle_since_s > self.settings.idle_exit_s
+            # A service: nobody else would start it again.
+            if is_idle and self.settings.autostart:
                 logger.info("idle for %g s: leaving", self.settings.idle_exit_s)
                 break
         if door is not None:
