@@ -41,7 +41,7 @@ test-versions: $(READY) $(MORE_VERSIONS) ## what each version of vLLM stores all
 	@exec $(BIN)/python -m pytest -m versions $(ARGS)
 
 .PHONY: test-cluster
-test-cluster: $(READY) ## real shared filesystems, two nodes each; ARGS=--install installs them (Debian, root)
+test-cluster: $(READY) ## real shared filesystems and an S3 server, two nodes each; ARGS=--install installs them (Debian, root)
 	@exec $(BIN)/python -m pytest -m cluster tests/cluster $(ARGS)
 
 .PHONY: test-gpu

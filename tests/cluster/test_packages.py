@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import sys
+
 import pytest
 
 from tests.cluster import packages
+from tests.source import ROOT
 
 
 def test_what_is_missing_is_named_once_and_what_is_here_is_not(
@@ -23,4 +26,15 @@ def test_what_is_missing_is_named_once_and_what_is_here_is_not(
 
 def test_nothing_is_missing_where_all_is_here(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(packages, "_is_here", lambda binary: True)
-    assert packages.missing() == []
+    monkeypatch.setattr(packages, "weed_binary", lambda: "weed")
+    assert packages.missing() == packages.install_lines() == []
+
+
+def test_an_s3_server_is_installed_with_the_python_that_runs_the_tests(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(packages, "_is_here", lambda binary: True)
+    monkeypatch.setattr(packages, "weed_binary", lambda: None)
+    (line,) = packages.install_lines()
+    assert line.startswith(f"{sys.executable} -m pip install ")
+    assert (ROOT / line.split()[-1]).is_file()

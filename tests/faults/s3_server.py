@@ -12,8 +12,9 @@ import subprocess
 import sys
 import urllib.error
 import urllib.request
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from typing import ClassVar
 
 from typing_extensions import Self
 
@@ -35,6 +36,9 @@ _SOON_S = 30.0
 
 class S3Server:
     """`checks_after`: how many requests are let in before credentials are looked at; None: all."""
+
+    # What `ask` says who it is with.
+    headers: ClassVar[Mapping[str, str]] = _SOMEBODY
 
     def __init__(self, *, checks_after: int | None = None) -> None:
         with socket.socket() as free:
@@ -92,7 +96,7 @@ class S3Server:
     def ask(self, method: str, name: str, content: bytes | None = None) -> bytes:
         """As another program would, without any client of ours."""
         url = f"{self.url}/{BUCKET}/{name}".rstrip("/")
-        request = urllib.request.Request(url, data=content, method=method, headers=_SOMEBODY)
+        request = urllib.request.Request(url, data=content, method=method, headers=self.headers)
         with urllib.request.urlopen(request, timeout=5) as answer:
             return bytes(answer.read())
 

@@ -1,0 +1,53 @@
+"""SeaweedFS's S3 server as tests use the other one, with two differences: what it had is there when
+it starts again, and it looks at credentials always."""
+
+from __future__ import annotations
+
+import re
+import signal
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import ClassVar
+
+from examples.cluster.seaweedfs import SeaweedFS
+from tests.faults.s3_server import BUCKET, S3Server
+
+_KEY = re.compile(r"<Key>([^<]+)</Key>")
+
+
+class SeaweedServer(S3Server):
+    # Who says nothing may do all; a name of nobody's is refused.
+    headers: ClassVar[Mapping[str, str]] = {"Content-Type": "application/octet-stream"}
+
+    def __init__(self, folder: Path) -> None:
+        super().__init__()
+        self._folder = folder
+        self._seaweed: SeaweedFS | None = None
+
+    def start(self) -> None:
+        seaweed = self._seaweed = SeaweedFS(self._folder, bucket=BUCKET, port=self.port)
+        seaweed.wait_ready()
+        seaweed.make_bucket()
+
+    def kill(self) -> None:
+        seaweed, self._seaweed = self._seaweed, None
+        if seaweed is not None:
+            seaweed.kill()
+
+    @contextmanager
+    def stopped(self) -> Iterator[None]:
+        assert self._seaweed is not None
+        self._seaweed.send_signal(signal.SIGSTOP)
+        try:
+            yield
+        finally:
+            self._seaweed.send_signal(signal.SIGCONT)
+
+    def clear(self) -> None:
+        """The bucket stays."""
+        for name in self.names():
+            self.ask("DELETE", name)
+
+    def names(self) -> list[str]:
+        return _KEY.findall(self.ask("GET", "?list-type=2&max-keys=1000").decode())
