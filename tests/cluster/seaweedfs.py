@@ -10,13 +10,14 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import ClassVar
 
-from examples.cluster.seaweedfs import SeaweedFS
+from examples.cluster.seaweedfs import CREDENTIALS, SeaweedFS
 from tests.faults.s3_server import BUCKET, S3Server
 
 _KEY = re.compile(r"<Key>([^<]+)</Key>")
 
 
 class SeaweedServer(S3Server):
+    keeps_objects = True
     # Who says nothing may do all; a name of nobody's is refused.
     headers: ClassVar[Mapping[str, str]] = {"Content-Type": "application/octet-stream"}
 
@@ -24,11 +25,17 @@ class SeaweedServer(S3Server):
         super().__init__()
         self._folder = folder
         self._seaweed: SeaweedFS | None = None
+        self._credentials = CREDENTIALS
 
     def start(self) -> None:
-        seaweed = self._seaweed = SeaweedFS(self._folder, bucket=BUCKET, port=self.port)
+        seaweed = self._seaweed = SeaweedFS(
+            self._folder, bucket=BUCKET, port=self.port, credentials=self._credentials
+        )
         seaweed.wait_ready()
         seaweed.make_bucket()
+
+    def change_locks(self) -> None:
+        self._credentials = {name: f"another-{value}" for name, value in CREDENTIALS.items()}
 
     def kill(self) -> None:
         seaweed, self._seaweed = self._seaweed, None

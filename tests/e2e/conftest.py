@@ -24,7 +24,7 @@ MODULES = (
     *("test_layouts", "test_bfloat16", "test_handoff_namespaces", "test_images"),
     *("test_hybrid_models", "test_hybrid_handoff", "test_late_strands", "test_drafts"),
     *("test_refused_models",),
-    *("test_what_shapes_kv", "test_no_hits", "test_files_only", "test_load_policy"),
+    *("test_what_shapes_kv", "test_no_hits", "test_files_only", "test_s3", "test_load_policy"),
     *("test_stress", "test_abort_storm", "test_faulty_storage", "test_killed_at_random"),
     *("test_bad_settings", "test_tiering", "test_ascend"),
     *("test_versions", "test_mixed_servers", "test_picture_versions", "test_nothing_left"),

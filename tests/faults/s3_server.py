@@ -37,6 +37,7 @@ _SOON_S = 30.0
 class S3Server:
     """`checks_after`: how many requests are let in before credentials are looked at; None: all."""
 
+    keeps_objects = False
     # What `ask` says who it is with.
     headers: ClassVar[Mapping[str, str]] = _SOMEBODY
 
@@ -76,6 +77,10 @@ class S3Server:
         except OSError:
             return False
         return True
+
+    def change_locks(self) -> None:
+        """Whoever it lets in now is refused from its next start on."""
+        self._checks_after = 1
 
     def kill(self) -> None:
         process, self._process = self._process, None
