@@ -15,6 +15,9 @@ from typing import Literal
 from ucm.config.settings import TIERS
 from ucm.outcome import MISSED, RECOMPUTED, UNWRITTEN, Outcome
 
+# Before the names of what a node cache counts of the far one of two tiers.
+FAR = "far_"
+
 Kind = Literal["counter", "gauge", "histogram"]
 
 
@@ -47,7 +50,7 @@ class Metric:
 
 _QUEUES = (
     *("reads", "reads_overdue", "writes", "writes_overdue", "write_pages"),
-    *("lookups", "finds"),
+    *("lookups", "finds", "far_write_pages"),
 )
 
 
@@ -136,9 +139,27 @@ _TABLE = (
         _TIER,
     ),
     Metric(
+        "ucm_tier_pages",
+        "gauge",
+        f"Pages of these bytes. {_OF_THE_NODE}",
+        _TIER,
+    ),
+    Metric(
+        "ucm_tier_errors",
+        "gauge",
+        f"Pages that were damaged, and calls that failed, ever. {_OF_THE_NODE}",
+        _TIER,
+    ),
+    Metric(
         "ucm_node_unwritten_pages",
         "gauge",
         f"Pages that did not get to storage when they were dumped, ever, by reason. {_OF_THE_NODE}",
+        {"reason": _words(UNWRITTEN)},
+    ),
+    Metric(
+        "ucm_node_unwritten_far_pages",
+        "gauge",
+        f"The same of the far one of two tiers. {_OF_THE_NODE}",
         {"reason": _words(UNWRITTEN)},
     ),
     Metric(

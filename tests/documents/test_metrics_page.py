@@ -58,7 +58,8 @@ def test_it_names_the_kind_and_the_labels_of_a_metric(metric) -> None:
 def test_it_explains_every_reason_and_no_other(name: str) -> None:
     (metric,) = (m for m in METRICS.values() if shown_as(m) == name)
 
-    assert rows(f"Reasons of `{name}`").keys() == set(metric.labels["reason"])
+    (heading,) = re.findall(rf"^## (Reasons of .*`{name}`.*)$", TEXT, re.MULTILINE)
+    assert rows(heading).keys() == set(metric.labels["reason"])
 
 
 def test_it_has_every_metric_of_the_proxy_and_no_other() -> None:

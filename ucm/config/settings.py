@@ -34,7 +34,7 @@ from ucm.errors import ConfigError
 
 CONNECTOR_NAME: Final = "UcmPipelineStore"
 
-PIPELINES: Final = ("Cache|Posix", "Posix", "Cache|S3", "Cache")
+PIPELINES: Final = ("Cache|Posix", "Posix", "Cache|S3", "Cache|Posix|S3", "Cache")
 TIERS: Final = ("Posix", "S3")
 STAGES: Final = ("Cache", *TIERS)
 
@@ -111,9 +111,14 @@ class StoreSettings(S3Settings, frozen=True, kw_only=True, forbid_unknown_fields
     socket_path: str = msgspec.field(name="node_cache_socket")
 
     @property
+    def tiers(self) -> tuple[str, ...]:
+        """Where pages are kept besides memory, the nearest first: the labels of their metrics."""
+        return tuple(stage.lower() for stage in self.pipeline if stage in TIERS)
+
+    @property
     def has_storage(self) -> bool:
         """Whether there is more than memory."""
-        return any(stage in TIERS for stage in self.pipeline)
+        return bool(self.tiers)
 
 
 class Settings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):

@@ -40,7 +40,7 @@ from ucm.store.api.pages import Part
 from ucm.store.api.questions import batch_blocks
 from ucm.store.api.shards import SHARD_KEYS, BlockNames, block_shape
 from ucm.store.api.tasks import Task
-from ucm.store.api.unsaved import not_written
+from ucm.store.api.unsaved import lacking, not_written
 from ucm.store.blocks import namespace
 from ucm.store.blocks.keys import Key
 from ucm.store.client.start import log_path
@@ -195,8 +195,8 @@ class UcmPipelineStore:
 
     def flush(self, timeout_s: float | None = None) -> None:
         """Until all blocks that were dumped here (the last 65536) since a flush has confirmed them
-        are in storage: storage is asked for each of them, now. What has gone from it meanwhile is
-        written again from memory.
+        are in storage, in each tier of the pipeline: all are asked for each of them, now. What has
+        gone from one meanwhile is written again from memory.
 
         Raises TierError, which names them, when some are not there, or not in time (default:
         `timeout_ms`). In a pipeline without storage there is nothing to wait for.
@@ -207,23 +207,28 @@ class UcmPipelineStore:
         unsaved = self._driver.shared.unsaved
         dumped = unsaved.all()
         waiting = list(dumped)
-        lost: list[Key] = []
+        lost: dict[Key, int] = {}
         while waiting:
             places = dict(zip(waiting, self._find(waiting, storage=True), strict=True))
             for key in (key for key in waiting if places[key] & p.IN_STORAGE):
                 unsaved.is_saved(key, dumped[key])
-            lost += [key for key in waiting if not places[key] & (p.IN_STORAGE | p.QUEUED)]
+            for key in waiting:
+                if not places[key] & (p.IN_STORAGE | p.QUEUED):
+                    lost[key] = places[key]
             waiting = [key for key in waiting if places[key] & p.QUEUED]
             if waiting and time.monotonic() > deadline_s:
+                where = lacking(self._settings.tiers, [places[key] for key in waiting])
                 raise TierError(
-                    f"{len(waiting)} blocks still wait to be written", reason=Outcome.TIMEOUT
+                    f"{len(waiting)} blocks still wait to be written to {where}",
+                    reason=Outcome.TIMEOUT,
                 )
             if waiting:
                 time.sleep(_FLUSH_POLL_S)
         if lost:
+            where = lacking(self._settings.tiers, lost.values())
+            said = not_written([dumped[key] for key in lost], where)
             raise TierError(
-                f"{not_written([dumped[key] for key in lost])}; the log of the node cache says "
-                f"why: {log_path(self._settings)}",
+                f"{said}; the log of the node cache says why: {log_path(self._settings)}",
                 reason=Outcome.IO_ERROR,
             )
 

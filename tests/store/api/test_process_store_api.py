@@ -26,6 +26,7 @@ from tests.store.api.whole_store import (
 from tests.store.node.support import Engine, Place, wait_until
 from ucm.config.settings import PIPELINES
 from ucm.errors import TaskFailed, TierError
+from ucm.store.pipeline import UcmPipelineStore
 
 pytestmark = pytest.mark.process
 
@@ -65,6 +66,38 @@ def test_flush_says_that_a_bucket_has_not_got_what_was_dumped(
 
         with pytest.raises(TierError):
             store.flush()
+
+
+def test_flush_names_the_tier_that_has_not_got_what_was_dumped(
+    place: Place, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name, value in ENVIRONMENT.items():
+        monkeypatch.setenv(name, value)
+    with (
+        S3Server() as server,
+        whole_blocks(
+            place, store_pipeline="Cache|Posix|S3", s3_bucket=BUCKET, s3_endpoint=server.url
+        ) as store,
+    ):
+        store.wait(store.dump_data(IDS[:1], [0], rows(IDS[:1])))
+        store.flush()
+        server.kill()
+        store.wait(store.dump_data(IDS, [0] * len(IDS), rows(IDS)))
+
+        with pytest.raises(TierError, match=r"blocks are not in s3: |written to s3"):
+            store.flush()
+
+        assert store.lookup(IDS) == [True] * len(IDS)
+        server.start()
+        wait_until(lambda: _is_flushed(store), "what was refused is written when flush asks again")
+
+
+def _is_flushed(store: UcmPipelineStore) -> bool:
+    try:
+        store.flush()
+    except TierError:
+        return False
+    return True
 
 
 def test_tensors_and_plain_memory_are_the_same_blocks(place: Place) -> None:

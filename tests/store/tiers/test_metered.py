@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import threading
+from dataclasses import replace
 
 import pytest
 
@@ -48,13 +49,24 @@ def test_pages_bytes_and_time_are_counted_by_direction() -> None:
         "tier_write_pages": 4,
         "tier_write_bytes": 3 * SMALL.page_bytes + ODD.page_bytes,
         "tier_write_us": 4 * 2 * 2,  # each page is staged and published
+        "tier_write_errors": 0,
         "tier_read_pages": 3,
         "tier_read_bytes": 2 * SMALL.page_bytes + ODD.page_bytes,
         "tier_read_us": 2 * 2,
+        "tier_read_errors": 0,
     }
 
 
-def test_calls_that_move_no_page_count_as_time_alone() -> None:
+def test_a_damaged_page_is_an_error() -> None:
+    tier = ticking()
+    dump(tier, SMALL, make_key(1), make_page(SMALL, 1))
+
+    load(tier, replace(SMALL, page_bytes=4 * 4096), make_key(1))
+
+    assert tier.totals()["tier_read_errors"] == 1
+
+
+def test_calls_that_move_no_page_count_as_time_and_errors_alone() -> None:
     """A slow storage that fails must be seen, and bytes that nobody has must not."""
     tier = ticking()
     load(tier, SMALL, make_key(1))
@@ -67,7 +79,11 @@ def test_calls_that_move_no_page_count_as_time_alone() -> None:
     with pytest.raises(TierError):
         tier.publish(staged)
 
-    assert tier.totals() == {**written, "tier_write_us": written["tier_write_us"] + 3 * 2}
+    assert tier.totals() == {
+        **written,
+        "tier_write_us": written["tier_write_us"] + 3 * 2,
+        "tier_write_errors": 1,
+    }
     assert (written["tier_read_pages"], written["tier_read_us"]) == (0, 2)
 
 

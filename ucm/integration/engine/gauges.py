@@ -10,7 +10,7 @@ import time
 from collections.abc import Callable, Mapping
 from typing import Protocol
 
-from ucm.metrics import METRICS
+from ucm.metrics import FAR, METRICS
 from ucm.outcome import UNWRITTEN
 from ucm.store.node import protocol as p
 
@@ -65,15 +65,18 @@ class NodeGauges:
         gauge("ucm_node_dropped_clients", status.counters.get("clients_dropped", 0))
         for reason in UNWRITTEN:
             gauge("ucm_node_unwritten_pages", status.unwritten(reason), reason=reason)
+            gauge("ucm_node_unwritten_far_pages", status.unwritten(reason, FAR), reason=reason)
         for op in METRICS["ucm_node_stalled"].labels["op"]:
             gauge("ucm_node_stalled", status.slots[f"{op}s_stalled"], op=op)
         self._show_reclaim(status.counters)
-        if status.tier:  # memory may be all there is
-            for op in METRICS["ucm_tier_bytes"].labels["op"]:
-                nbytes = status.counters[f"tier_{op}_bytes"]
-                seconds = status.counters[f"tier_{op}_us"] * _MICROSECOND_S
-                gauge("ucm_tier_bytes", nbytes, tier=status.tier, op=op)
-                gauge("ucm_tier_seconds", seconds, tier=status.tier, op=op)
+        # Memory may be all there is.
+        for tier, of in ((status.tier, ""), (status.far, FAR)):
+            for op in METRICS["ucm_tier_bytes"].labels["op"] if tier else ():
+                seconds = status.counters[f"{of}tier_{op}_us"] * _MICROSECOND_S
+                gauge("ucm_tier_seconds", seconds, tier=tier, op=op)
+                for what in ("bytes", "pages", "errors"):
+                    number = status.counters[f"{of}tier_{op}_{what}"]
+                    gauge(f"ucm_tier_{what}", number, tier=tier, op=op)
 
     def _show_reclaim(self, counters: Mapping[str, int]) -> None:
         gauge = self._stats.gauge

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import threading
 from collections import OrderedDict
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Final
 
@@ -62,10 +62,17 @@ class Unsaved:
             return refused
 
 
-def not_written(blocks: Sequence[Dumped]) -> str:
+def lacking(tiers: Sequence[str], places: Collection[int]) -> str:
+    """Where some of these are not, for people."""
+    bits = zip(tiers, (p.IN_NEAR, p.IN_FAR), strict=False)
+    named = [name for name, bit in bits if not all(place & bit for place in places)]
+    return " and ".join(named) if len(tiers) > 1 and named else "storage"
+
+
+def not_written(blocks: Sequence[Dumped], where: str = "storage") -> str:
     """Names the first few."""
     named = [
         f"{dumped.block_id.hex()} ({dumped.refused or 'not there'})" for dumped in blocks[:_NAMED]
     ]
     more = f" and {len(blocks) - _NAMED} more" if len(blocks) > _NAMED else ""
-    return f"{len(blocks)} blocks are not in storage: {', '.join(named)}{more}"
+    return f"{len(blocks)} blocks are not in {where}: {', '.join(named)}{more}"

@@ -27,7 +27,7 @@ from ucm.store.node.limits import memory_left, room_for
 from ucm.store.node.lock import Holder, SocketLock, try_lock, why_held_up
 from ucm.store.node.rendezvous import ensure_private_directory, open_own_file
 from ucm.store.node.trusted_users import trust_of
-from ucm.store.tiers.build import build_tier
+from ucm.store.tiers.build import build_tiers
 
 logger = logging.getLogger(__name__)
 
@@ -145,7 +145,7 @@ def spawn(settings: StoreSettings) -> bool:
 
 def check_settings(settings: StoreSettings) -> None:
     """Raises ConfigError for what only a node cache needs, and can't start with on this machine."""
-    build_tier(settings)
+    build_tiers(settings)
     room_for(settings.cache_capacity_bytes, memory_left())
 
 

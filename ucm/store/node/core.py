@@ -52,20 +52,22 @@ class NodeCore:
             clock=parts.clock,
         )
         self._limits = parts.limits
-        self._reads, self._writes, self._control = parts.reads, parts.writes, parts.control
+        self._reads = [tier.reads for tier in parts.tiers]
+        self._writes = [tier.writes for tier in parts.tiers]
+        self._control = [tier.control for tier in parts.tiers]
+        self._far = storing.far
         # Set when the process is about to end: what is queued is written, nothing new is begun.
         self.leaving = False
 
     def tick(self) -> None:
         """Finds what is late; takes memory while nobody waits. Called many times a second."""
-        self._reads.tick()
-        self._writes.tick()
-        self._control.tick()
+        for lanes in (*self._reads, *self._writes, *self._control):
+            lanes.tick()
         self._openings.tick()
         self.writeback.tick()
         self.lookups.tick()
         self.finds.tick()
-        if self._reads.depth or self.lookups.num_open:
+        if any(lanes.depth for lanes in self._reads) or self.lookups.num_open:
             self._ahead.is_busy()
         self._ahead.tick()
 
@@ -201,14 +203,19 @@ class NodeCore:
     def queues(self) -> dict[str, int]:
         """Depths of everything that waits."""
         return {
-            "reads": self._reads.depth,
-            "reads_overdue": self._reads.num_overdue,
-            "writes": self._writes.depth,
-            "writes_overdue": self._writes.num_overdue,
+            "reads": sum(lanes.depth for lanes in self._reads),
+            "reads_overdue": sum(lanes.num_overdue for lanes in self._reads),
+            "writes": sum(lanes.depth for lanes in self._writes),
+            "writes_overdue": sum(lanes.num_overdue for lanes in self._writes),
             "write_pages": self.writeback.depth,
+            "far_write_pages": self._far.depth if self._far is not None else 0,
             "lookups": self.lookups.num_open,
             "finds": self.finds.num_open,
         }
+
+    def unwritten(self) -> list[int]:
+        """How many pages wait to be written, by tier."""
+        return [self.writeback.depth, *([self._far.depth] if self._far is not None else [])]
 
     def check(self) -> None:
         """Raises AssertionError with the broken sentence of a law of slots or lookups."""
@@ -236,8 +243,8 @@ class NodeCore:
                 "pins": counts.pins,
                 "evictions": self.slots.evictions,
                 "capacity_bytes": self.slots.capacity_bytes,
-                "reads_stalled": self._reads.num_stalled,
-                "writes_stalled": self._writes.num_stalled,
+                "reads_stalled": sum(lanes.num_stalled for lanes in self._reads),
+                "writes_stalled": sum(lanes.num_stalled for lanes in self._writes),
             },
             sessions={
                 session.name: {

@@ -69,12 +69,13 @@ class Fills:
 
     # -- end -------------------------------------------------------------------------------
 
-    def whole(self, filling: Filling, *, parent: Key | None = None) -> None:
-        """The page is there. `parent`: the block before one that was dumped."""
+    def whole(self, filling: Filling, *, parent: Key | None = None, from_far: bool = False) -> None:
+        """The page is there. `parent`: the block before one that was dumped. `from_far`: near lacks
+        it."""
         del self._open[filling.slot]
         self._slots.ready(filling.slot)
         if filling.from_storage:
-            self._writeback.filled_from_tier(filling.key, is_hit=True)
+            self._writeback.filled_from_tier(filling.key, is_hit=True, from_far=from_far)
         else:
             self._writeback.enqueue(filling.namespace, filling.key, parent, filling.slot)
         self._tell(filling, Outcome.FINE)

@@ -4,6 +4,7 @@ for models of which only windows are kept.
 Memory answers at once. Storage is asked in parallel, in groups, about what memory can't answer; at
 the deadline the rest is nowhere, with a reason. A find of what is in storage believes storage and
 nothing else: what is not there, though it was once, is queued from memory or said to be missing.
+Of two tiers either will do, unless it is asked what is in storage: then each is asked.
 Everything here runs on the event loop's thread.
 """
 
@@ -18,11 +19,13 @@ from ucm.outcome import Outcome
 from ucm.store.blocks.keys import Key
 from ucm.store.node import protocol as p
 from ucm.store.node.io_threads import LanePool, error_reason
+from ucm.store.node.lanes import Lanes
 from ucm.store.node.parts import NodeParts
 from ucm.store.node.saved import Saving
 from ucm.store.node.sessions import Connection, OpenedNamespace
 from ucm.store.node.slots import SlotState
 from ucm.store.node.storing import Storing
+from ucm.store.node.writeback import WriteBack
 from ucm.store.tiers.tier import Tier, TierNamespace, held_of
 
 _MAX_GROUP = 64
@@ -43,15 +46,28 @@ class FindJob:
     reason: Outcome = Outcome.FINE
 
 
+@dataclass(frozen=True, eq=False)
+class _AskedTier:
+    """A tier, and what a find says of a page that it has."""
+
+    tier: Tier
+    reads: Lanes
+    writeback: WriteBack
+    place: int
+
+
 class Finds:
     """All finds that wait for storage."""
 
     def __init__(self, parts: NodeParts, storing: Storing) -> None:
         self._slots = parts.slots
-        self._tier = parts.tier
-        self._reads = parts.reads
         self._clock = parts.clock
         self._writeback = storing.writeback
+        self._far: _AskedTier | None = None
+        if parts.far is not None and storing.far is not None:
+            self._far = _AskedTier(parts.far.tier, parts.far.reads, storing.far, p.IN_FAR)
+        near_place, self._all = (p.IN_NEAR, p.IN_NEAR | p.IN_FAR) if self._far else (0, 0)
+        self._near = _AskedTier(parts.tier, parts.reads, storing.writeback, near_place)
         self._on_met = storing.met
         self._open: dict[tuple[Connection, int], FindJob] = {}
 
@@ -77,7 +93,9 @@ class Finds:
         unknown = [i for i, place in enumerate(job.places) if not place & enough]
         if not message.storage:
             self._on_met(connection, namespace, keys, [None] * len(keys))
-        self._ask_storage(job, unknown)
+        self._ask_storage(job, unknown, self._near)
+        if self._far is not None and message.storage:
+            self._ask_storage(job, unknown, self._far)
         self._answer_if_settled(job)
 
     def withdraw_all(self, connection: Connection) -> None:
@@ -99,54 +117,63 @@ class Finds:
         slot = self._slots.find(key)
         place = p.IN_MEMORY if slot is not None and slot.state is SlotState.READY else 0
         state = self._writeback.state(key)
+        is_queued_far = self._far is not None and self._far.writeback.state(key) is Saving.QUEUED
         if state is Saving.QUEUED:
             place |= p.QUEUED
+        elif is_queued_far and is_sure:
+            place |= p.QUEUED | (p.IN_NEAR if state is Saving.SAVED else 0)
         elif state is Saving.SAVED and not is_sure:
             place |= p.IN_STORAGE
         return place
 
-    def _ask_storage(self, job: FindJob, unknown: list[int]) -> None:
+    def _ask_storage(self, job: FindJob, unknown: list[int], of: _AskedTier) -> None:
         groups: list[tuple[LanePool, list[int]]] = []
-        for pool, blocks in self._reads.split(unknown, lambda i: job.keys[i]):
+        for pool, blocks in of.reads.split(unknown, lambda i: job.keys[i]):
             if pool.stalled:
                 job.reason = Outcome.TIMEOUT
                 continue
             size = min(_MAX_GROUP, -(-len(blocks) // pool.num_threads))
             groups += [(pool, blocks[i : i + size]) for i in range(0, len(blocks), size)]
-        job.groups_running = len(groups)
+        job.groups_running += len(groups)
         for pool, group in groups:
             pool.submit(
                 partial(
                     held_of if job.storage else _stored_of,
-                    self._tier,
+                    of.tier,
                     job.namespace.tier,
                     [job.keys[i] for i in group],
                 ),
-                partial(self._on_asked, job, group),
+                partial(self._on_asked, job, group, of),
             )
 
-    def _on_asked(self, job: FindJob, group: list[int], result: object) -> None:
+    def _on_asked(self, job: FindJob, group: list[int], of: _AskedTier, result: object) -> None:
         if self._open.get((job.connection, job.id)) is not job:
             return
         job.groups_running -= 1
         if isinstance(result, list):
+            missing = [i for i, is_stored in zip(group, result, strict=True) if not is_stored]
             for i, is_stored in zip(group, result, strict=True):
-                self._on_told(job, i, is_stored=is_stored)
+                self._on_told(job, i, of, is_stored=is_stored)
         else:
+            missing = group
             job.reason = error_reason(result)
+        if of is self._near and self._far is not None and not job.storage:
+            self._ask_storage(job, missing, self._far)
         self._answer_if_settled(job)
 
-    def _on_told(self, job: FindJob, i: int, *, is_stored: bool) -> None:
+    def _on_told(self, job: FindJob, i: int, of: _AskedTier, *, is_stored: bool) -> None:
         key = job.keys[i]
         if is_stored:
-            job.places[i] |= p.IN_STORAGE
-            self._writeback.note_stored(key)
+            of.writeback.note_stored(key)
+            job.places[i] |= of.place if job.storage else 0
+            if not job.storage or job.places[i] & self._all == self._all:
+                job.places[i] |= p.IN_STORAGE
             return
-        self._writeback.note_gone(key)
+        of.writeback.note_gone(key)
         if job.storage:
             # It may be in memory still.
             self._on_met(job.connection, job.namespace, [key], [None])
-            job.places[i] = self._place(key, is_sure=True)
+            job.places[i] |= self._place(key, is_sure=True)
 
     def _answer_if_settled(self, job: FindJob) -> None:
         if job.groups_running == 0 and self._open.pop((job.connection, job.id), None) is job:

@@ -43,7 +43,12 @@ class Lookups:
         self.touches = Touches(parts)
         self._open: dict[tuple[Connection, int], LookupJob] = {}
         self.fills = Fills(parts.slots, storing.writeback, self._on_news)
-        self._looks = Looks(parts, self._on_looked)
+        self._looks = [Looks(parts, self._on_looked)]
+        self._far, self._far_writeback = parts.far, storing.far
+        # Why these need not hope for near to have what they were promised: far has the last word.
+        self._not_near: dict[LookupJob, Outcome] = {}
+        if parts.far is not None:
+            self._looks.append(Looks(parts.far, self._on_looked_far))
         self._heads = Heads(parts, storing.writeback, self._answer_if_settled)
         self._page_reads = PageReads(parts, self.fills, self._go_on)
 
@@ -92,8 +97,13 @@ class Lookups:
         job = self._open.pop((connection, lookup_id), None)
         if job is not None:
             job.close(keep=job.read_from)
-            self._looks.forget(job)
-            self._page_reads.forget(job)
+            self._forget(job)
+
+    def _forget(self, job: LookupJob) -> None:
+        for looks in self._looks:
+            looks.forget(job)
+        self._not_near.pop(job, None)
+        self._page_reads.forget(job)
 
     def withdraw_all(self, connection: Connection) -> None:
         for lookup_id in [number for owner, number in self._open if owner is connection]:
@@ -171,13 +181,49 @@ class Lookups:
             return
         job.in_storage(group[:leading])
         missing = [i for i in group[leading:] if job.state(i) is BlockState.ASKED]
-        if isinstance(result, Exception):
+        if isinstance(result, Exception) and self._far is None:
             self._lookup_failed(job, missing, result)
         elif missing and missing[0] < job.promised:
             job.not_in_storage(missing)
+        elif missing and self._far is not None:
+            if isinstance(result, Exception):
+                self._notices.warn("lookup_failed", result)
+            self._probe_far(job, missing, self._far)
         elif missing:
             job.lose(missing[0], Outcome.NEVER_STORED)
         self._go_on(job)
+
+    def _probe_far(self, job: LookupJob, blocks: list[int], far: NodeParts) -> None:
+        """What near lacks: what it has is read meanwhile."""
+        for pool, some in far.reads.split(blocks, lambda i: job.keys[i]):
+            if pool.stalled:
+                job.lose(some[0], Outcome.TIMEOUT)
+                continue
+            job.probes_running += 1
+            pool.submit(
+                partial(far.tier.contains, job.namespace.tier, [job.keys[i] for i in some]),
+                partial(self._on_probed_far, job, some),
+                urgent=True,
+            )
+
+    def _on_probed_far(self, job: LookupJob, group: list[int], result: object) -> None:
+        job.probes_running -= 1
+        leading = result if isinstance(result, int) else 0
+        self._note_far(job, group[:leading])
+        if job.closed:
+            return
+        job.in_storage(group[:leading])
+        missing = [i for i in group[leading:] if job.state(i) is BlockState.ASKED]
+        if isinstance(result, Exception):
+            self._lookup_failed(job, missing, result)
+        elif missing:
+            job.lose(missing[0], Outcome.NEVER_STORED)
+        self._go_on(job)
+
+    def _note_far(self, job: LookupJob, blocks: Sequence[int]) -> None:
+        assert self._far_writeback is not None
+        for i in blocks:
+            self._far_writeback.note_stored(job.keys[i])
 
     def _lookup_failed(self, job: LookupJob, blocks: Sequence[int], error: Exception) -> None:
         self._notices.warn("lookup_failed", error)
@@ -188,7 +234,8 @@ class Lookups:
         weigh(job)
         self._page_reads.go_on_with(job)
         self._probe_storage(job)
-        self._looks.look(job)
+        for looks in self._looks:
+            looks.look(job)
         self._answer_if_settled(job)
 
     # -- promised, and not here yet --------------------------------------------------------
@@ -196,27 +243,60 @@ class Lookups:
     def _on_looked(self, job: LookupJob, blocks: Sequence[int], result: object) -> None:
         # Some may have come another way meanwhile.
         missing = [i for i in blocks if job.is_wanted(i)]
+        self._not_near.pop(job, None)
         if isinstance(result, Exception):
-            self._lookup_failed(job, missing, result)
+            if self._far is None:
+                self._lookup_failed(job, missing, result)
+            else:
+                self._notices.warn("lookup_failed", result)
+                self._look_far(job, error_reason(result))
         elif isinstance(result, Looked):
             there = blocks[: result.leading]
             self._heads.note_stored(job.keys[i] for i in there)
             job.in_storage(there)
-            job.all_there = result.all_there
             if there:
-                self._looks.found(job)
+                self._looks[0].found(job)
             missing = [i for i in missing if job.is_wanted(i)]
-            if missing and result.last_there:
+            job.all_there = result.all_there and (self._far is None or not missing)
+            if missing and result.last_there and self._far is None:
                 job.lose(missing[0], Outcome.EVICTED)
             elif missing:
-                self._looks.look_later(job)
+                self._look_far(job, Outcome.EVICTED if result.last_there else Outcome.FINE)
+        self._go_on(job)
+
+    def _look_far(self, job: LookupJob, why_not_near: Outcome) -> None:
+        """Near lacks what was promised, for now unless there is a reason. It is looked for there
+        once more after a pause."""
+        if why_not_near:
+            self._not_near[job] = why_not_near
+        self._looks[0].look_later(job)
+
+    def _on_looked_far(self, job: LookupJob, blocks: Sequence[int], result: object) -> None:
+        missing = [i for i in blocks if job.is_wanted(i)]
+        if isinstance(result, Exception):
+            if job in self._not_near:
+                self._lookup_failed(job, missing, result)
+            else:
+                self._notices.warn("lookup_failed", result)
+        elif isinstance(result, Looked):
+            there = blocks[: result.leading]
+            self._note_far(job, there)
+            job.in_storage(there)
+            if there:
+                self._looks[1].found(job)
+            missing = [i for i in missing if job.is_wanted(i)]
+            has_gone = result.last_there or self._not_near.get(job) is Outcome.EVICTED
+            if missing and has_gone:
+                job.lose(missing[0], Outcome.EVICTED)
+        if job.missing():
+            self._looks[1].look_later(job)
         self._go_on(job)
 
     # -- the answer ------------------------------------------------------------------------
 
     def _on_news(self, job: LookupJob, *, look: bool) -> None:
-        if look:
-            self._looks.look_later(job)
+        for looks in self._looks if look else ():
+            looks.look_later(job)
         self._answer_if_settled(job)
 
     def _answer_if_settled(self, job: LookupJob) -> None:
@@ -224,8 +304,7 @@ class Lookups:
             return
         del self._open[job.connection, job.id]
         job.close(keep=job.end)
-        self._looks.forget(job)
-        self._page_reads.forget(job)
+        self._forget(job)
         num_stored = job.end - job.read_from
         self._count("lookup_blocks_asked", len(job.keys) - job.read_from)
         self._count("lookup_blocks_hit", num_stored)

@@ -16,6 +16,7 @@ from ucm.errors import TierError
 from ucm.outcome import Outcome
 from ucm.store.blocks.page_layout import padded_bytes
 from ucm.store.node import protocol as p
+from ucm.store.node.io_threads import LanePool
 from ucm.store.node.parts import NodeParts
 from ucm.store.node.sessions import Connection, OpenedNamespace
 from ucm.store.tiers.tier import Tier, TierNamespace
@@ -31,6 +32,12 @@ class Openings:
         self._slots = parts.slots
         self._tier = parts.tier
         self._lanes = parts.control
+        near, *farther = [
+            [(each.tier, lane, pool) for lane, pool in enumerate(each.control.pools)]
+            for each in parts.tiers
+        ]
+        # Far, a page that is written brings the manifest: nobody's start waits for that.
+        self._near, self._all = near, sum(farther, near)
         self._notices = parts.notices
         self._call_later = parts.call_later
         self._timeout_s = parts.limits.open_timeout_s
@@ -87,7 +94,12 @@ class Openings:
 
         if self._look_s is None:
             self._look_s = self._clock() + _LOOK_EVERY_S
-        self._ask(lambda tier, lane: tier.open_lane(namespace, lane), answer, "no manifest written")
+        self._ask(
+            self._near,
+            lambda tier, lane: tier.open_lane(namespace, lane),
+            answer,
+            "no manifest written",
+        )
 
     def find_manifest(self, connection: Connection, message: p.GetManifest) -> None:
         def answer(results: Sequence[object]) -> None:
@@ -97,6 +109,7 @@ class Openings:
             connection.send(p.ManifestFound(id=message.id, manifest=manifest, error=error))
 
         self._ask(
+            self._all,
             lambda tier, lane: tier.read_manifest_in(lane, message.fingerprint),
             answer,
             "no manifest read",
@@ -105,15 +118,16 @@ class Openings:
 
     def _ask(
         self,
+        lanes: Sequence[tuple[Tier, int, LanePool]],
         call: Callable[[Tier, int], object],
         answer: Callable[[Sequence[object]], None],
         without: str,
         *,
         is_enough: Callable[[object], bool] = lambda result: False,
     ) -> None:
-        """Calls in every lane. Answers once: when all have ended, or one is enough, or in time with
-        an error for each that is late."""
-        pools, names = self._lanes.pools, self._tier.lanes
+        """Calls in these lanes. Answers once: when all have ended, or one is enough, or in time
+        with an error for each that is late."""
+        names = [tier.lanes[lane] for tier, lane, _ in lanes]
         results: dict[int, object] = {}
         is_answered = False
 
@@ -122,16 +136,16 @@ class Openings:
             if not is_answered:
                 is_answered = True
                 late = [self._late(name, without, of=len(names)) for name in names]
-                answer([results.get(lane, late[lane]) for lane in range(len(names))])
+                answer([results.get(i, late[i]) for i in range(len(names))])
 
-        def on_done(lane: int, result: object) -> None:
-            results[lane] = result
+        def on_done(i: int, result: object) -> None:
+            results[i] = result
             if len(results) == len(names) or is_enough(result):
                 end()
 
-        for lane, pool in enumerate(pools):
-            pool.submit(partial(call, self._tier, lane), partial(on_done, lane))
-        if not pools:
+        for i, (tier, lane, pool) in enumerate(lanes):
+            pool.submit(partial(call, tier, lane), partial(on_done, i))
+        if not lanes:
             end()
         elif not is_answered:
             self._call_later(self._timeout_s, end)

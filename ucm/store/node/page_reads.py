@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from functools import partial
+from typing import TypeAlias
 
 from ucm.outcome import Outcome
 from ucm.store.blocks.keys import Key
@@ -20,6 +21,8 @@ from ucm.store.tiers.tier import ReadStatus
 _READ_BYTES = 2 << 20
 # One lookup's reads at a time: one running, one next in line.
 _READS_PER_THREAD = 2
+# Of the reading of a page.
+_End: TypeAlias = ReadStatus | Outcome
 
 
 class PageReads:
@@ -27,10 +30,10 @@ class PageReads:
 
     def __init__(self, parts: NodeParts, fills: Fills, go_on: Callable[[LookupJob], None]) -> None:
         self._slots = parts.slots
-        self._tier = parts.tier
         self._lanes = parts.reads
+        self._far = parts.far
         self._page_of = parts.page_of
-        self._count = parts.count
+        self._parts = parts
         self._notices = parts.notices
         self._fills = fills
         self._go_on = go_on
@@ -59,7 +62,11 @@ class PageReads:
         if i is None:
             return None
         pool = self._lanes.of(job.keys[i])
-        has_turn = job.reads_running[pool] < _READS_PER_THREAD * pool.num_threads
+        # What near lacks is read from far, and counts as well.
+        busy = [pool, *([self._far.reads.of(job.keys[i])] if self._far is not None else [])]
+        has_turn = all(
+            job.reads_running[each] < _READS_PER_THREAD * each.num_threads for each in busy
+        )
         return pool if has_turn else None
 
     def _begin_next(self, job: LookupJob, most: int) -> list[Filling]:
@@ -89,52 +96,97 @@ class PageReads:
         return filling
 
     def _read(self, job: LookupJob, pool: LanePool, fillings: list[Filling]) -> None:
+        self._submit(job, self._parts, pool, fillings, partial(self._on_read, job))
+
+    def _submit(
+        self,
+        job: LookupJob,
+        parts: NodeParts,
+        pool: LanePool,
+        fillings: list[Filling],
+        on_read: Callable[[list[Filling], list[_End]], None],
+    ) -> None:
+        """Reads from the tier of `parts`. What was not set aside meanwhile is then `on_read`'s."""
         keys = [filling.key for filling in fillings]
         pages = [self._page_of(filling.slot) for filling in fillings]
         job.reads_running[pool] += 1
         self._times.begin(job)
+
+        def on_done(result: object) -> None:
+            job.reads_running[pool] -= 1
+            if not job.reads_running.total():
+                self._times.end(job)
+            left = []
+            for filling, end in zip(fillings, self._ends_of(result, len(fillings)), strict=True):
+                if filling.slot.state is SlotState.ASIDE:
+                    self._fills.unused(filling.slot)
+                else:
+                    left.append((filling, end))
+            on_read([filling for filling, _ in left], [end for _, end in left])
+            if not job.closed:
+                self._go_on(job)
+
         pool.submit(
-            partial(self._tier.read_all, job.namespace.tier, keys, pages),
-            partial(self._on_read, job, pool, fillings),
-            on_overdue=partial(self._on_read_overdue, pool, fillings),
+            partial(parts.tier.read_all, job.namespace.tier, keys, pages),
+            on_done,
+            on_overdue=partial(self._on_read_overdue, parts, pool, fillings),
         )
 
-    def _on_read(
-        self, job: LookupJob, pool: LanePool, fillings: list[Filling], result: object
-    ) -> None:
-        job.reads_running[pool] -= 1
-        if not job.reads_running.total():
-            self._times.end(job)
-        ends: list[ReadStatus | Outcome] = [error_reason(result)] * len(fillings)
-        if isinstance(result, list):
-            ends = [page_read.status for page_read in result]
-            for page_read in result:
-                if page_read.detail:
-                    self._notices.warn(f"read_{page_read.status.value}", page_read.detail)
-        for filling, end in zip(fillings, ends, strict=True):
-            if filling.slot.state is SlotState.ASIDE:
-                self._fills.unused(filling.slot)
-            else:
-                self._on_page_read(filling, end)
-        if not job.closed:
-            self._go_on(job)
+    def _ends_of(self, result: object, num_pages: int) -> list[_End]:
+        if not isinstance(result, list):
+            return [error_reason(result)] * num_pages
+        for page_read in result:
+            if page_read.detail:
+                self._notices.warn(f"read_{page_read.status.value}", page_read.detail)
+        return [page_read.status for page_read in result]
 
-    def _on_page_read(self, filling: Filling, end: ReadStatus | Outcome) -> None:
-        if end is ReadStatus.HIT:
-            self._count("read_hit")
-            self._fills.whole(filling)
-            return
-        self._count(f"read_{end.value}")
+    def _on_read(self, job: LookupJob, fillings: list[Filling], ends: list[_End]) -> None:
+        elsewhere: dict[Filling, _End] = {}
+        for filling, end in zip(fillings, ends, strict=True):
+            self._parts.count(f"read_{end.value}")
+            if end is ReadStatus.HIT:
+                self._fills.whole(filling)
+            elif self._is_worth_far(job, filling):
+                elsewhere[filling] = end
+            else:
+                self._gone(filling, end)
+        if self._far is not None:
+            for pool, some in self._far.reads.split(list(elsewhere), _key_of):
+                on_read = partial(self._on_far_read, self._far, elsewhere)
+                self._submit(job, self._far, pool, some, on_read)
+
+    def _is_worth_far(self, job: LookupJob, filling: Filling) -> bool:
+        """There may be a page, and somebody waits for it."""
+        if self._far is None or self._far.reads.is_stalled(filling.key):
+            return False
+        return not job.closed or bool(self._fills.waiting.of(filling.key))
+
+    def _on_far_read(
+        self,
+        far: NodeParts,
+        near_ends: dict[Filling, _End],
+        fillings: list[Filling],
+        ends: list[_End],
+    ) -> None:
+        for filling, end in zip(fillings, ends, strict=True):
+            far.count(f"read_{end.value}")
+            near_end = near_ends[filling]
+            if end is ReadStatus.HIT:
+                self._fills.whole(filling, from_far=True)
+            else:
+                self._gone(filling, end if near_end is ReadStatus.ABSENT else near_end)
+
+    def _gone(self, filling: Filling, end: _End) -> None:
         is_absent = end is ReadStatus.ABSENT
         self._fills.gone(filling, Outcome.NEVER_STORED if is_absent else Outcome(end.value))
 
-    def _on_read_overdue(self, pool: LanePool, fillings: list[Filling]) -> None:
-        name = self._lanes.name_of(pool)
+    def _on_read_overdue(self, parts: NodeParts, pool: LanePool, fillings: list[Filling]) -> None:
+        name = parts.reads.name_of(pool)
         self._notices.warn(
             "read_overdue", f"{name} hangs; its slots are set aside until it returns", of=name
         )
         for filling in fillings:
-            self._count("read_overdue", 1)
+            parts.count("read_overdue")
             self._fills.gone(filling, Outcome.TIMEOUT, is_written=True)
 
 

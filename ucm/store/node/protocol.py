@@ -5,9 +5,8 @@ cache answers with `Welcome`, to which the memory's file descriptor is attached 
 After that each side sends when it likes; answers carry the id of their question.
 
 A *session* is one engine's life on one node cache: its scheduler side and all its ranks connect
-under the same session name. Pins and unfinished slots belong to the session and are given back
-when its last connection has closed, because a rank may still be copying when the scheduler side
-is gone.
+under one session name. Pins and unfinished slots belong to the session and are given back when its
+last connection has closed, because a rank may still be copying when the scheduler side is gone.
 
 Keys travel as 32 bytes; `ns` is a number that the client chose in `OpenNamespace`, valid for its
 connection. Offsets are bytes into the shared memory.
@@ -28,8 +27,7 @@ from ucm.store.node.frames import LENGTH, MAX_FRAME_BYTES
 from ucm.store.node.frames import FrameBuffer as FrameBuffer
 
 VERSION: Final = NODE_PROTOCOL
-# A peer with so long a backlog that it does not read is as good as gone.
-MAX_UNSENT_BYTES: Final = 64 << 20
+MAX_UNSENT_BYTES: Final = 64 << 20  # a peer that leaves so much unread is as good as gone
 _T = TypeVar("_T")
 
 _Bytes32 = Annotated[bytes, Meta(min_length=32, max_length=32)]
@@ -41,10 +39,11 @@ _Cost = Annotated[float, Meta(ge=0)]
 HAVE: Final = -1
 NO_ROOM: Final = -2
 
-# Readable on this node, waiting to be written, and written.
+# Readable on this node, waiting to be written, and written: by which tier, where each was asked.
 IN_MEMORY: Final = 1
 QUEUED: Final = 2
 IN_STORAGE: Final = 4
+IN_NEAR, IN_FAR = 8, 16
 
 
 # -- client to node cache ------------------------------------------------------------------
@@ -219,8 +218,8 @@ class LookupReply(msgspec.Struct, frozen=True, kw_only=True, tag=True, array_lik
 
 
 class Found(msgspec.Struct, frozen=True, kw_only=True, tag=True, array_like=True):
-    """`places[i]` says where `keys[i]` is, as a sum of IN_MEMORY, QUEUED and IN_STORAGE; 0 is
-    nowhere. `reason` says why storage could not tell about some of them (FINE: it could)."""
+    """`places[i]` says where `keys[i]` is, as a sum of IN_MEMORY and so on; 0 is nowhere. `reason`
+    says why storage could not tell about some of them (FINE: it could)."""
 
     id: int
     places: bytes
@@ -272,11 +271,12 @@ class Status(msgspec.Struct, frozen=True, kw_only=True, tag=True, array_like=Tru
     counters: dict[str, int]
     invariant: str  # empty: holds, or was not checked
     tier: str = ""  # its name; empty: memory is all there is
+    far: str = ""  # of the tier behind it
 
-    def unwritten(self, reason: Outcome) -> int:
+    def unwritten(self, reason: Outcome, of: str = "") -> int:
         """Pages that did not get to storage. Failed writes count by what storage said, pages that
-        were never tried by why not."""
-        names = (f"write_failed_{reason}", f"dump_dropped_{reason}", f"dump_{reason}")
+        were never tried by why not. `of`: before the names of a tier's counters."""
+        names = (f"{of}write_failed_{reason}", f"{of}dump_dropped_{reason}", f"{of}dump_{reason}")
         return sum(self.counters.get(name, 0) for name in names)
 
 

@@ -17,12 +17,14 @@ import time
 import uuid
 from collections.abc import Callable
 from contextlib import suppress
+from dataclasses import replace
 from functools import partial
 
 import msgspec
 
 from ucm.config.settings import StoreSettings
 from ucm.errors import ConfigError
+from ucm.metrics import FAR
 from ucm.store.node import protocol as p
 from ucm.store.node.chore_threads import ChoreThreads
 from ucm.store.node.core import NodeCore
@@ -32,15 +34,16 @@ from ucm.store.node.limits import GIB, be_taken_first, memory_left, room_for
 from ucm.store.node.lock import SocketLock, this_process
 from ucm.store.node.memory import SharedMemory, give_way
 from ucm.store.node.notices import Notices
-from ucm.store.node.parts import NodeLimits, NodeParts
+from ucm.store.node.parts import Behind, NodeLimits, NodeParts, far_parts
 from ucm.store.node.peer import Door, Peer
 from ucm.store.node.rendezvous import is_shortage
 from ucm.store.node.saved import SavingRules
 from ucm.store.node.slots import SlotTable
 from ucm.store.node.sweep_threads import Sweeper
 from ucm.store.node.trusted_users import trust_of
-from ucm.store.tiers.build import build_tier, keeps_pages
+from ucm.store.tiers.build import build_tiers, keeps_pages
 from ucm.store.tiers.metered import MeasuredTier
+from ucm.store.tiers.tier import Tier
 
 logger = logging.getLogger(__name__)
 
@@ -66,31 +69,18 @@ class NodeServer:
         ahead_bytes = left.nbytes // 2
         slots = SlotTable(room.capacity_bytes, keeps_unpinned=keeps_pages(settings))
         self.memory = SharedMemory(slots.capacity_bytes)
-        tier = build_tier(settings)
-        self.tier = MeasuredTier(tier)
+        self.tiers = [MeasuredTier(tier) for tier in build_tiers(settings)]
         timeout_s = settings.io_timeout_ms / 1000
         pool = partial(IoPool, loop=loop, timeout_s=timeout_s)
 
-        def lanes(name: str, num_threads: int, *, keeps: bool = False) -> Lanes:
-            return Lanes(
-                [
-                    pool(f"{name}-{lane}", num_threads=num_threads, keeps_queue_when_stalled=keeps)
-                    for lane in range(len(tier.lanes))
-                ],
-                tier,
-            )
-
-        # Pages that wait to be written can wait: there is a bound, and storage may come back.
-        self._writes = lanes("write", settings.write_threads, keeps=True)
-        # Nobody's start waits behind pages.
-        self._control = lanes("control", 2)
         self._populate = pool("populate", num_threads=1, keeps_queue_when_stalled=True)
+        near, *farther = [_behind(tier, settings, pool) for tier in self.tiers]
         parts = NodeParts(
             slots=slots,
-            tier=self.tier,
-            reads=lanes("read", settings.read_threads),
-            writes=self._writes,
-            control=self._control,
+            tier=near.tier,
+            reads=near.reads,
+            writes=near.writes,
+            control=near.control,
             page_of=lambda slot: self.memory.page(slot.offset, slot.span.slot_bytes),
             populate=self._populate_soon,
             clock=time.monotonic,
@@ -106,9 +96,12 @@ class NodeServer:
                 touch_every_s=settings.touch_every_s,
             ),
         )
+        for far in farther:
+            parts = replace(parts, far=far_parts(parts, far))
+        self._parts = parts
         self.core = NodeCore(parts)
         self._sweeper = Sweeper(settings)
-        self._chores = ChoreThreads(tier.chores(), loop, self.core.removed_from_storage)
+        self._chores = ChoreThreads(near.tier.chores(), loop, self.core.removed_from_storage)
         self.arena = uuid.uuid4().hex
         # Clients that have said Hello. Who doesn't, keeps no node cache from leaving.
         self.num_connections = 0
@@ -132,10 +125,15 @@ class NodeServer:
 
     def status(self, request_id: int, *, check: bool) -> p.Status:
         status = self.core.status(request_id, pid=os.getpid(), arena=self.arena, check=check)
-        if not self.tier.lanes:
+        near, *far = self.tiers
+        if not near.lanes:
             return status
-        counters = {**status.counters, **self.tier.totals(), **self._chores.counters()}
-        return msgspec.structs.replace(status, counters=counters, tier=self.tier.name)
+        counters = {**status.counters, **near.totals(), **self._chores.counters()}
+        for tier in far:
+            counters |= {f"{FAR}{name}": number for name, number in tier.totals().items()}
+        return msgspec.structs.replace(
+            status, counters=counters, tier=near.name, far="".join(tier.name for tier in far)
+        )
 
     async def serve(self, lock: SocketLock) -> None:
         """Serves until told to leave, or idle, or another has the lock. Writes that are queued then
@@ -207,21 +205,28 @@ class NodeServer:
         self._chores.stop()
         await self._until(self._is_written, self.settings.drain_s)
         self.core.writeback.close()
-        num_left = self.core.queues()["write_pages"]
-        if num_left:
-            logger.warning("leaving with %d pages unwritten: storage is too slow", num_left)
-            # What is urgent publishes or removes what was staged.
-            self._writes.give_back_queue(urgent=False)
+        for tier, num_left in zip(self._parts.tiers, self.core.unwritten(), strict=True):
+            if num_left:
+                logger.warning(
+                    "leaving with %d pages unwritten: %s is too slow",
+                    num_left,
+                    ", ".join(tier.tier.lanes),
+                )
+                # What is urgent publishes or removes what was staged.
+                tier.writes.give_back_queue(urgent=False)
         await self._until(self._is_quiet, _CLEAR_UP_S)
 
     def _is_written(self) -> bool:
         """Or never will be."""
-        left = self._writes.depth or self.core.queues()["write_pages"]
-        return self._writes.is_hopeless or not left
+        tiers = zip(self._parts.tiers, self.core.unwritten(), strict=True)
+        return all(
+            tier.writes.is_hopeless or not (tier.writes.depth or num_left)
+            for tier, num_left in tiers
+        )
 
     def _is_quiet(self) -> bool:
         """Nothing that could leave a temporary file is under way, but for what hangs."""
-        lanes = self._writes, self._control
+        lanes = [each for tier in self._parts.tiers for each in (tier.writes, tier.control)]
         return not (
             self._sweeper.is_working
             or self._chores.is_working
@@ -233,6 +238,24 @@ class NodeServer:
         while not is_done() and time.monotonic() < deadline_s:
             self.core.tick()
             await asyncio.sleep(_TICK_S / 5)
+
+
+def _behind(tier: Tier, settings: StoreSettings, pool: Callable[..., IoPool]) -> Behind:
+    def lanes(name: str, num_threads: int, *, keeps: bool = False) -> Lanes:
+        names = [f"{name}-{tier.name}-{lane}" for lane in range(len(tier.lanes))]
+        pools = [
+            pool(each, num_threads=num_threads, keeps_queue_when_stalled=keeps) for each in names
+        ]
+        return Lanes(pools, tier)
+
+    return Behind(
+        tier=tier,
+        reads=lanes("read", settings.read_threads),
+        # Pages that wait to be written can wait: there is a bound, and storage may come back.
+        writes=lanes("write", settings.write_threads, keeps=True),
+        # Nobody's start waits behind pages.
+        control=lanes("control", 2),
+    )
 
 
 def run(settings: StoreSettings, lock: SocketLock) -> None:

@@ -14,6 +14,7 @@ from ucm.store.node.rechecks import Rechecks, ready_pages
 from ucm.store.node.saved import Met
 from ucm.store.node.sessions import Connection, OpenedNamespace, Session
 from ucm.store.node.slots import Slot
+from ucm.store.node.write_through import FarWriteBack, NearWriteBack
 from ucm.store.node.writeback import WriteBack
 
 _TOLD_ROLES = ("scheduler", "store")
@@ -42,7 +43,15 @@ class Storing:
         self._sessions = sessions
         self._slots = parts.slots
         self._has_storage = bool(parts.tier.lanes)
-        self.writeback = (WriteBack if self._has_storage else NoWriteBack)(parts, self.tell)
+        self.writeback: WriteBack
+        self.far: FarWriteBack | None = None
+        self._far_rechecks: Rechecks | None = None
+        if parts.far is not None:
+            near = NearWriteBack(parts, parts.far, self.tell)
+            self.writeback, self.far = near, near.far
+            self._far_rechecks = Rechecks(parts.far, self.far)
+        else:
+            self.writeback = (WriteBack if self._has_storage else NoWriteBack)(parts, self.tell)
         self._rechecks = Rechecks(parts, self.writeback)
 
     def met(
@@ -58,7 +67,10 @@ class Storing:
         if not self._has_storage:
             return
         unsaved: defaultdict[Outcome, list[bytes]] = defaultdict(list)
-        for key in self._rechecks.meet(namespace, ready_pages(self._slots, keys, parents)):
+        pages = ready_pages(self._slots, keys, parents)
+        if self._far_rechecks is not None:
+            self._far_rechecks.meet(namespace, pages)
+        for key in self._rechecks.meet(namespace, pages):
             unsaved[self.writeback.why_refused(key)].append(key)
         for reason, refused in unsaved.items():
             connection.send(p.SavingNews(refused=refused, saved=[], reason=reason))

@@ -26,6 +26,9 @@ class Places:
     def is_full(self, key: Key) -> bool:
         return self._load[self._lanes.of(key)] >= self._max_pages
 
+    def is_half_full(self, key: Key) -> bool:
+        return self._load[self._lanes.of(key)] * 2 >= self._max_pages
+
     def take(self, key: Key) -> bool:
         """For a slot that is to be filled. False: there is no place left."""
         if key in self._taken:

@@ -12,8 +12,7 @@ committed is queued; a page that is met unsaved takes one if there is one. What 
 told: every page that was accepted is in the end in storage, or in a `tell` with the reason. A page
 in the queue is pinned, so its slot can't be reused before its bytes are out. While a lane of
 storage hangs, pages of the others don't wait for its pages: those behind them are given up.
-
-`saved.py` says what is known of a page that is not in the queue.
+`saved.py` says what is known of others.
 """
 
 from __future__ import annotations
@@ -144,8 +143,7 @@ class WriteBack:
 
     def enqueue(self, namespace: OpenedNamespace, key: Key, parent: Key | None, slot: Slot) -> None:
         """Queues the READY page in `slot`, at the place that was taken for it. Refuses it when
-        there is none, or when the block before it was refused: a file that nothing leads to would
-        only fill the disk."""
+        there is none, or the block before it was refused: nothing would lead to its file."""
         if key in self._writes:
             return
         is_vain = self._is_lost(parent) or self._is_held_up(key, parent)
@@ -185,13 +183,16 @@ class WriteBack:
         self._places.give_back(key)
         self._drop_waiting(key)
 
-    def filled_from_tier(self, key: Key, *, is_hit: bool) -> None:
+    def filled_from_tier(self, key: Key, *, is_hit: bool, from_far: bool = False) -> None:
         """The slot of `key` was not filled by an engine but read: it is stored, or is not."""
         if not is_hit:
             self._book.note_gone(key)
             self._drop_waiting(key)
             return
         self.note_stored(key)
+        self.goes_on_after(key)
+
+    def goes_on_after(self, key: Key) -> None:
         for write in self._waiting.pop(key, []):
             self._publish_in_order(write)
 
@@ -322,8 +323,7 @@ class WriteBack:
             self._tell(keys, (), reason)
 
     def _doom(self, write: _Write) -> list[_Write]:
-        """Takes `write` and all that waits behind it out of the queue; returns them, itself first.
-        Iterative: a prompt may be long."""
+        """Takes `write` and all that waits behind it out of the queue; returns them, it first."""
         doomed, lost = [write], []
         while doomed:
             current = doomed.pop()

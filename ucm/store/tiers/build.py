@@ -1,8 +1,8 @@
 """From the pipeline in the settings to the tier behind the node cache.
 
 `Cache` is the node cache itself, which is always there: it is how pages reach storage without file
-I/O in an engine. The stage behind it is a tier. ucm/config/settings.py reads `store_pipeline` and
-refuses what it doesn't know; a new kind of tier is named there and built here.
+I/O in an engine. The stages behind it are tiers, the nearest first. ucm/config/settings.py reads
+`store_pipeline` and refuses what it doesn't know; a new kind of tier is named there and built here.
 """
 
 from __future__ import annotations
@@ -84,12 +84,11 @@ def _s3(settings: StoreSettings) -> Tier:
 TIER_STAGES: dict[str, Callable[[StoreSettings], Tier]] = {"Posix": _posix, "S3": _s3}
 
 
-def build_tier(settings: StoreSettings) -> Tier:
-    """The tier behind the node cache; `NoTier` if its memory is all there is. Reads the page key
-    and a certificate, and nothing else. Raises ConfigError."""
+def build_tiers(settings: StoreSettings) -> tuple[Tier, ...]:
+    """The tiers behind the node cache, the nearest first; `NoTier` if its memory is all there is.
+    Reads the page key and a certificate, and nothing else. Raises ConfigError."""
     stages = [stage for stage in settings.pipeline if stage != NODE_CACHE_STAGE]
-    assert len(stages) <= 1, "two tiers behind one node cache: config should have refused them"
-    return TIER_STAGES[stages[0]](settings) if stages else NoTier()
+    return tuple(TIER_STAGES[stage](settings) for stage in stages) or (NoTier(),)
 
 
 def keeps_pages(settings: StoreSettings) -> bool:

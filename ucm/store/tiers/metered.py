@@ -28,7 +28,8 @@ class MeasuredTier(WrapperTier):
 
     def totals(self) -> dict[str, int]:
         """Since this object was made, as the node cache's counters: `tier_read_bytes`,
-        `tier_read_us`, `tier_read_pages`, and the same of `write`."""
+        `tier_read_us`, `tier_read_pages`, `tier_read_errors`, and the same of `write`. Errors are
+        pages that were damaged, and calls that failed."""
         with self._lock:
             return {**self._read.named("tier_read"), **self._write.named("tier_write")}
 
@@ -38,17 +39,22 @@ class MeasuredTier(WrapperTier):
         started_ns = self._clock_ns()
         reads = super().read_all(namespace, keys, pages)
         num_hits = sum(read.status is ReadStatus.HIT for read in reads)
-        self._add(self._read, started_ns, num_hits, namespace)
+        num_absent = sum(read.status is ReadStatus.ABSENT for read in reads)
+        num_errors = len(reads) - num_hits - num_absent
+        self._add(self._read, started_ns, namespace, num_pages=num_hits, num_errors=num_errors)
         return reads
 
     def stage(
         self, namespace: TierNamespace, key: Key, page: memoryview, *, num_tokens: int
     ) -> Staged | None:
         started_ns = self._clock_ns()
+        num_errors = 1
         try:
-            return super().stage(namespace, key, page, num_tokens=num_tokens)
+            staged = super().stage(namespace, key, page, num_tokens=num_tokens)
+            num_errors = 0
         finally:
-            self._add(self._write, started_ns, 0, namespace)
+            self._add(self._write, started_ns, namespace, num_errors=num_errors)
+        return staged
 
     def publish(self, staged: Staged) -> None:
         started_ns = self._clock_ns()
@@ -57,14 +63,27 @@ class MeasuredTier(WrapperTier):
             super().publish(staged)
             num_pages = 1
         finally:
-            self._add(self._write, started_ns, num_pages, staged.namespace)
+            self._add(
+                self._write,
+                started_ns,
+                staged.namespace,
+                num_pages=num_pages,
+                num_errors=1 - num_pages,
+            )
 
     def _add(
-        self, total: _Total, started_ns: int, num_pages: int, namespace: TierNamespace
+        self,
+        total: _Total,
+        started_ns: int,
+        namespace: TierNamespace,
+        *,
+        num_pages: int = 0,
+        num_errors: int = 0,
     ) -> None:
         elapsed_ns = self._clock_ns() - started_ns
         with self._lock:
             total.pages += num_pages
+            total.errors += num_errors
             total.nbytes += num_pages * namespace.page_bytes
             total.ns += elapsed_ns
 
@@ -73,11 +92,12 @@ class _Total:
     """Guarded by its owner."""
 
     def __init__(self) -> None:
-        self.pages = self.nbytes = self.ns = 0
+        self.pages = self.nbytes = self.ns = self.errors = 0
 
     def named(self, name: str) -> dict[str, int]:
         return {
             f"{name}_pages": self.pages,
             f"{name}_bytes": self.nbytes,
             f"{name}_us": self.ns // 1000,
+            f"{name}_errors": self.errors,
         }
