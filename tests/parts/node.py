@@ -6,7 +6,8 @@ another engine beside it.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from dataclasses import replace
 from hashlib import sha256
 from typing import Any
 
@@ -17,7 +18,7 @@ from ucm.store.node import protocol as p
 from ucm.store.node.core import NodeCore
 from ucm.store.node.lanes import Lanes
 from ucm.store.node.notices import Notices
-from ucm.store.node.parts import CallLater, NodeLimits, NodeParts
+from ucm.store.node.parts import Behind, CallLater, NodeLimits, NodeParts, far_parts
 from ucm.store.node.slots import SlotTable
 from ucm.store.tiers.tier import NoTier, Tier, TierNamespace
 
@@ -74,6 +75,7 @@ class Node:
         max_open_keys: int = 1_000,
         reads: Any = None,
         touch_every_s: float | None = None,
+        has_far: bool = False,
     ) -> None:
         self.memory = memoryview(bytearray(PAGE * num_slots))
         self.tier = tier or MemoryTier()
@@ -92,6 +94,14 @@ class Node:
             max_open_keys=max_open_keys,
             touch_every_s=touch_every_s,
         )
+        if has_far:
+            self.far = MemoryTier()
+            self.far_reads, self.far_writes = HeldPool(), HeldPool()
+            reads_far, writes_far = (
+                Lanes([pool], self.far) for pool in (self.far_reads, self.far_writes)
+            )
+            behind = Behind(self.far, reads_far, writes_far, writes_far)
+            parts = replace(parts, far=far_parts(parts, behind))
         self.core = NodeCore(parts)
         self.inbox: list[p.NodeMessage] = []
         hello = p.Hello(version=p.VERSION, session="s", role="store", pid=1)
@@ -108,10 +118,16 @@ class Node:
         return Lanes([pool], self.tier)
 
     def store(self, *keys: Key) -> None:
+        self._store(self.tier, keys)
+
+    def store_far(self, *keys: Key) -> None:
+        self._store(self.far, keys)
+
+    def _store(self, tier: MemoryTier, keys: Sequence[Key]) -> None:
         for each in keys:
-            staged = self.tier.stage(NAMESPACE, each, memoryview(bytes(PAGE)), num_tokens=1)
+            staged = tier.stage(NAMESPACE, each, memoryview(bytes(PAGE)), num_tokens=1)
             assert staged is not None
-            self.tier.publish(staged)
+            tier.publish(staged)
 
     def reserve(self, *keys: Key) -> None:
         parents = [b""] * len(keys)

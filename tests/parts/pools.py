@@ -92,6 +92,24 @@ class DisorderlyPool:
         on_done(_result(call))
 
 
+class SharedPool:
+    """Another lane whose calls are among those of `pool`."""
+
+    def __init__(self, pool: DisorderlyPool) -> None:
+        self._pool = pool
+        self.num_threads = pool.num_threads
+
+    depth = property(lambda self: self._pool.depth)
+    num_overdue = property(lambda self: self._pool.num_overdue)
+    stalled = property(lambda self: self._pool.stalled)
+
+    def submit(self, call, on_done, *, on_overdue=None, urgent=False) -> None:
+        self._pool.submit(call, on_done, on_overdue=on_overdue, urgent=urgent)
+
+    def tick(self) -> None:
+        pass
+
+
 def _result(call: Callable[[], object]) -> object:
     try:
         return call()

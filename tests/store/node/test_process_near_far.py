@@ -171,15 +171,15 @@ def test_a_bucket_that_hangs_holds_up_nothing_that_is_near(place: Place, server:
         with server.stopped():
             began_s = time.monotonic()
             new = client.ask([*KEYS, *OTHERS], timeout_ms=1_000)
-            assert client.load(KEYS) == (len(KEYS), len(KEYS))
+            assert client.load(KEYS)[0] == len(KEYS)
             client.dump(OTHERS)
             wait_until(
                 lambda: all(place.block(key).exists() for key in OTHERS), "near has what is new"
             )
-            assert time.monotonic() - began_s < 1.0
+            assert time.monotonic() - began_s < IO_TIMEOUT_MS / 1000
             # It asks far for what near lacked, and is answered in its own time.
             assert len(client.answer(p.LookupReply, new).offsets) >= len(KEYS)
-            assert time.monotonic() - began_s < 2.0
+            assert time.monotonic() - began_s < 2 * IO_TIMEOUT_MS / 1000
         wait_until(lambda: is_far(server, *OTHERS), "what hung goes on")
 
 

@@ -45,8 +45,9 @@ class Lookups:
         self.fills = Fills(parts.slots, storing.writeback, self._on_news)
         self._looks = [Looks(parts, self._on_looked)]
         self._far, self._far_writeback = parts.far, storing.far
-        # Why these need not hope for near to have what they were promised: far has the last word.
-        self._not_near: dict[LookupJob, Outcome] = {}
+        # The first promised block that near lacked when it was asked, and why it will go on lacking
+        # it, if it will: far has the last word.
+        self._not_near: dict[LookupJob, tuple[int, Outcome]] = {}
         if parts.far is not None:
             self._looks.append(Looks(parts.far, self._on_looked_far))
         self._heads = Heads(parts, storing.writeback, self._answer_if_settled)
@@ -249,7 +250,7 @@ class Lookups:
                 self._lookup_failed(job, missing, result)
             else:
                 self._notices.warn("lookup_failed", result)
-                self._look_far(job, error_reason(result))
+                self._note_not_near(job, missing, error_reason(result))
         elif isinstance(result, Looked):
             there = blocks[: result.leading]
             self._heads.note_stored(job.keys[i] for i in there)
@@ -261,21 +262,22 @@ class Lookups:
             if missing and result.last_there and self._far is None:
                 job.lose(missing[0], Outcome.EVICTED)
             elif missing:
-                self._look_far(job, Outcome.EVICTED if result.last_there else Outcome.FINE)
+                lacked = [i for i in missing if i == blocks[result.leading]]
+                why = Outcome.EVICTED if result.last_there else Outcome.FINE
+                self._note_not_near(job, lacked, why)
         self._go_on(job)
 
-    def _look_far(self, job: LookupJob, why_not_near: Outcome) -> None:
-        """Near lacks what was promised, for now unless there is a reason. It is looked for there
-        once more after a pause."""
-        if why_not_near:
-            self._not_near[job] = why_not_near
+    def _note_not_near(self, job: LookupJob, lacked: Sequence[int], why: Outcome) -> None:
+        if lacked:
+            self._not_near[job] = lacked[0], why
         self._looks[0].look_later(job)
 
     def _on_looked_far(self, job: LookupJob, blocks: Sequence[int], result: object) -> None:
         missing = [i for i in blocks if job.is_wanted(i)]
+        not_near, why = self._not_near.get(job, (-1, Outcome.FINE))
         if isinstance(result, Exception):
-            if job in self._not_near:
-                self._lookup_failed(job, missing, result)
+            if why and not_near in missing:
+                self._lookup_failed(job, [not_near], result)
             else:
                 self._notices.warn("lookup_failed", result)
         elif isinstance(result, Looked):
@@ -284,10 +286,9 @@ class Lookups:
             job.in_storage(there)
             if there:
                 self._looks[1].found(job)
-            missing = [i for i in missing if job.is_wanted(i)]
-            has_gone = result.last_there or self._not_near.get(job) is Outcome.EVICTED
-            if missing and has_gone:
-                job.lose(missing[0], Outcome.EVICTED)
+            is_lacked = not_near in blocks[result.leading :][:1] and job.is_wanted(not_near)
+            if is_lacked and (result.last_there or why is Outcome.EVICTED):
+                job.lose(not_near, Outcome.EVICTED)
         if job.missing():
             self._looks[1].look_later(job)
         self._go_on(job)

@@ -1,0 +1,391 @@
+"""Two tiers behind one memory: who is asked, who is waited for, and what is told of both."""
+
+from __future__ import annotations
+
+from tests.parts.node import NAMESPACE, Node, key
+from ucm.errors import TierError
+from ucm.outcome import Outcome
+from ucm.store.node import protocol as p
+
+KEYS = [key(i) for i in range(6)]
+FULL = TierError("no space left", reason=Outcome.FULL)
+GONE = TierError("can't connect", reason=Outcome.IO_ERROR)
+ALL = p.IN_MEMORY | p.IN_STORAGE | p.IN_NEAR | p.IN_FAR
+
+
+def near_far(**changes: int) -> Node:
+    return Node(has_far=True, **changes)
+
+
+def dump(node: Node, *keys: bytes) -> None:
+    """One prompt."""
+    node.reserve(*keys)
+    for each, parent in zip(keys, [b"", *keys[:-1]], strict=True):
+        node.commit(each, parent=parent)
+
+
+def offsets(node: Node) -> int:
+    reply = node.reply()
+    assert reply is not None
+    return len(reply.offsets)
+
+
+# -- looking for it, and reading it ----------------------------------------------------------
+
+
+def test_what_is_near_is_not_looked_for_far() -> None:
+    node = near_far()
+    node.store(*KEYS)
+    node.look_up(KEYS, number=1)
+    node.reads.end_all()
+
+    assert offsets(node) == len(KEYS) and not node.far_reads.jobs
+
+
+def test_what_near_has_is_read_while_far_is_asked_for_the_rest() -> None:
+    node = near_far()
+    node.store(*KEYS[:2])
+    node.store_far(*KEYS[2:])
+    node.look_up(KEYS, number=1)
+    node.reads.end_all()
+    assert node.core.slots.counts().ready == 2 and node.reply() is None
+
+    node.far_reads.end_one()
+    node.reads.end_all()
+    node.far_reads.end_all()
+
+    assert offsets(node) == len(KEYS)
+
+
+def test_a_far_tier_that_does_not_answer_costs_what_near_lacks_and_no_more() -> None:
+    node = near_far()
+    node.store(*KEYS[:2])
+    node.look_up(KEYS, number=1, timeout_ms=1000)
+    node.reads.end_all()
+    node.now_s += 2
+    node.core.tick()
+
+    assert offsets(node) == 2
+    reply = node.reply()
+    assert reply is not None and reply.reason is Outcome.TIMEOUT
+
+
+def test_a_far_tier_that_hangs_is_not_asked() -> None:
+    node = near_far()
+    node.far_reads.stalled = True
+    node.store(*KEYS[:2])
+    node.look_up(KEYS, number=1)
+    node.reads.end_all()
+
+    assert offsets(node) == 2 and not node.far_reads.jobs
+
+
+def test_what_both_lack_was_never_stored() -> None:
+    node = near_far()
+    node.look_up(KEYS, number=1)
+    node.reads.end_all()
+    node.far_reads.end_all()
+
+    reply = node.reply()
+    assert reply is not None and (reply.offsets, reply.reason) == ([], Outcome.NEVER_STORED)
+
+
+def test_storage_that_fails_near_is_made_up_for_by_far() -> None:
+    node = near_far()
+    node.store_far(*KEYS)
+    node.look_up(KEYS, number=1)
+    node.reads.end_all(error=GONE)
+    node.far_reads.end_one()
+    node.reads.end_all(error=GONE)
+    node.far_reads.end_all()
+
+    assert offsets(node) == len(KEYS)
+
+
+def test_reads_that_far_is_busy_with_are_bounded() -> None:
+    """Near says quickly that it lacks a page; the slots are others', too."""
+    node = near_far(num_slots=64)
+    keys = [key(i) for i in range(60)]
+    node.store_far(*keys)
+    node.look_up(keys, number=1)
+    for _ in range(8):
+        node.reads.end_all()
+        if node.core.slots.counts().filling:
+            break
+        node.far_reads.end_all()
+    node.reads.end_all()
+
+    # Of each tier one running and one in line by thread, in groups of one while threads are idle.
+    assert 0 < len(node.far_reads.jobs) <= 2 * 2 * node.far_reads.num_threads
+
+
+def test_a_page_from_far_is_written_near() -> None:
+    node = near_far()
+    node.store_far(*KEYS)
+    node.look_up(KEYS, number=1)
+    while node.reply() is None:
+        node.reads.end_all()
+        node.far_reads.end_all()
+    node.writes.end_all()
+
+    assert node.tier.contains(NAMESPACE, KEYS) == len(KEYS)
+    assert not node.far_writes.jobs
+
+
+def test_a_page_from_far_is_not_written_near_while_near_has_enough_to_do() -> None:
+    node = near_far(max_write_pages=8)
+    dump(node, *[key(i) for i in range(100, 104)])
+    node.store_far(*KEYS)
+    node.look_up(KEYS, number=1)
+    while node.reply() is None:
+        node.reads.end_all()
+        node.far_reads.end_all()
+
+    assert node.core.queues()["write_pages"] == 4
+    assert node.told() == {}
+
+
+# -- promised --------------------------------------------------------------------------------
+
+
+def test_a_promised_page_is_waited_for_in_both() -> None:
+    node = near_far()
+    node.expect(KEYS)
+    node.reads.end_all()
+    node.far_reads.end_all()
+    assert node.reply() is None
+    node.store(*KEYS[:3])
+    node.store_far(*KEYS[3:])
+    for _ in range(4):
+        node.timers.fire()
+        node.reads.end_all()
+        node.far_reads.end_all()
+
+    assert offsets(node) == len(KEYS)
+
+
+def test_a_far_tier_that_hangs_holds_up_no_promised_page_that_near_has() -> None:
+    node = near_far()
+    node.expect(KEYS)
+    node.reads.end_all()
+    node.store(*KEYS)
+    node.timers.fire()
+    node.reads.end_all()
+
+    assert node.far_reads.jobs and offsets(node) == len(KEYS)
+
+
+def test_a_promised_page_that_has_gone_near_may_be_far() -> None:
+    node = near_far()
+    node.store(*KEYS[1:])
+    node.store_far(KEYS[0])
+    node.expect(KEYS)
+    for _ in range(4):
+        node.reads.end_all()
+        node.far_reads.end_all()
+        node.timers.fire()
+
+    assert offsets(node) == len(KEYS)
+
+
+def test_a_promised_page_that_has_gone_in_both_was_evicted() -> None:
+    node = near_far()
+    node.store(*KEYS[1:])
+    node.expect(KEYS)
+    for _ in range(4):
+        node.reads.end_all()
+        node.far_reads.end_all()
+        node.timers.fire()
+
+    reply = node.reply()
+    assert reply is not None and (reply.offsets, reply.reason) == ([], Outcome.EVICTED)
+
+
+def test_promised_pages_are_waited_for_while_both_fail_no_longer_than_that() -> None:
+    node = near_far()
+    node.expect(KEYS)
+    node.reads.end_all(error=GONE)
+    node.far_reads.end_all(error=GONE)
+    for _ in range(3):
+        node.timers.fire()
+        node.reads.end_all(error=GONE)
+        node.far_reads.end_all(error=GONE)
+
+    reply = node.reply()
+    assert reply is not None and reply.reason is Outcome.IO_ERROR
+
+
+# -- writing ---------------------------------------------------------------------------------
+
+
+def test_what_is_dumped_is_written_to_both_each_in_its_own_order() -> None:
+    node = near_far()
+    dump(node, *KEYS)
+    node.writes.end_all()
+    assert node.tier.contains(NAMESPACE, KEYS) == len(KEYS)
+    assert node.far.contains(NAMESPACE, KEYS) == 0
+    # The last is staged first, and waits for the others.
+    while node.far_writes.jobs:
+        node.far_writes.end(-1)
+        stored = [node.far.contains(NAMESPACE, [each]) == 1 for each in KEYS]
+        assert stored == sorted(stored, reverse=True)
+
+    assert all(stored)
+    assert node.core.slots.counts().pins == 0
+
+
+def test_far_keeps_a_page_in_memory_until_it_has_it() -> None:
+    node = near_far(num_slots=16)
+    dump(node, *KEYS[:2])
+    node.writes.end_all()
+    for i in range(100, 140):
+        dump(node, key(i))
+        node.writes.end_all()
+    assert node.core.slots.find(KEYS[0]) is not None
+
+    node.far_writes.end_all()
+    assert node.far.contains(NAMESPACE, KEYS[:2]) == 2
+
+
+def test_what_far_has_no_room_for_is_dropped_counted_and_kept_near() -> None:
+    node = near_far(num_slots=32)
+    keys = [key(i) for i in range(20)]
+    dump(node, *keys)
+    node.writes.end_all()
+
+    assert node.tier.contains(NAMESPACE, keys) == len(keys)
+    assert node.core.queues()["far_write_pages"] == 8  # a quarter of the memory
+    counters = node.core.counters
+    assert (
+        counters["far_dump_dropped_queue_full"] + counters["far_dump_dropped_after_failed"]
+        == len(keys) - 8
+    )
+    assert node.told() == {}
+
+
+def test_what_far_dropped_is_written_when_it_is_met_again() -> None:
+    node = near_far(num_slots=32)
+    keys = [key(i) for i in range(10)]
+    dump(node, *keys)
+    node.writes.end_all()
+    node.far_writes.end_all()
+    assert node.far.contains(NAMESPACE, keys) == 8
+    node.now_s += 2
+
+    node.look_up(keys, number=1)
+    node.far_writes.end_all()
+
+    assert node.far.contains(NAMESPACE, keys) == len(keys)
+
+
+def test_a_page_that_near_refuses_is_kept_as_long_as_far_may_have_it() -> None:
+    node = near_far()
+    dump(node, KEYS[0])
+    node.writes.end_all(error=FULL)
+    assert node.told() == {}
+    node.far_writes.end_all()
+
+    assert node.told() == {}
+
+
+def test_a_page_that_both_refuse_is_told_whoever_is_last() -> None:
+    for last in ("near", "far"):
+        node = near_far()
+        dump(node, KEYS[0])
+        order = [(node.far_writes, GONE), (node.writes, FULL)]
+        for pool, error in order if last == "near" else reversed(order):
+            assert node.told() == {}
+            pool.end_all(error=error)
+
+        assert list(node.told()) == [KEYS[0]]
+
+
+def test_a_page_that_only_far_refuses_is_tried_again_and_nobody_is_told() -> None:
+    node = near_far()
+    dump(node, KEYS[0])
+    node.writes.end_all()
+    node.far_writes.end_all(error=GONE)
+    assert node.told() == {}
+    node.now_s += 2
+    node.core.tick()
+    node.far_writes.end_all()
+
+    assert node.far.contains(NAMESPACE, KEYS[:1]) == 1
+
+
+def test_a_page_that_is_read_near_is_looked_for_far_a_while_later() -> None:
+    """Who wrote it near was killed before far had it."""
+    node = near_far()
+    node.store(*KEYS)
+    node.look_up(KEYS, number=1)
+    node.reads.end_all()
+    assert not node.far_reads.jobs and not node.far_writes.jobs
+    node.release(1)
+    node.now_s += 61
+
+    for number in (2, 3):
+        node.look_up(KEYS, number=number)
+        node.reads.end_all()
+        node.far_reads.end_all()
+        node.far_writes.end_all()
+
+    assert node.far.contains(NAMESPACE, KEYS) == len(KEYS)
+
+
+# -- in storage ------------------------------------------------------------------------------
+
+
+def test_in_storage_is_what_both_have() -> None:
+    node = near_far()
+    dump(node, KEYS[0])
+    node.writes.end_all()
+    node.find(KEYS[0], storage=True)
+    assert node.answer() == ([p.IN_MEMORY | p.QUEUED | p.IN_NEAR], "")
+    node.far_writes.end_all()
+    node.find(KEYS[0], storage=True)
+    node.reads.end_all()
+    node.far_reads.end_all()
+
+    assert node.answer() == ([ALL], "")
+
+
+def test_what_far_can_not_tell_is_not_in_storage() -> None:
+    node = near_far()
+    dump(node, KEYS[0])
+    node.writes.end_all()
+    node.far_writes.end_all(error=GONE)
+    node.find(KEYS[0], storage=True)
+    node.reads.end_all()
+    node.far_reads.end_all(error=GONE)
+
+    assert node.answer() == ([p.IN_MEMORY | p.IN_NEAR], "io_error")
+
+
+def test_a_page_is_found_in_either() -> None:
+    node = near_far()
+    node.store(KEYS[0])
+    node.store_far(KEYS[1])
+    node.find(*KEYS[:3])
+    node.reads.end_all()
+    node.far_reads.end_all()
+
+    assert node.answer() == ([p.IN_STORAGE, p.IN_STORAGE, 0], "")
+
+
+# -- starting --------------------------------------------------------------------------------
+
+
+def test_nobody_s_start_waits_for_far() -> None:
+    assert not near_far().far_writes.jobs
+
+
+def test_a_manifest_is_found_in_either() -> None:
+    node = near_far()
+    node.far.open_namespace(NAMESPACE)
+    node.tier._manifests.clear()
+    node.core.handle(node.connection, p.GetManifest(id=1, fingerprint=NAMESPACE.fingerprint))
+    node.writes.end_all()
+    node.far_writes.end_all()
+
+    (found,) = node.inbox
+    assert isinstance(found, p.ManifestFound) and found.manifest == NAMESPACE.manifest_json
