@@ -7,7 +7,7 @@ storage answers, a promised offset holds exactly the page of its key until it is
 from __future__ import annotations
 
 import random
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from hashlib import sha256
 
 from hypothesis import settings
@@ -22,13 +22,13 @@ from hypothesis.stateful import (
 
 from tests.parts.laned import LanedTier, lanes_of
 from tests.parts.node import node_parts
-from tests.parts.pools import DisorderlyPool, SharedPool, Timers
+from tests.parts.pools import DisorderlyPool, Timers
 from tests.store.tiers.memory_tier import MemoryTier
 from ucm.store.blocks.keys import Key, block_keys, root_key
 from ucm.store.node import protocol as p
 from ucm.store.node.core import NodeCore
 from ucm.store.node.lanes import Lanes
-from ucm.store.node.parts import Behind, NodeParts, far_parts
+from ucm.store.node.parts import NodeParts
 from ucm.store.node.sessions import Connection
 from ucm.store.node.slots import SlotTable
 from ucm.store.tiers.tier import TierNamespace
@@ -331,36 +331,6 @@ class TwoLanesMachine(NodeMachine):
         return lanes_of(pool, self.tier)
 
 
-class NearFarMachine(NodeMachine):
-    """The same with a tier behind it, which has some of what near has and some of what it lacks."""
-
-    def with_more(self, parts: NodeParts) -> NodeParts:
-        self.far = MemoryTier()
-        self.far_published: set[Key] = set()
-        for key in [*PROMPTS[0][4:], *PROMPTS[1]]:
-            if not self.far.contains(NAMESPACE, [key]):
-                staged = self.far.stage(NAMESPACE, key, memoryview(content(key)), num_tokens=1)
-                assert staged is not None
-                self.far.publish(staged)
-        # Calls of both end in one disorder.
-        reads, writes = (Lanes([SharedPool(pool)], self.far) for pool in (self.reads, self.writes))
-        return replace(parts, far=far_parts(parts, Behind(self.far, reads, writes, writes)))
-
-    @rule(key=st.sampled_from(list(PARENT)), is_far=st.booleans())
-    def a_page_is_removed(self, key, is_far) -> None:
-        (self.far if is_far else self.tier)._pages.pop((FINGERPRINT, key), None)
-
-    @invariant()
-    def what_is_far_is_right(self) -> None:
-        page = memoryview(bytearray(PAGE))
-        for key in set(PARENT) - self.far_published:
-            if self.far.read(NAMESPACE, key, page).status.name == "HIT":
-                assert bytes(page) == content(key)
-                self.far_published.add(key)
-
-
-NearFarMachine.TestCase.settings = settings(max_examples=100, stateful_step_count=60, deadline=None)
-TestNearFarMachine = NearFarMachine.TestCase
 TwoLanesMachine.TestCase.settings = settings(max_examples=75, stateful_step_count=60, deadline=None)
 TestTwoLanesMachine = TwoLanesMachine.TestCase
 NodeMachine.TestCase.settings = settings(max_examples=150, stateful_step_count=60, deadline=None)
