@@ -112,3 +112,18 @@ def test_hits_are_split_by_where_the_pages_were() -> None:
     assert view.read_ms == 2.5 and view.write_ms is None
     assert view.missed == {"never_stored": 3}
     assert view.unwritten == {"full": 3}
+
+
+def test_what_a_far_tier_reads_is_from_files_too() -> None:
+    before = sample(10.0)
+    after = sample(
+        12.0,
+        lookup_blocks_hit=80,
+        read_hit=20,
+        far_read_hit=10,
+        tier_read_pages=20,
+        far_tier_read_pages=10,
+    )
+    view = node_view(before, after, socket="/s", backends=[])
+
+    assert (view.rates.hit_memory, view.rates.hit_files, view.rates.pages_read) == (25, 15, 15)

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
-from tests.parts.node import NAMESPACE, Node, key
+import pytest
+
+from tests.parts.node import NAMESPACE, PAGE, Node, key
 from ucm.errors import TierError
 from ucm.outcome import Outcome
+from ucm.store.node import page_reads
 from ucm.store.node import protocol as p
 
 KEYS = [key(i) for i in range(6)]
@@ -100,21 +103,36 @@ def test_storage_that_fails_near_is_made_up_for_by_far() -> None:
     assert offsets(node) == len(KEYS)
 
 
-def test_reads_that_far_is_busy_with_are_bounded() -> None:
+def test_reads_that_far_is_busy_with_are_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
     """Near says quickly that it lacks a page; the slots are others', too."""
+    monkeypatch.setattr(page_reads, "_READ_BYTES", PAGE)
     node = near_far(num_slots=64)
     keys = [key(i) for i in range(60)]
     node.store_far(*keys)
     node.look_up(keys, number=1)
-    for _ in range(8):
+    for _ in range(20):
         node.reads.end_all()
-        if node.core.slots.counts().filling:
-            break
-        node.far_reads.end_all()
+        questions = [job[0].func == node.far.contains for job in node.far_reads.jobs]
+        if True in questions:
+            node.far_reads.end(questions.index(True))
+
+    # One running and one in line for each thread of each tier.
+    most = 2 * (node.reads.num_threads + node.far_reads.num_threads)
+    assert node.far_reads.num_threads <= len(node.far_reads.jobs) < most
+    assert node.core.slots.counts().filling < most
+
+
+def test_small_pages_are_read_side_by_side_from_far() -> None:
+    """Near reads them in groups, one after the other; far each takes as long as a large one."""
+    node = near_far(num_slots=512)
+    keys = [key(i) for i in range(8)]
+    node.store_far(*keys)
+    node.look_up(keys, number=1)
+    node.reads.end_all()
+    node.far_reads.end_one()
     node.reads.end_all()
 
-    # Of each tier one running and one in line by thread, in groups of one while threads are idle.
-    assert 0 < len(node.far_reads.jobs) <= 2 * 2 * node.far_reads.num_threads
+    assert len(node.far_reads.jobs) == len(keys)
 
 
 def test_a_page_from_far_is_written_near() -> None:

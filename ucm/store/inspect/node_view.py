@@ -14,6 +14,7 @@ import msgspec
 from ucm.config.node_socket import default_socket_path
 from ucm.config.settings import PIPELINES, StoreSettings, load_settings_file
 from ucm.errors import ConfigError, NodeUnavailable
+from ucm.metrics import FAR
 from ucm.outcome import MISSED, UNWRITTEN, Outcome
 from ucm.store.inspect.node_client import connect_tool, first_answer
 from ucm.store.node import protocol as p
@@ -50,7 +51,7 @@ class Rates(msgspec.Struct, frozen=True, kw_only=True):
 class NodeView(msgspec.Struct, frozen=True, kw_only=True):
     """`slots` are by state, `queues` by what waits there. `missed` and `unwritten` count blocks and
     pages by reason, since the node cache was started; without those that never occurred.
-    `read_ms` and `write_ms` are what a page took lately, None if there was none."""
+    `read_ms` and `write_ms` are what a page took lately, of two tiers near; None if there was none."""
 
     socket: str
     pid: int
@@ -182,12 +183,15 @@ class _Change:
     def per_s(self, counter: str) -> float:
         return round(self.of(counter) / self._seconds, 3)
 
+    def of_tiers_per_s(self, counter: str) -> float:
+        return round(self.per_s(counter) + self.per_s(FAR + counter), 3)
+
     def ms_for_each(self, kind: str) -> float | None:
         pages = self.of(f"{kind}_pages")
         return round(self.of(f"{kind}_us") / pages / 1000, 3) if pages else None
 
     def rates(self) -> Rates:
-        hits, from_files = self.per_s("lookup_blocks_hit"), self.per_s("read_hit")
+        hits, from_files = self.per_s("lookup_blocks_hit"), self.of_tiers_per_s("read_hit")
         evicted = self._after.slots["evictions"] - self._before.slots["evictions"]
         return Rates(
             seconds=round(self._seconds, 3),
@@ -197,9 +201,9 @@ class _Change:
             hit_memory=max(0.0, round(hits - from_files, 3)),
             hit_files=min(hits, from_files),
             pages_dumped=self.per_s("dump_committed"),
-            pages_read=self.per_s("tier_read_pages"),
-            pages_written=self.per_s("tier_write_pages"),
-            bytes_read=self.per_s("tier_read_bytes"),
-            bytes_written=self.per_s("tier_write_bytes"),
+            pages_read=self.of_tiers_per_s("tier_read_pages"),
+            pages_written=self.of_tiers_per_s("tier_write_pages"),
+            bytes_read=self.of_tiers_per_s("tier_read_bytes"),
+            bytes_written=self.of_tiers_per_s("tier_write_bytes"),
             evictions=round(max(0, evicted) / self._seconds, 3),
         )

@@ -151,9 +151,11 @@ class PageReads:
             else:
                 self._gone(filling, end)
         if self._far is not None:
-            for pool, some in self._far.reads.split(list(elsewhere), _key_of):
-                on_read = partial(self._on_far_read, self._far, elsewhere)
-                self._submit(job, self._far, pool, some, on_read)
+            on_read = partial(self._on_far_read, self._far, elsewhere)
+            # One by one: it is the way that takes long, whatever the size of a page.
+            for filling in elsewhere:
+                pool = self._far.reads.of(filling.key)
+                self._submit(job, self._far, pool, [filling], on_read)
 
     def _is_worth_far(self, job: LookupJob, filling: Filling) -> bool:
         """There may be a page, and somebody waits for it."""
