@@ -40,7 +40,7 @@ def race(
         at_once(partial(client, server, prompts[i::_NUM_CLIENTS]) for i in range(_NUM_CLIENTS))
     promised = num_prompts * 1499
     gained = handed_over_since(decode.client, before, promised)
-    assert (gained.promised, gained.loaded, gained.recomputed) == (promised, promised, {})
+    assert (gained.promised, gained.loaded, gained.recomputed) == (promised, promised, {}), gained
     assert gained.receipts == ({"taken": num_prompts} if handoff == "chain" else {})
     hits = counted(decode.client, vllm_before, num_prompts * 1500).external_hits
     assert hits == num_prompts * decode.handed_over_tokens(prompts[0])
