@@ -51,7 +51,7 @@ class Rates(msgspec.Struct, frozen=True, kw_only=True):
 class NodeView(msgspec.Struct, frozen=True, kw_only=True):
     """`slots` are by state, `queues` by what waits there. `missed` and `unwritten` count blocks and
     pages by reason, since the node cache was started; without those that never occurred.
-    `read_ms` and `write_ms` are what a page took lately, of two tiers near; None if there was none."""
+    `read_ms` and `write_ms` are what a page took lately (near, of two tiers); None: none was."""
 
     socket: str
     pid: int
