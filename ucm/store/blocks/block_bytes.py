@@ -28,10 +28,11 @@ def block_header(
     return bytes(header)
 
 
-def block_bytes(block: BlockId, header: bytes, page: memoryview) -> bytes:
-    """The whole file. What lies in the padding of `page` is anybody's old data, and stays here."""
+def block_parts(block: BlockId, header: bytes, page: memoryview) -> list[bytes | memoryview]:
+    """The whole file, without a copy of the page. What lies in the padding of `page` is anybody's
+    old data, and stays here."""
     padding = bytes(len(page) - block.page_bytes)
-    return b"".join((header, page[: block.page_bytes], padding))
+    return [header, page[: block.page_bytes], padding]
 
 
 def check_head(

@@ -7,7 +7,7 @@ and raises TierError for whatever the server or the way to it does.
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from datetime import timedelta
 from typing import TYPE_CHECKING, TypeVar
@@ -79,11 +79,13 @@ class Bucket:
         self._lock = threading.Lock()
         self._client: S3Store | None = None
 
-    def put(self, name: str, content: bytes) -> None:
-        """One request: the object is there as a whole, or not at all."""
+    def put(self, name: str, parts: Sequence[bytes | memoryview]) -> None:
+        """One request: the object is there as a whole, or not at all. It is sent from where the
+        parts lie, which the client lets go of when this returns or raises."""
 
         def put(client: S3Store) -> None:
-            obstore.put(client, name, content, use_multipart=False)
+            # As one buffer they would be copied once more.
+            obstore.put(client, name, parts, use_multipart=False)
 
         self._call(name, "can't be written", put)
 

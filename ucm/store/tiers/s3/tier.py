@@ -16,7 +16,7 @@ from collections.abc import Sequence
 
 from ucm.errors import TierError
 from ucm.outcome import Outcome
-from ucm.store.blocks.block_bytes import block_bytes, block_header, check_head, take_page
+from ucm.store.blocks.block_bytes import block_header, block_parts, check_head, take_page
 from ucm.store.blocks.blockfile import HEADER_BYTES, BlockId
 from ucm.store.blocks.keys import Key
 from ucm.store.blocks.page_key import PageKey
@@ -148,7 +148,7 @@ class S3Tier(Tier):
             raise TierError(f"{self._place}: {name}: not staged any more", reason=Outcome.IO_ERROR)
         header, page = found
         block = BlockId(staged.key, namespace.fingerprint, namespace.page_bytes)
-        self._bucket.put(name, block_bytes(block, header, page))
+        self._bucket.put(name, block_parts(block, header, page))
 
     def discard(self, staged: Staged) -> None:
         with self._lock:
