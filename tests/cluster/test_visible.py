@@ -43,7 +43,7 @@ def test_ordinary_lookups_see_a_page_within_a_second_after_they_missed_it(
 ) -> None:
     asked = {"name": "missed", "count": NUM_PAGES}
     assert cluster.b.ask("load", store, **asked) == 0
-    cluster.b.begin("wait_ordinary", store, **asked, timeout_s=40.0, pause_s=0.05)
+    cluster.b.begin("wait_ordinary", store, **asked, timeout_s=20.0, pause_s=0.0)
     published_s = cluster.a.ask("publish", store, **asked, pause_s=0.02)
     seen = delays(published_s, cluster.b.node.end())
     record(cluster, "lookup after a miss", seen)

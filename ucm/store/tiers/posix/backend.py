@@ -20,10 +20,11 @@ from ucm.outcome import Outcome
 from ucm.store.blocks.keys import Key
 from ucm.store.blocks.page_key import PageKey
 from ucm.store.tiers.posix import paths
-from ucm.store.tiers.posix.filesystem import Mount, mount_of
+from ucm.store.tiers.posix.filesystem import Mount, SeenThrough, mount_of
 from ucm.store.tiers.posix.lost_mount import Identity
 from ucm.store.tiers.posix.os_errors import is_gone, tier_error, translated
 from ucm.store.tiers.posix.plain_files import NotPlain, check_directory, read_plain
+from ucm.store.tiers.posix.retouch import Retouch
 from ucm.store.tiers.posix.rights import UMASK_DECIDES, FileRights, may_read, say_problems
 
 _logger = logging.getLogger(__name__)
@@ -65,19 +66,17 @@ class Backend:
         # Looked at, and directories indeed.
         self._known_dirs: set[str] = set()
         self._dirs_generation = 0
-        # By device: the mount may be another one later.
-        self._remembers: tuple[int, bool] | None = None
+        self.seen_through = SeenThrough(self.path)
+        self._retouch = Retouch(self._touch)
 
-    def remembers_absences(self) -> bool:
-        """Whether this machine may take a name for missing that another one has made since."""
-        try:
-            device = os.stat(self.path).st_dev
-        except OSError:
-            return False
-        if self._remembers is None or self._remembers[0] != device:
-            mount = mount_of(self.path)
-            self._remembers = device, mount is None or not mount.is_local
-        return self._remembers[1]
+    def changed(self, directory: str) -> None:
+        """Something new is in it: a page, or a directory that this process has made."""
+        if self.seen_through.believes_times():
+            self._retouch.later(directory)
+
+    def _touch(self, directory: str) -> None:
+        if self.identity.is_here():
+            os.utime(directory)
 
     def try_direct(self, act: Callable[[int], _T]) -> _T:
         """`act(flags)` opens its file with `flags` added. O_DIRECT is tried as long as it works:
@@ -113,6 +112,7 @@ class Backend:
                 with self.identity.pinned() as root, contextlib.suppress(FileExistsError):
                     os.mkdir(below, dir_fd=root)
                     self.rights.give_directory(each)
+                    self.changed(os.path.dirname(each))
                 check_directory(each)
             self._known_dirs.add(each)
 
@@ -288,6 +288,7 @@ class Backend:
                 _link_or_rename(temp, path)
             finally:
                 unlink_if_there(temp)
+                self.changed(os.path.dirname(path))
         found = _read_once(path)
         if found is None:
             raise TierError(f"{path}: vanished after it was written", reason=Outcome.IO_ERROR)

@@ -34,6 +34,40 @@ class Mount:
         """Only this machine can change it, so what this machine remembers of it is true."""
         return self.kind in _LOCAL
 
+    @property
+    def believes_times(self) -> bool:
+        """It believes in what it remembers of a directory as long as that has its time of change,
+        which may be the same before and after a change (revalidate.py)."""
+        return self.kind.startswith("nfs")
+
+
+class SeenThrough:
+    """The mount that a directory is seen through. Looked up anew when its device is another one:
+    the mount may be another one later."""
+
+    def __init__(self, path: str) -> None:
+        self._path = path
+        self._known: tuple[int, Mount | None] | None = None
+
+    def remembers_absences(self) -> bool:
+        """Whether this machine may take a name for missing that another one has made since."""
+        is_there, mount = self._look()
+        return is_there and (mount is None or not mount.is_local)
+
+    def believes_times(self) -> bool:
+        _, mount = self._look()
+        return mount is not None and mount.believes_times
+
+    def _look(self) -> tuple[bool, Mount | None]:
+        """Whether there is anything, and its mount as far as the mount table can tell."""
+        try:
+            device = os.stat(self._path).st_dev
+            if self._known is None or self._known[0] != device:
+                self._known = device, mount_of(self._path)
+        except OSError:
+            return False, None
+        return True, self._known[1]
+
 
 def mount_of(path: str) -> Mount | None:
     """Of what lies at `path` now. None where the mount table can't tell. Raises OSError if nothing

@@ -7,7 +7,7 @@ And a name that is to be made is looked up where it is kept.
 
 NFS believes in an absence as long as the directory's time of change stays what it was. A file that
 appears within one tick of the server's clock after somebody looked for it leaves that time as it
-is: `doubt` moves it.
+is. Its writer moves that a moment later (retouch.py); where no writer has, `doubt` does.
 """
 
 from __future__ import annotations

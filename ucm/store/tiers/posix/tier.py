@@ -51,7 +51,8 @@ _MAX_DIRECTORY_TRIES = 3
 
 
 class PosixTier(Tier):
-    """Does no I/O before the first call, starts no threads, keeps no file open between calls."""
+    """Does no I/O before the first call, keeps no file open between calls, and starts no thread but
+    for a moment after a page for NFS (retouch.py)."""
 
     def __init__(
         self,
@@ -127,7 +128,8 @@ class PosixTier(Tier):
             except OSError as error:
                 if not is_gone(error):
                     raise tier_error(path, _LOOKING_UP, error) from error
-            if not (backend.remembers_absences() and self.contains_now(namespace, key)):
+            may_be_there = backend.seen_through.remembers_absences()
+            if not (may_be_there and self.contains_now(namespace, key)):
                 return i
         return len(keys)
 
@@ -218,7 +220,7 @@ class PosixTier(Tier):
     def publish(self, staged: Staged) -> None:
         target = paths.temp_target(staged.ticket)
         try:
-            self._placement.to_write(staged.key)
+            backend = self._placement.to_write(staged.key)
         except TierError:
             self.discard(staged)
             raise
@@ -229,10 +231,10 @@ class PosixTier(Tier):
             except OSError as error:
                 # An NFS client repeats a rename whose answer was lost, and then finds nothing to
                 # rename: what counts is that a file is there.
-                if error.errno == errno.ENOENT and os.path.exists(target):
-                    return
-                self.discard(staged)
-                raise
+                if error.errno != errno.ENOENT or not os.path.exists(target):
+                    self.discard(staged)
+                    raise
+        backend.changed(os.path.dirname(target))
 
     def discard(self, staged: Staged) -> None:
         """What it took of a limit counts as written until the store is counted anew."""
