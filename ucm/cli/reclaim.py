@@ -18,6 +18,7 @@ from ucm.cli.printing import (
     say,
     size,
 )
+from ucm.cli.reclaim_bucket import Amount, bucket_to_reclaim, reclaim_bucket
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -36,6 +37,19 @@ def reclaim(
             "--free-gb", min=0, max=1 << 30, help="how many GiB to free, over all backends"
         ),
     ] = None,
+    keep_gb: Annotated[
+        float | None,
+        typer.Option("--keep-gb", min=0, max=1 << 30, help="how many GiB may stay in a bucket"),
+    ] = None,
+    older_than_days: Annotated[
+        float | None,
+        typer.Option(
+            "--older-than-days", min=0, max=36_500, help="what was written before goes, of a bucket"
+        ),
+    ] = None,
+    tier: Annotated[
+        str, typer.Option("--tier", help="posix or s3, where the settings name both")
+    ] = "",
     dry_run: Annotated[
         bool, typer.Option("--dry-run", help="delete nothing, tell what would go")
     ] = False,
@@ -48,18 +62,33 @@ def reclaim(
     force: Annotated[
         bool, typer.Option("--force", help="beside a node cache that reclaims as well")
     ] = False,
+    max_requests: Annotated[
+        int, typer.Option("--max-requests", min=1, max=1 << 30, help="how often to ask a bucket")
+    ] = 20_000,
+    max_s: Annotated[
+        float, typer.Option("--max-s", min=1, max=86_400, help="how long to ask a bucket")
+    ] = 600.0,
     as_json: AsJson = False,
 ) -> None:
     """Free room while the store is used: tails first, then what was used longest ago.
 
     Without --free-gb it frees what is above the limit at which the node caches of a settings file
-    begin to (posix_capacity_gb). What goes is computed again when it is next asked for.
+    begin to (posix_capacity_gb). What goes is computed again when it is next asked for. In a bucket
+    what was written longest ago goes, as nothing tells when an object was used: say one of
+    --free-gb, --keep-gb and --older-than-days.
     """
+    from ucm.store.inspect.bucket_walk import Bounds
     from ucm.store.inspect.given import given_store
     from ucm.store.inspect.reclaim_now import reclaim_now
 
+    of_bucket = Amount(free_gb, keep_gb, older_than_days)
     with one_line_for_errors("ucm reclaim"), progress("reclaiming"):
-        given = given_store(store)
+        given = given_store(store, may_be_bucket=True)
+        bucket = bucket_to_reclaim(given, tier, of_bucket)
+        if bucket is not None:
+            bucket_order = of_bucket.order(given, grace_s, is_dry=dry_run)
+            freed = reclaim_bucket(bucket, bucket_order, Bounds(max_requests, max_s), as_json)
+            raise typer.Exit(0 if freed else STATUS_WRONG)
         order = _order(given, free_gb, grace_s, is_dry=dry_run, is_forced=force)
         found = [reclaim_now(backend, order) for backend in given.backends]
     if as_json:

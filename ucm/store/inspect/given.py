@@ -1,31 +1,42 @@
-"""What a tool was given to look at: a storage backend's directory, or a file of settings."""
+"""What a tool was given to look at: a storage backend's directory, or a file of settings, which may
+name a bucket."""
 
 from __future__ import annotations
 
 import os
 from dataclasses import dataclass
 
+from ucm.config.s3_settings import S3_STAGE
 from ucm.config.settings import Settings, load_settings_file
 from ucm.errors import ConfigError
 from ucm.store.blocks.page_key import PageKey, page_key_of
+from ucm.store.inspect.bucket_walk import StoredBucket, stored_bucket
 from ucm.store.tiers.posix import paths
+
+_BUCKET_URL = "s3://"
 
 
 @dataclass(frozen=True)
 class GivenStore:
-    """`backends` are absolute paths, `settings` those of the file if it was one."""
+    """`backends` are absolute paths, `settings` those of the file if it was one, which may name a
+    bucket as well, or a bucket alone."""
 
     backends: tuple[str, ...]
     settings: Settings | None = None
+
+    def bucket(self) -> StoredBucket | None:
+        """None: nothing is stored in one. Raises ConfigError where its client isn't installed."""
+        return stored_bucket(self.settings.store) if self.settings is not None else None
 
     def page_key(self) -> PageKey | None:
         """That of the settings. Raises ConfigError."""
         return page_key_of(self.settings.store.page_key_file) if self.settings is not None else None
 
 
-def given_store(argument: str) -> GivenStore:
-    """Backends that are there. Raises ConfigError for what is neither, or no storage backend."""
-    given = given_place(argument)
+def given_store(argument: str, *, may_be_bucket: bool = False) -> GivenStore:
+    """Backends that are there. Raises ConfigError for what is neither, or no storage backend; and
+    for a bucket alone, unless it may be one."""
+    given = given_place(argument, may_be_bucket=may_be_bucket)
     for backend in given.backends:
         if not _is_backend(backend):
             raise ConfigError(
@@ -35,16 +46,27 @@ def given_store(argument: str) -> GivenStore:
     return given
 
 
-def given_place(argument: str) -> GivenStore:
+def given_place(argument: str, *, may_be_bucket: bool = False) -> GivenStore:
     """`given_store` for directories that need not be backends yet. Raises ConfigError."""
+    if argument.startswith(_BUCKET_URL):
+        raise ConfigError(
+            f"{argument}: name a settings file instead, with s3_bucket, s3_prefix, and how it is "
+            f"reached (s3_endpoint, s3_region)"
+        )
     if os.path.isdir(argument):
         return GivenStore((os.path.abspath(argument),))
     if not os.path.lexists(argument):
         raise ConfigError(f"{argument}: is not there: name a storage backend or a settings file")
     settings = load_settings_file(argument)
     backends = settings.store.storage_backends
-    if not backends:
+    has_bucket = S3_STAGE in settings.store.pipeline
+    if not backends and not has_bucket:
         raise ConfigError(f"{argument}: store_pipeline: has no storage to look at")
+    if not backends and not may_be_bucket:
+        raise ConfigError(
+            f"{argument}: stores in a bucket alone, and this tool looks at directories: use the "
+            f"bucket's own tools; `ucm reclaim` frees room in one"
+        )
     return GivenStore(backends, settings)
 
 

@@ -14,6 +14,7 @@ from typing import Final
 import msgspec
 
 from ucm.errors import TierError
+from ucm.store.blocks.page_names import parse_page_name
 from ucm.store.inspect.contents import backend_id, num_quarantined
 from ucm.store.inspect.model_label import model_label
 from ucm.store.inspect.speed import FOLDER_START, ProbeLoad, Speed, SpeedTest, own_folder
@@ -201,7 +202,7 @@ def _first_page_bytes(directory: str) -> int:
                 if entry.is_dir(follow_symlinks=False):
                     directory = entry.path
                     break
-                if paths.parse_block_name(entry.name) and entry.is_file(follow_symlinks=False):
+                if parse_page_name(entry.name) and entry.is_file(follow_symlinks=False):
                     return max(0, entry.stat(follow_symlinks=False).st_size - _DIRECT_BYTES)
             else:
                 return 0

@@ -13,6 +13,7 @@ from ucm.store.blocks.blockfile import HEADER_BYTES, Header, decode_header
 from ucm.store.blocks.keys import Key, TailKey
 from ucm.store.blocks.namespace import Manifest
 from ucm.store.blocks.page_key import NO_KEY_ID, PageKey
+from ucm.store.blocks.page_names import parse_page_name
 from ucm.store.inspect.contents import used_s
 from ucm.store.inspect.model_label import model_label
 from ucm.store.inspect.page_check import Condition, ExpectedPage, PageCheck, PageChecker
@@ -134,7 +135,7 @@ def _by_its_place(path: str) -> tuple[ExpectedPage | None, NamespaceFolder | Non
     """What the path promises; the folder if it is where readers look."""
     directory, name = os.path.split(path)
     levels = directory.split("/")
-    key = paths.parse_block_name(name)
+    key = parse_page_name(name)
     if key is not None and len(levels) > paths.LEVELS:
         backend, namespace, first, second = *_split(levels), *levels[-2:]
         if paths.is_own_directory(namespace, level=1) and name[:4] == first + second:

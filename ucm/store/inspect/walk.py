@@ -16,6 +16,7 @@ from enum import Enum
 from ucm.errors import UcmError
 from ucm.store.blocks.keys import Key
 from ucm.store.blocks.namespace import Manifest, fingerprint, from_json, is_of_another_version
+from ucm.store.blocks.page_names import fingerprint_in, key_id_in, parse_page_name
 from ucm.store.tiers.posix import paths
 from ucm.store.tiers.posix.os_errors import is_gone, is_not_there, tier_error
 from ucm.store.tiers.posix.plain_files import DIRECTORY_FLAGS, NotPlain, read_plain
@@ -36,11 +37,11 @@ class NamespaceFolder:
 
     @property
     def fingerprint(self) -> bytes:
-        return bytes.fromhex(self.name.partition("-")[0])
+        return fingerprint_in(self.name)
 
     @property
     def key_id(self) -> bytes:
-        return paths.key_id_in(self.name)
+        return key_id_in(self.name)
 
 
 class Wrong(Enum):
@@ -140,7 +141,7 @@ def files_in(fd: int, first: str, second: str) -> Iterator[FoundName]:
     """All names of one directory of pages, which is open as `fd`. Raises OSError."""
     with os.scandir(fd) as entries:
         for entry in entries:
-            key = paths.parse_block_name(entry.name)
+            key = parse_page_name(entry.name)
             if key is None:
                 is_temporary = paths.parse_temp_name(entry.name) is not None
                 yield FoundName(entry.name, Kind.TEMPORARY if is_temporary else Kind.STRANGE)

@@ -8,6 +8,7 @@ I/O in an engine. The stages behind it are tiers, the nearest first. ucm/config/
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import TYPE_CHECKING
 
 from ucm.config.settings import StoreSettings
 from ucm.errors import ConfigError
@@ -18,6 +19,9 @@ from ucm.store.tiers.posix.rights import file_rights
 from ucm.store.tiers.posix.space import FreeSpace
 from ucm.store.tiers.posix.tier import PosixTier
 from ucm.store.tiers.tier import NoTier, Tier
+
+if TYPE_CHECKING:
+    from ucm.store.tiers.s3.bucket import BucketPlace
 
 NODE_CACHE_STAGE = "Cache"
 
@@ -55,15 +59,29 @@ def _s3(settings: StoreSettings) -> Tier:
     # Only who stores in a bucket has the client.
     try:
         from ucm.store.tiers.s3.breaker import BucketBreaker
-        from ucm.store.tiers.s3.bucket import Bucket, BucketPlace
+        from ucm.store.tiers.s3.bucket import Bucket
         from ucm.store.tiers.s3.tier import S3Tier
     except ModuleNotFoundError as error:
-        raise ConfigError(
-            f"store_pipeline: the S3 stage needs the package {error.name}: pip install 'ucm[s3]'"
-        ) from error
+        raise _no_client(error) from error
+
+    return S3Tier(
+        Bucket(bucket_place(settings), BucketBreaker(settings.retry_ms / 1000)),
+        place=settings.s3_place,
+        prefix=settings.s3_prefix,
+        quarantine_per_minute=settings.quarantine_per_minute,
+        page_key=page_key_of(settings.page_key_file),
+    )
+
+
+def bucket_place(settings: StoreSettings) -> BucketPlace:
+    """Of the S3 stage. Raises ConfigError where the client isn't installed."""
+    try:
+        from ucm.store.tiers.s3.bucket import BucketPlace
+    except ModuleNotFoundError as error:
+        raise _no_client(error) from error
 
     assert settings.s3_bucket, "the S3 stage without a bucket: config should have refused it"
-    place = BucketPlace(
+    return BucketPlace(
         bucket=settings.s3_bucket,
         region=settings.s3_region,
         endpoint=settings.s3_endpoint,
@@ -72,12 +90,11 @@ def _s3(settings: StoreSettings) -> Tier:
         credentials_file=settings.s3_credentials_file,
         timeout_s=settings.io_timeout_ms / 1000,
     )
-    return S3Tier(
-        Bucket(place, BucketBreaker(settings.retry_ms / 1000)),
-        place=settings.s3_place,
-        prefix=settings.s3_prefix,
-        quarantine_per_minute=settings.quarantine_per_minute,
-        page_key=page_key_of(settings.page_key_file),
+
+
+def _no_client(error: ModuleNotFoundError) -> ConfigError:
+    return ConfigError(
+        f"store_pipeline: the S3 stage needs the package {error.name}: pip install 'ucm[s3]'"
     )
 
 

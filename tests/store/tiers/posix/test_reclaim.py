@@ -34,6 +34,7 @@ from tests.store.tiers.tier_contract import (
 )
 from ucm.errors import TierError
 from ucm.store.blocks.keys import Key, TailKey
+from ucm.store.blocks.page_names import is_tail_name
 from ucm.store.tiers.posix import paths
 from ucm.store.tiers.posix.reclaim_plan import WHOLE
 
@@ -165,7 +166,7 @@ def test_tails_go_before_blocks(tmp_path: Path) -> None:
     tier.open_namespace(NS)
     with reclaiming(tier) as node:
         until(lambda: node["reclaimed_files_capacity"] >= 10, "it is reclaimed")
-    assert not [name for name in stored(tmp_path, NS.fingerprint) if paths.is_tail_name(name)]
+    assert not [name for name in stored(tmp_path, NS.fingerprint) if is_tail_name(name)]
     assert len(stored(tmp_path, NS.fingerprint)) >= 80
 
 

@@ -27,9 +27,14 @@ import secrets
 import time
 from dataclasses import dataclass
 
-from ucm.store.blocks.keys import SALT_TAG_BYTES, Key, TailKey
-from ucm.store.blocks.page_names import BLOCK_SUFFIX, namespace_name, page_name
+from ucm.store.blocks.keys import Key
 from ucm.store.blocks.page_names import MANIFEST as MANIFEST
+from ucm.store.blocks.page_names import (
+    PAGE_PATTERN,
+    is_namespace_name,
+    namespace_name,
+    page_name,
+)
 from ucm.store.processes import this_process
 from ucm.store.tiers.posix import writers
 from ucm.store.tiers.posix.writers import WriterName
@@ -44,18 +49,15 @@ RECLAIM_RECORD_BEFORE = "ucm-reclaim-record-before"
 _NODE_PREFIX = "ucm-reclaim-node-"
 
 _RANDOM_BYTES = 8
-_KEY_DIGITS = 64
 LEVELS = 3
 
-_BLOCK = r"[0-9a-f]{64}(\.[1-9]\d{0,4})?\.kv"
-_BLOCK_NAME = re.compile(_BLOCK, re.ASCII)
 _RECLAIM_NODE = re.compile(rf"{_NODE_PREFIX}[0-9a-f]{{16}}", re.ASCII)
 _RECLAIM = rf"{RECLAIM_LEASE}|{RECLAIM_GRANTS}|{_RECLAIM_NODE.pattern}"
 # Nothing else gets one, so that a dot in a host's name is never taken for the target's end.
-_TARGET = rf"(?P<target>{_BLOCK}|{re.escape(MANIFEST)}|{re.escape(BACKEND_ID)}|{_RECLAIM})"
+_TARGET = rf"(?P<target>{PAGE_PATTERN}|{re.escape(MANIFEST)}|{re.escape(BACKEND_ID)}|{_RECLAIM})"
 _TEMP_NAME = re.compile(rf"\.{_TARGET}\.{writers.PATTERN}{re.escape(TEMP_SUFFIX)}", re.ASCII)
 # Where files of ours may lie: in a backend, its namespaces, and two levels of fan-out below.
-_DIRECTORY = re.compile(r"[0-9a-f]{64}(-[0-9a-f]{16})?", re.ASCII), re.compile("[0-9a-f]{2}")
+_FAN_OUT = re.compile("[0-9a-f]{2}")
 
 
 @dataclass(frozen=True)
@@ -127,41 +129,9 @@ def is_reclaim_node(name: str) -> bool:
 def is_own_directory(name: str, *, level: int) -> bool:
     """Whether a directory of this name, `level` levels below a backend, may hold files of ours or
     other such directories. Level 1: namespaces; 2 and 3: the fan-out of keys."""
-    return 1 <= level <= LEVELS and bool(_DIRECTORY[level > 1].fullmatch(name))
-
-
-def key_id_in(namespace: str) -> bytes:
-    """The id of the page key in the name of a namespace's directory; empty without one."""
-    return bytes.fromhex(namespace.partition("-")[2])
-
-
-def is_block_name(name: str) -> bool:
-    """Of a page's file, without its directory."""
-    return _BLOCK_NAME.fullmatch(name) is not None
-
-
-def is_tail_name(name: str) -> bool:
-    """Of a page's file that is a tail's."""
-    return len(name) > _KEY_DIGITS + len(BLOCK_SUFFIX)
-
-
-def key_in(name: str) -> Key:
-    """The key in the name of a page's file."""
-    return Key(bytes.fromhex(name[:_KEY_DIGITS]))
-
-
-def salt_tag_in(name: str) -> bytes:
-    """What the key in the name of a page's file ends with: the tag of its salt if it has one, else
-    part of a digest."""
-    return bytes.fromhex(name[_KEY_DIGITS - 2 * SALT_TAG_BYTES : _KEY_DIGITS])
-
-
-def parse_block_name(name: str) -> Key | None:
-    """The whole key, a TailKey for a tail's, of a page's file. None: it is no page's."""
-    if not is_block_name(name):
-        return None
-    key = key_in(name)
-    return Key(TailKey(key, int(name.split(".")[1]))) if is_tail_name(name) else key
+    if level == 1:
+        return is_namespace_name(name)
+    return 1 < level <= LEVELS and bool(_FAN_OUT.fullmatch(name))
 
 
 def parse_temp_name(name: str) -> TempName | None:

@@ -11,7 +11,7 @@ from contextlib import closing
 from dataclasses import dataclass, field
 
 from ucm.store.blocks.keys import Key
-from ucm.store.tiers.posix import paths
+from ucm.store.blocks.page_names import key_id_in, key_in
 from ucm.store.tiers.posix.reclaim_plan import WHOLE, StoredFile, Want, choose_from_pool, is_young
 from ucm.store.tiers.posix.reclaim_record import mark_of
 from ucm.store.tiers.posix.reclaim_record_files import ReclaimRecorder
@@ -133,8 +133,8 @@ class ReclaimRun:
                 leaf = leaf_of[id(file)]
                 if self._delete(leaf, file):
                     self.done.num_kept -= 1
-                    keys.append(paths.key_in(file.name))
-                    marks.append(mark_of(keys[-1], paths.key_id_in(leaf.namespace)))
+                    keys.append(key_in(file.name))
+                    marks.append(mark_of(keys[-1], key_id_in(leaf.namespace)))
                     for name in file.accounts:
                         freed[name] += file.nbytes
         finally:

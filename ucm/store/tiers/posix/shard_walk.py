@@ -15,6 +15,7 @@ from collections.abc import Callable, Collection, Generator, Iterable
 from contextlib import suppress
 from dataclasses import dataclass, field
 
+from ucm.store.blocks.page_names import is_page_name, is_tail_name, salt_tag_in
 from ucm.store.tiers.posix import paths
 from ucm.store.tiers.posix.os_errors import is_not_there
 from ucm.store.tiers.posix.plain_files import DIRECTORY_FLAGS
@@ -147,7 +148,7 @@ class ShardWalk:
         if not stat.S_ISREG(status.st_mode):
             return
         nbytes = real_bytes(status, self._now_ns())
-        if not (entry.name.startswith(shard) and paths.is_block_name(entry.name)):
+        if not (entry.name.startswith(shard) and is_page_name(entry.name)):
             self._note_other(leaf, entry.name, nbytes)
             return
         leaf.files.append(
@@ -156,7 +157,7 @@ class ShardWalk:
                 nbytes,
                 score_ns=bounded_score_ns(status.st_mtime_ns, status.st_ctime_ns),
                 changed_ns=status.st_ctime_ns,
-                is_tail=paths.is_tail_name(entry.name),
+                is_tail=is_tail_name(entry.name),
                 accounts=self._accounts(leaf, entry.name),
             )
         )
@@ -168,13 +169,13 @@ class ShardWalk:
             return
         leaf.other_bytes += nbytes
         temp = paths.parse_temp_name(name)
-        if temp is not None and paths.is_block_name(temp.target):
+        if temp is not None and is_page_name(temp.target):
             for account in self._accounts(leaf, temp.target)[len(leaf.accounts) :]:
                 leaf.salt_bytes[account] += nbytes
 
     def _accounts(self, leaf: Leaf, name: str) -> tuple[str, ...]:
         if self._salts:
-            salt = salt_account(paths.salt_tag_in(name))
+            salt = salt_account(salt_tag_in(name))
             if salt in self._salts:
                 return (*leaf.accounts, salt)
         return leaf.accounts

@@ -1,4 +1,4 @@
-"""Every object name of the S3 tier is built here.
+"""Every object name of the S3 tier is built and parsed here.
 
     <prefix>/
       <namespace>/manifest.json
@@ -10,12 +10,22 @@ What namespaces and pages are called is what they are called as files (`page_nam
 
 from __future__ import annotations
 
+import re
 import secrets
 
 from ucm.store.blocks.keys import Key
-from ucm.store.blocks.page_names import MANIFEST, namespace_name, page_name
+from ucm.store.blocks.page_names import (
+    MANIFEST,
+    PAGE_PATTERN,
+    is_namespace_name,
+    namespace_name,
+    page_name,
+    parse_page_name,
+)
 
 _RANDOM_BYTES = 8
+QUARANTINE = "quarantine"
+_ASIDE = re.compile(rf"{PAGE_PATTERN}\.[0-9a-f]{{16}}", re.ASCII)
 
 
 class Names:
@@ -34,5 +44,24 @@ class Names:
 
     def quarantine(self, fingerprint: bytes, key: Key) -> str:
         """A new name, because the same page may be damaged twice."""
-        folder = f"{self._below}quarantine/{namespace_name(fingerprint, self._key_id)}"
+        folder = f"{self._below}{QUARANTINE}/{namespace_name(fingerprint, self._key_id)}"
         return f"{folder}/{page_name(key)}.{secrets.token_hex(_RANDOM_BYTES)}"
+
+
+def parse_page(name: str) -> tuple[str, Key] | None:
+    """The namespace and the key of a page, of a name without what is below the prefix. None: nobody
+    looks for it there."""
+    namespace, _, rest = name.partition("/")
+    fan_out, _, page = rest.partition("/")
+    if not is_namespace_name(namespace) or page[:4] != fan_out:
+        return None
+    key = parse_page_name(page)
+    return None if key is None else (namespace, key)
+
+
+def is_aside(name: str) -> bool:
+    """Of a damaged object that a tier has moved aside."""
+    parts = name.split("/")
+    if len(parts) != 3 or parts[0] != QUARANTINE:
+        return False
+    return is_namespace_name(parts[1]) and _ASIDE.fullmatch(parts[2]) is not None

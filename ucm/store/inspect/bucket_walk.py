@@ -1,0 +1,143 @@
+"""Goes through what lies below a prefix of a bucket while others use it, within bounds: so many
+requests, and so much time. Read-only. Memory is bounded by one answer."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from functools import cached_property
+from typing import TYPE_CHECKING, Final
+
+from ucm.config.s3_settings import S3_STAGE
+from ucm.config.settings import StoreSettings
+from ucm.errors import UcmError
+from ucm.store.blocks.keys import Key
+from ucm.store.blocks.page_names import MANIFEST, is_namespace_name
+from ucm.store.tiers.build import bucket_place
+
+if TYPE_CHECKING:
+    from ucm.store.tiers.s3.listed_bucket import ListedBucket, ListedObject
+
+# Behind a slash in the order of names: what comes behind all that is in a folder begins with it.
+_BEHIND_SLASH: Final = "0"
+
+
+@dataclass
+class Bounds:
+    """Of what a tool asks a bucket for. `num_requests` were asked."""
+
+    max_requests: int = 20_000
+    max_s: float = 600.0
+    num_requests: int = 0
+    started_s: float = field(default_factory=time.monotonic)
+
+    def spend(self) -> None:
+        """Before every request. Raises UcmError."""
+        took_s = time.monotonic() - self.started_s
+        if self.num_requests >= self.max_requests or took_s > self.max_s:
+            raise OutOfBounds(
+                f"not all was seen: it ended after {self.num_requests:,} requests and "
+                f"{took_s:.0f} s (--max-requests {self.max_requests}, --max-s {self.max_s:g})"
+            )
+        self.num_requests += 1
+
+
+class OutOfBounds(UcmError):
+    """A bucket has more than may be asked for."""
+
+
+@dataclass(frozen=True)
+class FoundPage:
+    """`name` is the object's, `namespace` that of its folder."""
+
+    name: str
+    namespace: str
+    key: Key
+    size_bytes: int
+    modified_s: float
+
+
+class StoredBucket:
+    """Of settings with an S3 stage. No request before the first call."""
+
+    def __init__(self, settings: StoreSettings) -> None:
+        """Raises ConfigError where the client isn't installed."""
+        self._settings = settings
+        self._place = bucket_place(settings)
+        self._below = f"{settings.s3_prefix}/" if settings.s3_prefix else ""
+
+    @property
+    def place(self) -> str:
+        """For people."""
+        return self._settings.s3_place
+
+    @cached_property
+    def objects(self) -> ListedBucket:
+        from ucm.store.tiers.s3.breaker import BucketBreaker
+        from ucm.store.tiers.s3.listed_bucket import ListedBucket
+
+        # Nobody is spared by not asking: each answer is wanted.
+        return ListedBucket(self._place, BucketBreaker(0.0))
+
+    def name_of(self, below: str) -> str:
+        """The object's name of what is so named below the prefix."""
+        return self._below + below
+
+    def folders(self, bounds: Bounds) -> Iterator[str]:
+        """The first parts of all names below the prefix, sorted. One request each, however much is
+        in them. Raises TierError, and UcmError out of bounds."""
+        after = ""
+        while True:
+            bounds.spend()
+            found = next(self.objects.listed(self._below.rstrip("/"), after=after), [])
+            if not found:
+                return
+            for each in found:
+                name = each.name.removeprefix(self._below)
+                folder, slash, _ = name.partition("/")
+                behind = f"{self._below}{folder}{_BEHIND_SLASH}"
+                if slash and behind > after:
+                    yield folder
+                    after = behind
+            after = max(after, found[-1].name)
+
+    def namespaces(self, bounds: Bounds) -> list[str]:
+        """Raises TierError, and UcmError out of bounds."""
+        return [folder for folder in self.folders(bounds) if is_namespace_name(folder)]
+
+    def all_in(self, folder: str, bounds: Bounds) -> Iterator[ListedObject]:
+        """Raises TierError, and UcmError out of bounds."""
+        answers = self.objects.listed(self.name_of(folder))
+        while True:
+            bounds.spend()
+            answer = next(answers, None)
+            if answer is None:
+                return
+            yield from answer
+
+    def pages_in(self, folder: str, bounds: Bounds) -> Iterator[FoundPage | None]:
+        """All pages below a folder, sorted by key; None for what is neither page nor manifest.
+        Raises TierError, and UcmError out of bounds."""
+        from ucm.store.tiers.s3.names import parse_page
+
+        for each in self.all_in(folder, bounds):
+            name = each.name.removeprefix(self._below)
+            parsed = parse_page(name)
+            if parsed is not None:
+                yield FoundPage(each.name, *parsed, each.size_bytes, each.modified_s)
+            elif name.partition("/")[2] != MANIFEST:
+                yield None
+
+    def aside(self, bounds: Bounds) -> Iterator[ListedObject]:
+        """What was found damaged and moved aside. Raises TierError, and UcmError out of bounds."""
+        from ucm.store.tiers.s3.names import QUARANTINE, is_aside
+
+        for each in self.all_in(QUARANTINE, bounds):
+            if is_aside(each.name.removeprefix(self._below)):
+                yield each
+
+
+def stored_bucket(settings: StoreSettings) -> StoredBucket | None:
+    """None: nothing is stored in one. Raises ConfigError."""
+    return StoredBucket(settings) if S3_STAGE in settings.pipeline else None
