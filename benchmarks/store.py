@@ -5,7 +5,10 @@ files; load from files and from memory, into the slots of the node cache (where 
 copy begins) and through the store API into memory of one's own. Then lookups of 1000 keys. The
 limits are memcpy by one thread, and plain reads and writes of as many files by as many threads.
 
-    python benchmarks/store.py [--rounds 7] [--mebibytes 256] [--directory DIR]
+    python benchmarks/store.py [--rounds 7] [--mebibytes 256] [--directory DIR] [--tier s3]
+
+With `--tier s3` the pages are objects of 4 and 8 MiB in a bucket, and the limit is what the S3
+client does by itself (`s3_bench.py`).
 
 Measures nothing but noise while something else runs on the machine.
 """
@@ -54,7 +57,8 @@ Samples = defaultdict[str, list[float]]
 class Bench:
     """A store over a node cache of its own, and a connection as a scheduler side has it."""
 
-    def __init__(self, directory: Path, *, page_bytes: int, num_pages: int) -> None:
+    def __init__(self, directory: Path, *, page_bytes: int, num_pages: int, **more: object) -> None:
+        """`more` are further settings of the store; None: without one that is given here."""
         self.page_bytes = page_bytes
         self.num_pages = num_pages
         store: dict[str, object] = {
@@ -64,7 +68,9 @@ class Bench:
             "posix_write_queue_pages": 1_000_000,
             "node_cache_socket": str(directory / "node.sock"),
             "node_cache_idle_exit_s": 1.0,
+            **more,
         }
+        store = {name: value for name, value in store.items() if value is not None}
         connector = {"ucm_connector_name": "UcmPipelineStore", "ucm_connector_config": store}
         self.settings: StoreSettings = load_settings({"ucm_connectors": [connector]}).store
         config = {**store, "tensor_size_list": [page_bytes], "timeout_ms": TIMEOUT_MS}
@@ -75,6 +81,7 @@ class Bench:
         self._client = NodeClient.connect(
             self.settings.socket_path, session="bench", role="scheduler", timeout_s=10.0
         )
+        self.pid = self._client.welcome.pid
         self._numbers = iter(range(1, 1 << 30))
         self._client.send(
             p.OpenNamespace(
@@ -248,7 +255,14 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=7)
     parser.add_argument("--mebibytes", type=int, default=256, help="size of one set of blocks")
     parser.add_argument("--directory", help="where to store; a temporary directory if not given")
+    parser.add_argument("--tier", choices=("posix", "s3"), default="posix")
     args = parser.parse_args()
+    if args.tier == "s3":
+        # Here, because its client is not installed everywhere.
+        from benchmarks import s3_bench
+
+        s3_bench.run(rounds=args.rounds, mebibytes=args.mebibytes, directory=args.directory)
+        return
     table = Table(title=f"medians of {args.rounds} rounds, {args.mebibytes} MiB each")
     for column in ("pages", "what", "here", "limit in this run", "of the limit", "aim"):
         table.add_column(column)
