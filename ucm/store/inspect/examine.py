@@ -13,6 +13,7 @@ import msgspec
 from ucm.config.settings import Settings, StoreSettings
 from ucm.errors import UcmError
 from ucm.store.blocks.namespace import Manifest, fingerprint
+from ucm.store.inspect.bucket_probe import BucketProbe
 from ucm.store.inspect.given import GivenStore, given_place
 from ucm.store.inspect.guesses import nearest_differences
 from ucm.store.inspect.mount_probe import BackendFacts, largest_page_bytes, look_at_backend
@@ -85,10 +86,27 @@ class Examination:
         return ExaminedPlace(
             is_settings=given.settings is not None,
             backends=[
-                self._examine(given, backend, peer)
-                for backend, peer in zip_longest(given.backends, peers[: len(given.backends)])
+                *(
+                    self._examine(given, backend, peer)
+                    for backend, peer in zip_longest(given.backends, peers[: len(given.backends)])
+                ),
+                *self._of_bucket(given),
             ],
         )
+
+    def _of_bucket(self, given: GivenStore) -> list[Examined]:
+        """Raises ConfigError."""
+        bucket = given.bucket()
+        if bucket is None:
+            return []
+        trial = Trial("reaching the bucket")
+        page_bytes = min(self.page_bytes or _DEFAULT_PAGE_BYTES, _MAX_PAGE_BYTES)
+        probe = BucketProbe(bucket, page_bytes, self._wishes(given.settings), trial)
+        try:
+            findings = within(_GIVEN_UP_S, probe.run, trial)
+        except (UcmError, OSError) as error:
+            return [_unusable(bucket.place, error)]
+        return [Examined(backend=bucket.place, facts=None, peer=None, findings=findings)]
 
     def _examine(self, given: GivenStore, backend: str, peer: str | None) -> Examined:
         trial, wishes = Trial("listing the directory"), self._wishes(given.settings)
@@ -141,6 +159,8 @@ def examine_model(argument: str, model: str, manifest: Manifest) -> list[Finding
     """Raises TierError where a backend can't be listed."""
     try:
         given = _given(argument)
+        if not given.backends:
+            return []  # nothing is looked up in a bucket
         trial = Trial("listing the storage backends")
         return within(_GIVEN_UP_S, partial(_examine_model, given, model, manifest), trial)
     except TimeoutError as error:
@@ -165,7 +185,7 @@ def _examine_model(given: GivenStore, model: str, manifest: Manifest) -> list[Fi
 def _given(argument: str) -> GivenStore:
     """Raises ConfigError, and TimeoutError."""
     trial = Trial("looking at what lies there")
-    return within(_GIVEN_UP_S, partial(given_place, argument), trial)
+    return within(_GIVEN_UP_S, partial(given_place, argument, may_be_bucket=True), trial)
 
 
 def _page_bytes(backend: str, trial: Trial) -> int:
