@@ -41,7 +41,7 @@ def weed_binary() -> str | None:
 
 class SeaweedFS(HttpServer):
     """With a bucket, once it is ready. One that is started again in the folder of another has its
-    objects. `tls`: a certificate and its key. `domain`: where buckets are hosts below it."""
+    objects. `tls`: a certificate and its key."""
 
     def __init__(
         self,
@@ -51,7 +51,6 @@ class SeaweedFS(HttpServer):
         port: int | None = None,
         credentials: Mapping[str, str] = CREDENTIALS,
         tls: tuple[Path, Path] | None = None,
-        domain: str = "",
     ) -> None:
         binary = weed_binary()
         if binary is None:
@@ -62,7 +61,7 @@ class SeaweedFS(HttpServer):
         port = port or free_port()
         self.url = f"http://127.0.0.1:{port}"
         command = [binary, "-logtostderr=true", "server", f"-dir={folder / 'data'}", *_FLAGS]
-        command += [f"-s3.config={folder / 's3.json'}", f"-s3.domainName={domain}"]
+        command += [f"-s3.config={folder / 's3.json'}"]
         command += [f"-{name}={free_port()}" for name in _PORTS]
         command += [f"-{name}.localSocket={folder / name}.sock" for name in ("filer", "s3")]
         if tls is not None:
@@ -75,15 +74,17 @@ class SeaweedFS(HttpServer):
         )
 
     def make_bucket(self) -> None:
-        """And waits until something can be put into it."""
+        """And waits until something can be put into it: room is made for the first bytes."""
         deadline_s = time.monotonic() + _READY_S
-        while not (self._put("") and self._put("/ready")):
+        while not (self._put("", b"") and self._put("/ready", b"yes")):
             if not self.is_running or time.monotonic() > deadline_s:
                 raise ServerFailed(f"no bucket can be made\n{self.log_tail()}")
             time.sleep(0.1)
 
-    def _put(self, path: str) -> bool:
-        request = urllib.request.Request(f"{self.url}/{self.bucket}{path}", data=b"", method="PUT")
+    def _put(self, path: str, content: bytes) -> bool:
+        request = urllib.request.Request(
+            f"{self.url}/{self.bucket}{path}", data=content, method="PUT"
+        )
         try:
             with urllib.request.urlopen(request, timeout=5.0):
                 return True

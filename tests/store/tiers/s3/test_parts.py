@@ -107,6 +107,21 @@ def test_credentials_are_read_anew_after_a_minute(tmp_path: Path) -> None:
         assert timedelta(seconds=50) < left <= timedelta(seconds=60)
 
 
+def test_a_file_of_credentials_that_is_written_again_has_changed(tmp_path: Path) -> None:
+    file = tmp_path / "credentials"
+    file.write_text("[default]\naws_access_key_id = a\naws_secret_access_key = b\n")
+    read = CredentialsFile(str(file))
+    assert not read.has_changed()
+    read()
+    assert not read.has_changed()
+
+    file.write_text("[default]\naws_access_key_id = a\naws_secret_access_key = better\n")
+
+    assert read.has_changed()
+    read()
+    assert not read.has_changed()
+
+
 @pytest.mark.parametrize(
     "text", [None, "", "[default]\naws_access_key_id = HIDDEN\n", "HIDDEN\n", "[other]\nx = HIDDEN"]
 )

@@ -76,6 +76,8 @@ class Bucket:
         self._place = place
         self._breaker = breaker
         self._certificate = _read_certificate(place.tls_ca_file)
+        file = place.credentials_file
+        self._credentials = CredentialsFile(file) if file is not None else None
         self._lock = threading.Lock()
         self._client: S3Store | None = None
 
@@ -164,6 +166,9 @@ class Bucket:
                 self._breaker.failed(trouble.why)
             else:
                 self._breaker.worked()
+                if self._credentials is not None and self._credentials.has_changed():
+                    # The client would keep the old ones for a while.
+                    self._client = None
             # Without what the client says, which may show more than people should see in a log.
             raise tier_error_of(what, doing, trouble) from None
         self._breaker.worked()
@@ -188,7 +193,6 @@ class Bucket:
         }
         if self._certificate is not None:
             options["root_certificate"] = self._certificate
-        file = place.credentials_file
         return S3Store(
             place.bucket,
             endpoint=place.url,
@@ -198,7 +202,7 @@ class Bucket:
             unsigned_payload=True,
             client_options=options,
             retry_config={"max_retries": _MAX_RETRIES, "retry_timeout": each},
-            credential_provider=CredentialsFile(file) if file is not None else None,
+            credential_provider=self._credentials,
         )
 
 

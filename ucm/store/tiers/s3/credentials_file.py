@@ -5,12 +5,14 @@
     aws_secret_access_key = ...
     aws_session_token = ...
 
-It is read again every minute, so that whatever renews it needs to tell nobody.
+It is read again every minute, and when the server refuses what it had and it has been written
+since, so that whatever renews it needs to tell nobody.
 """
 
 from __future__ import annotations
 
 import configparser
+import os
 from datetime import datetime, timedelta, timezone
 from typing import TYPE_CHECKING
 
@@ -31,10 +33,24 @@ class CredentialsFile:
 
     def __init__(self, path: str) -> None:
         self._path = path
+        self._read: tuple[int, ...] = ()
+
+    def has_changed(self) -> bool:
+        """Since it was read."""
+        return bool(self._read) and self._read != self._looks()
+
+    def _looks(self) -> tuple[int, ...]:
+        try:
+            found = os.stat(self._path)
+        except OSError:
+            return ()
+        return found.st_ino, found.st_size, found.st_mtime_ns
 
     def __call__(self) -> S3Credential:
         """Raises TierError, which shows nothing of what is in the file."""
         parser = configparser.RawConfigParser()
+        # Before it is opened: what is written meanwhile is a change.
+        self._read = self._looks()
         try:
             with open(self._path, encoding="utf-8") as file:
                 parser.read_file(file)
