@@ -42,7 +42,7 @@ test-versions: $(READY) $(MORE_VERSIONS) ## what each version of vLLM stores all
 
 .PHONY: test-cluster
 test-cluster: $(READY) ## real shared filesystems and an S3 server, two nodes each; ARGS=--install installs them (Debian, root)
-	@exec $(BIN)/python -m pytest -m cluster tests/cluster tests/e2e/test_s3.py $(ARGS)
+	@exec $(BIN)/python -m pytest -m cluster tests/cluster tests/e2e/test_s3.py tests/e2e/test_near_far.py $(ARGS)
 
 .PHONY: test-gpu
 test-gpu: ## copies between a GPU and slots; uses PYTHON's own torch, skipped without an accelerator

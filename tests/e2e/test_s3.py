@@ -10,32 +10,21 @@ from pathlib import Path
 
 import pytest
 
-from examples.cluster.seaweedfs import weed_binary
-from tests.cluster.seaweedfs import SeaweedServer
 from tests.e2e.checks import LENGTHS, check_answer, check_loaded, make_prompt, wait_for_hit
 from tests.e2e.deployment import Fleets, Oracle
 from tests.e2e.node import count
 from tests.e2e.races import race
-from tests.e2e.s3_fleet import S3Fleet
+from tests.e2e.s3_fleet import PLACES, SEAWEEDFS, S3Fleet, s3_server
 from tests.faults.s3_server import S3Server
 
 pytestmark = [pytest.mark.vllm, pytest.mark.timeout(600)]
 
-PLACES = {"p1": "prefill", "d1": "decode"}
-SERVERS = (
-    "moto",
-    pytest.param("seaweedfs", marks=[pytest.mark.long, pytest.mark.cluster]),
-)
 
-
-@pytest.fixture(scope="module", params=SERVERS)
+@pytest.fixture(scope="module", params=("moto", SEAWEEDFS))
 def server(
     request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
 ) -> Iterator[S3Server]:
-    if request.param == "seaweedfs" and weed_binary() is None:
-        pytest.skip("SeaweedFS is not installed: `make test-cluster ARGS=--install` does it")
-    is_moto = request.param == "moto"
-    with S3Server() if is_moto else SeaweedServer(tmp_path_factory.mktemp("seaweedfs")) as made:
+    with s3_server(request.param, tmp_path_factory.mktemp("server")) as made:
         yield made
 
 
