@@ -4,6 +4,7 @@ all of it; `--install` runs that line first.
 
 from __future__ import annotations
 
+import os
 import statistics
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack
@@ -11,21 +12,64 @@ from contextlib import ExitStack
 import pytest
 
 from examples.cluster.seaweedfs import CREDENTIALS, weed_binary
-from tests.cluster import glusterfs, nfs, packages, sshfs
+from tests.cluster import cephfs, glusterfs, juicefs, nfs, packages, seaweed_mounts, sshfs
 from tests.cluster.nodes import Cluster
 from tests.cluster.seaweedfs import SeaweedServer
 
-FILESYSTEMS = (*nfs.OPTIONS, "sshfs", "glusterfs")
+# With their faults; a test of another one is not run on them.
+FILESYSTEMS = {
+    **dict.fromkeys(nfs.OPTIONS, nfs.FAULTS),
+    "sshfs": sshfs.FAULTS,
+    "glusterfs": glusterfs.FAULTS,
+    "cephfs": cephfs.FAULTS,
+    "juicefs": juicefs.FAULTS,
+    "seaweedfs": seaweed_mounts.FAULTS,
+}
+_CLUSTERS = {
+    "sshfs": sshfs.cluster,
+    "glusterfs": glusterfs.cluster,
+    "cephfs": cephfs.cluster,
+    "juicefs": juicefs.cluster,
+    "seaweedfs": seaweed_mounts.cluster,
+}
+# What lookupcache=positive makes a difference to.
+_OF_LOOKUPS = ("test_visible", "test_pages")
 _figures: list[str] = []
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
-    parser.addoption("--install", action="store_true", help="install what clusters need")
+    parser.addoption(
+        "--install",
+        nargs="?",
+        const=",".join(packages.OF),
+        default="",
+        help="install what clusters need: of all filesystems, or of these",
+    )
 
 
 def pytest_sessionstart(session: pytest.Session) -> None:
-    if session.config.getoption("--install"):
-        packages.install()
+    filesystems = session.config.getoption("--install")
+    if filesystems:
+        packages.install(filesystems.split(","))
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    others = [item for item in items if not _is_one(item)]
+    if others:
+        config.hook.pytest_deselected(items=others)
+        items[:] = [item for item in items if _is_one(item)]
+
+
+def _is_one(item: pytest.Item) -> bool:
+    """Whether there is anything to see: a fault that the filesystem has, if the test is about one,
+    and what an option changes, on those that differ in it alone."""
+    params = getattr(getattr(item, "callspec", None), "params", {})
+    filesystem, fault = params.get("cluster"), params.get("fault")
+    if filesystem not in FILESYSTEMS:
+        return True
+    if filesystem.endswith("-positive") and item.path.stem not in _OF_LOOKUPS:
+        return False
+    return fault is None or fault in FILESYSTEMS[filesystem]
 
 
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
@@ -66,14 +110,18 @@ def server(shared_server: SeaweedServer, monkeypatch: pytest.MonkeyPatch) -> Sea
 def cluster(request: pytest.FixtureRequest) -> Iterator[Cluster]:
     name: str = request.param
     kind = name.partition("-")[0]
-    if packages.missing([kind]):
-        pytest.skip(f"not installed: {packages.install_line(packages.missing())}")
+    if not packages.is_usable(kind):
+        pytest.skip(f"not installed: {'; '.join(packages.install_lines())}")
+    if kind != "nfs" and not os.access("/dev/fuse", os.R_OK | os.W_OK):
+        pytest.skip("there is no /dev/fuse")
     with ExitStack() as stack:
         if kind == "nfs":
             made = nfs.cluster(request.getfixturevalue("machine"), name)
         else:
-            made = sshfs.cluster() if kind == "sshfs" else glusterfs.cluster()
-        yield stack.enter_context(made)
+            made = _CLUSTERS[name]()
+        cluster = stack.enter_context(made)
+        assert set(cluster.faults) == set(FILESYSTEMS[name])
+        yield cluster
 
 
 @pytest.fixture

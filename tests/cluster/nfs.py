@@ -26,6 +26,7 @@ OPTIONS = {
     "nfs-3": "vers=3,nolock",
     "nfs-3-positive": "vers=3,nolock,lookupcache=positive",
 }
+FAULTS = ("link of A", "server", "full")
 _MODULES = Path("/usr/lib/uml/modules")
 
 
@@ -122,6 +123,7 @@ def cluster(machine: Machine, name: str) -> Iterator[Cluster]:
         yield Cluster(name, a, b, faults)
     finally:
         for each in (a, b):
+            each.node.settle()
             each.unmount()
 
 

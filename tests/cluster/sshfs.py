@@ -17,6 +17,7 @@ from pathlib import Path
 from tests.cluster.nodes import Cluster, Fault, Mounted, Node
 
 ROOT = Path(__file__).parents[2]
+FAULTS = ("server", "killed")
 # pytest makes absolute links, which newer versions refuse.
 _LINKS = "$(sshfs -h 2>&1 | grep -q no_contain_symlinks && echo ,no_contain_symlinks)"
 _SERVER = "/usr/lib/openssh/sftp-server"

@@ -15,20 +15,14 @@ NUM_PAGES = 24
 DEADLINE_S = 10.0 + 5.0
 # Servers of NFSv4 take nothing new for 10 seconds after a start.
 BACK_S = 45.0
-OUTAGES = ("link of A", "server", "killed", "brick", "both bricks")
-
-
-def fault_of(cluster: Cluster, name: str):
-    if name not in cluster.faults:
-        pytest.skip(f"{cluster.name} has no {name}")
-    return cluster.faults[name]
+OUTAGES = ("link of A", "server", "killed", "brick", "both bricks", "OSD", "MDS", "redis")
 
 
 @pytest.mark.parametrize("fault", OUTAGES)
 def test_an_outage_costs_hits_and_no_page_that_was_confirmed(
     cluster: Cluster, store: str, fault: str
 ) -> None:
-    outage, a, b = fault_of(cluster, fault), cluster.a, cluster.b
+    outage, a, b = cluster.faults[fault], cluster.a, cluster.b
     before, after = ({"name": name, "count": NUM_PAGES} for name in ("before", "after"))
     assert not failed(a.ask("dump", store, **before))
     b.ask("stop", store)
@@ -55,10 +49,11 @@ def failed(dumped: dict[str, dict[str, int]]) -> int:
     return dumped["not_written"]
 
 
+@pytest.mark.parametrize("fault", ["full"])
 def test_a_full_filesystem_takes_pages_again_once_there_is_room(
-    cluster: Cluster, store: str
+    cluster: Cluster, store: str, fault: str
 ) -> None:
-    full, a, b = fault_of(cluster, "full"), cluster.a, cluster.b
+    full, a, b = cluster.faults[fault], cluster.a, cluster.b
     before, during = ({"name": name, "count": NUM_PAGES} for name in ("before", "during"))
     assert not failed(a.ask("dump", store, **before))
     full.begin()

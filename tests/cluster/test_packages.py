@@ -27,6 +27,7 @@ def test_what_is_missing_is_named_once_and_what_is_here_is_not(
 def test_nothing_is_missing_where_all_is_here(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(packages, "_is_here", lambda binary: True)
     monkeypatch.setattr(packages, "weed_binary", lambda: "weed")
+    monkeypatch.setattr(packages, "juicefs_binary", lambda: "juicefs")
     assert packages.missing() == packages.install_lines() == []
 
 
