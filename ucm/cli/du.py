@@ -46,17 +46,22 @@ def du(
     A page tells the tag of its salt, not the salt: those that quota_gb names, and those of
     --name-salt, are shown by name.
     """
+    from ucm.store.inspect.bucket_contents import bucket_contents
+    from ucm.store.inspect.bucket_walk import Bounds
     from ucm.store.inspect.contents import backend_contents
     from ucm.store.inspect.given import given_store
     from ucm.store.inspect.salts import SaltTally
 
     with one_line_for_errors("ucm du"), progress("measuring") as on_progress:
-        given = given_store(store)
+        given = given_store(store, may_be_bucket=True)
         tally = SaltTally() if by_salt else None
         backends = [
             backend_contents(backend, with_sizes=True, on_progress=on_progress, tally=tally)
             for backend in given.backends
         ]
+        bucket = given.bucket()
+        if bucket is not None:
+            backends.append(bucket_contents(bucket, Bounds(), tally))
         named = [
             *(known_salts or ()),
             *(given.settings.store.quota_salts if given.settings else ()),

@@ -43,7 +43,7 @@ def ls(
     from ucm.store.inspect.given import given_store
 
     with one_line_for_errors("ucm ls"):
-        given = given_store(store)
+        given = given_store(store, may_be_bucket=not namespace)
         if namespace:
             _list_pages(given, namespace, as_json=as_json)
         else:
@@ -51,6 +51,8 @@ def ls(
 
 
 def _list_namespaces(given: GivenStore, *, as_json: bool) -> None:
+    from ucm.store.inspect.bucket_contents import bucket_contents
+    from ucm.store.inspect.bucket_walk import Bounds
     from ucm.store.inspect.contents import backend_contents
 
     with progress("counting") as on_progress:
@@ -58,6 +60,9 @@ def _list_namespaces(given: GivenStore, *, as_json: bool) -> None:
             backend_contents(backend, with_sizes=False, on_progress=on_progress)
             for backend in given.backends
         ]
+        bucket = given.bucket()
+        if bucket is not None:
+            backends.append(bucket_contents(bucket, Bounds()))
     namespaces = [each for backend in backends for each in backend.namespaces]
     if as_json:
         print_json(backends)

@@ -65,7 +65,7 @@ def given_place(argument: str, *, may_be_bucket: bool = False) -> GivenStore:
     if not backends and not may_be_bucket:
         raise ConfigError(
             f"{argument}: stores in a bucket alone, and this tool looks at directories: use the "
-            f"bucket's own tools; `ucm doctor` and `ucm reclaim` take one"
+            f"bucket's own tools; `ucm doctor`, `ucm reclaim`, `ucm du` and `ucm ls` take one"
         )
     return GivenStore(backends, settings)
 

@@ -1,0 +1,106 @@
+"""What a bucket holds: namespaces, pages, bytes and their ages, by one listing."""
+
+from __future__ import annotations
+
+import time
+
+from ucm.errors import TierError, UcmError
+from ucm.store.blocks.keys import TailKey
+from ucm.store.blocks.namespace import Manifest, from_json
+from ucm.store.blocks.page_names import MANIFEST, key_id_in
+from ucm.store.inspect.bucket_walk import Bounds, FoundPage, StoredBucket
+from ucm.store.inspect.contents import (
+    AGES,
+    AgeUse,
+    BackendContents,
+    NamespaceContents,
+    Sizes,
+    age_of,
+)
+from ucm.store.inspect.model_label import model_label, strand_labels
+from ucm.store.inspect.salts import SaltTally
+
+
+def bucket_contents(
+    bucket: StoredBucket, bounds: Bounds, tally: SaltTally | None = None
+) -> BackendContents:
+    """Bytes are those of objects, and ages since they were written. Raises TierError, and UcmError
+    out of bounds before there is anything to be told."""
+    namespaces = [_contents(bucket, name, bounds, tally) for name in bucket.namespaces(bounds)]
+    num_aside = sum(1 for _ in bucket.aside(bounds))
+    return BackendContents(
+        backend=bucket.place, id="", num_quarantined=num_aside, namespaces=namespaces
+    )
+
+
+def _contents(
+    bucket: StoredBucket, name: str, bounds: Bounds, tally: SaltTally | None
+) -> NamespaceContents:
+    manifest, why = _manifest(bucket, name)
+    pages: list[tuple[int, float]] = []
+    num_tails = num_strange = 0
+    problem = ""
+    try:
+        for page in bucket.pages_in(name, bounds):
+            if page is None:
+                num_strange += 1
+                continue
+            pages.append((page.size_bytes, page.modified_s))
+            num_tails += isinstance(page.key, TailKey)
+            _tell(tally, page)
+    except UcmError as error:
+        problem = str(error)
+    return NamespaceContents(
+        backend=bucket.place,
+        namespace=name,
+        model=model_label(manifest) if manifest is not None else f"? ({why})",
+        strands=strand_labels(manifest) if manifest is not None else [],
+        kv_dtype=manifest.kv_dtype if manifest is not None else "",
+        block_tokens=manifest.block_tokens if manifest is not None else 0,
+        is_sealed=bool(key_id_in(name)),
+        num_pages=len(pages),
+        num_tails=num_tails,
+        num_temporary=0,
+        num_strange=num_strange,
+        sizes=_sizes(pages) if pages else None,
+        num_problems=int(bool(problem)),
+        problem=problem,
+    )
+
+
+def _tell(tally: SaltTally | None, page: FoundPage) -> None:
+    if tally is not None:
+        tally.add(page.key, page.size_bytes)
+
+
+def _manifest(bucket: StoredBucket, name: str) -> tuple[Manifest | None, str]:
+    """The manifest, or None and why."""
+    try:
+        got = bucket.objects.get(bucket.name_of(f"{name}/{MANIFEST}"))
+    except TierError:
+        return None, "the manifest can't be read"
+    if got is None:
+        return None, "no manifest"
+    try:
+        return from_json(bytes(got.content)), ""
+    except UcmError:
+        return None, "the manifest is damaged, or another version's"
+
+
+def _sizes(pages: list[tuple[int, float]]) -> Sizes:
+    now_s = time.time()
+    num = dict.fromkeys((age for age, _ in AGES), 0)
+    nbytes = dict.fromkeys((age for age, _ in AGES), 0)
+    for size_bytes, modified_s in pages:
+        age = age_of(now_s - modified_s)
+        num[age] += 1
+        nbytes[age] += size_bytes
+    total = sum(nbytes.values())
+    return Sizes(
+        nbytes=total,
+        allocated_bytes=total,
+        oldest_s=min(modified_s for _, modified_s in pages),
+        newest_s=max(modified_s for _, modified_s in pages),
+        by_age=[AgeUse(age=age, num_pages=num[age], allocated_bytes=nbytes[age]) for age in num],
+        by_strand=[],
+    )
