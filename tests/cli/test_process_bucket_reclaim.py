@@ -102,8 +102,3 @@ def test_a_server_that_is_away_is_one_line(tmp_path: Path, server: S3Server) -> 
     done = ucm("reclaim", config, "--free-gb", 1)
     assert done.returncode == 1 and done.stdout == ""
     assert "can't connect" in done.stderr and len(done.stderr.splitlines()) == 1
-
-
-def test_a_url_is_refused_with_what_to_name_instead() -> None:
-    done = ucm("reclaim", "s3://pages/some", "--free-gb", 1)
-    assert done.returncode == 1 and "name a settings file instead" in done.stderr

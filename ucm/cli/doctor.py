@@ -57,6 +57,7 @@ def doctor(
     """
     from ucm.store.inspect.child import in_a_child
     from ucm.store.inspect.examine import Diagnosis, Examination, ExaminedPlace
+    from ucm.store.inspect.given import check_no_url
 
     # So that its folder goes, however it is ended.
     signal.signal(signal.SIGTERM, signal.default_int_handler)
@@ -64,6 +65,8 @@ def doctor(
         examination = Examination(
             is_slow=slow, page_bytes=page_kib << 10, prefill_tokens_per_s=prefill
         )
+        for peer in peer_mounts or []:
+            check_no_url(peer)
         peers = [*map(os.path.abspath, peer_mounts or [])]
         # All that looks at storage does so there.
         place = in_a_child(partial(examination.of, store, peers), ExaminedPlace)

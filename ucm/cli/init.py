@@ -23,7 +23,7 @@ class Opened:
 
 def init(
     directory: Annotated[
-        Path, typer.Argument(help="an entry of storage_backends, where this node mounts it")
+        str, typer.Argument(help="an entry of storage_backends, where this node mounts it")
     ],
     backend_id: Annotated[
         str, typer.Option("--id", help="the id it had, where a storage backend was emptied by hand")
@@ -31,11 +31,13 @@ def init(
 ) -> None:
     """Make a directory a storage backend: give it its id, so that it is told from an empty mount
     point."""
+    from ucm.store.inspect.given import check_no_url
     from ucm.store.tiers.posix.backend import parse_id
 
     with one_line_for_errors("ucm init"):
+        check_no_url(directory)
         wanted_id = parse_id("--id", backend_id.encode()) if backend_id else None
-        opened = _open(str(directory.absolute()), wanted_id)
+        opened = _open(str(Path(directory).absolute()), wanted_id)
     since = "now" if opened.is_new else "already"
     say(f"{opened.path}: {since} the storage backend {opened.id:016x}")
     if wanted_id not in (None, opened.id):

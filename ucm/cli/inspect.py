@@ -47,9 +47,10 @@ def inspect(
 
 
 def _reports(page: str, store: str) -> list[PageReport]:
-    from ucm.store.inspect.given import given_store
+    from ucm.store.inspect.given import check_no_url, given_store
     from ucm.store.inspect.page_report import files_of, is_key, page_report
 
+    check_no_url(page)
     given = given_store(store) if store else None
     page_key = given.page_key() if given is not None else None
     if given is None or not is_key(page):

@@ -4,7 +4,9 @@ name a bucket."""
 from __future__ import annotations
 
 import os
+import re
 from dataclasses import dataclass
+from typing import Final
 
 from ucm.config.s3_settings import S3_STAGE
 from ucm.config.settings import Settings, load_settings_file
@@ -13,7 +15,8 @@ from ucm.store.blocks.page_key import PageKey, page_key_of
 from ucm.store.inspect.bucket_walk import StoredBucket, stored_bucket
 from ucm.store.tiers.posix import paths
 
-_BUCKET_URL = "s3://"
+_BUCKET_SCHEME: Final = "s3"
+_URL: Final = re.compile(r"(?P<scheme>[A-Za-z][A-Za-z0-9+.-]*)://(?P<bucket>[^/]*)/?(?P<prefix>.*)")
 
 
 @dataclass(frozen=True)
@@ -48,11 +51,7 @@ def given_store(argument: str, *, may_be_bucket: bool = False) -> GivenStore:
 
 def given_place(argument: str, *, may_be_bucket: bool = False) -> GivenStore:
     """`given_store` for directories that need not be backends yet. Raises ConfigError."""
-    if argument.startswith(_BUCKET_URL):
-        raise ConfigError(
-            f"{argument}: name a settings file instead, with s3_bucket, s3_prefix, and how it is "
-            f"reached (s3_endpoint, s3_region)"
-        )
+    check_no_url(argument)
     if os.path.isdir(argument):
         return GivenStore((os.path.abspath(argument),))
     if not os.path.lexists(argument):
@@ -68,6 +67,25 @@ def given_place(argument: str, *, may_be_bucket: bool = False) -> GivenStore:
             f"bucket's own tools; `ucm doctor`, `ucm reclaim`, `ucm du` and `ucm ls` take one"
         )
     return GivenStore(backends, settings)
+
+
+def check_no_url(argument: str) -> None:
+    """Before it is taken for a path. Raises ConfigError, which says what to name instead."""
+    url = _URL.fullmatch(argument)
+    if url is None:
+        return
+    if url["scheme"].lower() != _BUCKET_SCHEME:
+        raise ConfigError(
+            f"{argument}: nothing is stored by such a URL: name a directory that is mounted, or a "
+            f"settings file"
+        )
+    lines = [f"s3_bucket: {url['bucket'] or '...'}", f"s3_prefix: {url['prefix'].strip('/')}"]
+    named = ", ".join(line for line in lines if not line.endswith(" "))
+    raise ConfigError(
+        f'{argument}: name a settings file instead, with store_pipeline: "Cache|S3", {named}, and '
+        f"s3_endpoint unless it is AWS; `ucm doctor FILE` tries it out, and nothing has to be made "
+        f"in a bucket first"
+    )
 
 
 def _is_backend(path: str) -> bool:

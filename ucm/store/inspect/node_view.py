@@ -16,6 +16,7 @@ from ucm.config.settings import PIPELINES, StoreSettings, load_settings_file
 from ucm.errors import ConfigError, NodeUnavailable
 from ucm.metrics import FAR
 from ucm.outcome import MISSED, UNWRITTEN, Outcome
+from ucm.store.inspect.given import check_no_url
 from ucm.store.inspect.node_client import connect_tool, first_answer
 from ucm.store.node import protocol as p
 
@@ -72,6 +73,7 @@ class NodeView(msgspec.Struct, frozen=True, kw_only=True):
 def settings_to_ask(argument: str) -> StoreSettings:
     """Of the node cache that is meant by a settings file, a storage backend's directory (as this
     user's engines have it by default) or a socket. Raises ConfigError."""
+    check_no_url(argument)
     try:
         mode = os.stat(argument).st_mode
     except OSError as error:
