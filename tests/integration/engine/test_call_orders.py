@@ -6,7 +6,7 @@ import pytest
 
 pytest.importorskip("vllm")
 
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from vllm.v1.request import RequestStatus
 
@@ -84,6 +84,10 @@ class Caller:
 
 @settings(max_examples=150, deadline=None)
 @given(layerwise=st.booleans(), calls=st.lists(CALLS, max_size=40))
+@example(
+    layerwise=False,
+    calls=[("new", "c", BLOCK), ("lose", None, None), ("step", "c", BLOCK), ("allocate", "c", 1)],
+)
 def test_no_order_of_calls_raises_or_leaves_anything_behind(
     layerwise: bool, calls: list[tuple[str, object, object]]
 ):

@@ -133,8 +133,10 @@ class SchedulerSide:
         if RequestStatus.is_finished(request.status):
             return
         state = self._state_of(request)
-        state.is_computed = False
         prompt = state.prompt
+        if num_external > 0 and state.is_computed:
+            self._dumps.taken_back(prompt.request_id)  # what a load writes nobody reads
+        state.is_computed = False
         reason = self._hits.reason(prompt.request_id)
         self._promises.close(prompt, state.local_tokens + num_external, reason)
         self._plan_dump(state, num_external)
@@ -294,8 +296,7 @@ class SchedulerSide:
         under way: then a later step plans it, or the request's end, with every block, of which the
         node cache then takes those it lacks."""
         prompt = state.prompt
-        name = prompt.request_id
-        if not prompt.keys or self._dumps.is_planned(name) or not self._facts.dumps:
+        if not (prompt.keys and self._facts.dumps) or self._dumps.is_planned(prompt.request_id):
             return
         missing = self._hits.missing_blocks(prompt)
         if missing is None and is_last:
