@@ -8,13 +8,15 @@ from pathlib import Path
 import msgspec
 import pytest
 
-from tests.cli.buckets import BucketStore, bucket_settings, filled_bucket
-from tests.cli.parts import settings_file, ucm
+from tests.cli.buckets import A, BucketStore, bucket_settings, filled_bucket
+from tests.cli.conftest import PROMPT
+from tests.cli.parts import keys_of, manifest, settings_file, ucm
 from tests.faults.s3_server import ENVIRONMENT, S3Server
 from tests.store.tiers.s3.conftest import server as server
 from tests.store.tiers.s3.conftest import shared_server as shared_server
 from tests.store.tiers.s3.s3_tiers import PREFIX
-from ucm.store.inspect.examine import Diagnosis
+from ucm.store.blocks.namespace import without_strands
+from ucm.store.inspect.examine import Diagnosis, examine_model
 from ucm.store.inspect.verdicts import Finding
 
 pytestmark = pytest.mark.process
@@ -93,3 +95,38 @@ def test_files_near_and_a_bucket_far_are_both_looked_at(tmp_path: Path, server: 
     near, far = msgspec.json.decode(done.stdout, type=Diagnosis).backends
     assert near.facts is not None and far.backend.startswith("s3://pages")
     assert {"put", "get"} <= {each.check for each in far.findings}
+
+
+def test_whether_the_bucket_has_pages_of_a_model_is_told(store: BucketStore) -> None:
+    (known,) = examine_model(str(store.config), "a", A)
+    assert (known.verdict, known.found) == ("fine", "a: the bucket has its pages")
+
+    (other,) = examine_model(str(store.config), "a", manifest("a", kv_dtype="fp8"))
+    assert "the bucket has nothing of it" in other.found
+    assert "the nearest namespace differs in" in other.fix and "kv_dtype" in other.fix
+
+
+def test_a_manifest_whose_pages_have_gone_is_nothing_of_a_model(store: BucketStore) -> None:
+    for salt in ("one", "two"):
+        for key in keys_of(A, PROMPT, salt=salt):
+            store.server.ask("DELETE", store.name(A, key))
+    (found,) = examine_model(str(store.config), "a", A)
+    assert "the bucket has nothing of it" in found.found
+
+
+def test_a_model_whose_strands_only_an_engine_knows_is_known_by_all_else(
+    store: BucketStore,
+) -> None:
+    strands = [{"reach": "all"}, {"reach": "window 256"}]
+    windows = manifest("gemma", format_version=2, strands=strands)
+    (nothing,) = examine_model(str(store.config), "gemma", without_strands(windows))
+    store.put(windows, keys_of(windows, PROMPT))
+    (known,) = examine_model(str(store.config), "gemma", without_strands(windows))
+    assert "has nothing of it" in nothing.found and "has its pages" in known.found
+
+
+def test_what_can_not_be_told_of_a_model_is_said(tmp_path: Path, server: S3Server) -> None:
+    away = bucket_settings(tmp_path, server, s3_endpoint="http://127.0.0.1:9")
+    (found,) = examine_model(str(away), "a", A)
+    assert "whether the bucket has pages of it can't be told: " in found.found
+    assert "can't connect" in found.found

@@ -87,7 +87,8 @@ def reclaim(
         bucket = bucket_to_reclaim(given, tier, of_bucket)
         if bucket is not None:
             bucket_order = of_bucket.order(given, grace_s, is_dry=dry_run)
-            freed = reclaim_bucket(bucket, bucket_order, Bounds(max_requests, max_s), as_json)
+            bounds = Bounds(max_requests, max_s, are_options=True)
+            freed = reclaim_bucket(bucket, bucket_order, bounds, as_json)
             raise typer.Exit(0 if freed else STATUS_WRONG)
         order = _order(given, free_gb, grace_s, is_dry=dry_run, is_forced=force)
         found = [reclaim_now(backend, order) for backend in given.backends]

@@ -159,11 +159,11 @@ def test_it_ends_at_its_bounds_and_says_so_and_what_it_has_freed_by_then_is_gone
     for i in range(30):
         objects.put(page(i), (10 + i) * HOUR_S)
 
-    found = reclaimed(objects, Bounds(max_requests=8), free_bytes=30 * SIZE)
+    found = reclaimed(objects, Bounds(8, are_options=True), free_bytes=30 * SIZE)
     assert "--max-requests 8" in found.problem and not found.is_enough
     assert found.num_pages == 0 and len(objects.all) == 30
 
-    found = reclaimed(objects, Bounds(max_requests=18), free_bytes=30 * SIZE)
+    found = reclaimed(objects, Bounds(18, are_options=True), free_bytes=30 * SIZE)
     assert "--max-requests 18" in found.problem
     assert 0 < found.num_pages == 30 - len(objects.all)
     assert found.num_requests <= 19 and objects.num_listed <= 26
@@ -172,7 +172,7 @@ def test_it_ends_at_its_bounds_and_says_so_and_what_it_has_freed_by_then_is_gone
 def test_it_ends_in_time(objects: Objects) -> None:
     for i in range(30):
         objects.put(page(i), (10 + i) * HOUR_S)
-    bounds = Bounds(max_s=5.0)
+    bounds = Bounds(max_s=5.0, are_options=True)
     original = objects.listed
 
     def slowly(below: str, *, after: str = "") -> Iterator[list[ListedObject]]:

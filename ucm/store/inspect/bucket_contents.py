@@ -4,10 +4,9 @@ from __future__ import annotations
 
 import time
 
-from ucm.errors import TierError, UcmError
+from ucm.errors import UcmError
 from ucm.store.blocks.keys import TailKey
-from ucm.store.blocks.namespace import Manifest, from_json
-from ucm.store.blocks.page_names import MANIFEST, key_id_in
+from ucm.store.blocks.page_names import key_id_in
 from ucm.store.inspect.bucket_walk import Bounds, FoundPage, StoredBucket
 from ucm.store.inspect.contents import (
     AGES,
@@ -36,7 +35,8 @@ def bucket_contents(
 def _contents(
     bucket: StoredBucket, name: str, bounds: Bounds, tally: SaltTally | None
 ) -> NamespaceContents:
-    manifest, why = _manifest(bucket, name)
+    looked = bucket.manifest(name)
+    manifest, why = looked.manifest, looked.why
     pages: list[tuple[int, float]] = []
     num_tails = num_strange = 0
     problem = ""
@@ -71,20 +71,6 @@ def _contents(
 def _tell(tally: SaltTally | None, page: FoundPage) -> None:
     if tally is not None:
         tally.add(page.key, page.size_bytes)
-
-
-def _manifest(bucket: StoredBucket, name: str) -> tuple[Manifest | None, str]:
-    """The manifest, or None and why."""
-    try:
-        got = bucket.objects.get(bucket.name_of(f"{name}/{MANIFEST}"))
-    except TierError:
-        return None, "the manifest can't be read"
-    if got is None:
-        return None, "no manifest"
-    try:
-        return from_json(bytes(got.content)), ""
-    except UcmError:
-        return None, "the manifest is damaged, or another version's"
 
 
 def _sizes(pages: list[tuple[int, float]]) -> Sizes:

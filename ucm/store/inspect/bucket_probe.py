@@ -13,6 +13,7 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import dataclass, field
 from functools import partial
+from statistics import median
 from typing import TYPE_CHECKING, Final
 
 from ucm.errors import TierError
@@ -27,8 +28,11 @@ if TYPE_CHECKING:
 _PROBE: Final = "ucm-probe-"
 _NUM_THREADS: Final = 8
 _NUM_LOOKS: Final = 8
-# Of one request; with slower ones no more are tried at a time.
-_QUICK_S: Final = 0.15
+# Of a server that takes so long for all of them, no more are tried.
+_MIN_LOOKS: Final = 3
+_LOOKS_S: Final = 0.2
+# As many are tried at once as would take so long one after the other.
+_AT_ONCE_S: Final = 0.5
 _PROMPT_BLOCKS: Final = 128
 _SKEW_S: Final = 2.0
 _MIB: Final = 1 << 20
@@ -52,19 +56,28 @@ class BucketProbe:
         """Never raises for what storage does."""
         probe = self.bucket.name_of(f"{_PROBE}{secrets.token_hex(8)}")
         names = [f"{probe}/{i}" for i in range(_NUM_THREADS)]
+        moved, aside = f"{probe}/moved", f"{probe}/aside"
         objects, made = self.bucket.objects, False
-        try:
-            # Of a server that hangs the rest would only take longer.
-            if self._reached(objects, f"{probe}/absent") and self._wrote(objects, names[0]):
-                made = True
-                self._looks(objects, names[0])
-                self._speeds(objects, names)
-                self._moved(objects, names[0], f"{probe}/aside")
-        finally:
-            if made:
-                self._delete(objects, [*names, f"{probe}/aside"])
-        if not any(each.check in ("endpoint", "credentials") and each.fix for each in self.found):
-            self._leftovers(objects)
+        # What is only asked, and not measured, is asked meanwhile.
+        with ThreadPoolExecutor(2) as beside:
+            left = beside.submit(self._left, objects, probe)
+            try:
+                # Of a server that hangs the rest would only take longer.
+                if self._reached(objects, f"{probe}/absent") and self._wrote(objects, names[0]):
+                    made = True
+                    moving = beside.submit(self._moved, objects, moved, aside)
+                    self._looks(objects, names[0])
+                    self._speeds(objects, names)
+                    self.trial.doing = "moving an object aside"
+                    self.found.append(moving.result())
+            finally:
+                if made:
+                    self._delete(objects, [*names, moved, aside])
+            if not any(
+                each.check in ("endpoint", "credentials") and each.fix for each in self.found
+            ):
+                self.trial.doing = "listing"
+                self.found += left.result()
         return self.found
 
     def _say(self, check: str, verdict: Verdict, found: str, fix: str = "") -> None:
@@ -79,6 +92,10 @@ class BucketProbe:
             took_s, _ = _timed(lambda: objects.get(absent))
         except TierError as error:
             why = str(error)
+            if "there are no credentials" in why:
+                fix = "give them to whoever starts the engines, and to this tool"
+                self._say("credentials", "wrong", why, fix)
+                return False
             if "access is denied" not in why:
                 fix = "look at s3_endpoint, s3_region, s3_bucket, and at the server; engines go on"
                 self._say("endpoint", "wrong", why, fix)
@@ -106,11 +123,15 @@ class BucketProbe:
         try:
             now_s = time.time()
             seen = objects.look(name)
-            looks_s = [_timed(lambda: objects.tag(name))[0] for _ in range(_NUM_LOOKS)]
+            looks_s: list[float] = []
+            while len(looks_s) < _MIN_LOOKS or (
+                len(looks_s) < _NUM_LOOKS and sum(looks_s) < _LOOKS_S
+            ):
+                looks_s.append(_timed(lambda: objects.tag(name))[0])
         except TierError as error:
             self._say("read", "wrong", str(error), "allow s3:GetObject: nothing is found without")
             return
-        took_s = sorted(looks_s)[_NUM_LOOKS // 2]
+        took_s = median(looks_s)
         prompt_s = _PROMPT_BLOCKS * took_s
         found = f"HEAD {1000 * took_s:.1f} ms; of {_PROMPT_BLOCKS} blocks {1000 * prompt_s:.0f} ms"
         is_slow = prompt_s > self.wishes.lookup_timeout_s
@@ -140,10 +161,9 @@ class BucketProbe:
             self.trial.doing = f"measuring {check.upper()}"
             try:
                 each_s, _ = _timed(partial(act, names[0]))
-                is_quick = each_s < _QUICK_S or check == "get"
-                num = _NUM_THREADS if is_quick and len(names) == _NUM_THREADS else 1
-                names = names[:num]
-                all_s = _all_at_once(act, names)
+                if check == "put":
+                    names = names[: max(1, int(_AT_ONCE_S / each_s))]
+                all_s = _all_at_once(act, names) if len(names) > 1 else each_s
             except TierError as error:
                 self._say(check, "wrong", str(error), "allow it; or look at the server")
                 return
@@ -167,40 +187,44 @@ class BucketProbe:
             return "warning", found, fix
         return "fine", found, ""
 
-    def _moved(self, objects: ListedBucket, name: str, to: str) -> None:
-        self.trial.doing = "moving an object aside"
+    def _moved(self, objects: ListedBucket, name: str, to: str) -> Finding:
         try:
+            objects.put(name, [b"ucm"])
             objects.move(name, to)
         except TierError as error:
             fix = "allow s3:DeleteObject: else damaged objects stay, and cost a read each time"
-            self._say("delete", "warning", str(error), fix)
-            return
-        self._say("delete", "fine", "objects can be moved aside and deleted")
+            return Finding(check="delete", verdict="warning", found=str(error), fix=fix)
+        found = "objects can be moved aside and deleted"
+        return Finding(check="delete", verdict="fine", found=found)
 
     def _delete(self, objects: ListedBucket, names: Sequence[str]) -> None:
         self.trial.doing = "deleting what was written"
         with suppress(TierError):
             objects.delete(names)
 
-    def _leftovers(self, objects: ListedBucket) -> None:
-        self.trial.doing = "listing"
+    def _left(self, objects: ListedBucket, own: str) -> list[Finding]:
+        """What others have left in it."""
         try:
             below, probes = self.bucket.name_of("").rstrip("/"), self.bucket.name_of(_PROBE)
+            # Those of this very run may be among them.
             left = _first(objects.listed(below, after=probes))
             aside = _first(objects.listed(self.bucket.name_of("quarantine")))
         except TierError as error:
             fix = "allow s3:ListBucket, which `ucm reclaim` needs; node caches list nothing"
-            self._say("list", "note", str(error), fix)
-            return
-        if any(name.startswith(probes) for name in left):
+            return [Finding(check="list", verdict="note", found=str(error), fix=fix)]
+        findings = []
+        if any(name.startswith(probes) and not name.startswith(own) for name in left):
             found = f"objects below {probes}... of a tool that was killed"
-            self._say("leftovers", "note", found, "delete them")
+            findings.append(
+                Finding(check="leftovers", verdict="note", found=found, fix="delete them")
+            )
         if aside:
             found = f"{len(aside):,} objects in quarantine" + (" at least" * (len(aside) >= 1000))
             fix = "storage, memory or a cable damages data: look at them, then remove them"
-            self._say("quarantine", "warning", found, fix)
+            findings.append(Finding(check="quarantine", verdict="warning", found=found, fix=fix))
         found = "no tool can tell here whether the bucket has a rule that takes old pages away"
-        self._say("lifecycle", "note", found, "look at it: docs/storage.md; or run `ucm reclaim`")
+        fix = "look at it: docs/storage.md; or run `ucm reclaim`"
+        return [*findings, Finding(check="lifecycle", verdict="note", found=found, fix=fix)]
 
 
 def _timed(act: Callable[[], object]) -> tuple[float, object]:

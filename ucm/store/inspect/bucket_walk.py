@@ -11,9 +11,10 @@ from typing import TYPE_CHECKING, Final
 
 from ucm.config.s3_settings import S3_STAGE
 from ucm.config.settings import StoreSettings
-from ucm.errors import UcmError
+from ucm.errors import TierError, UcmError
 from ucm.store.blocks.keys import Key
-from ucm.store.blocks.page_names import MANIFEST, is_namespace_name
+from ucm.store.blocks.page_names import MANIFEST, fingerprint_in, is_namespace_name
+from ucm.store.inspect.walk import MAX_MANIFEST_BYTES, FoundManifest, Wrong, manifest_in
 from ucm.store.tiers.build import bucket_place
 
 if TYPE_CHECKING:
@@ -25,10 +26,12 @@ _BEHIND_SLASH: Final = "0"
 
 @dataclass
 class Bounds:
-    """Of what a tool asks a bucket for. `num_requests` were asked."""
+    """Of what a tool asks a bucket for. `num_requests` were asked. `are_options`: whoever calls the
+    tool can change them."""
 
     max_requests: int = 20_000
     max_s: float = 600.0
+    are_options: bool = False
     num_requests: int = 0
     started_s: float = field(default_factory=time.monotonic)
 
@@ -36,10 +39,10 @@ class Bounds:
         """Before every request. Raises UcmError."""
         took_s = time.monotonic() - self.started_s
         if self.num_requests >= self.max_requests or took_s > self.max_s:
-            raise OutOfBounds(
-                f"not all was seen: it ended after {self.num_requests:,} requests and "
-                f"{took_s:.0f} s (--max-requests {self.max_requests}, --max-s {self.max_s:g})"
-            )
+            what = f"it ended after {self.num_requests:,} requests and {took_s:.0f} s"
+            if self.are_options:
+                what += f" (--max-requests {self.max_requests}, --max-s {self.max_s:g})"
+            raise OutOfBounds(f"not all was seen: {what}")
         self.num_requests += 1
 
 
@@ -105,6 +108,17 @@ class StoredBucket:
     def namespaces(self, bounds: Bounds) -> list[str]:
         """Raises TierError, and UcmError out of bounds."""
         return [folder for folder in self.folders(bounds) if is_namespace_name(folder)]
+
+    def manifest(self, namespace: str) -> FoundManifest:
+        """Never raises for what storage does."""
+        name = self.name_of(f"{namespace}/{MANIFEST}")
+        try:
+            got = self.objects.get_head(name, MAX_MANIFEST_BYTES)
+        except TierError as error:
+            return FoundManifest(None, f"the manifest can't be read: {error}", Wrong.UNREADABLE)
+        if got is None:
+            return FoundManifest(None, "no manifest")
+        return manifest_in(bytes(got.content), fingerprint_in(namespace))
 
     def all_in(self, folder: str, bounds: Bounds) -> Iterator[ListedObject]:
         """Raises TierError, and UcmError out of bounds."""

@@ -13,6 +13,7 @@ import msgspec
 from ucm.config.settings import Settings, StoreSettings
 from ucm.errors import UcmError
 from ucm.store.blocks.namespace import Manifest, fingerprint
+from ucm.store.inspect.bucket_model import model_in_bucket
 from ucm.store.inspect.bucket_probe import BucketProbe
 from ucm.store.inspect.given import GivenStore, given_place
 from ucm.store.inspect.guesses import nearest_differences
@@ -28,7 +29,7 @@ from ucm.store.inspect.verdicts import (
     model_findings,
     peer_findings,
 )
-from ucm.store.inspect.walk import NamespaceFolder, namespace_folders
+from ucm.store.inspect.walk import NamespaceFolder, manifests_of, namespace_folders
 from ucm.store.inspect.within import Trial, within
 from ucm.store.tiers.posix import paths
 
@@ -159,15 +160,23 @@ def examine_model(argument: str, model: str, manifest: Manifest) -> list[Finding
     """Raises TierError where a backend can't be listed."""
     try:
         given = _given(argument)
-        if not given.backends:
-            return []  # nothing is looked up in a bucket
-        trial = Trial("listing the storage backends")
+        trial = Trial("looking for the model")
         return within(_GIVEN_UP_S, partial(_examine_model, given, model, manifest), trial)
     except TimeoutError as error:
         return _unusable(argument, error).findings
 
 
 def _examine_model(given: GivenStore, model: str, manifest: Manifest) -> list[Finding]:
+    findings = _model_in_directories(given, model, manifest) if given.backends else []
+    bucket = given.bucket()
+    if bucket is not None:
+        page_key = given.page_key()
+        key_id = page_key.id if page_key is not None else b""
+        findings += model_in_bucket(bucket, model, manifest, key_id)
+    return findings
+
+
+def _model_in_directories(given: GivenStore, model: str, manifest: Manifest) -> list[Finding]:
     folders = [folder for backend in given.backends for folder in namespace_folders(backend)]
     page_key = given.page_key()
     key_id = page_key.id if page_key is not None else b""
@@ -178,8 +187,10 @@ def _examine_model(given: GivenStore, model: str, manifest: Manifest) -> list[Fi
     }
     is_known = bool(own.intersection(folders))
     if has_unknown_strands(manifest):
-        is_known = bool(like(manifest, [each for each in folders if each.key_id == key_id]))
-    return model_findings(model, is_known, nearest_differences(manifest, folders))
+        is_known = bool(
+            like(manifest, manifests_of(each for each in folders if each.key_id == key_id))
+        )
+    return model_findings(model, is_known, nearest_differences(manifest, manifests_of(folders)))
 
 
 def _given(argument: str) -> GivenStore:

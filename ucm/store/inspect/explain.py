@@ -30,7 +30,7 @@ from ucm.store.inspect.guesses import Guess, Whereabouts, guesses, nearest_diffe
 from ucm.store.inspect.model_label import model_label
 from ucm.store.inspect.page_check import Condition, ExpectedPage, PageChecker
 from ucm.store.inspect.reclaims import Reclaims
-from ucm.store.inspect.walk import NamespaceFolder, namespace_folders
+from ucm.store.inspect.walk import NamespaceFolder, manifests_of, namespace_folders
 from ucm.store.tiers.posix import paths
 
 
@@ -126,7 +126,7 @@ def explain(
         namespace=_name(name, key_id) if asked.manifest.strands != [] else "",
         model=model_label(asked.manifest),
         is_known=is_known,
-        differences=[] if is_known else nearest_differences(asked.manifest, folders),
+        differences=[] if is_known else nearest_differences(asked.manifest, manifests_of(folders)),
         num_tokens=len(asked.tokens),
         num_loadable=num_loadable,
         num_loadable_tokens=num_loadable_tokens,

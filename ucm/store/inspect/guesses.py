@@ -10,7 +10,7 @@ from __future__ import annotations
 import itertools
 import os
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from collections.abc import Set as AbstractSet
 from dataclasses import dataclass
 from enum import Enum
@@ -68,10 +68,9 @@ class Guess:
         return ""
 
 
-def nearest_differences(mine: Manifest, folders: Sequence[NamespaceFolder]) -> list[str]:
+def nearest_differences(mine: Manifest, manifests: Iterable[Manifest]) -> list[str]:
     """In what `mine` differs from the namespace of the store that is most like it: one line for
     each field. Empty where there is none."""
-    manifests = [manifest for folder in folders if (manifest := read_manifest(folder)[0])]
     found = [_differences(manifest, mine) for manifest in manifests]
     return min(found, key=len, default=[])
 

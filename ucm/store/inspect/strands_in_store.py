@@ -6,12 +6,12 @@ so its namespace is one of those that agree in that.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
 from ucm.errors import ConfigError
 from ucm.store.blocks.namespace import Manifest, fingerprint, without_strands
 from ucm.store.inspect.model_label import model_label
-from ucm.store.inspect.walk import NamespaceFolder, namespace_folders, read_manifest
+from ucm.store.inspect.walk import manifests_of, namespace_folders
 
 _SHOWN_DIGITS = 12
 
@@ -30,7 +30,7 @@ def with_strands_of_store(
     if not has_unknown_strands(manifest):
         return manifest
     folders = [folder for backend in backends for folder in namespace_folders(backend)]
-    found = {fingerprint(each).hex(): each for each in like(manifest, folders)}
+    found = {fingerprint(each).hex(): each for each in like(manifest, manifests_of(folders))}
     named = {name: each for name, each in found.items() if name.startswith(beginning)}
     if len(named) > 1 or (beginning and not named):
         shown = ", ".join(
@@ -44,7 +44,6 @@ def with_strands_of_store(
     return next(iter(named.values()), manifest)
 
 
-def like(manifest: Manifest, folders: Sequence[NamespaceFolder]) -> list[Manifest]:
+def like(manifest: Manifest, manifests: Iterable[Manifest]) -> list[Manifest]:
     """Those that agree with it in all but their strands."""
-    manifests = [found for folder in folders if (found := read_manifest(folder)[0])]
     return [each for each in manifests if without_strands(each) == manifest]

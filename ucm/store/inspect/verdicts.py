@@ -298,10 +298,12 @@ def _after(seen_s: float | None, facts: PeerFacts) -> str:
     return f"not within {facts.limit_s:g} s" if seen_s is None else f"after {1000 * seen_s:.0f} ms"
 
 
-def model_findings(model: str, is_known: bool, differences: Sequence[str]) -> list[Finding]:
+def model_findings(
+    model: str, is_known: bool, differences: Sequence[str], where: str = "the store"
+) -> list[Finding]:
     """Whether the store has anything of a model, and if not in what the nearest one differs."""
     if is_known:
-        return [Finding(check="model", verdict="fine", found=f"{model}: the store has its pages")]
-    found = f"{model}: the store has nothing of it"
+        return [Finding(check="model", verdict="fine", found=f"{model}: {where} has its pages")]
+    found = f"{model}: {where} has nothing of it"
     fix = "; ".join(differences) and f"the nearest namespace differs in {'; '.join(differences)}"
     return [Finding(check="model", verdict="note", found=found, fix=fix)]

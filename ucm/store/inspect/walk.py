@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import os
 import stat
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from enum import Enum
@@ -21,7 +21,7 @@ from ucm.store.tiers.posix import paths
 from ucm.store.tiers.posix.os_errors import is_gone, is_not_there, tier_error
 from ucm.store.tiers.posix.plain_files import DIRECTORY_FLAGS, NotPlain, read_plain
 
-_MAX_MANIFEST_BYTES = 1 << 20
+MAX_MANIFEST_BYTES = 1 << 20
 
 
 @dataclass(frozen=True)
@@ -104,7 +104,7 @@ def look_at_manifest(folder: NamespaceFolder) -> FoundManifest:
     """Never raises for what storage does."""
     path = f"{folder.path}/{paths.MANIFEST}"
     try:
-        content = read_plain(path, max_bytes=_MAX_MANIFEST_BYTES)
+        content = read_plain(path, max_bytes=MAX_MANIFEST_BYTES)
     except NotPlain as error:
         return FoundManifest(None, f"the manifest {error}", Wrong.DAMAGED)
     except OSError as error:
@@ -114,15 +114,25 @@ def look_at_manifest(folder: NamespaceFolder) -> FoundManifest:
         return FoundManifest(None, why, Wrong.UNREADABLE)
     if content is None:
         return FoundManifest(None, "no manifest")
+    return manifest_in(content, folder.fingerprint)
+
+
+def manifest_in(content: bytes, of: bytes) -> FoundManifest:
+    """The manifest as it was stored for the fingerprint `of`."""
     if is_of_another_version(content):
         return FoundManifest(None, "another version's manifest")
     try:
         manifest = from_json(content)
     except UcmError:
         return FoundManifest(None, "the manifest is damaged", Wrong.DAMAGED)
-    if fingerprint(manifest) != folder.fingerprint:
+    if fingerprint(manifest) != of:
         return FoundManifest(None, "the manifest is another namespace's", Wrong.DAMAGED)
     return FoundManifest(manifest)
+
+
+def manifests_of(folders: Iterable[NamespaceFolder]) -> list[Manifest]:
+    """Those that can be read."""
+    return [manifest for each in folders if (manifest := read_manifest(each)[0]) is not None]
 
 
 def first_levels(folder: NamespaceFolder) -> list[str]:
