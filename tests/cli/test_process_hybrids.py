@@ -20,7 +20,7 @@ from ucm.store.blocks.namespace import fingerprint, to_json
 from ucm.store.inspect.contents import BackendContents, PageEntry, StrandUse
 from ucm.store.inspect.examine import Diagnosis
 from ucm.store.inspect.page_report import PageReport
-from ucm.store.inspect.verify import Verified
+from ucm.store.inspect.verified import Verified
 
 pytestmark = pytest.mark.process
 

@@ -20,7 +20,7 @@ from ucm.store.blocks.blockfile import HEADER_BYTES
 from ucm.store.blocks.namespace import fingerprint
 from ucm.store.blocks.page_key import load_page_key
 from ucm.store.inspect.page_report import PageReport
-from ucm.store.inspect.verify import Verified
+from ucm.store.inspect.verified import Verified
 from ucm.store.tiers.posix.tier import PosixTier
 
 pytestmark = pytest.mark.process

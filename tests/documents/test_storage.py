@@ -34,7 +34,7 @@ def test_the_lifecycle_rule_expires_by_age_and_leaves_manifests() -> None:
 
 
 def test_options_and_bounds_of_tools_are_those_of_the_code() -> None:
-    files = ("reclaim.py", "doctor.py")
+    files = ("reclaim.py", "doctor.py", "verify.py")
     source = "".join((ROOT / "ucm" / "cli" / name).read_text() for name in files)
     for option in re.findall(r"`(--[a-z-]+)", TEXT.split("## S3")[1]):
         assert f'"{option}"' in source

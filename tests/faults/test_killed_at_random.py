@@ -24,7 +24,7 @@ from tests.store.node.support import ROOT, Place, kill, wait_until
 from ucm.errors import TaskFailed, UcmError
 from ucm.store.client.connection import NodeClient
 from ucm.store.inspect.reclaim_now import ReclaimedNow
-from ucm.store.inspect.verify import Verified
+from ucm.store.inspect.verified import Verified
 from ucm.store.node import protocol as p
 from ucm.store.pipeline import UcmPipelineStore
 from ucm.store.tiers.posix import paths

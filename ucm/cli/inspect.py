@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from itertools import islice
 from typing import TYPE_CHECKING, Annotated
 
 import typer
@@ -10,6 +11,7 @@ from ucm.cli.ending import end, one_line_for_errors
 from ucm.cli.printing import STATUS_WRONG, AsJson, ago, count, print_json, say, size
 
 if TYPE_CHECKING:
+    from ucm.store.inspect.given import GivenStore
     from ucm.store.inspect.page_report import PageReport
 
 _MAX_FILES = 20
@@ -17,7 +19,10 @@ _MAX_FILES = 20
 
 def inspect(
     page: Annotated[
-        str, typer.Argument(metavar="FILE|KEY", help="a page's file, or the beginning of its key")
+        str,
+        typer.Argument(
+            metavar="FILE|KEY", help="a page's file or object, or the beginning of its key"
+        ),
     ],
     store: Annotated[
         str,
@@ -48,21 +53,42 @@ def inspect(
 
 def _reports(page: str, store: str) -> list[PageReport]:
     from ucm.store.inspect.given import check_no_url, given_store
-    from ucm.store.inspect.page_report import files_of, is_key, page_report
+    from ucm.store.inspect.page_report import is_key, page_report
 
+    given = given_store(store, may_be_bucket=True) if store else None
+    if given is not None and is_key(page):
+        return _reports_of_key(page, given)
+    bucket = given.bucket() if given is not None else None
+    name = bucket.name_in(page) if bucket is not None else None
+    if given is not None and bucket is not None and name is not None:
+        from ucm.store.inspect.object_report import object_report
+
+        return [object_report(bucket, name, given.page_key())]
     check_no_url(page)
-    given = given_store(store) if store else None
-    page_key = given.page_key() if given is not None else None
-    if given is None or not is_key(page):
-        if is_key(page) and "/" not in page and "." not in page and given is None:
-            end(f"ucm inspect: {page}: looks like a key: say where to look, as a second argument")
-        return [page_report(page, page_key)]
-    files = files_of(given.backends, page)
-    if not files:
-        end(f"ucm inspect: {page}: no page whose key begins so in {', '.join(given.backends)}")
-    if len(files) > _MAX_FILES:
-        end(f"ucm inspect: {page}: {len(files)} pages begin so: give more digits")
-    return [page_report(file, page_key) for file in files]
+    if given is None and is_key(page):
+        end(f"ucm inspect: {page}: looks like a key: say where to look, as a second argument")
+    return [page_report(page, given.page_key() if given is not None else None)]
+
+
+def _reports_of_key(key: str, given: GivenStore) -> list[PageReport]:
+    from ucm.store.inspect.object_report import object_report
+    from ucm.store.inspect.page_report import files_of, page_report
+
+    bucket, page_key = given.bucket(), given.page_key()
+    files = files_of(given.backends, key)
+    objects = []
+    if bucket is not None:
+        objects = [each.name for each in islice(bucket.beginning_so(key), _MAX_FILES + 1)]
+    where = ", ".join([*given.backends, *([bucket.place] if bucket is not None else [])])
+    number = len(files) + len(objects)
+    if not number:
+        end(f"ucm inspect: {key}: no page whose key begins so in {where}")
+    if number > _MAX_FILES:
+        end(f"ucm inspect: {key}: more than {_MAX_FILES} pages begin so: give more digits")
+    reports = [page_report(file, page_key) for file in files]
+    if bucket is not None:
+        reports += [object_report(bucket, name, page_key) for name in objects]
+    return reports
 
 
 def _print(report: PageReport) -> None:
@@ -81,8 +107,8 @@ def _print(report: PageReport) -> None:
         "page": f"{report.page_bytes:,} bytes in {segments}" if report.page_bytes else "",
         "sealed": sealed if report.page_bytes else "",
         "length": f"{report.file_bytes:,} bytes",
-        "rights": f"mode {report.mode}, uid {report.uid}",
-        "used": f"{ago(report.used_s)} ago",
+        "rights": f"mode {report.mode}, uid {report.uid}" if report.mode else "",
+        "used" if report.mode else "written": f"{ago(report.used_s)} ago",
     }
     for name, value in lines.items():
         if value:

@@ -22,7 +22,9 @@ from ucm.cli.printing import (
 )
 
 if TYPE_CHECKING:
-    from ucm.store.inspect.contents import BackendContents
+    from collections.abc import Iterator
+
+    from ucm.store.inspect.contents import BackendContents, PageEntry
     from ucm.store.inspect.given import GivenStore
 
 
@@ -43,7 +45,7 @@ def ls(
     from ucm.store.inspect.given import given_store
 
     with one_line_for_errors("ucm ls"):
-        given = given_store(store, may_be_bucket=not namespace)
+        given = given_store(store, may_be_bucket=True)
         if namespace:
             _list_pages(given, namespace, as_json=as_json)
         else:
@@ -103,23 +105,16 @@ def _sentence(backends: list[BackendContents]) -> str:
 
 
 def _list_pages(given: GivenStore, beginning: str, *, as_json: bool) -> None:
-    from ucm.store.inspect.contents import page_entries
-    from ucm.store.inspect.walk import namespace_folders
-
-    folders = [
-        folder
-        for backend in given.backends
-        for folder in namespace_folders(backend)
-        if folder.name.startswith(beginning)
-    ]
-    if len({folder.name for folder in folders}) != 1:
+    entries = _entries_by_place(given, beginning)
+    names = {name for name, _ in entries}
+    if len(names) != 1:
         end(
-            f"ucm ls: --namespace {beginning}: {len({folder.name for folder in folders})} "
+            f"ucm ls: --namespace {beginning}: {len(names)} "
             f"namespaces begin so: take a name of `ucm ls`, with more digits"
         )
     number = 0
-    for folder in folders:
-        for entry in page_entries(folder):
+    for _, its in entries:
+        for entry in its:
             number += 1
             if as_json:
                 print_json(entry)
@@ -129,3 +124,20 @@ def _list_pages(given: GivenStore, beginning: str, *, as_json: bool) -> None:
             say(f"{entry.key}  {size(entry.nbytes):>10}  {ago(entry.used_s):>7}  {more}")
     if not as_json:
         say(f"{count(number, 'page')}; the age is since a page was written or used last.")
+
+
+def _entries_by_place(given: GivenStore, beginning: str) -> list[tuple[str, Iterator[PageEntry]]]:
+    """Of each namespace that begins so, in each backend and in the bucket. Raises TierError."""
+    from ucm.store.inspect.bucket_contents import bucket_entries
+    from ucm.store.inspect.bucket_walk import Bounds
+    from ucm.store.inspect.contents import page_entries
+    from ucm.store.inspect.walk import namespace_folders
+
+    folders = [each for backend in given.backends for each in namespace_folders(backend)]
+    found = [(each.name, page_entries(each)) for each in folders if each.name.startswith(beginning)]
+    bucket = given.bucket()
+    if bucket is not None:
+        bounds = Bounds()
+        names = [name for name in bucket.namespaces(bounds) if name.startswith(beginning)]
+        found += [(name, bucket_entries(bucket, name, bounds)) for name in names]
+    return found

@@ -19,7 +19,7 @@ from ucm.cli.printing import (
 )
 
 if TYPE_CHECKING:
-    from ucm.store.inspect.verify import Verified
+    from ucm.store.inspect.verified import Verified
 
 _MAX_SHOWN = 50
 
@@ -32,24 +32,33 @@ def verify(
     threads: Annotated[
         int, typer.Option("--threads", min=1, max=64, help="how many files to read at a time")
     ] = 2,
+    max_mib_per_s: Annotated[
+        float, typer.Option("--max-mib-per-s", min=1, max=1e6, help="how fast to read a bucket")
+    ] = 100.0,
     as_json: AsJson = False,
 ) -> None:
     """Read every page and check every byte, while the store is used.
 
-    With a settings file that names a page_key_file, seals are checked as well. Ends with 0 if all
-    is whole, and with 3 if a file is damaged or can't be read.
+    Of a bucket that is a GET for each, and costs what these cost. With a settings file that names a
+    page_key_file, seals are checked as well. Ends with 0 if all is whole, and with 3 if a page is
+    damaged or can't be read.
     """
+    from ucm.store.inspect.bucket_verify import BucketVerifier, Pace
     from ucm.store.inspect.given import given_store
-    from ucm.store.inspect.verify import Verifier, VerifyRules
+    from ucm.store.inspect.verified import VerifiedCounts, VerifyRules
+    from ucm.store.inspect.verify import Verifier
 
+    counts = VerifiedCounts()
+    found = counts.found
     with one_line_for_errors("ucm verify"), progress("verifying") as on_progress:
-        given = given_store(store)
-        verifier = Verifier(
-            VerifyRules(page_key=given.page_key(), quarantine=quarantine, num_threads=threads)
-        )
+        given = given_store(store, may_be_bucket=True)
+        rules = VerifyRules(page_key=given.page_key(), quarantine=quarantine, num_threads=threads)
         for backend in given.backends:
-            verifier.run(backend, lambda done, total, _: on_progress(done, total))
-    found = verifier.found
+            Verifier(rules, counts).run(backend, on_progress)
+        bucket = given.bucket()
+        if bucket is not None:
+            pace = Pace(max_mib_per_s * (1 << 20))
+            BucketVerifier(rules, counts, pace).run(bucket, on_progress)
     if as_json:
         print_json(found)
     else:

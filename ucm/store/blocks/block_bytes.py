@@ -36,7 +36,7 @@ def block_parts(block: BlockId, header: bytes, page: memoryview) -> list[bytes |
 
 
 def check_head(
-    head: memoryview, size_bytes: int, expected: BlockId, *, page_key: PageKey | None = None
+    head: memoryview, size_bytes: int, expected: BlockId, *, key_id: bytes = NO_KEY_ID
 ) -> Header:
     """What a file that is so long, and begins so, says of itself. Raises `bad_block`."""
     if size_bytes != expected.file_bytes:
@@ -45,8 +45,20 @@ def check_head(
         raise bad_block(f"only {len(head)} bytes came of its header")
     header = decode_header(head[:HEADER_BYTES])
     check_identity(header.block, expected)
-    check_key_id(header, page_key.id if page_key is not None else NO_KEY_ID)
+    check_key_id(header, key_id)
     return header
+
+
+def check_sums(header: Header, page: memoryview) -> None:
+    """`page` with its padding. Raises `bad_block`."""
+    page_bytes, start = header.block.page_bytes, 0
+    for checksum in header.checksums:
+        end = min(start + header.segment_bytes, page_bytes)
+        if xxh3_64_intdigest(page[start:end]) != checksum:
+            raise bad_block(f"checksum of bytes [{start}, {end}) of the page differs")
+        start = end
+    if any(page[page_bytes:]):
+        raise bad_block("padding is not zero")
 
 
 def take_page(
@@ -54,14 +66,12 @@ def take_page(
 ) -> None:
     """Fills `page` from its file: what this returns from has every byte verified, as they lie in
     `page`. Raises `bad_block`."""
-    header = check_head(whole, len(whole), expected, page_key=page_key)
+    header = check_head(whole, len(whole), expected, key_id=key_id_of(page_key))
     page[:] = whole[HEADER_BYTES:]
-    start = 0
-    for checksum in header.checksums:
-        end = min(start + header.segment_bytes, expected.page_bytes)
-        if xxh3_64_intdigest(page[start:end]) != checksum:
-            raise bad_block(f"checksum of bytes [{start}, {end}) of the page differs")
-        start = end
-    if any(page[expected.page_bytes :]):
-        raise bad_block("padding is not zero")
+    check_sums(header, page)
     check_seal(whole[:HEADER_BYTES], page[: expected.page_bytes], page_key)
+
+
+def key_id_of(page_key: PageKey | None) -> bytes:
+    """What a header says of the key that it is sealed with."""
+    return page_key.id if page_key is not None else NO_KEY_ID

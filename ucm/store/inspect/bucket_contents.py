@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Iterator
 
 from ucm.errors import UcmError
 from ucm.store.blocks.keys import TailKey
@@ -13,11 +14,13 @@ from ucm.store.inspect.contents import (
     AgeUse,
     BackendContents,
     NamespaceContents,
+    PageEntry,
     Sizes,
     age_of,
 )
 from ucm.store.inspect.model_label import model_label, strand_labels
 from ucm.store.inspect.salts import SaltTally
+from ucm.store.inspect.strand_pages import StrandPages
 
 
 def bucket_contents(
@@ -30,6 +33,23 @@ def bucket_contents(
     return BackendContents(
         backend=bucket.place, id="", num_quarantined=num_aside, namespaces=namespaces
     )
+
+
+def bucket_entries(bucket: StoredBucket, namespace: str, bounds: Bounds) -> Iterator[PageEntry]:
+    """Every page of a namespace, sorted by key; ages are since they were written. Raises TierError,
+    and UcmError out of bounds."""
+    strands = StrandPages(bucket.manifest(namespace).manifest)
+    for page in bucket.pages_in(namespace, bounds):
+        if page is not None:
+            yield PageEntry(
+                backend=bucket.place,
+                namespace=namespace,
+                key=page.key.hex(),
+                strand=strands.of_file(page.size_bytes),
+                num_tokens=page.key.num_tokens if isinstance(page.key, TailKey) else 0,
+                nbytes=page.size_bytes,
+                used_s=page.modified_s,
+            )
 
 
 def _contents(

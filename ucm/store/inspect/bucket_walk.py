@@ -13,13 +13,14 @@ from ucm.config.s3_settings import S3_STAGE
 from ucm.config.settings import StoreSettings
 from ucm.errors import TierError, UcmError
 from ucm.store.blocks.keys import Key
-from ucm.store.blocks.page_names import MANIFEST, fingerprint_in, is_namespace_name
+from ucm.store.blocks.page_names import MANIFEST, fingerprint_in, is_namespace_name, key_id_in
 from ucm.store.inspect.walk import MAX_MANIFEST_BYTES, FoundManifest, Wrong, manifest_in
 from ucm.store.tiers.build import bucket_place
 
 if TYPE_CHECKING:
     from ucm.store.tiers.s3.listed_bucket import ListedBucket, ListedObject
 
+BUCKET_SCHEME: Final = "s3://"
 # Behind a slash in the order of names: what comes behind all that is in a folder begins with it.
 _BEHIND_SLASH: Final = "0"
 
@@ -87,27 +88,52 @@ class StoredBucket:
         """The object's name of what is so named below the prefix."""
         return self._below + below
 
-    def folders(self, bounds: Bounds) -> Iterator[str]:
-        """The first parts of all names below the prefix, sorted. One request each, however much is
-        in them. Raises TierError, and UcmError out of bounds."""
-        after = ""
+    def url_of(self, name: str, *, below_prefix: bool = True) -> str:
+        """For people, who may copy it."""
+        below = self._below if below_prefix else ""
+        return f"{BUCKET_SCHEME}{self._settings.s3_bucket}/{below}{name}"
+
+    def name_in(self, url: str) -> str | None:
+        """The object's name; None: the URL is of something else."""
+        bucket = f"{BUCKET_SCHEME}{self._settings.s3_bucket}/"
+        return url.removeprefix(bucket) if url.startswith(bucket + self._below) else None
+
+    def page_of(self, name: str) -> tuple[str, Key] | None:
+        """The namespace and the key of an object that is where readers look for it."""
+        from ucm.store.tiers.s3.names import parse_page
+
+        is_below = name.startswith(self._below)
+        return parse_page(name.removeprefix(self._below)) if is_below else None
+
+    def move_aside(self, page: FoundPage, tag: str | None) -> str:
+        """Returns what was done with the content that has this tag, for people."""
+        from ucm.store.tiers.s3.names import Names
+        from ucm.store.tiers.s3.quarantine import move_aside
+
+        names = Names(self._settings.s3_prefix, key_id_in(page.namespace))
+        to = names.quarantine(fingerprint_in(page.namespace), page.key)
+        return move_aside(self.objects, page.name, to, tag)
+
+    def folders(self, bounds: Bounds, below: str = "") -> Iterator[str]:
+        """The first parts of all names below the prefix and `below`, sorted. One request each,
+        however much is in them. Raises TierError, and UcmError out of bounds."""
+        start, after = self.name_of(below), ""
         while True:
             bounds.spend()
-            found = next(self.objects.listed(self._below.rstrip("/"), after=after), [])
+            found = next(self.objects.listed(start.rstrip("/"), after=after), [])
             if not found:
                 return
             for each in found:
-                name = each.name.removeprefix(self._below)
-                folder, slash, _ = name.partition("/")
-                behind = f"{self._below}{folder}{_BEHIND_SLASH}"
+                folder, slash, _ = each.name.removeprefix(start).partition("/")
+                behind = f"{start}{folder}{_BEHIND_SLASH}"
                 if slash and behind > after:
                     yield folder
                     after = behind
             after = max(after, found[-1].name)
 
-    def namespaces(self, bounds: Bounds) -> list[str]:
+    def namespaces(self, bounds: Bounds, below: str = "") -> list[str]:
         """Raises TierError, and UcmError out of bounds."""
-        return [folder for folder in self.folders(bounds) if is_namespace_name(folder)]
+        return [folder for folder in self.folders(bounds, below) if is_namespace_name(folder)]
 
     def manifest(self, namespace: str) -> FoundManifest:
         """Never raises for what storage does."""
@@ -120,9 +146,9 @@ class StoredBucket:
             return FoundManifest(None, "no manifest")
         return manifest_in(bytes(got.content), fingerprint_in(namespace))
 
-    def all_in(self, folder: str, bounds: Bounds) -> Iterator[ListedObject]:
+    def all_in(self, folder: str, bounds: Bounds, after: str = "") -> Iterator[ListedObject]:
         """Raises TierError, and UcmError out of bounds."""
-        answers = self.objects.listed(self.name_of(folder))
+        answers = self.objects.listed(self.name_of(folder), after=after)
         while True:
             bounds.spend()
             answer = next(answers, None)
@@ -142,6 +168,24 @@ class StoredBucket:
                 yield FoundPage(each.name, *parsed, each.size_bytes, each.modified_s)
             elif name.partition("/")[2] != MANIFEST:
                 yield None
+
+    def beginning_so(self, beginning: str) -> Iterator[ListedObject]:
+        """Pages of any namespace whose key begins so, with four digits at least; those in
+        quarantine too. Raises TierError, and UcmError out of bounds."""
+        from ucm.store.tiers.s3.names import QUARANTINE
+
+        bounds = Bounds()
+        for namespace in self.namespaces(bounds):
+            yield from self._beginning_so(f"{namespace}/{beginning[:4]}", beginning, bounds)
+        for folder in self.namespaces(bounds, below=f"{QUARANTINE}/"):
+            yield from self._beginning_so(f"{QUARANTINE}/{folder}", beginning, bounds)
+
+    def _beginning_so(self, folder: str, beginning: str, bounds: Bounds) -> Iterator[ListedObject]:
+        start = self.name_of(f"{folder}/{beginning}")
+        for each in self.all_in(folder, bounds, after=start):
+            if not each.name.startswith(start):
+                return
+            yield each
 
     def aside(self, bounds: Bounds) -> Iterator[ListedObject]:
         """What was found damaged and moved aside. Raises TierError, and UcmError out of bounds."""

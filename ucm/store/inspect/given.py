@@ -16,6 +16,7 @@ from ucm.store.inspect.bucket_walk import StoredBucket, stored_bucket
 from ucm.store.tiers.posix import paths
 
 _BUCKET_SCHEME: Final = "s3"
+_PIPELINE: Final = f"Cache|{S3_STAGE}"
 _URL: Final = re.compile(r"(?P<scheme>[A-Za-z][A-Za-z0-9+.-]*)://(?P<bucket>[^/]*)/?(?P<prefix>.*)")
 
 
@@ -63,8 +64,8 @@ def given_place(argument: str, *, may_be_bucket: bool = False) -> GivenStore:
         raise ConfigError(f"{argument}: store_pipeline: has no storage to look at")
     if not backends and not may_be_bucket:
         raise ConfigError(
-            f"{argument}: stores in a bucket alone, and this tool looks at directories: use the "
-            f"bucket's own tools; `ucm doctor`, `ucm reclaim`, `ucm du` and `ucm ls` take one"
+            f"{argument}: stores in a bucket alone, and this tool looks at directories; `ucm "
+            f"doctor` measures a bucket; `ucm ls`, `du`, `inspect`, `verify` and `reclaim` take one"
         )
     return GivenStore(backends, settings)
 
@@ -82,9 +83,9 @@ def check_no_url(argument: str) -> None:
     lines = [f"s3_bucket: {url['bucket'] or '...'}", f"s3_prefix: {url['prefix'].strip('/')}"]
     named = ", ".join(line for line in lines if not line.endswith(" "))
     raise ConfigError(
-        f'{argument}: name a settings file instead, with store_pipeline: "Cache|S3", {named}, and '
-        f"s3_endpoint unless it is AWS; `ucm doctor FILE` tries it out, and nothing has to be made "
-        f"in a bucket first"
+        f'{argument}: name a settings file instead, with store_pipeline: "{_PIPELINE}", {named}, '
+        f"and s3_endpoint unless it is AWS; `ucm doctor FILE` tries it out, and nothing has to be "
+        f"made in a bucket first"
     )
 
 

@@ -127,7 +127,7 @@ class PageChecker:
             if os.preadv(fd, [self._scratch.header], 0) != HEADER_BYTES:
                 return PageCheck(Condition.DAMAGED, "is shorter than a header", None, status)
             version = format_version(self._scratch.header)
-            if _is_other_version(version, expected):
+            if is_other_version(version, expected):
                 return PageCheck(Condition.OTHER_VERSION, f"version {version}", None, status)
             header = decode_header(self._scratch.header)
             block = BlockId(expected.key, expected.fingerprint, header.block.page_bytes)
@@ -149,10 +149,15 @@ class PageChecker:
         if not key_id:
             return ""
         if self._page_key is None or self._page_key.id != key_id:
-            return f"sealed by the page key {key_id.hex()}, which is not at hand"
+            return not_at_hand(key_id)
         check_seal(self._scratch.header, page[: block.page_bytes], self._page_key)
         return ""
 
 
-def _is_other_version(version: int | None, expected: ExpectedPage) -> bool:
+def not_at_hand(key_id: bytes) -> str:
+    """Why a seal is not checked."""
+    return f"sealed by the page key {key_id.hex()}, which is not at hand"
+
+
+def is_other_version(version: int | None, expected: ExpectedPage) -> bool:
     return version not in (None, VERSION) and expected.version in (None, version)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Final
 
 import msgspec
@@ -31,7 +32,7 @@ class PageReport(msgspec.Struct, frozen=True, kw_only=True):
     that can't be believed the numbers are 0. `is_at_home` is false for a file that no reader looks
     for there, such as one in quarantine. `strand` is the label of its strand, or of those whose
     pages are as large; empty where there is one, or where it can't be told. `used_s`: seconds since
-    1970."""
+    1970, of an object when it was written. It has no `mode` and no `uid`."""
 
     path: str
     condition: str
@@ -49,8 +50,18 @@ class PageReport(msgspec.Struct, frozen=True, kw_only=True):
     segment_bytes: int
     sealed_by: str
     mode: str
-    uid: int
+    uid: int | None
     used_s: float
+
+
+@dataclass(frozen=True)
+class Seen:
+    """What is seen of a file or an object from outside."""
+
+    size_bytes: int
+    used_s: float
+    mode: str = ""
+    uid: int | None = None
 
 
 def is_key(text: str) -> bool:
@@ -80,26 +91,25 @@ def page_report(path: str, page_key: PageKey | None) -> PageReport:
     manifest = None
     if folder is not None:
         manifest, _ = read_manifest(folder)
-    return _report(
-        path,
-        expected,
-        check,
-        is_at_home=folder is not None,
-        manifest=manifest,
-    )
+    status = check.status or os.lstat(path)
+    mode = f"{status.st_mode & 0o7777:04o}"
+    seen = Seen(status.st_size, used_s(status), mode, status.st_uid)
+    is_at_home = folder is not None
+    return report_of(path, expected, check, seen, is_at_home=is_at_home, manifest=manifest)
 
 
-def _report(
+def report_of(
     path: str,
     expected: ExpectedPage,
     check: PageCheck,
+    seen: Seen,
     *,
     is_at_home: bool,
     manifest: Manifest | None,
 ) -> PageReport:
+    """Pure."""
     header: Header | None = check.header
     page_bytes = header.block.page_bytes if header is not None else 0
-    status = check.status or os.lstat(path)
     is_sealed = header is not None and header.key_id != NO_KEY_ID
     return PageReport(
         path=path,
@@ -113,13 +123,13 @@ def _report(
         num_tokens=header.num_tokens if header is not None else 0,
         is_tail=isinstance(expected.key, TailKey),
         page_bytes=page_bytes,
-        file_bytes=status.st_size,
+        file_bytes=seen.size_bytes,
         num_segments=len(header.checksums) if header is not None else 0,
         segment_bytes=header.segment_bytes if header is not None else 0,
         sealed_by=header.key_id.hex() if header is not None and is_sealed else "",
-        mode=f"{status.st_mode & 0o7777:04o}",
-        uid=status.st_uid,
-        used_s=used_s(status),
+        mode=seen.mode,
+        uid=seen.uid,
+        used_s=seen.used_s,
     )
 
 
@@ -158,15 +168,20 @@ def _by_its_header(path: str) -> ExpectedPage:
             content = os.pread(fd, HEADER_BYTES, 0)
         finally:
             os.close(fd)
-        if len(content) < HEADER_BYTES:
-            raise ConfigError(f"{path}: is no page file: it is shorter than a header")
-        try:
-            header = decode_header(content)
-        except TierError as error:
-            raise ConfigError(f"{path}: is no page file that can be read: {error}") from error
     except NotPlain as error:
         raise ConfigError(f"{path}: {error}") from error
     except OSError as error:
         raise ConfigError(f"{path}: can't be read: {error.strerror or error}") from error
+    return expected_by_header(path, content)
+
+
+def expected_by_header(path: str, head: bytes | memoryview) -> ExpectedPage:
+    """What a file or an object that begins so says of itself. Raises ConfigError."""
+    if len(head) < HEADER_BYTES:
+        raise ConfigError(f"{path}: is no page file: it is shorter than a header")
+    try:
+        header = decode_header(head)
+    except TierError as error:
+        raise ConfigError(f"{path}: is no page file that can be read: {error}") from error
     key_id = b"" if header.key_id == NO_KEY_ID else header.key_id
     return ExpectedPage(Key(header.block.key), header.block.fingerprint, key_id)

@@ -10,11 +10,9 @@ from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass, field
 from typing import Final
 
-import msgspec
-
 from ucm.store.blocks.blockfile import BlockId
-from ucm.store.blocks.page_key import PageKey
 from ucm.store.inspect.page_check import Condition, ExpectedPage, PageCheck, PageChecker
+from ucm.store.inspect.verified import VerifiedCounts, VerifyRules
 from ucm.store.inspect.walk import (
     FoundName,
     Kind,
@@ -33,44 +31,6 @@ from ucm.store.tiers.posix.quarantine import move_aside
 
 # Directories that are handed to threads ahead, for each of them.
 _AHEAD: Final = 4
-# Further ones are only counted.
-_MAX_LISTED: Final = 1_000
-
-
-class BadFile(msgspec.Struct, frozen=True, kw_only=True):
-    """`condition` is a `Condition`; `done` says what was done about it, empty for nothing."""
-
-    path: str
-    condition: str
-    why: str
-    done: str = ""
-
-
-class Verified(msgspec.Struct, kw_only=True):
-    """Of all backends together; manifests count as damaged or unreadable as pages do. `files` are
-    the first of those that are damaged or could not be read. `num_bytes` were read and found
-    right."""
-
-    num_whole: int = 0
-    num_bytes: int = 0
-    num_damaged: int = 0
-    num_unreadable: int = 0
-    num_sealed_by_another_key: int = 0
-    num_other_version: int = 0
-    num_temporary: int = 0
-    num_misplaced: int = 0
-    num_quarantined: int = 0
-    seconds: float = 0.0
-    files: list[BadFile] = msgspec.field(default_factory=list)
-
-
-@dataclass(frozen=True)
-class VerifyRules:
-    """`page_key` is that of the settings; with `quarantine` damaged files are moved aside."""
-
-    page_key: PageKey | None = None
-    quarantine: bool = False
-    num_threads: int = 2
 
 
 @dataclass(frozen=True)
@@ -90,12 +50,11 @@ class Verifier:
     """Of one call. Its threads share nothing but the counts."""
 
     rules: VerifyRules
-    found: Verified = field(default_factory=Verified)
-    _lock: threading.Lock = field(default_factory=threading.Lock)
+    counts: VerifiedCounts
     _thread: threading.local = field(default_factory=threading.local)
 
-    def run(self, backend: str, on_progress: Callable[[int, int, Verified], None]) -> None:
-        """All of a backend. `on_progress(done, total, found)` counts directories of the first
+    def run(self, backend: str, on_progress: Callable[[int, int], None]) -> None:
+        """All of a backend. `on_progress(done, total)` counts directories of the first
         level. Raises TierError where the backend can't be listed."""
         started_s = time.monotonic()
         folders = namespace_folders(backend)
@@ -109,18 +68,18 @@ class Verifier:
             for number, (folder, first) in enumerate(firsts, 1):
                 for leaf in self._leaves(folder, first, versions[folder]):
                     if len(running) >= self.rules.num_threads * _AHEAD:
-                        running = _not_done(running)
+                        running = not_done(running)
                     running.add(threads.submit(self._verify, leaf, aside))
-                on_progress(number, len(firsts), self.found)
+                on_progress(number, len(firsts))
             while running:
-                running = _not_done(running)
-        self.found.seconds += time.monotonic() - started_s
+                running = not_done(running)
+        self.counts.found.seconds += time.monotonic() - started_s
 
     def _firsts(self, folder: NamespaceFolder) -> list[str]:
         try:
             return first_levels(folder)
         except OSError as error:
-            self._bad(folder.path, Condition.UNREADABLE, error.strerror or str(error))
+            self.counts.bad(folder.path, Condition.UNREADABLE, error.strerror or str(error))
             return []
 
     def _version(self, folder: NamespaceFolder) -> int | None:
@@ -130,7 +89,7 @@ class Verifier:
             why = found.why
             if found.wrong is Wrong.DAMAGED:
                 why += ": remove it, and the next engine of its model writes it anew"
-            self._bad(f"{folder.path}/{paths.MANIFEST}", Condition(found.wrong.value), why)
+            self.counts.bad(f"{folder.path}/{paths.MANIFEST}", Condition(found.wrong.value), why)
         return found.manifest.page_format_version if found.manifest is not None else None
 
     def _leaves(
@@ -141,7 +100,7 @@ class Verifier:
                 yield _PageFolder(folder, first, second, version)
         except OSError as error:
             where = f"{folder.path}/{first}"
-            self._bad(where, Condition.UNREADABLE, error.strerror or str(error))
+            self.counts.bad(where, Condition.UNREADABLE, error.strerror or str(error))
 
     def _verify(self, leaf: _PageFolder, aside: Backend) -> None:
         try:
@@ -150,7 +109,7 @@ class Verifier:
                     for found in list(files_in(fd, leaf.first, leaf.second)):
                         self._verify_file(leaf, fd, found, aside)
         except OSError as error:
-            self._bad(leaf.path, Condition.UNREADABLE, error.strerror or str(error))
+            self.counts.bad(leaf.path, Condition.UNREADABLE, error.strerror or str(error))
 
     def _verify_file(self, leaf: _PageFolder, fd: int, found: FoundName, aside: Backend) -> None:
         if found.kind in (Kind.PAGE, Kind.NO_FILE):
@@ -161,9 +120,9 @@ class Verifier:
                 leaf, found, self._checker().check(found.name, expected, directory=fd), aside
             )
             return
-        with self._lock:
-            self.found.num_temporary += found.kind is Kind.TEMPORARY
-            self.found.num_misplaced += found.kind is Kind.MISPLACED
+        self.counts.no_page(
+            is_temporary=found.kind is Kind.TEMPORARY, is_misplaced=found.kind is Kind.MISPLACED
+        )
 
     def _checker(self) -> PageChecker:
         try:
@@ -178,14 +137,9 @@ class Verifier:
             done = ""
             if condition is Condition.DAMAGED and self.rules.quarantine:
                 done = self._move(leaf, found, check, aside)
-            self._bad(f"{leaf.path}/{found.name}", condition, check.why, done)
+            self.counts.bad(f"{leaf.path}/{found.name}", condition, check.why, done)
             return
-        with self._lock:
-            if condition in (Condition.WHOLE, Condition.SEALED) and check.status is not None:
-                self.found.num_bytes += check.status.st_size
-            self.found.num_whole += condition is Condition.WHOLE
-            self.found.num_sealed_by_another_key += condition is Condition.SEALED
-            self.found.num_other_version += condition is Condition.OTHER_VERSION
+        self.counts.fine(condition, check.status.st_size if check.status is not None else 0)
 
     def _move(self, leaf: _PageFolder, found: FoundName, check: PageCheck, aside: Backend) -> str:
         path = f"{leaf.path}/{found.name}"
@@ -195,21 +149,10 @@ class Verifier:
         except OSError:
             return "already moved aside"
         block = BlockId(found.key, leaf.folder.fingerprint, 1)
-        done = move_aside(seen, path, aside, block)
-        with self._lock:
-            self.found.num_quarantined += done.startswith("moved")
-        return done
-
-    def _bad(self, path: str, condition: Condition, why: str, done: str = "") -> None:
-        with self._lock:
-            self.found.num_damaged += condition is Condition.DAMAGED
-            self.found.num_unreadable += condition is Condition.UNREADABLE
-            if len(self.found.files) < _MAX_LISTED:
-                bad = BadFile(path=path, condition=condition.value, why=why, done=done)
-                self.found.files.append(bad)
+        return move_aside(seen, path, aside, block)
 
 
-def _not_done(running: set[Future[None]]) -> set[Future[None]]:
+def not_done(running: set[Future[None]]) -> set[Future[None]]:
     """Waits for one of them. Raises what a finished one has raised."""
     done, left = wait(running, return_when=FIRST_COMPLETED)
     for future in done:

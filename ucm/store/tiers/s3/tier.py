@@ -16,13 +16,20 @@ from collections.abc import Sequence
 
 from ucm.errors import TierError
 from ucm.outcome import Outcome
-from ucm.store.blocks.block_bytes import block_header, block_parts, check_head, take_page
+from ucm.store.blocks.block_bytes import (
+    block_header,
+    block_parts,
+    check_head,
+    key_id_of,
+    take_page,
+)
 from ucm.store.blocks.blockfile import HEADER_BYTES, BlockId
 from ucm.store.blocks.keys import Key
 from ucm.store.blocks.page_key import PageKey
 from ucm.store.tiers.per_minute import PerMinute
 from ucm.store.tiers.s3.bucket import Bucket, Got
 from ucm.store.tiers.s3.names import Names
+from ucm.store.tiers.s3.quarantine import move_aside
 from ucm.store.tiers.tier import (
     ABSENT,
     HIT,
@@ -91,7 +98,7 @@ class S3Tier(Tier):
             return False
         try:
             block = BlockId(key, namespace.fingerprint, namespace.page_bytes)
-            check_head(head.content, head.size_bytes, block, page_key=self._page_key)
+            check_head(head.content, head.size_bytes, block, key_id=key_id_of(self._page_key))
         except TierError:
             return False
         return True
@@ -167,18 +174,11 @@ class S3Tier(Tier):
         return None
 
     def _move_aside(self, name: str, block: BlockId, found: Got) -> str:
-        """Returns what was done, for people. A writer may put a good object in its place between
-        the comparison and the move. That page is then lost, which costs one recomputation."""
+        """Returns what was done, for people."""
         if not self._moves.may():
             return (
                 f"left in its place: {self._moves.most} objects were moved aside within a minute, "
                 f"so it may be this node that reads badly; look at its memory and network"
             )
         to = self._names.quarantine(block.fingerprint, block.key)
-        try:
-            if self._bucket.tag(name) != found.tag:
-                return "already replaced"
-            self._bucket.move(name, to)
-        except TierError as error:
-            return f"can't be moved aside: {error}"
-        return f"moved to {to}"
+        return move_aside(self._bucket, name, to, found.tag)
