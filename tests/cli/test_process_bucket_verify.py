@@ -125,9 +125,9 @@ def test_seals_are_checked_with_their_key_and_told_apart_without(
 
 
 def test_it_reads_no_faster_than_it_may(tmp_path: Path, server: S3Server) -> None:
-    from ucm.store.inspect.bucket_verify import Pace
+    from ucm.store.inspect.bucket_verify import ReadPace
 
-    pace = Pace(1 << 20)
+    pace = ReadPace(1 << 20)
     began_s = time.monotonic()
     for _ in range(5):
         pace.wait(1 << 18)

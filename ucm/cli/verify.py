@@ -43,7 +43,7 @@ def verify(
     page_key_file, seals are checked as well. Ends with 0 if all is whole, and with 3 if a page is
     damaged or can't be read.
     """
-    from ucm.store.inspect.bucket_verify import BucketVerifier, Pace
+    from ucm.store.inspect.bucket_verify import BucketVerifier, ReadPace
     from ucm.store.inspect.given import given_store
     from ucm.store.inspect.verified import VerifiedCounts, VerifyRules
     from ucm.store.inspect.verify import Verifier
@@ -57,7 +57,7 @@ def verify(
             Verifier(rules, counts).run(backend, on_progress)
         bucket = given.bucket()
         if bucket is not None:
-            pace = Pace(max_mib_per_s * (1 << 20))
+            pace = ReadPace(max_mib_per_s * (1 << 20))
             BucketVerifier(rules, counts, pace).run(bucket, on_progress)
     if as_json:
         print_json(found)

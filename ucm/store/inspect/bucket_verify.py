@@ -27,7 +27,7 @@ _STEPS: Final = 16**_DIGITS
 
 
 @dataclass
-class Pace:
+class ReadPace:
     """So many bytes in a second, of all threads together."""
 
     bytes_per_s: float
@@ -49,7 +49,7 @@ class BucketVerifier:
 
     rules: VerifyRules
     counts: VerifiedCounts
-    pace: Pace
+    pace: ReadPace
 
     def run(self, bucket: StoredBucket, on_progress: Callable[[int, int], None]) -> None:
         """Raises TierError where the bucket can't be listed at all; what ends a listing later is a
