@@ -112,7 +112,7 @@ def test_reads_that_far_is_busy_with_are_bounded(monkeypatch: pytest.MonkeyPatch
     node.look_up(keys, number=1)
     for _ in range(20):
         node.reads.end_all()
-        questions = [job[0].func == node.far.contains for job in node.far_reads.jobs]
+        questions = [node.far in job[0].args for job in node.far_reads.jobs]
         if True in questions:
             node.far_reads.end(questions.index(True))
 

@@ -128,6 +128,20 @@ class TierContract(ABC):
         assert tier.contains(SMALL, keys[2:]) == 0
         assert tier.contains(SMALL, []) == 0
 
+    @pytest.mark.parametrize("now", [False, True])
+    def test_leads_to_ends_with_a_page_that_is_there(self, tier: Tier, now: bool) -> None:
+        """What it takes to be there before that may be wrong, and not the first page."""
+        tier.open_namespace(SMALL)
+        keys = [make_key(i) for i in range(5)]
+        for i in (0, 1, 3):
+            dump(tier, SMALL, keys[i], make_page(SMALL, i))
+
+        assert tier.leads_to(SMALL, keys[:2], now=now) == 2
+        assert tier.leads_to(SMALL, keys[:3], now=now) == 2
+        assert tier.leads_to(SMALL, keys, now=now) in (2, 4)
+        assert tier.leads_to(SMALL, keys[2:], now=now) == 0
+        assert tier.leads_to(SMALL, [], now=now) == 0
+
     def test_a_staged_page_is_invisible_until_it_is_published(self, tier: Tier) -> None:
         tier.open_namespace(SMALL)
         staged = tier.stage(SMALL, make_key(1), make_page(SMALL, "a"), num_tokens=BLOCK_TOKENS)

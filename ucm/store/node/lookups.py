@@ -22,6 +22,7 @@ from ucm.store.node.lookup_state import BlockState, LookupJob
 from ucm.store.node.page_reads import PageReads
 from ucm.store.node.parts import NodeParts
 from ucm.store.node.promised_pages import Looked, Looks
+from ucm.store.node.questions import count_there
 from ucm.store.node.sessions import Connection, OpenedNamespace
 from ucm.store.node.slots import SlotState
 from ucm.store.node.storing import Storing
@@ -168,7 +169,7 @@ class Lookups:
         for pool, blocks in asked:
             job.ask(blocks)
             pool.submit(
-                partial(self._tier.contains, job.namespace.tier, [job.keys[i] for i in blocks]),
+                partial(count_there, self._tier, job, blocks),
                 partial(self._on_probed, job, blocks),
                 # A question costs little, and must not wait behind the pages of others.
                 urgent=True,
@@ -177,7 +178,9 @@ class Lookups:
     def _on_probed(self, job: LookupJob, group: list[int], result: object) -> None:
         job.probes_running -= 1
         leading = result if isinstance(result, int) else 0
-        self._heads.note_stored(job.keys[i] for i in group[:leading])
+        if not job.load:
+            # What is read is noted then: it may not be there, where order told.
+            self._heads.note_stored(job.keys[i] for i in group[:leading])
         if job.closed:
             return
         job.in_storage(group[:leading])
@@ -202,7 +205,7 @@ class Lookups:
                 continue
             job.probes_running += 1
             pool.submit(
-                partial(far.tier.contains, job.namespace.tier, [job.keys[i] for i in some]),
+                partial(count_there, far.tier, job, some),
                 partial(self._on_probed_far, job, some),
                 urgent=True,
             )
@@ -210,7 +213,8 @@ class Lookups:
     def _on_probed_far(self, job: LookupJob, group: list[int], result: object) -> None:
         job.probes_running -= 1
         leading = result if isinstance(result, int) else 0
-        self._note_far(job, group[:leading])
+        if not job.load:
+            self._note_far(job, group[:leading])
         if job.closed:
             return
         job.in_storage(group[:leading])
@@ -253,7 +257,6 @@ class Lookups:
                 self._note_not_near(job, missing, error_reason(result))
         elif isinstance(result, Looked):
             there = blocks[: result.leading]
-            self._heads.note_stored(job.keys[i] for i in there)
             job.in_storage(there)
             if there:
                 self._looks[0].found(job)
@@ -282,7 +285,6 @@ class Lookups:
                 self._notices.warn("lookup_failed", result)
         elif isinstance(result, Looked):
             there = blocks[: result.leading]
-            self._note_far(job, there)
             job.in_storage(there)
             if there:
                 self._looks[1].found(job)

@@ -204,9 +204,6 @@ def _ask(tier: Tier, look: _Look) -> Looked:
     for key in look.doubted:
         tier.doubt(namespace, key)
     last_there = tier.contains_now(namespace, job.keys[look.last])
-    leading = 0
-    keys = [job.keys[i] for i in look.blocks]
-    while leading < len(keys) and tier.contains_now(namespace, keys[leading]):
-        leading += 1
+    leading = tier.leads_to(namespace, [job.keys[i] for i in look.blocks], now=True)
     is_very_last = look.last == job.promised - 1
     return Looked(leading, last_there, all_there=last_there and is_very_last)

@@ -159,6 +159,18 @@ class Tier(ABC):
         node remembers of a name that was not there. Costs more."""
         return self.contains(namespace, [key]) == 1
 
+    def leads_to(self, namespace: TierNamespace, keys: Sequence[Key], *, now: bool = False) -> int:
+        """`contains`, or with `now` `contains_now`, for somebody who reads what is counted: `keys`
+        follow each other in a prompt. Where every question is a request, one that is there may
+        stand for those between the first and it, because the pages of a prompt are written in its
+        order: reading tells where that is wrong. The first is always asked for."""
+        if not now:
+            return self.contains(namespace, keys)
+        for i, key in enumerate(keys):
+            if not self.contains_now(namespace, key):
+                return i
+        return len(keys)
+
     def doubt(self, namespace: TierNamespace, key: Key) -> None:  # noqa: B027 few need it
         """A key that was promised long ago is still not there: makes this node and others give up
         what they may remember of its absence. Changes nothing that is stored, and never raises."""
@@ -217,6 +229,21 @@ class Tier(ABC):
 def held_of(tier: Tier, namespace: TierNamespace, keys: Sequence[Key]) -> list[bool]:
     """Which of `keys` storage holds, each by itself."""
     return [tier.holds(namespace, key) for key in keys]
+
+
+def leading_by_order(count: int, is_there: Callable[[int], bool]) -> int:
+    """How many of `count` are there, if each that is there but the first stands for those before
+    it. The last is asked for next: mostly either all are there, or not even the first."""
+    if not count or not is_there(0):
+        return 0
+    last_there, first_absent, i = 0, count, count - 1
+    while first_absent - last_there > 1:
+        if is_there(i):
+            last_there = i
+        else:
+            first_absent = i
+        i = (last_there + first_absent) // 2
+    return last_there + 1
 
 
 class NoTier(Tier):

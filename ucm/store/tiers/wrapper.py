@@ -56,6 +56,9 @@ class WrapperTier(Tier):
     def contains_now(self, namespace: TierNamespace, key: Key) -> bool:
         return self._tier.contains_now(namespace, key)
 
+    def leads_to(self, namespace: TierNamespace, keys: Sequence[Key], *, now: bool = False) -> int:
+        return self._tier.leads_to(namespace, keys, now=now)
+
     def doubt(self, namespace: TierNamespace, key: Key) -> None:
         self._tier.doubt(namespace, key)
 

@@ -38,6 +38,7 @@ from ucm.store.tiers.tier import (
     Staged,
     Tier,
     TierNamespace,
+    leading_by_order,
 )
 
 
@@ -91,6 +92,14 @@ class S3Tier(Tier):
             if self._bucket.tag(self._names.page(namespace.fingerprint, key)) is None:
                 return i
         return len(keys)
+
+    def leads_to(self, namespace: TierNamespace, keys: Sequence[Key], *, now: bool = False) -> int:
+        """Two requests where all are there, one where none is."""
+
+        def is_there(i: int) -> bool:
+            return self.contains(namespace, keys[i : i + 1]) == 1
+
+        return leading_by_order(len(keys), is_there)
 
     def holds(self, namespace: TierNamespace, key: Key) -> bool:
         head = self._bucket.get_head(self._names.page(namespace.fingerprint, key), HEADER_BYTES)
