@@ -88,8 +88,8 @@ class BucketProbe:
         self.trial.doing = "asking for an object that isn't there"
         try:
             # The first request connects, and is not what is measured.
-            objects.get(absent)
-            took_s, _ = _timed(lambda: objects.get(absent))
+            objects.get(absent, most_bytes=0)
+            took_s, _ = _timed(lambda: objects.get(absent, most_bytes=0))
         except TierError as error:
             why = str(error)
             if "there are no credentials" in why:
@@ -152,7 +152,7 @@ class BucketProbe:
             objects.put(name, [content])
 
         def get(name: str) -> None:
-            got = objects.get(name)
+            got = objects.get(name, most_bytes=len(content))
             if got is None or got.content != content:
                 what = f"{name}: other bytes came back than were written"
                 raise TierError(what, reason=Outcome.CORRUPT)

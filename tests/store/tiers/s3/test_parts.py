@@ -181,6 +181,36 @@ _ANSWER = "Server returned non-2xx status code: {status}: <Error><Code>{code}</C
             False,
         ),
         (
+            PermissionDeniedError(
+                _ANSWER.format(status="403 Forbidden", code="RequestTimeTooSkewed")
+            ),
+            "access is denied (RequestTimeTooSkewed): look at this machine's clock",
+            Outcome.IO_ERROR,
+            False,
+        ),
+        (
+            GenericError(
+                _ANSWER.format(status="400 Bad Request", code="AuthorizationHeaderMalformed")
+            ),
+            "access is denied (AuthorizationHeaderMalformed): look at s3_region and credentials",
+            Outcome.IO_ERROR,
+            False,
+        ),
+        (
+            GenericError(
+                "Error performing GET http://x/ in 1ms - Received redirect without LOCATION"
+            ),
+            "the server sends us elsewhere: is s3_region that of the bucket?",
+            Outcome.IO_ERROR,
+            False,
+        ),
+        (
+            GenericError("Error performing POST REDACTED in 48.6µs - HTTP error: kind: Connect,"),
+            "there are no credentials: none can be had for AWS_ROLE_ARN by its token",
+            Outcome.IO_ERROR,
+            True,
+        ),
+        (
             GenericError(_ANSWER.format(status="503 Service Unavailable", code="SlowDown")),
             "the server answers SlowDown",
             Outcome.IO_ERROR,

@@ -26,6 +26,7 @@ from ucm.store.blocks.keys import Key, TailKey
 from ucm.store.blocks.page_key import PageKey
 from ucm.store.tiers.posix import paths
 from ucm.store.tiers.posix.tier import PosixTier
+from ucm.store.tiers.s3.bucket import Bucket, Got
 from ucm.store.tiers.s3.tier import S3Tier
 from ucm.store.tiers.tier import ReadStatus, Tier
 
@@ -155,6 +156,29 @@ def test_the_object_of_another_page_is_damage(server: S3Server, tier: S3Tier) ->
     server.ask("PUT", name_of(KEY), server.ask("GET", name_of(make_key(2))))
 
     assert load(tier, SMALL, KEY) is ReadStatus.CORRUPT
+
+
+def test_of_what_is_longer_than_a_page_nothing_is_taken_into_memory(
+    server: S3Server, tier: S3Tier, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Others may put there whatever they like."""
+    dump(tier, SMALL, KEY, make_page(SMALL, "a"))
+    long = server.ask("GET", name_of(KEY)) + bytes(1 << 20)
+    server.ask("PUT", name_of(KEY), long)
+    taken = []
+    get = Bucket.get
+
+    def spied(self: Bucket, name: str, *, most_bytes: int) -> Got | None:
+        found = get(self, name, most_bytes=most_bytes)
+        taken.append(len(found.content) if found is not None else 0)
+        return found
+
+    monkeypatch.setattr(Bucket, "get", spied)
+    read = tier.read(SMALL, KEY, make_page(SMALL, "b"))
+
+    assert read.status is ReadStatus.CORRUPT and f"{len(long)} bytes long" in read.detail
+    assert taken == [0, 0]
+    assert not server.has(name_of(KEY))
 
 
 def test_no_node_takes_many_objects_away(server: S3Server) -> None:

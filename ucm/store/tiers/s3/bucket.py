@@ -16,7 +16,9 @@ from urllib.parse import urlsplit
 import obstore
 from obstore.store import S3Store
 
+from ucm.config.s3_environment import bad_credential, client_variables
 from ucm.errors import ConfigError, TierError
+from ucm.outcome import Outcome
 from ucm.store.tiers.s3.breaker import BucketBreaker
 from ucm.store.tiers.s3.credentials_file import CredentialsFile
 from ucm.store.tiers.s3.s3_errors import (
@@ -24,6 +26,7 @@ from ucm.store.tiers.s3.s3_errors import (
     is_absent,
     is_denied,
     is_empty_object,
+    is_of_client,
     tier_error_of,
     trouble_of,
 )
@@ -61,7 +64,8 @@ class BucketPlace:
 
 @dataclass(frozen=True)
 class Got:
-    """`content` are the bytes that were asked for, of an object of `size_bytes`."""
+    """`content` are the bytes that were asked for, of an object of `size_bytes`; none of one that
+    is longer than it may be."""
 
     content: memoryview
     size_bytes: int
@@ -105,12 +109,15 @@ class Bucket:
 
         return self._call(name, "can't be written", put)
 
-    def get(self, name: str) -> Got | None:
-        """The whole object; None: there is none."""
+    def get(self, name: str, *, most_bytes: int) -> Got | None:
+        """The whole object; None: there is none. What others have put there may be of any size, and
+        is not taken into memory."""
 
         def get(client: S3Store) -> Got:
             result = obstore.get(client, name)
-            return Got(memoryview(result.bytes()), result.meta["size"], result.meta["e_tag"])
+            size_bytes = result.meta["size"]
+            content = result.bytes() if size_bytes <= most_bytes else b""
+            return Got(memoryview(content), size_bytes, result.meta["e_tag"])
 
         return self._unless_absent(name, "can't be read", get)
 
@@ -155,12 +162,15 @@ class Bucket:
     def _call(self, name: str, doing: str, call: Callable[[S3Store], _T]) -> _T:
         what = f"s3://{self._place.bucket}/{name} at {self._place.url}"
         try:
+            client = self._made()
             self._breaker.let_through()
         except TierError as error:
             raise TierError(f"{what}: {doing}: {error}", reason=error.reason) from None
         try:
-            result = call(self._made())
-        except CLIENT_ERRORS as error:
+            result = call(client)
+        except BaseException as error:
+            if not is_of_client(error):
+                raise
             trouble = trouble_of(error)
             if trouble.is_unreachable:
                 self._breaker.failed(trouble.why)
@@ -182,7 +192,11 @@ class Bucket:
         return client
 
     def _make(self) -> S3Store:
+        """Raises TierError."""
         place = self._place
+        if self._credentials is None and (name := bad_credential()):
+            why = f"{name} has characters that no credential has, such as a line's end"
+            raise TierError(why, reason=Outcome.IO_ERROR)
         # Two tries and the pause between them fit into the time of a call. Where the first has
         # taken all of its own there is no second.
         each = timedelta(seconds=0.45 * place.timeout_s)
@@ -193,17 +207,24 @@ class Bucket:
         }
         if self._certificate is not None:
             options["root_certificate"] = self._certificate
-        return S3Store(
-            place.bucket,
-            endpoint=place.url,
-            region=place.region,
-            virtual_hosted_style_request=not place.path_style,
-            # Signing the content is half of what a PUT costs, and TLS or checksums do as well.
-            unsigned_payload=True,
-            client_options=options,
-            retry_config={"max_retries": _MAX_RETRIES, "retry_timeout": each},
-            credential_provider=self._credentials,
-        )
+        try:
+            return S3Store(
+                place.bucket,
+                # The one that no variable comes before.
+                aws_endpoint_url_s3=place.url,
+                region=place.region,
+                virtual_hosted_style_request=not place.path_style,
+                # Signing the content is half of what a PUT costs, and TLS or checksums do as well.
+                unsigned_payload=True,
+                client_options=options,
+                retry_config={"max_retries": _MAX_RETRIES, "retry_timeout": each},
+                credential_provider=self._credentials,
+            )
+        except CLIENT_ERRORS:
+            # What it says has their values in it.
+            set_here = ", ".join(client_variables()) or "none of its variables is set"
+            why = f"the S3 client takes no such environment: {set_here}"
+            raise TierError(why, reason=Outcome.IO_ERROR) from None
 
 
 def _read_certificate(path: str | None) -> bytes | None:

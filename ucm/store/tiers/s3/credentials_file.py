@@ -16,6 +16,7 @@ import os
 from datetime import datetime, timedelta, timezone
 from typing import TYPE_CHECKING
 
+from ucm.config.s3_environment import is_credential
 from ucm.errors import TierError
 from ucm.outcome import Outcome
 
@@ -56,15 +57,18 @@ class CredentialsFile:
                 parser.read_file(file)
             found = parser[_SECTION]
             key_id, secret = found["aws_access_key_id"], found["aws_secret_access_key"]
+            token = found.get("aws_session_token")
         except OSError as error:
             raise self._error(error.strerror or type(error).__name__) from None
         except (KeyError, ValueError, configparser.Error):
             needed = f"[{_SECTION}] with aws_access_key_id and aws_secret_access_key"
             raise self._error(f"has no {needed}") from None
+        if not all(is_credential(each) for each in (key_id, secret, token or "")):
+            raise self._error("has characters in a value that no credential has")
         return {
             "access_key_id": key_id,
             "secret_access_key": secret,
-            "token": found.get("aws_session_token"),
+            "token": token,
             "expires_at": datetime.now(timezone.utc) + _CLIENT_ASKS_BEFORE + _READ_EVERY,
         }
 

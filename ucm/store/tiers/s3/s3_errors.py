@@ -23,6 +23,10 @@ _METADATA = re.compile(r"(http://169\.254\.|Missing(AccessKeyId|SecretAccessKey)
 _TIMEOUT = re.compile(r"\b(TimedOut|operation timed out|kind: Timeout|deadline has elapsed)\b")
 _CONNECT = re.compile(r"\bkind: Connect\b")
 _CERTIFICATE = re.compile(r"(?i)certificate|\btls\b")
+# Of an identity that is had from a file, and of the server that makes credentials of it.
+_TOKEN_FILE = re.compile(r"Failed to read (?:EKS )?token file ('[^'\n]*': [A-Za-z -]+)")
+_ROLE = re.compile(r"Error performing POST REDACTED\b")
+_ELSEWHERE = re.compile(r"redirect without LOCATION")
 _OF_OUR_FILE = re.compile(r"TierError: (s3_credentials_file: [^\n]*)")
 # Some servers say these with another status than 403.
 _DENIED = frozenset(
@@ -31,6 +35,11 @@ _DENIED = frozenset(
         *("SignatureDoesNotMatch", "AuthorizationHeaderMalformed", "RequestTimeTooSkewed"),
     }
 )
+# Where it is mostly something else than rights.
+_LOOK_AT = {
+    "RequestTimeTooSkewed": "this machine's clock",
+    "AuthorizationHeaderMalformed": "s3_region and credentials",
+}
 _FULL = frozenset({"QuotaExceeded", "XMinioStorageFull", "InsufficientCapacity"})
 # The client retries these once by itself.
 _BUSY = frozenset({"SlowDown", "ServiceUnavailable", "RequestTimeout", "Throttling"})
@@ -60,7 +69,16 @@ def is_denied(error: Exception) -> bool:
     return isinstance(error, PermissionDeniedError)
 
 
-def trouble_of(error: Exception) -> Trouble:
+def is_of_client(error: BaseException) -> bool:
+    """Whatever it does, this process and its threads go on. What it calls a panic derives from no
+    Exception, and its class can't be imported."""
+    return isinstance(error, CLIENT_ERRORS) or type(error).__name__ == _PANIC
+
+
+def trouble_of(error: BaseException) -> Trouble:
+    """Of an error that `is_of_client`."""
+    if type(error).__name__ == _PANIC:
+        return Trouble("the S3 client failed by itself, and has said why in this log", _IO)
     text = str(error)
     code = _found(_CODE, text)
     status = _found(_STATUS, text)
@@ -70,13 +88,18 @@ def trouble_of(error: Exception) -> Trouble:
         return Trouble(file, _IO)
     is_refused = isinstance(error, (PermissionDeniedError, UnauthenticatedError))
     if (is_refused or status[:3] == "403" or code in _DENIED) and not _METADATA.search(text):
-        return Trouble(f"access is denied ({said}): look at credentials and rights", _IO)
+        look_at = _LOOK_AT.get(code, "credentials and rights")
+        return Trouble(f"access is denied ({said}): look at {look_at}", _IO)
     if code == "NoSuchBucket" or isinstance(error, FileNotFoundError):
         return Trouble("there is no such bucket", _IO)
     if code in _FULL or status[:3] == "507":
         return Trouble(f"storage is full ({said})", Outcome.FULL)
     if _METADATA.search(text):
         return Trouble(_NO_CREDENTIALS, _IO, is_unreachable=True)
+    if why := _of_a_role(text):
+        return Trouble(why, _IO, is_unreachable=True)
+    if _ELSEWHERE.search(text):
+        return Trouble("the server sends us elsewhere: is s3_region that of the bucket?", _IO)
     if said:
         is_busy = code in _BUSY or status[:1] == "5"
         return Trouble(f"the server answers {said}", _IO, is_unreachable=is_busy)
@@ -87,7 +110,16 @@ def tier_error_of(what: str, doing: str, trouble: Trouble) -> TierError:
     return TierError(f"{what}: {doing}: {trouble.why}", reason=trouble.reason)
 
 
+def _of_a_role(text: str) -> str:
+    """Why there are no credentials, where an identity has to be shown for them."""
+    if file := _found(_TOKEN_FILE, text):
+        return f"there are no credentials: can't read the token file {file}"
+    return _NO_ROLE if _ROLE.search(text) else ""
+
+
+_PANIC = "PanicException"
 _IO = Outcome.IO_ERROR
+_NO_ROLE = "there are no credentials: none can be had for AWS_ROLE_ARN by its token"
 _NO_CREDENTIALS = (
     "there are no credentials: neither AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, nor "
     "s3_credentials_file, nor an instance's metadata"

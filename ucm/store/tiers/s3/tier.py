@@ -28,7 +28,7 @@ from ucm.store.blocks.keys import Key
 from ucm.store.blocks.page_key import PageKey
 from ucm.store.tiers.per_minute import PerMinute
 from ucm.store.tiers.s3.bucket import Bucket, Got
-from ucm.store.tiers.s3.names import Names
+from ucm.store.tiers.s3.names import MOST_MANIFEST_BYTES, Names
 from ucm.store.tiers.s3.quarantine import move_aside
 from ucm.store.tiers.tier import (
     ABSENT,
@@ -76,7 +76,7 @@ class S3Tier(Tier):
 
     def open_namespace(self, namespace: TierNamespace) -> None:
         name = self._names.manifest(namespace.fingerprint)
-        found = self._bucket.get(name)
+        found = self._bucket.get(name, most_bytes=MOST_MANIFEST_BYTES)
         if found is None:
             # Whoever else writes it now writes the same.
             self._bucket.put_if_allowed(name, namespace.manifest_json)
@@ -113,21 +113,22 @@ class S3Tier(Tier):
         return True
 
     def read_manifest(self, fingerprint: bytes) -> bytes | None:
-        found = self._bucket.get(self._names.manifest(fingerprint))
+        name = self._names.manifest(fingerprint)
+        found = self._bucket.get(name, most_bytes=MOST_MANIFEST_BYTES)
         return None if found is None else bytes(found.content)
 
     def read(self, namespace: TierNamespace, key: Key, page: memoryview) -> PageRead:
         block = BlockId(key, namespace.fingerprint, namespace.page_bytes)
         name = self._names.page(namespace.fingerprint, key)
         try:
-            found = self._bucket.get(name)
+            found = self._bucket.get(name, most_bytes=block.file_bytes)
             if found is None:
                 return ABSENT
             bad = self._take(found, block, page)
             if bad is None:
                 return HIT
             # Is it the object that is damaged, or what came of it?
-            found = self._bucket.get(name)
+            found = self._bucket.get(name, most_bytes=block.file_bytes)
             if found is None:
                 return ABSENT
             again = self._take(found, block, page)
@@ -177,6 +178,8 @@ class S3Tier(Tier):
     def _take(self, found: Got, block: BlockId, page: memoryview) -> TierError | None:
         """What is wrong with it."""
         try:
+            if found.size_bytes > block.file_bytes:
+                check_head(found.content, found.size_bytes, block, page_key=self._page_key)
             take_page(found.content, block, page, page_key=self._page_key)
         except TierError as bad:
             return bad
