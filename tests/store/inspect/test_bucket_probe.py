@@ -45,7 +45,7 @@ class SlowObjects:
         self.put(name, [content])
         return True
 
-    def get(self, name: str) -> Got | None:
+    def get(self, name: str, *, most_bytes: int) -> Got | None:
         content = self.all.get(name)
         is_page = content is not None and len(content) == 4096
         time.sleep(self._of_a_page_s if is_page else self._each_s)

@@ -14,6 +14,8 @@ from ucm.store.blocks.keys import SALT_TAG_BYTES, Key, TailKey
 
 BLOCK_SUFFIX = ".kv"
 MANIFEST = "manifest.json"
+# What is longer is none.
+MAX_MANIFEST_BYTES = 1 << 20
 PAGE_PATTERN = r"[0-9a-f]{64}(\.[1-9]\d{0,4})?\.kv"
 
 _KEY_DIGITS = 64

@@ -13,8 +13,14 @@ from ucm.config.s3_settings import S3_STAGE
 from ucm.config.settings import StoreSettings
 from ucm.errors import TierError, UcmError
 from ucm.store.blocks.keys import Key
-from ucm.store.blocks.page_names import MANIFEST, fingerprint_in, is_namespace_name, key_id_in
-from ucm.store.inspect.walk import MAX_MANIFEST_BYTES, FoundManifest, Wrong, manifest_in
+from ucm.store.blocks.page_names import (
+    MANIFEST,
+    MAX_MANIFEST_BYTES,
+    fingerprint_in,
+    is_namespace_name,
+    key_id_in,
+)
+from ucm.store.inspect.walk import FoundManifest, Wrong, manifest_in
 from ucm.store.tiers.build import bucket_place
 
 if TYPE_CHECKING:

@@ -16,12 +16,15 @@ from enum import Enum
 from ucm.errors import UcmError
 from ucm.store.blocks.keys import Key
 from ucm.store.blocks.namespace import Manifest, fingerprint, from_json, is_of_another_version
-from ucm.store.blocks.page_names import fingerprint_in, key_id_in, parse_page_name
+from ucm.store.blocks.page_names import (
+    MAX_MANIFEST_BYTES,
+    fingerprint_in,
+    key_id_in,
+    parse_page_name,
+)
 from ucm.store.tiers.posix import paths
 from ucm.store.tiers.posix.os_errors import is_gone, is_not_there, tier_error
 from ucm.store.tiers.posix.plain_files import DIRECTORY_FLAGS, NotPlain, read_plain
-
-MAX_MANIFEST_BYTES = 1 << 20
 
 
 @dataclass(frozen=True)

@@ -25,8 +25,6 @@ from ucm.store.blocks.page_names import (
 
 _RANDOM_BYTES = 8
 QUARANTINE = "quarantine"
-# What is longer is none.
-MOST_MANIFEST_BYTES = 1 << 20
 _ASIDE = re.compile(rf"{PAGE_PATTERN}\.[0-9a-f]{{16}}", re.ASCII)
 
 

@@ -26,9 +26,10 @@ from ucm.store.blocks.block_bytes import (
 from ucm.store.blocks.blockfile import HEADER_BYTES, BlockId
 from ucm.store.blocks.keys import Key
 from ucm.store.blocks.page_key import PageKey
+from ucm.store.blocks.page_names import MAX_MANIFEST_BYTES
 from ucm.store.tiers.per_minute import PerMinute
 from ucm.store.tiers.s3.bucket import Bucket, Got
-from ucm.store.tiers.s3.names import MOST_MANIFEST_BYTES, Names
+from ucm.store.tiers.s3.names import Names
 from ucm.store.tiers.s3.quarantine import move_aside
 from ucm.store.tiers.tier import (
     ABSENT,
@@ -76,7 +77,7 @@ class S3Tier(Tier):
 
     def open_namespace(self, namespace: TierNamespace) -> None:
         name = self._names.manifest(namespace.fingerprint)
-        found = self._bucket.get(name, most_bytes=MOST_MANIFEST_BYTES)
+        found = self._bucket.get(name, most_bytes=MAX_MANIFEST_BYTES)
         if found is None:
             # Whoever else writes it now writes the same.
             self._bucket.put_if_allowed(name, namespace.manifest_json)
@@ -114,7 +115,7 @@ class S3Tier(Tier):
 
     def read_manifest(self, fingerprint: bytes) -> bytes | None:
         name = self._names.manifest(fingerprint)
-        found = self._bucket.get(name, most_bytes=MOST_MANIFEST_BYTES)
+        found = self._bucket.get(name, most_bytes=MAX_MANIFEST_BYTES)
         return None if found is None else bytes(found.content)
 
     def read(self, namespace: TierNamespace, key: Key, page: memoryview) -> PageRead:
