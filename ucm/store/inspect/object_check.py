@@ -60,7 +60,8 @@ class ObjectChecker:
         try:
             got = self.objects.get_head(name, HEADER_BYTES) if size_bytes > _TRUSTED_BYTES else None
             if got is None or _is_as_long_as_it_says(got):
-                got = self.objects.get(name)
+                most_bytes = max(size_bytes, _TRUSTED_BYTES)
+                got = self.objects.get(name, most_bytes=most_bytes)
         except TierError as error:
             return ObjectCheck(PageCheck(Condition.UNREADABLE, str(error)))
         if got is None:

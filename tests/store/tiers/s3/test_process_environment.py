@@ -87,7 +87,9 @@ def test_what_the_client_can_not_take_from_the_environment_is_named(
 ) -> None:
     monkeypatch.setenv("AWS_CHECKSUM_ALGORITHM", "HIDDEN")
 
-    with pytest.raises(TierError, match="takes no such environment: .*AWS_CHECKSUM_") as raised:
+    with pytest.raises(
+        TierError, match=r"takes no such environment: (AWS_\w+, )*AWS_CHE"
+    ) as raised:
         s3_tier(server).open_namespace(SMALL)
 
     assert "HIDDEN" not in str(raised.value) and "AWS_SECRET" not in str(raised.value)

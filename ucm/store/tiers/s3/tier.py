@@ -180,7 +180,7 @@ class S3Tier(Tier):
         """What is wrong with it."""
         try:
             if found.size_bytes > block.file_bytes:
-                check_head(found.content, found.size_bytes, block, page_key=self._page_key)
+                check_head(found.content, found.size_bytes, block)
             take_page(found.content, block, page, page_key=self._page_key)
         except TierError as bad:
             return bad
