@@ -33,7 +33,14 @@ class BucketStore:
     server: S3Server
     config: Path
 
-    def put(self, made: Manifest, keys: Iterable[Key], page_key: PageKey | None = None) -> None:
+    def put(
+        self,
+        made: Manifest,
+        keys: Iterable[Key],
+        page_key: PageKey | None = None,
+        *,
+        may_be_there: bool = False,
+    ) -> None:
         """Pages as another node would have left them."""
         tier = s3_tier(self.server, page_key=page_key)
         where = TierNamespace(namespace.fingerprint(made), PAGE_BYTES, namespace.to_json(made))
@@ -42,8 +49,9 @@ class BucketStore:
             page[:PAGE_BYTES] = shake_128(key).digest(PAGE_BYTES)
             tokens = num_tokens_of(key, block_tokens=made.block_tokens)
             staged = tier.stage(where, key, page, num_tokens=tokens)
-            assert staged is not None
-            tier.publish(staged)
+            assert staged is not None or may_be_there
+            if staged is not None:
+                tier.publish(staged)
 
     def name(self, made: Manifest, key: Key) -> str:
         return Names(PREFIX).page(namespace.fingerprint(made), key)

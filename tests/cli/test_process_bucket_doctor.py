@@ -48,8 +48,11 @@ def test_a_bucket_is_tried_out_and_left_as_it_was(store: BucketStore) -> None:
 
 def test_what_was_moved_aside_and_what_a_killed_tool_has_left_are_told(store: BucketStore) -> None:
     store.server.ask("PUT", f"{PREFIX}/ucm-probe-0123/1", b"x")
-    store.server.ask("PUT", f"{PREFIX}/quarantine/abc/one", b"x")
+    store.server.ask("PUT", f"{PREFIX}/quarantine/notes.txt", b"of another program")
+    assert "quarantine" not in findings(store.config)
 
+    namespace, _, page = store.name(A, keys_of(A, PROMPT)[0]).removeprefix(f"{PREFIX}/").split("/")
+    store.server.ask("PUT", f"{PREFIX}/quarantine/{namespace}/{page}.{'0' * 16}", b"x")
     found = findings(store.config)
     assert found["leftovers"].verdict == "note" and found["quarantine"].verdict == "warning"
 

@@ -53,8 +53,10 @@ class SeaweedServer(S3Server):
 
     def clear(self) -> None:
         """The bucket stays."""
-        for name in self.names():
-            self.ask("DELETE", name)
+        while names := self.names():
+            for name in names:
+                self.ask("DELETE", name)
 
     def names(self) -> list[str]:
+        """The first thousand."""
         return _KEY.findall(self.ask("GET", "?list-type=2&max-keys=1000").decode())

@@ -28,8 +28,10 @@ def bucket_contents(
 ) -> BackendContents:
     """Bytes are those of objects, and ages since they were written. Raises TierError, and UcmError
     out of bounds before there is anything to be told."""
-    namespaces = [_contents(bucket, name, bounds, tally) for name in bucket.namespaces(bounds)]
+    names = bucket.namespaces(bounds)
+    # Before pages, which may be too many: then what was counted is told.
     num_aside = sum(1 for _ in bucket.aside(bounds))
+    namespaces = [_contents(bucket, name, bounds, tally) for name in names]
     return BackendContents(
         backend=bucket.place, id="", num_quarantined=num_aside, namespaces=namespaces
     )

@@ -13,12 +13,13 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import dataclass, field
 from functools import partial
+from itertools import islice
 from statistics import median
 from typing import TYPE_CHECKING, Final
 
 from ucm.errors import TierError
 from ucm.outcome import Outcome
-from ucm.store.inspect.bucket_walk import StoredBucket
+from ucm.store.inspect.bucket_walk import Bounds, StoredBucket
 from ucm.store.inspect.verdicts import Finding, Verdict, Wishes
 from ucm.store.inspect.within import Trial
 
@@ -33,6 +34,7 @@ _MIN_LOOKS: Final = 3
 _LOOKS_S: Final = 0.2
 # As many are tried at once as would take so long one after the other.
 _AT_ONCE_S: Final = 0.5
+_MOST_ASIDE: Final = 1_000
 _PROMPT_BLOCKS: Final = 128
 _SKEW_S: Final = 2.0
 _MIB: Final = 1 << 20
@@ -208,7 +210,7 @@ class BucketProbe:
             below, probes = self.bucket.name_of("").rstrip("/"), self.bucket.name_of(_PROBE)
             # Those of this very run may be among them.
             left = _first(objects.listed(below, after=probes))
-            aside = _first(objects.listed(self.bucket.name_of("quarantine")))
+            num_aside = sum(1 for _ in islice(self.bucket.aside(Bounds()), _MOST_ASIDE))
         except TierError as error:
             fix = "allow s3:ListBucket, which `ucm reclaim` needs; node caches list nothing"
             return [Finding(check="list", verdict="note", found=str(error), fix=fix)]
@@ -218,8 +220,9 @@ class BucketProbe:
             findings.append(
                 Finding(check="leftovers", verdict="note", found=found, fix="delete them")
             )
-        if aside:
-            found = f"{len(aside):,} objects in quarantine" + (" at least" * (len(aside) >= 1000))
+        if num_aside:
+            at_least = " at least" * (num_aside == _MOST_ASIDE)
+            found = f"{num_aside:,} objects in quarantine{at_least}"
             fix = "storage, memory or a cable damages data: look at them, then remove them"
             findings.append(Finding(check="quarantine", verdict="warning", found=found, fix=fix))
         found = "no tool can tell here whether the bucket has a rule that takes old pages away"
