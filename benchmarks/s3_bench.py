@@ -44,6 +44,7 @@ PAGES: Final = {"4 MiB": 4 << 20, "8 MiB": 8 << 20}
 BUCKET: Final = "bench"
 REGION: Final = "us-east-1"
 AIM: Final = 0.8
+NUM_PROMPTS: Final = 4
 
 # Seconds a page took, and seconds of CPU, by what was done.
 Taken = defaultdict[str, list[tuple[float, float]]]
@@ -150,12 +151,17 @@ class Node:
         self._turn = 0
 
     def measure(self, taken: Taken, bare: Bare, count: int) -> None:
-        settings = self.bench.settings
-        for what, threads in (("put", settings.write_threads), ("get", settings.read_threads)):
+        reads, writes = self.bench.settings.read_threads, self.bench.settings.write_threads
+        for what, name, threads in (
+            ("put", "put", writes),
+            ("get", "get", reads),
+            ("get", "get prompts", reads),
+        ):
             with ThreadPoolExecutor(threads) as pool:
                 call = partial(pool.map, getattr(bare, what), range(count))
-                timed(taken, f"bare {what} node", count, lambda c=call: list(c()))
-            timed(taken, f"node {what}", count, getattr(self, what), self._pid)
+                timed(taken, f"bare {name} node", count, lambda c=call: list(c()))
+            work = getattr(self, name.replace(" ", "_"))
+            timed(taken, f"node {name}", count, work, self._pid)
 
     def put(self) -> None:
         """Until the bucket has all."""
@@ -164,10 +170,19 @@ class Node:
 
     def get(self) -> None:
         """Into slots, where an engine's device copy begins."""
+        self._get(1)
+
+    def get_prompts(self) -> None:
+        """As many pages, of several prompts at once."""
+        self._get(NUM_PROMPTS)
+
+    def _get(self, num_prompts: int) -> None:
         self._turn += 1
         ids = self._sets[self._turn % NUM_SETS]
-        reply = self.bench.load_into_slots(ids)
-        assert reply.from_files == len(ids), f"{reply.from_files} of {len(ids)} from the bucket"
+        size = -(-len(ids) // num_prompts)
+        replies = self.bench.load_prompts([ids[i : i + size] for i in range(0, len(ids), size)])
+        num_read = sum(reply.from_files for reply in replies)
+        assert num_read == len(ids), f"{num_read} of {len(ids)} from the bucket"
 
 
 ROWS: Final = (
@@ -177,6 +192,7 @@ ROWS: Final = (
     ("GET, tier, 4 threads", "tier get 4", "bare get 4"),
     ("PUT, node cache (dump until there)", "node put", "bare put node"),
     ("GET, node cache (into slots)", "node get", "bare get node"),
+    (f"GET, node cache, {NUM_PROMPTS} prompts", "node get prompts", "bare get prompts node"),
 )
 
 

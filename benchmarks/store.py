@@ -22,8 +22,8 @@ import statistics
 import sys
 import tempfile
 import time
-from collections import defaultdict
-from collections.abc import Callable
+from collections import defaultdict, deque
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, Final
 
@@ -83,6 +83,7 @@ class Bench:
         )
         self.pid = self._client.welcome.pid
         self._numbers = iter(range(1, 1 << 30))
+        self._messages: deque[p.NodeMessage] = deque()
         self._client.send(
             p.OpenNamespace(
                 ns=1,
@@ -104,14 +105,20 @@ class Bench:
 
     def load_into_slots(self, ids: list[bytes]) -> p.LookupReply:
         """Looks up, pinning; gives back the pins."""
-        number = next(self._numbers)
-        keys = list[bytes](map(self._names.key, ids))
-        self._client.send(
-            p.Lookup(id=number, ns=1, keys=keys, read_from=0, load=True, timeout_ms=TIMEOUT_MS)
-        )
-        reply: p.LookupReply = self._answer(p.LookupReply)
-        self._client.send(p.Release(lookups=[number]))
+        (reply,) = self.load_prompts([ids])
         return reply
+
+    def load_prompts(self, prompts: Sequence[Sequence[bytes]]) -> list[p.LookupReply]:
+        """All at once. Gives back the pins when all are there."""
+        numbers = [next(self._numbers) for _ in prompts]
+        for number, ids in zip(numbers, prompts, strict=True):
+            keys = list[bytes](map(self._names.key, ids))
+            self._client.send(
+                p.Lookup(id=number, ns=1, keys=keys, read_from=0, load=True, timeout_ms=TIMEOUT_MS)
+            )
+        replies: list[p.LookupReply] = [self._answer(p.LookupReply) for _ in prompts]
+        self._client.send(p.Release(lookups=numbers))
+        return replies
 
     def files(self, ids: list[bytes]) -> list[str]:
         (backend,) = self.settings.storage_backends
@@ -134,9 +141,11 @@ class Bench:
 
     def _answer(self, kind: type) -> Any:
         while True:
-            for message in self._client.poll(1.0):
+            while self._messages:
+                message = self._messages.popleft()
                 if isinstance(message, kind):
                     return message
+            self._messages.extend(self._client.poll(1.0))
 
 
 def seconds(call: Callable[[], object]) -> float:

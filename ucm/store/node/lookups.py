@@ -237,8 +237,9 @@ class Lookups:
 
     def _go_on(self, job: LookupJob) -> None:
         weigh(job)
-        self._page_reads.go_on_with(job)
+        # First: a question would wait for a thread that reads a page, and the next pages for it.
         self._probe_storage(job)
+        self._page_reads.go_on_with(job)
         for looks in self._looks:
             looks.look(job)
         self._answer_if_settled(job)
