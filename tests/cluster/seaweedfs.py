@@ -5,12 +5,12 @@ from __future__ import annotations
 
 import re
 import signal
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import ClassVar
 
-from examples.cluster.seaweedfs import CREDENTIALS, SeaweedFS
+from examples.cluster.seaweedfs import ALL_ACTIONS, CREDENTIALS, SeaweedFS
 from tests.faults.s3_server import BUCKET, S3Server
 
 _KEY = re.compile(r"<Key>([^<]+)</Key>")
@@ -21,15 +21,24 @@ class SeaweedServer(S3Server):
     # Who says nothing may do all; a name of nobody's is refused.
     headers: ClassVar[Mapping[str, str]] = {"Content-Type": "application/octet-stream"}
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(
+        self, folder: Path, *, actions: Sequence[str] = ALL_ACTIONS, domain: str = ""
+    ) -> None:
+        """`actions`: what the credentials of tests are good for; nobody's are good for all."""
         super().__init__()
+        self._actions, self._domain = actions, domain
         self._folder = folder
         self._seaweed: SeaweedFS | None = None
         self._credentials = CREDENTIALS
 
     def start(self) -> None:
         seaweed = self._seaweed = SeaweedFS(
-            self._folder, bucket=BUCKET, port=self.port, credentials=self._credentials
+            self._folder,
+            bucket=BUCKET,
+            port=self.port,
+            credentials=self._credentials,
+            actions=self._actions,
+            domain=self._domain,
         )
         seaweed.wait_ready()
         seaweed.make_bucket()

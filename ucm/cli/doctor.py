@@ -121,10 +121,13 @@ def _print_finding(finding: Finding) -> None:
 
 
 def _sentence(found: list[Examined], findings: list[Finding]) -> str:
+    from ucm.store.inspect.bucket_probe import WRITE_RIGHT
+
     wrong = sum(finding.verdict == "wrong" for finding in findings)
     warnings = sum(finding.verdict == "warning" for finding in findings)
     if wrong:
         return f"Not fit for a store: {count(wrong, 'thing is', 'things are')} wrong (X)."
     is_read_only = any(each.facts is not None and each.facts.is_read_only for each in found)
+    is_read_only |= any(finding.check == WRITE_RIGHT for finding in findings)
     fit = "Fit to read a store, not to write one" if is_read_only else "Fit for a store"
     return f"{fit}, with {count(warnings, 'warning')} (!)." if warnings else f"{fit}."

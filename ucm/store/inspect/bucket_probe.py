@@ -26,6 +26,8 @@ from ucm.store.inspect.within import Trial
 if TYPE_CHECKING:
     from ucm.store.tiers.s3.listed_bucket import ListedBucket, ListedObject
 
+# Of a bucket that may be read, and not written.
+WRITE_RIGHT: Final = "write right"
 _PROBE: Final = "ucm-probe-"
 _NUM_THREADS: Final = 8
 _NUM_LOOKS: Final = 8
@@ -72,6 +74,8 @@ class BucketProbe:
                     self._speeds(objects, names)
                     self.trial.doing = "moving an object aside"
                     self.found.append(moving.result())
+                elif any(each.check == WRITE_RIGHT for each in self.found):
+                    self._looks(objects, f"{probe}/absent")
             finally:
                 if made:
                     self._delete(objects, [*names, moved, aside])
@@ -117,7 +121,7 @@ class BucketProbe:
             return False
         if not may:
             fix = "allow s3:PutObject: else pages of this node stay in its memory"
-            self._say("write", "warning", "access is denied", fix)
+            self._say(WRITE_RIGHT, "warning", "access is denied", fix)
         return may
 
     def _looks(self, objects: ListedBucket, name: str) -> None:
@@ -139,7 +143,9 @@ class BucketProbe:
         is_slow = prompt_s > self.wishes.lookup_timeout_s
         fix = "lookups will be late: raise lookup_timeout_ms, or use a nearer server"
         self._say("latency", "warning" if is_slow else "fine", found, fix if is_slow else "")
-        skew_s = seen.modified_s - now_s if seen is not None else 0.0
+        if seen is None:
+            return
+        skew_s = seen.modified_s - now_s
         if abs(skew_s) <= _SKEW_S:
             self._say("clock", "fine", "as this machine's")
         else:
@@ -194,7 +200,10 @@ class BucketProbe:
             objects.put(name, [b"ucm"])
             objects.move(name, to)
         except TierError as error:
-            fix = "allow s3:DeleteObject: else damaged objects stay, and cost a read each time"
+            fix = (
+                f"allow s3:DeleteObject: else damaged objects stay, and cost a read each time; and "
+                f"remove what is below {name.rpartition('/')[0]}"
+            )
             return Finding(check="delete", verdict="warning", found=str(error), fix=fix)
         found = "objects can be moved aside and deleted"
         return Finding(check="delete", verdict="fine", found=found)

@@ -211,6 +211,12 @@ _ANSWER = "Server returned non-2xx status code: {status}: <Error><Code>{code}</C
             True,
         ),
         (
+            GenericError("DeleteObjects request failed for key a/b: no. (code: AccessDenied)"),
+            "access is denied (AccessDenied): look at credentials and rights",
+            Outcome.IO_ERROR,
+            False,
+        ),
+        (
             GenericError(_ANSWER.format(status="503 Service Unavailable", code="SlowDown")),
             "the server answers SlowDown",
             Outcome.IO_ERROR,

@@ -17,7 +17,8 @@ from ucm.outcome import Outcome
 
 CLIENT_ERRORS = (BaseError, OSError, ValueError)
 
-_CODE = re.compile(r"<Code>([A-Za-z0-9.]{1,64})</Code>")
+# Of an answer, or of one of several objects that were to be deleted.
+_CODE = re.compile(r"(?:<Code>|\(code: )([A-Za-z0-9.]{1,64})(?:</Code>|\))")
 _STATUS = re.compile(r"status code: (\d{3}\b[A-Za-z -]{0,40})")
 _METADATA = re.compile(r"(http://169\.254\.|Missing(AccessKeyId|SecretAccessKey)|\bCredential)")
 _TIMEOUT = re.compile(r"\b(TimedOut|operation timed out|kind: Timeout|deadline has elapsed)\b")
@@ -33,6 +34,7 @@ _DENIED = frozenset(
     {
         *("ExpiredToken", "InvalidToken", "TokenRefreshRequired", "InvalidAccessKeyId"),
         *("SignatureDoesNotMatch", "AuthorizationHeaderMalformed", "RequestTimeTooSkewed"),
+        "AccessDenied",
     }
 )
 # Where it is mostly something else than rights.
