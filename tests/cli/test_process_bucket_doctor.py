@@ -42,6 +42,7 @@ def test_a_bucket_is_tried_out_and_left_as_it_was(store: BucketStore) -> None:
     for check in ("endpoint", "list right", "latency", "clock", "put", "get", "delete"):
         assert found[check].verdict == "fine", found[check]
     assert "tokens/s" in found["get"].found and "docs/storage.md" in found["lifecycle"].fix
+    assert "the oldest of 18 pages was written 0.0 days ago" in found["lifecycle"].found
     assert store.server.ask("GET", "?list-type=2").count(b"<Key>") == before
     assert ucm("doctor", store.config).stdout.splitlines()[-1].startswith("Fit for a store")
 

@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Final
 
 from ucm.errors import TierError
 from ucm.outcome import Outcome
-from ucm.store.inspect.bucket_walk import Bounds, StoredBucket
+from ucm.store.inspect.bucket_walk import Bounds, OutOfBounds, StoredBucket
 from ucm.store.inspect.verdicts import Finding, Verdict, Wishes
 from ucm.store.inspect.within import Trial
 
@@ -36,7 +36,13 @@ _MIN_LOOKS: Final = 3
 _LOOKS_S: Final = 0.2
 # As many are tried at once as would take so long one after the other.
 _AT_ONCE_S: Final = 0.5
-_MOST_ASIDE: Final = 1_000
+# What one answer to a listing holds.
+_MOST_SEEN: Final = 1_000
+_NAMESPACES_SEEN: Final = 3
+# What lies in a bucket beside is passed over, a request for each of its folders.
+_MOST_LISTS: Final = 30
+_LISTS_S: Final = 1.0
+_DAY_S: Final = 86_400
 _PROMPT_BLOCKS: Final = 128
 _SKEW_S: Final = 2.0
 _MIB: Final = 1 << 20
@@ -215,11 +221,16 @@ class BucketProbe:
 
     def _left(self, objects: ListedBucket, own: str) -> list[Finding]:
         """What others have left in it."""
+        bounds = Bounds(_MOST_LISTS, _LISTS_S)
         try:
             below, probes = self.bucket.name_of("").rstrip("/"), self.bucket.name_of(_PROBE)
             # Those of this very run may be among them.
             left = _first(objects.listed(below, after=probes))
-            num_aside = sum(1 for _ in islice(self.bucket.aside(Bounds()), _MOST_ASIDE))
+            num_aside = 0
+            with suppress(OutOfBounds):
+                for _ in islice(self.bucket.aside(bounds), _MOST_SEEN):
+                    num_aside += 1
+            written_s = self._written_s(bounds)
         except TierError as error:
             fix = "allow s3:ListBucket, which `ucm reclaim` needs; node caches list nothing"
             return [Finding(check="list", verdict="note", found=str(error), fix=fix)]
@@ -230,13 +241,25 @@ class BucketProbe:
                 Finding(check="leftovers", verdict="note", found=found, fix="delete them")
             )
         if num_aside:
-            at_least = " at least" * (num_aside == _MOST_ASIDE)
+            at_least = " at least" * (num_aside == _MOST_SEEN)
             found = f"{num_aside:,} objects in quarantine{at_least}"
             fix = "storage, memory or a cable damages data: look at them, then remove them"
             findings.append(Finding(check="quarantine", verdict="warning", found=found, fix=fix))
-        found = "no tool can tell here whether the bucket has a rule that takes old pages away"
+        found = "no tool can ask here whether the bucket has a rule that takes old pages away"
+        if written_s:
+            days = (time.time() - min(written_s)) / _DAY_S
+            found += f"; the oldest of {len(written_s):,} pages was written {days:.1f} days ago"
         fix = "look at it: docs/storage.md; or run `ucm reclaim`"
         return [*findings, Finding(check="lifecycle", verdict="note", found=found, fix=fix)]
+
+    def _written_s(self, bounds: Bounds) -> list[float]:
+        """When some pages were written. They are sorted by key, which is any. Raises TierError."""
+        found: list[float] = []
+        with suppress(OutOfBounds):
+            for namespace in self.bucket.namespaces(bounds)[:_NAMESPACES_SEEN]:
+                pages = islice(self.bucket.pages_in(namespace, bounds), _MOST_SEEN)
+                found += [page.modified_s for page in pages if page is not None]
+        return found
 
 
 def _timed(act: Callable[[], object]) -> tuple[float, object]:
