@@ -11,7 +11,7 @@ import pytest
 
 from tests.cli.buckets import A, B, BucketStore, bucket_settings, filled_bucket
 from tests.cli.conftest import PROMPT
-from tests.cli.parts import PAGE_BYTES, keys_of, tail_of, ucm
+from tests.cli.parts import PAGE_BYTES, Store, keys_of, manifest, tail_of, ucm
 from tests.faults.s3_server import BUCKET, S3Server
 from tests.store.tiers.s3.conftest import server as server
 from tests.store.tiers.s3.conftest import shared_server as shared_server
@@ -105,6 +105,29 @@ def test_a_manifest_that_is_damaged_is_told(store: BucketStore) -> None:
     found = verified(store.config, status=3)
     (bad,) = found.files
     assert bad.path.endswith("/manifest.json") and found.num_whole == 18
+    assert "remove it, and the next engine of its model writes it anew" in bad.why
+
+
+def test_pages_of_another_version_are_counted_and_left_alone(store: BucketStore) -> None:
+    """They lie in a namespace of their own, whose manifest says so; in ours it is damage."""
+    newer = manifest("a", page_format_version=2)
+    store.put(newer, keys_of(newer, PROMPT)[:1])
+    for name in (store.name(newer, keys_of(newer, PROMPT)[0]), store.name(A, ONE)):
+        change(store, name, lambda whole: whole[:8] + (2).to_bytes(4, "little") + whole[12:])
+    found = verified(store.config, status=3)
+    assert (found.num_other_version, found.num_damaged, found.num_whole) == (1, 1, 17)
+
+
+def test_files_near_and_a_bucket_far_are_both_read(store: BucketStore, tmp_path: Path) -> None:
+    near = Store(tmp_path / "near")
+    near.put(A, keys_of(A, PROMPT, salt="one"))
+    settings = {"store_pipeline": "Cache|Posix|S3", "storage_backends": str(near.path)}
+    config = bucket_settings(tmp_path, store.server, **settings)
+    change(store, store.name(A, ONE), flipped(5000))
+    found = verified(config, status=3)
+    assert (found.num_whole, found.num_damaged) == (6 + 17, 1)
+    whole, damaged = inspected(ONE.hex(), config, status=3)
+    assert whole.path.startswith(str(near.path)) and damaged.path.startswith("s3://")
 
 
 def test_things_of_others_are_counted_and_not_read(store: BucketStore) -> None:

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import time
+from collections import Counter
 from collections.abc import Iterator
 
 from ucm.errors import UcmError
 from ucm.store.blocks.keys import TailKey
+from ucm.store.blocks.namespace import Manifest
 from ucm.store.blocks.page_names import key_id_in
 from ucm.store.inspect.bucket_walk import Bounds, FoundPage, StoredBucket
 from ucm.store.inspect.contents import (
@@ -16,6 +18,7 @@ from ucm.store.inspect.contents import (
     NamespaceContents,
     PageEntry,
     Sizes,
+    StrandUse,
     age_of,
 )
 from ucm.store.inspect.model_label import model_label, strand_labels
@@ -84,7 +87,7 @@ def _contents(
         num_tails=num_tails,
         num_temporary=0,
         num_strange=num_strange,
-        sizes=_sizes(pages) if pages else None,
+        sizes=_sizes(pages, manifest) if pages else None,
         num_problems=int(bool(problem)),
         problem=problem,
     )
@@ -95,7 +98,7 @@ def _tell(tally: SaltTally | None, page: FoundPage) -> None:
         tally.add(page.key, page.size_bytes)
 
 
-def _sizes(pages: list[tuple[int, float]]) -> Sizes:
+def _sizes(pages: list[tuple[int, float]], manifest: Manifest | None) -> Sizes:
     now_s = time.time()
     num = dict.fromkeys((age for age, _ in AGES), 0)
     nbytes = dict.fromkeys((age for age, _ in AGES), 0)
@@ -110,5 +113,21 @@ def _sizes(pages: list[tuple[int, float]]) -> Sizes:
         oldest_s=min(modified_s for _, modified_s in pages),
         newest_s=max(modified_s for _, modified_s in pages),
         by_age=[AgeUse(age=age, num_pages=num[age], allocated_bytes=nbytes[age]) for age in num],
-        by_strand=[],
+        by_strand=_by_strand(pages, manifest),
     )
+
+
+def _by_strand(pages: list[tuple[int, float]], manifest: Manifest | None) -> list[StrandUse]:
+    if manifest is None or not strand_labels(manifest):
+        return []
+    strands, sizes = StrandPages(manifest), Counter(size_bytes for size_bytes, _ in pages)
+    num: Counter[str] = Counter()
+    nbytes: Counter[str] = Counter()
+    for size_bytes, count in sizes.items():
+        strand = strands.of_file(size_bytes)
+        num[strand] += count
+        nbytes[strand] += count * size_bytes
+    return [
+        StrandUse(strand=each, num_pages=num[each], allocated_bytes=nbytes[each])
+        for each in sorted(num)
+    ]

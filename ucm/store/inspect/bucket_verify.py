@@ -81,9 +81,7 @@ class BucketVerifier:
     def _version(self, bucket: StoredBucket, namespace: str) -> int | None:
         """Of the namespace's pages, if its manifest can be read. What is wrong with that counts."""
         found = bucket.manifest(namespace)
-        if found.wrong is not None:
-            where = bucket.url_of(f"{namespace}/{MANIFEST}")
-            self.counts.bad(where, Condition(found.wrong.value), found.why)
+        self.counts.manifest(bucket.url_of(f"{namespace}/{MANIFEST}"), found)
         return found.manifest.page_format_version if found.manifest is not None else None
 
     def _verify(

@@ -10,6 +10,7 @@ import msgspec
 
 from ucm.store.blocks.page_key import PageKey
 from ucm.store.inspect.page_check import Condition
+from ucm.store.inspect.walk import FoundManifest, Wrong
 
 # Further ones are only counted.
 _MAX_LISTED: Final = 1_000
@@ -71,6 +72,15 @@ class VerifiedCounts:
         with self._lock:
             self.found.num_temporary += is_temporary
             self.found.num_misplaced += is_misplaced
+
+    def manifest(self, path: str, found: FoundManifest) -> None:
+        """Counts it if something is wrong with it."""
+        if found.wrong is None:
+            return
+        why = found.why
+        if found.wrong is Wrong.DAMAGED:
+            why += ": remove it, and the next engine of its model writes it anew"
+        self.bad(path, Condition(found.wrong.value), why)
 
     def bad(self, path: str, condition: Condition, why: str, done: str = "") -> None:
         with self._lock:

@@ -17,7 +17,6 @@ from ucm.store.inspect.walk import (
     FoundName,
     Kind,
     NamespaceFolder,
-    Wrong,
     files_in,
     first_levels,
     look_at_manifest,
@@ -85,11 +84,7 @@ class Verifier:
     def _version(self, folder: NamespaceFolder) -> int | None:
         """Of the namespace's pages, if its manifest can be read. What is wrong with that counts."""
         found = look_at_manifest(folder)
-        if found.wrong is not None:
-            why = found.why
-            if found.wrong is Wrong.DAMAGED:
-                why += ": remove it, and the next engine of its model writes it anew"
-            self.counts.bad(f"{folder.path}/{paths.MANIFEST}", Condition(found.wrong.value), why)
+        self.counts.manifest(f"{folder.path}/{paths.MANIFEST}", found)
         return found.manifest.page_format_version if found.manifest is not None else None
 
     def _leaves(
