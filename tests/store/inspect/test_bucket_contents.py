@@ -1,4 +1,4 @@
-"""`bucket_contents.py` on objects in memory: strands by their sizes, and what not all of was seen."""
+"""`bucket_contents.py` on objects in memory: strands by size, and what is told out of bounds."""
 
 from __future__ import annotations
 
