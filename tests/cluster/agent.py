@@ -19,6 +19,7 @@ from contextlib import suppress
 from pathlib import Path
 from threading import Event
 from typing import Any
+from unittest.mock import patch
 
 from tests.store.node.support import (
     FINGERPRINT,
@@ -35,6 +36,7 @@ from ucm.store.blocks.keys import Key
 from ucm.store.blocks.page_layout import padded_bytes
 from ucm.store.node import protocol as p
 from ucm.store.tiers.posix import paths
+from ucm.store.tiers.posix.backend import Backend
 from ucm.store.tiers.posix.sweep import Sweep
 from ucm.store.tiers.posix.tier import PosixTier
 from ucm.store.tiers.tier import ReadStatus, TierNamespace
@@ -105,6 +107,12 @@ def load(store: str, name: str, count: int) -> int:
     return sum(one.load([key])[0] for key in make_keys(name, count))
 
 
+def publish_untouched(store: str, name: str, count: int, pause_s: float) -> list[float]:
+    """As a writer that ends before it touches a page's directory, or that may not."""
+    with patch.object(Backend, "changed"):
+        return publish(store, name, count, pause_s)
+
+
 def publish(store: str, name: str, count: int, pause_s: float = 0.0) -> list[float]:
     """Pages, straight into storage. Returns when each was there."""
     tier = _tier(store)
@@ -152,6 +160,21 @@ def wait_ordinary(
             if key not in found_s and one.load([key])[0]:
                 found_s[key] = time.time()
         time.sleep(pause_s)
+    return [found_s.get(key) for key in keys]
+
+
+def wait_in_storage(
+    store: str, name: str, count: int, at_once: int, timeout_s: float
+) -> list[float | None]:
+    """Asks storage for the first of these pages that are not there yet, as fast as it answers, and
+    never doubts what it says. Returns when each was there."""
+    tier, keys = _tier(store), make_keys(name, count)
+    found_s: dict[Key, float] = {}
+    deadline_s = time.monotonic() + timeout_s
+    while len(found_s) < count and time.monotonic() < deadline_s:
+        for key in [key for key in keys if key not in found_s][:at_once]:
+            if tier.contains_now(NAMESPACE, key):
+                found_s[key] = time.time()
     return [found_s.get(key) for key in keys]
 
 
@@ -225,8 +248,8 @@ def _tier(store: str) -> PosixTier:
 
 
 _OPS: tuple[Callable[..., Any], ...] = (
-    *(run, start, stop, dump, load, publish, wait_promised, wait_ordinary, status),
-    *(replace, remove, sweep_beside_open_pages, look),
+    *(run, start, stop, dump, load, publish, wait_promised, wait_ordinary, wait_in_storage),
+    *(publish_untouched, status, replace, remove, sweep_beside_open_pages, look),
 )
 
 

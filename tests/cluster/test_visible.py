@@ -12,9 +12,13 @@ from tests.cluster.nodes import Cluster
 pytestmark = [pytest.mark.long, pytest.mark.cluster, pytest.mark.timeout(180)]
 
 NUM_PAGES = 48
+NUM_LOOKED_FOR = 24
+NUM_UNTOUCHED = 96
 SOON_S = 1.0
 # What clients that are processes remember by themselves, which ordinary lookups don't ask past.
 FUSE_S = 1.0
+# The pauses between doubts: 0.2, 0.2, 0.4 and 0.8 seconds.
+DOUBTS_S = 1.0
 
 
 def delays(published_s: Sequence[float], seen_s: Sequence[float | None]) -> list[float]:
@@ -38,6 +42,30 @@ def test_a_page_that_is_waited_for_is_seen_within_a_second(
     seen = delays(published_s, cluster.b.node.end())
     record(cluster, f"hand-off, {into}", seen)
     assert max(seen) <= SOON_S
+
+
+def test_who_looks_while_a_page_comes_sees_it_within_a_second_without_any_doubt(
+    cluster: Cluster,
+) -> None:
+    """Past listings without it that the client remembers, and past an absence in the tick in which
+    it came. To doubt would have the client forget both."""
+    store = cluster.new_store()
+    asked = {"name": "looked for", "count": NUM_LOOKED_FOR}
+    cluster.a.ask("publish", store, **asked)
+    cluster.a.ask("remove", store, **asked)
+    cluster.b.begin("wait_in_storage", store, **asked, at_once=2, timeout_s=15.0)
+    published_s = cluster.a.ask("publish", store, **asked, pause_s=0.1)
+    assert max(delays(published_s, cluster.b.node.end())) <= SOON_S
+
+
+def test_a_page_that_is_waited_for_is_seen_within_a_second_whose_writer_touches_nothing(
+    cluster: Cluster, store: str
+) -> None:
+    """Only who waits can end then what a look in its tick has left behind."""
+    asked = {"name": "untouched", "count": NUM_UNTOUCHED}
+    cluster.b.begin("wait_promised", store, **asked, at_once=12, timeout_ms=20_000)
+    published_s = cluster.a.ask("publish_untouched", store, **asked, pause_s=0.05)
+    assert max(delays(published_s, cluster.b.node.end())) <= SOON_S + DOUBTS_S
 
 
 def test_ordinary_lookups_see_a_page_within_a_second_after_they_missed_it(
