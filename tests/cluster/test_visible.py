@@ -44,15 +44,18 @@ def test_a_page_that_is_waited_for_is_seen_within_a_second(
     assert max(seen) <= SOON_S
 
 
+@pytest.mark.parametrize("into", ["new directories", "old directories"])
 def test_who_looks_while_a_page_comes_sees_it_within_a_second_without_any_doubt(
-    cluster: Cluster,
+    cluster: Cluster, into: str
 ) -> None:
-    """Past listings without it that the client remembers, and past an absence in the tick in which
-    it came. To doubt would have the client forget both."""
+    """Past listings without it that the client remembers, and past absences in the tick in which
+    its directories came. To doubt would have the client forget both."""
     store = cluster.new_store()
+    cluster.a.ask("publish", store, name="first", count=1)
     asked = {"name": "looked for", "count": NUM_LOOKED_FOR}
-    cluster.a.ask("publish", store, **asked)
-    cluster.a.ask("remove", store, **asked)
+    if into == "old directories":
+        cluster.a.ask("publish", store, **asked)
+        cluster.a.ask("remove", store, **asked)
     cluster.b.begin("wait_in_storage", store, **asked, at_once=2, timeout_s=15.0)
     published_s = cluster.a.ask("publish", store, **asked, pause_s=0.1)
     assert max(delays(published_s, cluster.b.node.end())) <= SOON_S

