@@ -126,6 +126,9 @@ def test_a_backend_that_hangs_costs_its_own_pages_and_no_others(place: Place, si
                 ),
                 "the node cache knows",
             )
+            for doing in ("read", "written"):
+                said = f"storage hangs: {both.hung} can't be {doing}"
+                assert log_of(settings).count(said) == 1
 
         stored, new = both.in_good(STORED), both.in_good(NEW)
         assert set(find(client, stored).places) == {p.IN_STORAGE}

@@ -21,6 +21,7 @@ from ucm.store.node.parts import NodeParts
 from ucm.store.node.prefault import MemoryAhead
 from ucm.store.node.sessions import Connection, OpenedNamespace, Session
 from ucm.store.node.slots import Slot
+from ucm.store.node.stalls import Stalls
 from ucm.store.node.storing import Storing
 
 _AFTER_HELD_UP_S = 0.25
@@ -55,6 +56,9 @@ class NodeCore:
         self._reads = [tier.reads for tier in parts.tiers]
         self._writes = [tier.writes for tier in parts.tiers]
         self._control = [tier.control for tier in parts.tiers]
+        hanging = [("read", lanes) for lanes in self._reads]
+        hanging += [("written", lanes) for lanes in self._writes]
+        self._stalls = Stalls(hanging, parts.notices)
         self._far = storing.far
         # Set when the process is about to end: what is queued is written, nothing new is begun.
         self.leaving = False
@@ -63,6 +67,7 @@ class NodeCore:
         """Finds what is late; takes memory while nobody waits. Called many times a second."""
         for lanes in (*self._reads, *self._writes, *self._control):
             lanes.tick()
+        self._stalls.tick()
         self._openings.tick()
         self.writeback.tick()
         self.lookups.tick()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import stat
 from collections.abc import Iterator
@@ -11,7 +12,7 @@ import pytest
 
 from tests.parts.strangers import run_as_stranger
 from tests.store.tiers.tier_contract import SMALL, content_of, dump, load, make_key, make_page
-from ucm.errors import ConfigError
+from ucm.errors import ConfigError, TierError
 from ucm.store.blocks.page_key import PageKey
 from ucm.store.tiers.posix.rights import file_rights, problems
 from ucm.store.tiers.posix.tier import PosixTier
@@ -33,6 +34,29 @@ def test_a_directory_that_anybody_may_write_to_is_warned_of_unless_pages_are_sea
     (problem,) = problems(mode, may_write=True, uid=1, is_sealed=False)
     assert "page_key_file" in problem
     assert problems(mode, may_write=True, uid=1, is_sealed=True) == []
+
+
+def test_root_that_may_not_write_hears_what_nfs_takes_it_for() -> None:
+    (of_root,) = problems(0o755, may_write=False, uid=0, is_sealed=False)
+    (of_another,) = problems(0o755, may_write=False, uid=1, is_sealed=False)
+    assert of_root.endswith("run all nodes as one user that is not root, whom NFS takes for nobody")
+    assert of_another.endswith("run all nodes as one user")
+
+
+def test_a_group_that_only_this_machine_knows_its_user_in_is_named(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As servers of NFS do that look groups up themselves."""
+
+    def refuse(*args: object) -> None:
+        raise PermissionError(errno.EPERM, os.strerror(errno.EPERM))
+
+    monkeypatch.setattr(os, "chown", refuse)
+    monkeypatch.setattr(os, "fchown", refuse)
+    tier = PosixTier([str(tmp_path)], rights=file_rights("660", "2000"))
+    tier.open_namespace(SMALL)
+    with pytest.raises(TierError, match=f"storage does not count uid {os.geteuid()} to .* 2000"):
+        dump(tier, SMALL, KEY, PAGE)
 
 
 def test_it_is_said_once_where_the_store_is_opened(

@@ -75,7 +75,9 @@ class Placement:
             lane = self._backends.index(backend)
             if self._looking[lane].acquire(timeout=_OPENING_S):
                 self._looking[lane].release()
-            self.look_for(lane)
+            refused = self.look_for(lane)
+            if refused is not None:
+                raise refused
         backend.identity.check()
         return backend
 
@@ -93,16 +95,17 @@ class Placement:
         backend.say_rights()
         self._checked()
 
-    def look_for(self, lane: int) -> None:
+    def look_for(self, lane: int) -> TierError | None:
         """Whether the backend's id can be known by now. Makes nothing but what `open` was to make
-        and could not. Raises TierError."""
+        and could not; returns why that is refused, if it is. Raises TierError."""
         backend = self._backends[lane]
         if backend.identity.id is None and self._looking[lane].acquire(blocking=False):
             try:
                 if backend.identity.look() is None:
-                    unless_read_only(backend.open_again)
+                    return unless_read_only(backend.open_again)
             finally:
                 self._looking[lane].release()
+        return None
 
     def _look_for_all(self) -> TierError | None:
         return for_all(range(len(self._backends)), self.look_for)
@@ -151,12 +154,14 @@ def _error_of(act: Callable[[], object]) -> TierError | None:
     return None
 
 
-def unless_read_only(write: Callable[[], object]) -> None:
+def unless_read_only(write: Callable[[], object]) -> TierError | None:
     """A read-only mount is fine: what others wrote can be read. What may not be read either says
-    so at the first read."""
+    so at the first read. Returns what it is refused by."""
     try:
         write()
     except TierError as error:
         cause = error.__cause__
         if not (isinstance(cause, OSError) and cause.errno in READ_ONLY_ERRNOS):
             raise
+        return error
+    return None

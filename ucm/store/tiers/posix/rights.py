@@ -11,6 +11,8 @@ import grp
 import logging
 import os
 import stat
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Final
 
@@ -38,16 +40,29 @@ class FileRights:
     def give_file(self, fd: int) -> None:
         """Raises OSError."""
         if self.gid is not None:
-            os.fchown(fd, -1, self.gid)
+            with _saying_group(self.gid):
+                os.fchown(fd, -1, self.gid)
         if self.file_mode is not None:
             os.fchmod(fd, self.file_mode)
 
     def give_directory(self, path: str) -> None:
         """Raises OSError."""
         if self.gid is not None:
-            os.chown(path, -1, self.gid)
+            with _saying_group(self.gid):
+                os.chown(path, -1, self.gid)
         if self.directory_mode is not None:
             os.chmod(path, self.directory_mode)
+
+
+@contextmanager
+def _saying_group(gid: int) -> Iterator[None]:
+    """A server may go by groups of its own, whatever this machine knows of its user."""
+    try:
+        yield
+    except PermissionError as error:
+        raise PermissionError(
+            error.errno, f"storage does not count uid {os.geteuid()} to file_group {gid}"
+        ) from error
 
 
 # What chown takes for "leave it".
@@ -97,6 +112,7 @@ def problems(mode: int, *, may_write: bool, uid: int, is_sealed: bool) -> list[s
         found.append(
             f"uid {uid} may not write here: pages of this node stay in its memory, and what others "
             f"have stored is read; give it the right, or run all nodes as one user"
+            + (" that is not root, whom NFS takes for nobody" if uid == 0 else "")
         )
     if mode & stat.S_IWOTH and not is_sealed:
         found.append(
