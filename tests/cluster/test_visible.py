@@ -12,7 +12,6 @@ from tests.cluster.nodes import Cluster
 pytestmark = [pytest.mark.long, pytest.mark.cluster, pytest.mark.timeout(180)]
 
 NUM_PAGES = 48
-NUM_LOOKED_FOR = 24
 NUM_UNTOUCHED = 96
 SOON_S = 1.0
 # What clients that are processes remember by themselves, which ordinary lookups don't ask past.
@@ -52,12 +51,12 @@ def test_who_looks_while_a_page_comes_sees_it_within_a_second_without_any_doubt(
     its directories came. To doubt would have the client forget both."""
     store = cluster.new_store()
     cluster.a.ask("publish", store, name="first", count=1)
-    asked = {"name": "looked for", "count": NUM_LOOKED_FOR}
+    asked = {"name": "looked for", "count": NUM_PAGES}
     if into == "old directories":
         cluster.a.ask("publish", store, **asked)
         cluster.a.ask("remove", store, **asked)
     cluster.b.begin("wait_in_storage", store, **asked, at_once=2, timeout_s=15.0)
-    published_s = cluster.a.ask("publish", store, **asked, pause_s=0.1)
+    published_s = cluster.a.ask("publish", store, **asked, pause_s=0.05)
     assert max(delays(published_s, cluster.b.node.end())) <= SOON_S
 
 

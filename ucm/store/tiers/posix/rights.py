@@ -60,9 +60,12 @@ def _saying_group(gid: int) -> Iterator[None]:
     try:
         yield
     except PermissionError as error:
-        raise PermissionError(
-            error.errno, f"storage does not count uid {os.geteuid()} to file_group {gid}"
-        ) from error
+        raise PermissionError(error.errno, _not_in_group(gid)) from error
+
+
+def _not_in_group(gid: int) -> str:
+    """For people."""
+    return f"storage does not count uid {os.geteuid()} to file_group {gid}"
 
 
 # What chown takes for "leave it".
@@ -112,7 +115,11 @@ def problems(mode: int, *, may_write: bool, uid: int, is_sealed: bool) -> list[s
         found.append(
             f"uid {uid} may not write here: pages of this node stay in its memory, and what others "
             f"have stored is read; give it the right, or run all nodes as one user"
-            + (" that is not root, whom NFS takes for nobody" if uid == 0 else "")
+        )
+    if not may_write and uid == 0:
+        found.append(
+            "NFS takes root for nobody, unless it is exported with no_root_squash: run node caches "
+            "as another user"
         )
     if mode & stat.S_IWOTH and not is_sealed:
         found.append(
