@@ -43,6 +43,8 @@ def test_root_that_may_not_write_hears_what_nfs_takes_it_for() -> None:
     assert ["no_root_squash" in problem for problem in of_root] == [False, True]
     assert ["no_root_squash" in problem for problem in of_another] == [False]
     assert problems(0o755, may_write=True, uid=0, is_sealed=False) == []
+    (of_a_mount,) = problems(0o755, may_write=False, uid=0, is_sealed=False, is_read_only=True)
+    assert of_a_mount in of_root
 
 
 def test_a_group_that_only_this_machine_knows_its_user_in_is_named(

@@ -108,7 +108,9 @@ def is_own(path: str) -> bool:
     return os.lstat(path).st_uid == os.geteuid()
 
 
-def problems(mode: int, *, may_write: bool, uid: int, is_sealed: bool) -> list[str]:
+def problems(
+    mode: int, *, may_write: bool, uid: int, is_sealed: bool, is_read_only: bool = False
+) -> list[str]:
     """What a person should know of a directory with these rights. Pure."""
     found = []
     if not may_write:
@@ -116,7 +118,7 @@ def problems(mode: int, *, may_write: bool, uid: int, is_sealed: bool) -> list[s
             f"uid {uid} may not write here: pages of this node stay in its memory, and what others "
             f"have stored is read; give it the right, or run all nodes as one user"
         )
-    if not may_write and uid == 0:
+    if not may_write and uid == 0 and not is_read_only:
         found.append(
             "NFS takes root for nobody, unless it is exported with no_root_squash: run node caches "
             "as another user"
@@ -135,5 +137,12 @@ def say_problems(path: str, *, is_sealed: bool) -> None:
     may_write = os.access(
         path, os.W_OK | os.X_OK, effective_ids=os.access in os.supports_effective_ids
     )
-    for problem in problems(mode, may_write=may_write, uid=os.geteuid(), is_sealed=is_sealed):
+    is_read_only = bool(os.statvfs(path).f_flag & os.ST_RDONLY)
+    for problem in problems(
+        mode,
+        may_write=may_write,
+        uid=os.geteuid(),
+        is_sealed=is_sealed,
+        is_read_only=is_read_only,
+    ):
         _logger.warning("%s: %s", path, problem)
