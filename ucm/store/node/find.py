@@ -132,7 +132,8 @@ class Finds:
             if pool.stalled:
                 job.reason = Outcome.TIMEOUT
                 continue
-            size = min(_MAX_GROUP, -(-len(blocks) // pool.num_threads))
+            most = 1 if of.tier.is_by_request else _MAX_GROUP
+            size = min(most, -(-len(blocks) // pool.num_threads))
             groups += [(pool, blocks[i : i + size]) for i in range(0, len(blocks), size)]
         job.groups_running += len(groups)
         for pool, group in groups:

@@ -46,9 +46,9 @@ class PageReads:
         while (pool := self._next_turn(job)) is not None:
             # While threads are idle, one page each. Small pages that only wait for a thread go in
             # groups: handing over a job costs about as much as copying 64 KiB.
-            is_busy = pool.depth >= pool.num_threads
+            is_grouped = pool.depth >= pool.num_threads and not self._parts.tier.is_by_request
             slot_bytes = job.namespace.slot_bytes
-            most = max(1, _READ_BYTES // slot_bytes) if is_busy else 1
+            most = max(1, _READ_BYTES // slot_bytes) if is_grouped else 1
             for each, group in self._lanes.split(self._begin_next(job, most), _key_of):
                 self._read(job, each, group)
 

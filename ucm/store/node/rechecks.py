@@ -2,14 +2,16 @@
 
 A lookup or a dump that meets such a page goes on at once; the answer decides about the next one.
 What has gone is queued from memory. No more than `max_pages` of a lane are asked about at a time:
-what is beyond that is asked about when it is met again.
+what is beyond that is asked about when it is met again. Where each is a request, half of the
+threads at most are busy with them: lookups and reads go on meanwhile.
 """
 
 from __future__ import annotations
 
-from collections import defaultdict
+from collections import Counter, defaultdict, deque
 from collections.abc import Sequence
 from functools import partial
+from typing import TypeAlias
 
 from ucm.outcome import Outcome
 from ucm.store.blocks.keys import Key
@@ -22,6 +24,7 @@ from ucm.store.node.writeback import WriteBack
 from ucm.store.tiers.tier import held_of
 
 _MAX_GROUP = 64
+_Group: TypeAlias = tuple[OpenedNamespace, list[Met]]
 
 
 def ready_pages(slots: SlotTable, keys: Sequence[Key], parents: Sequence[Key | None]) -> list[Met]:
@@ -46,6 +49,8 @@ class Rechecks:
         self._notices = parts.notices
         self._max_pages = parts.limits.max_write_pages
         self._open: defaultdict[LanePool, set[Key]] = defaultdict(set)
+        self._waiting: defaultdict[LanePool, deque[_Group]] = defaultdict(deque)
+        self._running: Counter[LanePool] = Counter()
 
     def meet(self, namespace: OpenedNamespace, pages: Sequence[Met]) -> list[Key]:
         """Somebody counts on these READY pages. Returns those that are neither saved nor queued."""
@@ -59,8 +64,17 @@ class Rechecks:
         fresh = [page for page in pages if page.key not in asked]
         del fresh[max(0, self._max_pages - len(asked)) :]
         asked.update(page.key for page in fresh)
-        for start in range(0, len(fresh), _MAX_GROUP):
-            group = fresh[start : start + _MAX_GROUP]
+        size = 1 if self._tier.is_by_request else _MAX_GROUP
+        groups = (fresh[start : start + size] for start in range(0, len(fresh), size))
+        self._waiting[pool].extend((namespace, group) for group in groups)
+        self._go_on(pool)
+
+    def _go_on(self, pool: LanePool) -> None:
+        waiting = self._waiting[pool]
+        most = max(1, pool.num_threads // 2) if self._tier.is_by_request else self._max_pages
+        while waiting and self._running[pool] < most:
+            namespace, group = waiting.popleft()
+            self._running[pool] += 1
             pool.submit(
                 partial(held_of, self._tier, namespace.tier, [page.key for page in group]),
                 partial(self._on_asked, namespace, pool, group),
@@ -70,6 +84,8 @@ class Rechecks:
         self, namespace: OpenedNamespace, pool: LanePool, group: list[Met], result: object
     ) -> None:
         self._open[pool].difference_update(page.key for page in group)
+        self._running[pool] -= 1
+        self._go_on(pool)
         if not isinstance(result, list):
             self._notices.warn("recheck_failed", result)
             self._writeback.refuse([page.key for page in group], error_reason(result))

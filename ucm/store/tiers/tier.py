@@ -106,6 +106,13 @@ class Tier(ABC):
         """Their names for people. Always as many; none where there is no storage (`NoTier`)."""
         return ("storage",)
 
+    @property
+    def is_by_request(self) -> bool:
+        """Whether each page costs a request, however many one call is about. Who has many asks for
+        them one by one: a call that goes through 64 takes as long as 64, which looks as if storage
+        hung."""
+        return False
+
     def lane_of(self, key: Key) -> int:
         """Where `key` lies, as far as is known now. Asks no storage, and never raises."""
         return 0

@@ -23,6 +23,10 @@ class WrapperTier(Tier):
     def lanes(self) -> Sequence[str]:
         return self._tier.lanes
 
+    @property
+    def is_by_request(self) -> bool:
+        return self._tier.is_by_request
+
     def lane_of(self, key: Key) -> int:
         return self._tier.lane_of(key)
 

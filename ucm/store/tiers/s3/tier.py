@@ -75,6 +75,10 @@ class S3Tier(Tier):
     def lanes(self) -> Sequence[str]:
         return (self._place,)
 
+    @property
+    def is_by_request(self) -> bool:
+        return True
+
     def open_namespace(self, namespace: TierNamespace) -> None:
         name = self._names.manifest(namespace.fingerprint)
         found = self._bucket.get(name, most_bytes=MAX_MANIFEST_BYTES)
