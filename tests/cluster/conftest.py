@@ -18,7 +18,7 @@ from tests.cluster.seaweedfs import SeaweedServer
 
 # With their faults; a test of another one is not run on them.
 FILESYSTEMS = {
-    **dict.fromkeys(nfs.OPTIONS, nfs.FAULTS),
+    **dict.fromkeys(nfs.KINDS, nfs.FAULTS),
     "sshfs": sshfs.FAULTS,
     "glusterfs": glusterfs.FAULTS,
     "cephfs": cephfs.FAULTS,
@@ -109,16 +109,16 @@ def server(shared_server: SeaweedServer, monkeypatch: pytest.MonkeyPatch) -> Sea
 @pytest.fixture(scope="session", params=FILESYSTEMS)
 def cluster(request: pytest.FixtureRequest) -> Iterator[Cluster]:
     name: str = request.param
-    kind = name.partition("-")[0]
+    kind = name if name in packages.OF else name.partition("-")[0]
     if not packages.is_usable(kind):
         pytest.skip(f"not installed: {'; '.join(packages.install_lines())}")
-    if kind != "nfs" and not os.access("/dev/fuse", os.R_OK | os.W_OK):
+    if name in _CLUSTERS and not os.access("/dev/fuse", os.R_OK | os.W_OK):
         pytest.skip("there is no /dev/fuse")
     with ExitStack() as stack:
-        if kind == "nfs":
-            made = nfs.cluster(request.getfixturevalue("machine"), name)
-        else:
+        if name in _CLUSTERS:
             made = _CLUSTERS[name]()
+        else:
+            made = nfs.cluster(request.getfixturevalue("machine"), name)
         cluster = stack.enter_context(made)
         assert set(cluster.faults) == set(FILESYSTEMS[name])
         yield cluster

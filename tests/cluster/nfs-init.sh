@@ -17,6 +17,8 @@ touch /var/lib/nfs/etab /var/lib/nfs/rmtab /var/lib/nfs/state
 modprobe -d "$CACHE/um" -a sunrpc nfsd nfs nfsv3 nfsv4 veth
 mount -t nfsd nfsd /proc/fs/nfsd
 mount -t ext4 /dev/ubda /mnt/export
+# NFS-ganesha (nfs.py starts it) serves a directory of that disk: it names files by handles, which hostfs has not.
+mkdir /mnt/export/ganesha /run/ganesha /var/lib/nfs/ganesha
 
 ip link set lo up
 net=1

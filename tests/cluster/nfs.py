@@ -1,5 +1,6 @@
-"""A Linux NFS server and two clients of it, in user-mode-linux: no module, no KVM, no privilege of
-this machine's kernel but to be root for packages. One boot serves every version and option.
+"""A Linux NFS server, one of NFS-ganesha, and two clients of them, in user-mode-linux: no module,
+no KVM, no privilege of this machine's kernel but to be root for packages. One boot serves every
+server, version and option.
 """
 
 from __future__ import annotations
@@ -20,14 +21,34 @@ from tests.cluster.nodes import Cluster, Fault, Mounted, Node
 ROOT = Path(__file__).parents[2]
 CACHE = ROOT / ".cache" / "cluster"
 DISK_MB = 600
-OPTIONS = {
-    "nfs-4.2": "vers=4.2",
-    "nfs-4.2-positive": "vers=4.2,lookupcache=positive",
-    "nfs-3": "vers=3,nolock",
-    "nfs-3-positive": "vers=3,nolock,lookupcache=positive",
-}
 FAULTS = ("link of A", "server", "full")
 _MODULES = Path("/usr/lib/uml/modules")
+_GANESHA_PID = "/run/ganesha/pid"
+
+
+@dataclass(frozen=True)
+class Kind:
+    """`path` is how clients call what the server exports. Its `start` does nothing if it runs."""
+
+    options: str
+    path: str = "/"
+    start: str = "rpc.nfsd 8"
+    stop: str = "rpc.nfsd 0"
+
+
+KINDS = {
+    "nfs-4.2": Kind("vers=4.2"),
+    "nfs-4.2-positive": Kind("vers=4.2,lookupcache=positive"),
+    "nfs-3": Kind("vers=3,nolock", "/mnt/export"),
+    "nfs-3-positive": Kind("vers=3,nolock,lookupcache=positive", "/mnt/export"),
+    "nfs-ganesha": Kind(
+        "vers=4.2,port=12049",
+        "/ganesha",
+        f"kill -0 $(cat {_GANESHA_PID}) 2>/dev/null || ganesha.nfsd -L {CACHE}/log-ganesha "
+        f"-f {ROOT}/tests/cluster/ganesha.conf -p {_GANESHA_PID}",
+        f"kill -9 $(cat {_GANESHA_PID})",
+    ),
+}
 
 
 @dataclass
@@ -104,21 +125,23 @@ def _make_disk() -> Path:
 
 @contextmanager
 def cluster(machine: Machine, name: str) -> Iterator[Cluster]:
-    a, b = _mounted(machine, "a", name), _mounted(machine, "b", name)
-    a.mount()
-    b.mount()
-    server = machine.server
+    kind, server = KINDS[name], machine.server
     full = "/mnt/export/full"
     faults = {
         "link of A": Fault(
             partial(server.run, "ip link set vA down"), partial(server.run, "ip link set vA up")
         ),
-        "server": Fault(partial(server.run, "rpc.nfsd 0"), partial(server.run, "rpc.nfsd 8")),
+        "server": Fault(partial(server.run, kind.stop), partial(server.run, kind.start)),
         "full": Fault(
             partial(server.run, f"dd if=/dev/zero of={full} bs=1M 2>/dev/null || true"),
             partial(server.run, f"rm -f {full}"),
         ),
     }
+    server.run(kind.start)
+    a = _mounted(machine.a, kind, "10.77.1.1")
+    b = _mounted(machine.b, kind, "10.77.2.1")
+    a.mount()
+    b.mount()
     try:
         yield Cluster(name, a, b, faults)
     finally:
@@ -127,16 +150,8 @@ def cluster(machine: Machine, name: str) -> Iterator[Cluster]:
             each.unmount()
 
 
-def _mounted(machine: Machine, node: str, name: str) -> Mounted:
-    agent = machine.a if node == "a" else machine.b
-    path, options = f"/mnt/{agent.name}", OPTIONS[name]
-    exported = "/mnt/export" if options.startswith("vers=3") else "/"
-    address = "10.77.1.1" if node == "a" else "10.77.2.1"
-    mount = f"mount -t nfs -o {options} {address}:{exported} {path}"
-    return Mounted(
-        agent,
-        path,
-        partial(agent.run, mount),
-        partial(agent.run, f"umount -l {path}"),
-        "/run/tmp",
-    )
+def _mounted(node: Node, kind: Kind, server: str) -> Mounted:
+    path = f"/mnt/{node.name}"
+    mount = f"mount -t nfs -o {kind.options} {server}:{kind.path} {path}"
+    unmount = f"umount -l {path}"
+    return Mounted(node, path, partial(node.run, mount), partial(node.run, unmount), "/run/tmp")

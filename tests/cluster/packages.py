@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import glob
 import shutil
 import subprocess
 import sys
@@ -23,6 +24,8 @@ _BINARIES = {
     "ip": "iproute2",
     "modprobe": "kmod",
     "mkfs.ext4": "e2fsprogs",
+    "ganesha.nfsd": "nfs-ganesha",
+    "/usr/lib/*/ganesha/libfsalvfs.so": "nfs-ganesha-vfs",
     "sshfs": "sshfs",
     "/usr/lib/openssh/sftp-server": "openssh-sftp-server",
     "glusterd": "glusterfs-server",
@@ -36,8 +39,10 @@ _BINARIES = {
     "ceph-fuse": "ceph-fuse",
     "ceph": "ceph-common",
 }
+_NFS = ("linux.uml", "rpc.nfsd", "mount.nfs", "rpcbind", "ip", "modprobe", "mkfs.ext4")
 OF = {
-    "nfs": ("linux.uml", "rpc.nfsd", "mount.nfs", "rpcbind", "ip", "modprobe", "mkfs.ext4"),
+    "nfs": _NFS,
+    "nfs-ganesha": (*_NFS, "ganesha.nfsd", "/usr/lib/*/ganesha/libfsalvfs.so"),
     "sshfs": ("sshfs", "/usr/lib/openssh/sftp-server"),
     "glusterfs": ("glusterd", "glusterfs", "setfattr", "ip"),
     "cephfs": ("ceph-mon", "ceph-osd", "ceph-mds", "ceph-fuse", "ceph", "ip"),
@@ -63,7 +68,9 @@ def is_usable(filesystem: str) -> bool:
 
 
 def _is_here(binary: str) -> bool:
-    return Path(binary).exists() if "/" in binary else shutil.which(binary, path=_PATH) is not None
+    if "/" in binary:
+        return bool(glob.glob(binary))
+    return shutil.which(binary, path=_PATH) is not None
 
 
 def missing(filesystems: Iterable[str] = OF) -> list[str]:
