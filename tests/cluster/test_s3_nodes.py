@@ -44,10 +44,7 @@ def settings_of(place: Place, server: SeaweedServer, name: str, **changes: objec
         storage_backends=(),
         s3_bucket=BUCKET,
         s3_endpoint=server.url,
-        cache_capacity_bytes=256 << 20,
-        io_timeout_ms=2_000,
-        retry_ms=200,
-        **changes,
+        **{"cache_capacity_bytes": 256 << 20, "io_timeout_ms": 2_000, "retry_ms": 200, **changes},
     )
 
 

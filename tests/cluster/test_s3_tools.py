@@ -16,6 +16,9 @@ from tests.cli.buckets import A, B, BucketStore, bucket_settings
 from tests.cli.parts import ucm
 from tests.cluster.broken_lists import BrokenLists
 from tests.cluster.seaweedfs import SeaweedServer
+from tests.cluster.test_s3_nodes import BLOCKS, node, prompt
+from tests.cluster.test_s3_nodes import place as place
+from tests.store.node.support import Place
 from tests.store.tiers.s3.s3_tiers import PREFIX
 from ucm.store.blocks.keys import Key
 from ucm.store.inspect.bucket_reclaim import ReclaimedBucket
@@ -197,3 +200,31 @@ def test_doctor_finds_it_fit_and_leaves_it_as_it_was(store: BucketStore) -> None
     assert not [each for each in found.findings if each.verdict in ("wrong", "warning")]
     assert contents("ls", store.config) == before
     assert not [name for name in store.server.names() if "ucm-probe" in name]
+
+
+def test_room_is_made_beside_node_caches_that_write_and_load_the_same_pages(
+    place: Place, server: SeaweedServer, tmp_path: Path
+) -> None:
+    """What goes is computed again; what is loaded is right, which `load` looks at."""
+    config = bucket_settings(tmp_path, server, s3_prefix="")
+    small = {"cache_capacity_bytes": 1 << 20}
+    with node(place, server, "a", **small) as prefill, node(place, server, "b", **small) as decode:
+        found = []
+        for turn in range(4):
+            for i in range(10):
+                prefill.dump(prompt(i))
+            prefill.wait_written()
+            making = threading.Thread(
+                target=lambda: found.append(reclaimed(config, "--older-than-days", 0))
+            )
+            making.start()
+            loaded = 0
+            while making.is_alive():
+                loaded += sum(decode.load(prompt(i))[0] for i in range(10))
+            making.join()
+            assert loaded or turn
+        for each in (prefill, decode):
+            status = each.status()
+            assert status.invariant == ""
+            assert not [name for name in status.counters if "corrupt" in name], status.counters
+    assert sum(each.num_pages for each in found) > 10 * BLOCKS

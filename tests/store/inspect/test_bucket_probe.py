@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Iterator, Sequence
 
+import msgspec
 import pytest
 
 from ucm.config.settings import StoreSettings
@@ -24,6 +25,7 @@ _WISHES = Wishes(
     handoff_timeout_s=30.0,
     block_tokens=16,
     prefill_tokens_per_s=0.0,
+    read_threads=8,
 )
 
 
@@ -91,3 +93,13 @@ def test_a_server_that_is_far_is_tried_out_within_two_seconds_and_left_as_it_was
     assert {each.check for each in found} >= {"endpoint", "latency", "put", "get", "delete"}
     assert [each.check for each in found if each.verdict != "fine"] == ["lifecycle"]
     assert objects.all == {} and objects.num_pages_put <= 1 + most_at_once
+
+
+def test_lookups_are_late_where_all_threads_together_take_longer_than_an_engine_waits() -> None:
+    for threads, is_late in ((8, False), (1, True)):
+        bucket = StoredBucket(_SETTINGS)
+        bucket.objects = SlowObjects(0.01, 0.0)  # type: ignore[assignment]
+        wishes = msgspec.structs.replace(_WISHES, read_threads=threads, lookup_timeout_s=0.9)
+        found = {each.check: each for each in BucketProbe(bucket, 4096, wishes, Trial("")).run()}
+        assert (found["latency"].verdict == "warning") is is_late, found["latency"]
+        assert f"of 128 blocks, {threads} at a time" in found["latency"].found

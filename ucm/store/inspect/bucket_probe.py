@@ -144,10 +144,17 @@ class BucketProbe:
             self._say("read", "wrong", str(error), "allow s3:GetObject: nothing is found without")
             return
         took_s = median(looks_s)
-        prompt_s = _PROMPT_BLOCKS * took_s
-        found = f"HEAD {1000 * took_s:.1f} ms; of {_PROMPT_BLOCKS} blocks {1000 * prompt_s:.0f} ms"
+        threads = self.wishes.read_threads
+        prompt_s = -(-_PROMPT_BLOCKS // threads) * took_s
+        found = (
+            f"HEAD {1000 * took_s:.1f} ms; of {_PROMPT_BLOCKS} blocks, {threads} at a time, "
+            f"{1000 * prompt_s:.0f} ms"
+        )
         is_slow = prompt_s > self.wishes.lookup_timeout_s
-        fix = "lookups will be late: raise lookup_timeout_ms, or use a nearer server"
+        fix = (
+            "lookups will be late: raise posix_read_threads or lookup_timeout_ms, or use a nearer "
+            "server"
+        )
         self._say("latency", "warning" if is_slow else "fine", found, fix if is_slow else "")
         if seen is None:
             return

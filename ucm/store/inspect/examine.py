@@ -153,6 +153,7 @@ class Examination:
             handoff_timeout_s=(settings or _DEFAULTS).handoff_timeout_ms / 1000,
             block_tokens=(settings or _DEFAULTS).block_tokens,
             prefill_tokens_per_s=self.prefill_tokens_per_s,
+            read_threads=(settings or _DEFAULTS).store.read_threads,
         )
 
 

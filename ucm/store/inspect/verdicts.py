@@ -48,6 +48,7 @@ class Wishes(msgspec.Struct, frozen=True, kw_only=True):
     handoff_timeout_s: float
     block_tokens: int
     prefill_tokens_per_s: float
+    read_threads: int
 
 
 def backend_findings(facts: BackendFacts, wishes: Wishes) -> list[Finding]:
