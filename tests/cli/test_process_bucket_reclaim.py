@@ -68,6 +68,12 @@ def test_what_is_young_stays_and_that_is_said(store: BucketStore) -> None:
     assert "18 pages were written within the grace period (--grace-s)" in done.stderr
 
 
+def test_where_more_was_wanted_than_there_is_that_is_said(store: BucketStore) -> None:
+    done = ucm("reclaim", store.config, "--free-gb", 1, "--grace-s", 0)
+    assert done.returncode == 3 and store.num_pages() == 0
+    assert "no page is left: it held no more" in done.stderr and "grace" not in done.stderr
+
+
 def test_bounds_end_it_with_what_to_do(store: BucketStore) -> None:
     done = ucm("reclaim", store.config, "--free-gb", gb(3), "--max-requests", 5)
     assert done.returncode == 3 and store.num_pages() == 18

@@ -49,6 +49,8 @@ BAD_STORE: list[tuple[dict[Any, Any], str]] = [
     (_S3 | {"s3_endpoint": "http://host/kv"}, "without a path (that is s3_prefix)"),
     (_S3 | {"s3_endpoint": "http://host:port"}, "s3_endpoint: expected http://host:port or"),
     (_S3 | {"s3_endpoint": "http://k:HIDDEN@host"}, "s3_endpoint: has a user in it: credentials"),
+    (_S3 | {"s3_endpoint": "http://a host"}, "s3_endpoint: expected http://host:port or"),
+    (_S3 | {"s3_endpoint": "http://host?x=HIDDEN"}, 'the bucket, got "http://host"'),
     (_S3 | {"s3_tls_ca_file": "ca.pem"}, 's3_tls_ca_file: expected an absolute path, got "ca.pem"'),
     (_S3 | {"s3_credentials_file": "~/c"}, "s3_credentials_file: expected an absolute path"),
     (_S3 | {"s3_path_style": "yes"}, 's3_path_style: expected true or false, got "yes"'),

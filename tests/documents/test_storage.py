@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import json
 import re
+import textwrap
+from pathlib import Path
 from typing import Any
 
 from tests.source import ROOT
+from ucm.config.settings import load_settings_file
 from ucm.store.inspect.bucket_walk import Bounds
 
 TEXT = (ROOT / "docs" / "storage.md").read_text()
@@ -14,6 +17,21 @@ TEXT = (ROOT / "docs" / "storage.md").read_text()
 
 def blocks() -> list[dict[str, Any]]:
     return [json.loads(each) for each in re.findall(r"```json\n(.*?)```", TEXT, re.DOTALL)]
+
+
+def test_the_settings_of_a_bucket_are_taken_as_they_stand(tmp_path: Path) -> None:
+    """And rights and rules are those of that bucket, and of its prefix."""
+    found = re.search(r"\n((?:    .*\n)*    ucm_connectors:\n(?:    .*\n)+)", TEXT)
+    assert found is not None
+    file = tmp_path / "ucm.yaml"
+    file.write_text(textwrap.dedent(found[1]))
+
+    store = load_settings_file(file).store
+
+    assert (store.pipeline, bool(store.s3_endpoint)) == (("Cache", "S3"), True)
+    assert f"arn:aws:s3:::{store.s3_bucket}/{store.s3_prefix}/*" in TEXT
+    assert {store.s3_bucket} == set(re.findall(r"--bucket (\S+)", TEXT))
+    assert f'"Prefix": "{store.s3_prefix}/"' in TEXT
 
 
 def test_rights_are_those_of_the_settings_page() -> None:

@@ -95,6 +95,9 @@ def _print(found: ReclaimedBucket, *, is_dry: bool) -> None:
     say(f"{ends}, {size(found.freed_bytes)}{aside}{rest}.")
     if found.problem:
         say(f"{found.place}: not all could be deleted: {found.problem}", is_error=True)
+    elif not found.is_enough and not found.num_young:
+        left = "would be left" if is_dry else "is left"
+        say(f"{found.place}: no page {left}: it held no more", is_error=True)
     elif not found.is_enough:
         young = count(found.num_young, "page was", "pages were")
         say(f"{found.place}: {young} written within the grace period (--grace-s)", is_error=True)

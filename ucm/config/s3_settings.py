@@ -25,6 +25,8 @@ _REGION_OF_NONE: Final = "us-east-1"
 _BUCKET: Final = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{1,61}[A-Za-z0-9]", re.ASCII)
 _PREFIX: Final = re.compile(r"[A-Za-z0-9!_.*'()-]+(/[A-Za-z0-9!_.*'()-]+)*", re.ASCII)
 _MAX_PREFIX_CHARS: Final = 512
+# Underscores are those of containers. What stands behind a ? may sign it, and is not shown.
+_HOST: Final = re.compile(r"[A-Za-z0-9._:\[\]-]+", re.ASCII)
 _REGION: Final = re.compile(r"[a-z0-9-]{1,64}", re.ASCII)
 # With and without what other programs put before them.
 _CREDENTIAL: Final = re.compile(
@@ -151,11 +153,12 @@ def _check_endpoint(given: dict[str, object], where: str) -> None:
         url, has_user, is_host = urlsplit(""), "@" in endpoint, False
     if has_user:
         raise ConfigError(f"{where}.s3_endpoint: has a user in it: credentials are no settings")
+    is_host = is_host and _HOST.fullmatch(url.netloc) is not None
     is_alone = url.path in ("", "/") and not url.query and not url.fragment
     if url.scheme not in ("http", "https") or not is_host or not is_alone:
         raise ConfigError(
             f"{where}.s3_endpoint: expected http://host:port or https://host, without a path (that "
-            f"is s3_prefix) and without the bucket, got {show(endpoint)}"
+            f"is s3_prefix) and without the bucket, got {show(endpoint.partition('?')[0])}"
         )
     given["s3_endpoint"] = f"{url.scheme}://{url.netloc}"
 
