@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import signal
+import subprocess
+import sys
 import time
 from pathlib import Path
 
@@ -10,8 +13,9 @@ import pytest
 
 from tests.cli.buckets import A, BucketStore, bucket_settings, filled_bucket
 from tests.cli.conftest import PROMPT
-from tests.cli.parts import keys_of, manifest, settings_file, ucm
+from tests.cli.parts import ROOT, keys_of, manifest, settings_file, ucm
 from tests.faults.s3_server import ENVIRONMENT, S3Server
+from tests.store.node.support import wait_until
 from tests.store.tiers.s3.conftest import server as server
 from tests.store.tiers.s3.conftest import shared_server as shared_server
 from tests.store.tiers.s3.s3_tiers import PREFIX
@@ -134,3 +138,20 @@ def test_what_can_not_be_told_of_a_model_is_said(tmp_path: Path, server: S3Serve
     (found,) = examine_model(str(away), "a", A)
     assert "whether the bucket has pages of it can't be told: " in found.found
     assert "can't connect" in found.found
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_what_is_stopped_leaves_nothing(store: BucketStore, number: signal.Signals) -> None:
+    command = [sys.executable, "-m", "ucm.cli.main", "doctor", "--page-kib", "16384"]
+    with subprocess.Popen(
+        [*command, str(store.config)], cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE
+    ) as process:
+        wait_until(lambda: has_probes(store), "it writes")
+        process.send_signal(number)
+        process.communicate(timeout=60)
+    assert process.returncode != 0
+    assert not has_probes(store)
+
+
+def has_probes(store: BucketStore) -> bool:
+    return b"ucm-probe-" in store.server.ask("GET", "?list-type=2")

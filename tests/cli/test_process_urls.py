@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 
 from tests.cli.parts import ROOT, ucm
@@ -46,3 +48,10 @@ def test_a_bucket_by_its_url_is_refused_with_the_settings_that_name_it(
 def test_other_urls_are_refused_as_well(url: str, said: str) -> None:
     done = ucm("init", url)
     assert done.returncode == 1 and said in done.stderr and len(done.stderr.splitlines()) == 1
+
+
+def test_a_file_of_settings_is_no_storage_backend(tmp_path: Path) -> None:
+    (tmp_path / "ucm.yaml").write_text("ucm_connectors: []\n")
+    done = ucm("init", tmp_path / "ucm.yaml")
+    assert done.returncode == 1 and len(done.stderr.splitlines()) == 1
+    assert "is a file: name a directory of its storage_backends" in done.stderr

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated
@@ -36,6 +37,11 @@ def init(
 
     with one_line_for_errors("ucm init"):
         check_no_url(directory)
+        if os.path.isfile(directory):
+            end(
+                f"ucm init: {directory}: is a file: name a directory of its storage_backends; "
+                f"nothing has to be made in a bucket first"
+            )
         wanted_id = parse_id("--id", backend_id.encode()) if backend_id else None
         opened = _open(str(Path(directory).absolute()), wanted_id)
     since = "now" if opened.is_new else "already"

@@ -179,6 +179,8 @@ class BucketProbe:
                 raise TierError(what, reason=Outcome.CORRUPT)
 
         for check, act in (("put", put), ("get", get)):
+            if self.trial.stop.is_set():
+                return
             self.trial.doing = f"measuring {check.upper()}"
             try:
                 each_s, _ = _timed(partial(act, names[0]))
