@@ -12,7 +12,10 @@ import mmap
 import os
 import secrets
 import shutil
+import socket
 import statistics
+import subprocess
+import sys
 import tempfile
 import time
 from collections import defaultdict
@@ -31,7 +34,7 @@ from rich.console import Console
 from rich.table import Table
 
 from benchmarks.store import NUM_SETS, Bench, new_ids
-from examples.cluster.processes import end_run
+from examples.cluster.processes import end_run, free_port
 from examples.cluster.seaweedfs import CREDENTIALS, SeaweedFS
 from ucm.store.blocks.blockfile import HEADER_BYTES
 from ucm.store.blocks.keys import Key
@@ -154,6 +157,7 @@ class Node:
         reads, writes = self.bench.settings.read_threads, self.bench.settings.write_threads
         for what, name, threads in (
             ("put", "put", writes),
+            ("put", "put prompt", writes),
             ("get", "get", reads),
             ("get", "get prompts", reads),
         ):
@@ -167,6 +171,10 @@ class Node:
         """Until the bucket has all."""
         self.bench.dump(new_ids(self.bench.num_pages), self._source)
         self.bench.store.flush()
+
+    def put_prompt(self) -> None:
+        """As many, of one prompt: in its order."""
+        self.bench.write_prompt(new_ids(self.bench.num_pages))
 
     def get(self) -> None:
         """Into slots, where an engine's device copy begins."""
@@ -191,6 +199,7 @@ ROWS: Final = (
     ("PUT, tier, 4 threads", "tier put 4", "bare put 4"),
     ("GET, tier, 4 threads", "tier get 4", "bare get 4"),
     ("PUT, node cache (dump until there)", "node put", "bare put node"),
+    ("PUT, node cache, one prompt", "node put prompt", "bare put prompt node"),
     ("GET, node cache (into slots)", "node get", "bare get node"),
     (f"GET, node cache, {NUM_PROMPTS} prompts", "node get prompts", "bare get prompts node"),
 )
@@ -220,21 +229,49 @@ def median(taken: list[tuple[float, float]]) -> tuple[float, float]:
 
 
 @contextmanager
-def bucket(directory: str | None) -> Iterator[tuple[str, Path]]:
+def slow_way(url: str, latency_ms: int) -> Iterator[str]:
+    """The URL of the server behind it."""
+    if not latency_ms:
+        yield url
+        return
+    port = free_port()
+    arguments = [str(port), url.rpartition(":")[2], str(latency_ms)]
+    command = [sys.executable, "-m", "benchmarks.latency", *arguments]
+    proxy = subprocess.Popen(command, cwd=Path(__file__).parents[1])
+    try:
+        while not _listens(port):
+            assert proxy.poll() is None, "the proxy has ended"
+            time.sleep(0.05)
+        yield f"http://127.0.0.1:{port}"
+    finally:
+        proxy.kill()
+        proxy.wait()
+
+
+def _listens(port: int) -> bool:
+    with socket.socket() as probe:
+        return probe.connect_ex(("127.0.0.1", port)) == 0
+
+
+@contextmanager
+def bucket(directory: str | None, *, latency_ms: int = 0) -> Iterator[tuple[str, Path]]:
     folder = Path(tempfile.mkdtemp(prefix="ucm-bench-", dir=directory))
     os.environ.update(CREDENTIALS)
     try:
         with SeaweedFS(folder / "server", bucket=BUCKET) as server:
             server.wait_ready()
             server.make_bucket()
-            yield server.url, folder
+            with slow_way(server.url, latency_ms) as url:
+                yield url, folder
     finally:
         end_run()
         shutil.rmtree(folder, ignore_errors=True)
 
 
-def run(*, rounds: int, mebibytes: int, directory: str | None) -> None:
-    table = Table(title=f"S3 (SeaweedFS here): medians of {rounds} rounds, {mebibytes} MiB each")
+def run(*, rounds: int, mebibytes: int, directory: str | None, latency_ms: int) -> None:
+    way = f", {latency_ms} ms away" if latency_ms else ""
+    title = f"S3 (SeaweedFS here{way}): medians of {rounds} rounds, {mebibytes} MiB each"
+    table = Table(title=title)
     for column in (
         "pages",
         "what",
@@ -246,7 +283,7 @@ def run(*, rounds: int, mebibytes: int, directory: str | None) -> None:
         "bare",
     ):
         table.add_column(column)
-    with bucket(directory) as (url, folder):
+    with bucket(directory, latency_ms=latency_ms) as (url, folder):
         for name, page_bytes in PAGES.items():
             count = (mebibytes << 20) // page_bytes
             page = memoryview(mmap.mmap(-1, page_bytes))

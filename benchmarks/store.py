@@ -6,9 +6,10 @@ copy begins) and through the store API into memory of one's own. Then lookups of
 limits are memcpy by one thread, and plain reads and writes of as many files by as many threads.
 
     python benchmarks/store.py [--rounds 7] [--mebibytes 256] [--directory DIR] [--tier s3]
+        [--latency-ms 0]
 
 With `--tier s3` the pages are objects of 4 and 8 MiB in a bucket, and the limit is what the S3
-client does by itself (`s3_bench.py`).
+client does by itself (`s3_bench.py`); each request takes `--latency-ms` more.
 
 Measures nothing but noise while something else runs on the machine.
 """
@@ -98,6 +99,22 @@ class Bench:
     def dump(self, ids: list[bytes], source: np.ndarray) -> None:
         rows = self._addresses(source)
         self.store.wait(self.store.dump_data(ids, [0] * len(ids), rows))
+
+    def write_prompt(self, ids: list[bytes]) -> None:
+        """As an engine dumps one whose pages are in slots already, until all are in storage."""
+        keys = list[bytes](map(self._names.key, ids))
+        parents = [b"", *keys[:-1]]
+        self._client.send(p.Reserve(id=1, ns=1, keys=keys, parents=parents))
+        reply: p.ReserveReply = self._answer(p.ReserveReply)
+        assert p.NO_ROOM not in reply.offsets, "the prompt is longer than the memory"
+        self._client.send(p.Commit(ns=1, keys=keys, parents=parents))
+        while self._num_unwritten():
+            time.sleep(0.002)
+
+    def _num_unwritten(self) -> int:
+        self._client.send(p.GetStatus(id=1))
+        status: p.Status = self._answer(p.Status)
+        return status.queues["write_pages"]
 
     def load(self, ids: list[bytes], target: np.ndarray) -> None:
         rows = self._addresses(target)
@@ -265,12 +282,18 @@ def main() -> None:
     parser.add_argument("--mebibytes", type=int, default=256, help="size of one set of blocks")
     parser.add_argument("--directory", help="where to store; a temporary directory if not given")
     parser.add_argument("--tier", choices=("posix", "s3"), default="posix")
+    parser.add_argument("--latency-ms", type=int, default=0, help="of the way to the bucket")
     args = parser.parse_args()
     if args.tier == "s3":
         # Here, because its client is not installed everywhere.
         from benchmarks import s3_bench
 
-        s3_bench.run(rounds=args.rounds, mebibytes=args.mebibytes, directory=args.directory)
+        s3_bench.run(
+            rounds=args.rounds,
+            mebibytes=args.mebibytes,
+            directory=args.directory,
+            latency_ms=args.latency_ms,
+        )
         return
     table = Table(title=f"medians of {args.rounds} rounds, {args.mebibytes} MiB each")
     for column in ("pages", "what", "here", "limit in this run", "of the limit", "aim"):

@@ -29,9 +29,10 @@ class Wanted(msgspec.Struct, frozen=True, kw_only=True, tag_field="kind", tag="w
 
 class Receipt(msgspec.Struct, frozen=True, kw_only=True, tag_field="kind", tag="receipt"):
     """The first `tokens` of the prompt are promised; `key` names the last of their blocks. Blocks
-    are published in the order of the prompt, so its being there means that all are. A promise that
-    doesn't end at a block's border includes the tail. One that `is_whole` is for all of the
-    prompt that can be. `issued_s` is in seconds since 1970, by the prefill machine's clock."""
+    are published in the order of the prompt, so its being there means that all are; only where
+    another prompt goes on from it one may come a moment later. A promise that doesn't end at a
+    block's border includes the tail. One that `is_whole` is for all of the prompt that can be.
+    `issued_s` is in seconds since 1970, by the prefill machine's clock."""
 
     namespace: _Hex32
     block_tokens: _Tokens

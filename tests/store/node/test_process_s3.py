@@ -100,6 +100,40 @@ def test_an_outage_costs_hits_and_what_was_dumped_in_it_is_written_afterwards(
     assert "can't connect" in log_of(prefill_settings)
 
 
+def test_of_a_server_that_hangs_in_the_middle_of_a_prompt_decode_gets_what_is_there_and_then_all(
+    place: Place, server: S3Server
+) -> None:
+    """Pages of one prompt are on their way side by side: some get there, and some before them
+    don't until they are written once more."""
+    keys = make_keys("long", 60)
+    with (
+        engine(settings_of(place, server, "a")) as prefill,
+        engine(settings_of(place, server, "b")) as decode,
+    ):
+        lookup = decode.ask(keys, promised=len(keys))
+        prefill.dump(keys)
+        wait_until(lambda: prefill.status().counters.get("write_done", 0) > 4, "some are written")
+        with server.stopped():
+            counters = wait_until(
+                lambda: _with_failures(prefill.status()), "the server was waited for in vain"
+            )
+        assert counters["write_done"] < len(keys)
+        decode.answer(p.LookupReply, lookup)
+        decode.client.send(p.Release(lookups=[lookup]))
+        decode.load(keys)
+
+        wait_until(lambda: decode.load(keys)[0] == len(keys), "all are there")
+        counters = prefill.wait_written().counters
+        # The server may have taken one that was given up.
+        num_there = counters["write_done"] + counters.get("write_already_there", 0)
+        assert num_there == len(keys)
+
+
+def _with_failures(status: p.Status) -> dict[str, int]:
+    failed = any(name.startswith("write_failed") for name in status.counters)
+    return status.counters if failed else {}
+
+
 def test_credentials_that_do_not_fit_are_one_line_and_serving_goes_on(
     place: Place, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -1,9 +1,9 @@
 """Looking in storage for promised pages that are not here yet.
 
-What an engine on this node computes is told; storage has to be asked. A look asks for
-the last promised key first: blocks are published in the order of the prompt, so once that is there
-a block before it that is not has been removed. Looks that find nothing new come ever more seldom,
-and next to never while an engine of this node brings the pages.
+What an engine on this node computes is told; storage has to be asked. A look asks for the last
+promised key first: blocks are published in the order of the prompt, so once that is there a block
+before it that is not has been removed, or comes within a moment (`abreast.py`). Looks that find
+nothing new come ever more seldom, and next to never while an engine of this node brings the pages.
 
 Any number of hand-offs may wait, for long, and storage may be slow. So looks take turns at a few
 of the threads (`max_looks`), and those who only ask find the others free. Everything here runs on
@@ -30,6 +30,8 @@ LAST_PAUSE_S = 0.05
 # After so long a page may be there unseen (`posix/revalidate.py`). To doubt costs a few writes.
 FIRST_DOUBT_S = 0.2
 LAST_DOUBT_S = 0.8
+# Where pages are published side by side, one before the last may come so much later.
+ABREAST_S = 2.0
 # An engine of this node brings the pages: a look is for what it might not know of.
 FED_PAUSE_S = 1.0
 
@@ -66,11 +68,12 @@ class _Look:
 @dataclass(slots=True)
 class _Pace:
     """When a lookup is to be looked for again. `doubt_s`: when to doubt next that what can't be
-    seen isn't there; None before the first look."""
+    seen isn't there; None before the first look. `last_there_s`: when the last was first seen."""
 
     is_pending: bool = False
     pause_s: float = FIRST_PAUSE_S
     doubt_s: float | None = None
+    last_there_s: float | None = None
     doubt_pause_s: float = 0.0
 
 
@@ -160,7 +163,7 @@ class Looks:
     def found(self, job: LookupJob) -> None:
         """A look has found something: the next ones come soon again."""
         pace = self._paces[job]
-        pace.pause_s, pace.doubt_s = FIRST_PAUSE_S, None
+        pace.pause_s, pace.doubt_s, pace.last_there_s = FIRST_PAUSE_S, None, None
 
     def look_later(self, job: LookupJob) -> None:
         """After a look that has found nothing."""
@@ -183,7 +186,20 @@ class Looks:
             self._paces[look.job].is_pending = False
         self._take_turns(look.pool)
         if not look.job.closed:
-            self._on_looked(look.job, look.blocks, result)
+            self._on_looked(look.job, look.blocks, self._believed(look, result))
+
+    def _believed(self, look: _Look, result: object) -> object:
+        """What lies before the last may still be on its way, for a while."""
+        if not isinstance(result, Looked) or not self._tier.publishes_abreast:
+            return result
+        if not result.last_there or result.leading == len(look.blocks):
+            return result
+        pace, now_s = self._paces[look.job], self._clock()
+        if pace.last_there_s is None:
+            pace.last_there_s = now_s
+        if now_s - pace.last_there_s >= ABREAST_S:
+            return result
+        return Looked(result.leading, last_there=False, all_there=False)
 
     def _overdue(self, look: _Look) -> None:
         """It keeps its thread until it returns, and its lookup waits no longer."""

@@ -1,8 +1,9 @@
 """Write-back: committed pages go to the tier, visible in prompt order.
 
 A block's file is published only after the file of the block before it, so on storage the last
-block of a prompt stands for all of them. Pages are staged (written under a temporary name) in
-parallel and published one after the other:
+block of a prompt stands for all of them; where publishing is what takes the time, nearly so
+(`abreast.py`). Pages are staged (written under a temporary name) in parallel and published in that
+order:
 
     place ──commit──► queued ──staged──► staged ──parent published──► publishing ──► stored
        └── given back    └──────── failed: so does every block after it (see `retries.py`)
@@ -18,12 +19,12 @@ storage hangs, pages of the others don't wait for its pages: those behind them a
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
 from functools import partial
 
 from ucm.errors import TierError
 from ucm.outcome import Outcome
 from ucm.store.blocks.keys import Key, num_tokens_of
+from ucm.store.node.abreast import Abreast, Write
 from ucm.store.node.io_threads import LanePool
 from ucm.store.node.parts import NodeParts
 from ucm.store.node.retries import Retries
@@ -32,19 +33,6 @@ from ucm.store.node.sessions import OpenedNamespace
 from ucm.store.node.slots import Slot, SlotState
 from ucm.store.node.write_places import Places
 from ucm.store.tiers.tier import Staged
-
-
-@dataclass(eq=False, slots=True)
-class _Write:
-    namespace: OpenedNamespace
-    key: Key
-    parent: Key | None
-    slot: Slot
-    pool: LanePool
-    staged: Staged | None = None
-    is_waiting: bool = False
-    doomed: bool = False
-    after: list[_Write] = field(default_factory=list)
 
 
 class WriteBack:
@@ -61,10 +49,11 @@ class WriteBack:
         max_pages, rules = parts.limits.max_write_pages, parts.limits.saving
         self._book = SavedBook(rules, parts.clock)
         self._retries = Retries(parts.slots, max_pages, rules.retry_s, parts.clock)
-        self._writes: dict[Key, _Write] = {}
+        self._writes: dict[Key, Write] = {}
+        self._abreast = Abreast(self._writes, is_on=parts.tier.publishes_abreast)
         self._places = Places(parts.writes, max_pages)
         # Writes whose parent's slot is still being filled: nothing to queue behind yet.
-        self._waiting: dict[Key, list[_Write]] = {}
+        self._waiting: dict[Key, list[Write]] = {}
         self._leaving = self._closed = False
 
     @property
@@ -161,7 +150,9 @@ class WriteBack:
         pool = None if self._closed else self._places.enter(key)
         if pool is None:
             return False
-        write = _Write(namespace, key, page.parent, slot, pool, after=self._waiting.pop(key, []))
+        before = None if page.parent is None else self._writes.get(page.parent)
+        write = Write(namespace, key, page.parent, slot, pool, before)
+        write.keep_waiting(self._waiting.pop(key, []))
         self._writes[key] = write
         self._slots.pin(slot)
         pool.submit(
@@ -213,7 +204,7 @@ class WriteBack:
             self._retries.forget(*lost)
             self._drop(lost, Outcome.AFTER_FAILED)
 
-    def _on_staged(self, write: _Write, result: object) -> None:
+    def _on_staged(self, write: Write, result: object) -> None:
         if isinstance(result, TierError):
             self._fail_write(write, result)
             return
@@ -226,26 +217,35 @@ class WriteBack:
         else:
             self._publish_in_order(write)
 
-    def _publish_in_order(self, write: _Write) -> None:
+    def _publish_in_order(self, write: Write) -> None:
         parent = write.parent
-        write.is_waiting = False
+        write.waits_for = None
+        ahead = self._abreast.must_wait_for(write)
+        if ahead is not None:
+            self._abreast.wait(write, ahead)
+            self._publish_abreast(write.pool)
+            return
         if parent is not None:
-            before = self._writes.get(parent)
-            if before is not None and not self._waits_for(before, write):
-                before.after.append(write)
-                write.is_waiting = True
-                return
             filling = self._slots.find(parent)
             is_filling = filling is not None and filling.state is SlotState.FILLING
-            if before is not None or self._is_lost(parent) or (is_filling and self._leaving):
+            is_left = is_filling and self._leaving
+            if parent in self._writes or self._is_lost(parent) or is_left:
                 self._lose(self._doom(write), "dump_dropped", Outcome.AFTER_FAILED)
                 return
             if is_filling:
                 self._waiting.setdefault(parent, []).append(write)
-                write.is_waiting = True
                 return
+        self._publish(write)
+        self._publish_abreast(write.pool)
+
+    def _publish_abreast(self, pool: LanePool) -> None:
+        while (write := self._abreast.next(pool)) is not None:
+            self._publish(write)
+
+    def _publish(self, write: Write) -> None:
         staged = write.staged
         assert staged is not None
+        self._abreast.begins(write)
         write.pool.submit(
             partial(self._tier.publish, staged),
             partial(self._on_published, write),
@@ -254,28 +254,20 @@ class WriteBack:
             urgent=True,
         )
 
-    def _waits_for(self, write: _Write | None, other: _Write) -> bool:
-        """Whether `write` can only be published after `other`: a client that says nonsense about
-        what precedes what must not let pages wait for themselves."""
-        if not other.after:
-            return write is other
-        while write is not None and write is not other:
-            parent = write.parent if write.is_waiting else None
-            write = None if parent is None else self._writes.get(parent)
-        return write is other
-
-    def _on_published(self, write: _Write, result: object) -> None:
+    def _on_published(self, write: Write, result: object) -> None:
+        self._abreast.ends(write)
         if isinstance(result, TierError):
             self._fail_write(write, result)
         else:
             write.staged = None
             self._stored(write, "write_done")
+        self._publish_abreast(write.pool)
 
-    def _stored(self, write: _Write, counter: str) -> None:
+    def _stored(self, write: Write, counter: str) -> None:
         self._count(counter)
         self.note_stored(write.key)
         self._finish(write)
-        for after in write.after:
+        for after in write.begin_after():
             self._publish_in_order(after)
 
     # -- what is not written ---------------------------------------------------------------
@@ -295,14 +287,14 @@ class WriteBack:
             for after in held_up:
                 self._lose(self._doom(after), "dump_dropped", Outcome.AFTER_FAILED)
 
-    def _fail_write(self, write: _Write, error: TierError) -> None:
+    def _fail_write(self, write: Write, error: TierError) -> None:
         """Storage has refused it. Nothing will lead to what waits behind it."""
         self._notices.warn(f"write_failed_{error.reason}", error)
         lost = self._doom(write)
         self._lose(lost[:1], "write_failed", error.reason)
         self._lose(lost[1:], "dump_dropped", Outcome.AFTER_FAILED)
 
-    def _lose(self, writes: Sequence[_Write], what: str, reason: Outcome) -> None:
+    def _lose(self, writes: Sequence[Write], what: str, reason: Outcome) -> None:
         """They are tried again, and counted once."""
         for write in writes:
             if self._retries.refused(write.namespace, write.key, write.parent):
@@ -322,7 +314,7 @@ class WriteBack:
         if keys:
             self._tell(keys, (), reason)
 
-    def _doom(self, write: _Write) -> list[_Write]:
+    def _doom(self, write: Write) -> list[Write]:
         """Takes `write` and all that waits behind it out of the queue; returns them, it first."""
         doomed, lost = [write], []
         while doomed:
@@ -330,21 +322,21 @@ class WriteBack:
             if not current.doomed:
                 lost.append(current)
             current.doomed = True
-            doomed.extend(current.after)
-            current.after = []
+            doomed.extend(current.take_behind())
             self._discard(current)
         return lost
 
-    def _discard(self, write: _Write) -> None:
+    def _discard(self, write: Write) -> None:
         staged, write.staged = write.staged, None
         if staged is not None:
             write.pool.submit(partial(self._tier.discard, staged), lambda _: None, urgent=True)
         self._finish(write)
 
-    def _finish(self, write: _Write) -> None:
+    def _finish(self, write: Write) -> None:
         # A doomed write ends twice: when it fails, and when its staging returns. By then the queue
         # may hold another write of the same key.
         if self._writes.get(write.key) is write:
             del self._writes[write.key]
+            write.has_ended = True
             self._places.leave(write.pool)
             self._slots.unpin(write.slot)

@@ -96,6 +96,10 @@ class Tier(ABC):
     lane waits for that lane only; `open_namespace` and `read_manifest` wait for all of them.
     """
 
+    # Whether it is `publish` that takes the time, so that pages of one prompt are published side by
+    # side. Then others may see one before those before it.
+    publishes_abreast: bool = False
+
     @property
     @abstractmethod
     def name(self) -> str:
@@ -170,7 +174,7 @@ class Tier(ABC):
         """`contains`, or with `now` `contains_now`, for somebody who reads what is counted: `keys`
         follow each other in a prompt. Where every question is a request, one that is there may
         stand for those between the first and it, because the pages of a prompt are written in its
-        order: reading tells where that is wrong. The first is always asked for."""
+        order, or nearly so: reading tells where that is wrong. The first is always asked for."""
         if not now:
             return self.contains(namespace, keys)
         for i, key in enumerate(keys):

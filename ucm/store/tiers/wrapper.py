@@ -14,6 +14,7 @@ class WrapperTier(Tier):
 
     def __init__(self, tier: Tier) -> None:
         self._tier = tier
+        self.publishes_abreast = tier.publishes_abreast
 
     @property
     def name(self) -> str:

@@ -47,6 +47,8 @@ class S3Tier(Tier):
     """Does no I/O before the first call. A page that is staged is read when it is published: until
     then only its header is held here."""
 
+    publishes_abreast = True
+
     def __init__(
         self,
         bucket: Bucket,
