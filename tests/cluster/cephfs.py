@@ -27,6 +27,7 @@ osd crush chooseleaf type = 0
 osd heartbeat grace = 5
 osd class update on start = false
 mds beacon grace = 5
+mds tick interval = 0.5
 ms bind msgr2 = false
 run dir = {folder}
 pid file = {folder}/$type.$id.pid

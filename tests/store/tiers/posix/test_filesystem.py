@@ -55,6 +55,14 @@ def test_what_is_not_known_to_be_of_this_machine_alone_is_shared(kind: str, is_l
     assert Mount("/", kind, 0).is_local is is_local
 
 
+@pytest.mark.parametrize(
+    ("kind", "is_told"),
+    [("ceph", True), ("fuse.ceph-fuse", True), ("fuse.sshfs", False), ("nfs4", False)],
+)
+def test_only_what_is_known_to_be_told_of_changes_is_believed(kind: str, is_told: bool) -> None:
+    assert Mount("/", kind, 0).is_told is is_told
+
+
 @own_mounts
 def test_a_mount_of_this_machine_is_found(tmp_path: Path) -> None:
     here = tmp_path / "here"

@@ -16,6 +16,8 @@ _MOUNTINFO = "/proc/thread-self/mountinfo"
 _LOCAL = frozenset(
     ("ext2", "ext3", "ext4", "xfs", "btrfs", "zfs", "f2fs", "bcachefs", "tmpfs", "ramfs")
 ) | frozenset(("overlay", "rootfs", "vfat", "exfat", "jfs", "reiserfs", "ntfs3", "squashfs"))
+# Each client is told by a server what others change, absences included.
+_TOLD = frozenset(("ceph", "fuse.ceph", "fuse.ceph-fuse"))
 _OCTAL = re.compile(r"\\([0-7]{3})")
 
 
@@ -35,6 +37,11 @@ class Mount:
         return self.kind in _LOCAL
 
     @property
+    def is_told(self) -> bool:
+        """What this machine remembers of it is true, also where others change it."""
+        return self.kind in _TOLD
+
+    @property
     def believes_times(self) -> bool:
         """It believes in what it remembers of a directory as long as that has its time of change,
         which may be the same before and after a change (revalidate.py)."""
@@ -52,7 +59,11 @@ class SeenThrough:
     def remembers_absences(self) -> bool:
         """Whether this machine may take a name for missing that another one has made since."""
         is_there, mount = self._look()
-        return is_there and (mount is None or not mount.is_local)
+        return is_there and (mount is None or not (mount.is_local or mount.is_told))
+
+    def is_told(self) -> bool:
+        _, mount = self._look()
+        return mount is not None and mount.is_told
 
     def believes_times(self) -> bool:
         _, mount = self._look()

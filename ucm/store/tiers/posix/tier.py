@@ -139,6 +139,8 @@ class PosixTier(Tier):
             return False
         path = backend.block_path(namespace.fingerprint, key)
         with translated(path, _LOOKING_UP), unless_gone():
+            if backend.seen_through.is_told():
+                return backend.has_page(path)
             return is_there_now(path, below=backend.path)
         return False
 
@@ -148,7 +150,7 @@ class PosixTier(Tier):
             is_here = backend is not None and backend.identity.is_here()
         except TierError:
             return
-        if backend is not None and is_here:
+        if backend is not None and is_here and not backend.seen_through.is_told():
             path = backend.block_path(namespace.fingerprint, key)
             doubt(path, below=backend.path)
 
