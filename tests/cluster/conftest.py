@@ -18,7 +18,7 @@ from tests.cluster.seaweedfs import SeaweedServer
 
 # With their faults; a test of another one is not run on them.
 FILESYSTEMS = {
-    **dict.fromkeys(nfs.KINDS, nfs.FAULTS),
+    **nfs.FAULTS,
     "sshfs": sshfs.FAULTS,
     "glusterfs": glusterfs.FAULTS,
     "cephfs": cephfs.FAULTS,

@@ -21,7 +21,6 @@ from tests.cluster.nodes import Cluster, Fault, Mounted, Node
 ROOT = Path(__file__).parents[2]
 CACHE = ROOT / ".cache" / "cluster"
 DISK_MB = 600
-FAULTS = ("link of A", "server", "full")
 _MODULES = Path("/usr/lib/uml/modules")
 _GANESHA_PID = "/run/ganesha/pid"
 
@@ -48,6 +47,11 @@ KINDS = {
         f"-f {ROOT}/tests/cluster/ganesha.conf -p {_GANESHA_PID}",
         f"kill -9 $(cat {_GANESHA_PID})",
     ),
+}
+# Ganesha goes on with the directory that it has opened, whatever is mounted there.
+_OF_KERNEL = ("export",)
+FAULTS = {
+    name: ("link of A", "server", "full") + _OF_KERNEL * (name != "nfs-ganesha") for name in KINDS
 }
 
 
@@ -132,6 +136,11 @@ def cluster(machine: Machine, name: str) -> Iterator[Cluster]:
             partial(server.run, "ip link set vA down"), partial(server.run, "ip link set vA up")
         ),
         "server": Fault(partial(server.run, kind.stop), partial(server.run, kind.start)),
+        # Another directory in its place: what is open is stale, what is looked for is absent.
+        "export": Fault(
+            partial(server.run, "mount -t tmpfs tmpfs /mnt/export && exportfs -f"),
+            partial(server.run, "umount -l /mnt/export && exportfs -f"),
+        ),
         "full": Fault(
             partial(server.run, f"dd if=/dev/zero of={full} bs=1M 2>/dev/null || true"),
             partial(server.run, f"rm -f {full}"),
@@ -143,7 +152,7 @@ def cluster(machine: Machine, name: str) -> Iterator[Cluster]:
     a.mount()
     b.mount()
     try:
-        yield Cluster(name, a, b, faults)
+        yield Cluster(name, a, b, {fault: faults[fault] for fault in FAULTS[name]})
     finally:
         for each in (a, b):
             each.node.settle()

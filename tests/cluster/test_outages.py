@@ -15,7 +15,7 @@ NUM_PAGES = 24
 DEADLINE_S = 10.0 + 5.0
 # Servers of NFSv4 take nothing new for 10 seconds after a start.
 BACK_S = 45.0
-OUTAGES = ("link of A", "server", "killed", "brick", "both bricks", "OSD", "MDS", "redis")
+OUTAGES = ("link of A", "server", "export", "killed", "brick", "both bricks", "OSD", "MDS", "redis")
 
 
 @pytest.mark.parametrize("fault", OUTAGES)

@@ -33,7 +33,7 @@ def init(
     """Make a directory a storage backend: give it its id, so that it is told from an empty mount
     point."""
     from ucm.store.inspect.given import check_no_url
-    from ucm.store.tiers.posix.backend import parse_id
+    from ucm.store.tiers.posix.id_file import parse_id
 
     with one_line_for_errors("ucm init"):
         check_no_url(directory)

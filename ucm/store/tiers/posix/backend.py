@@ -21,11 +21,13 @@ from ucm.store.blocks.keys import Key
 from ucm.store.blocks.page_key import PageKey
 from ucm.store.tiers.posix import paths
 from ucm.store.tiers.posix.filesystem import Mount, SeenThrough, mount_of
+from ucm.store.tiers.posix.id_file import ID_BYTES, IdFile
 from ucm.store.tiers.posix.lost_mount import Identity
-from ucm.store.tiers.posix.os_errors import is_gone, tier_error, translated
-from ucm.store.tiers.posix.plain_files import NotPlain, check_directory, read_plain
+from ucm.store.tiers.posix.os_errors import translated
+from ucm.store.tiers.posix.plain_files import NotPlain, check_directory
 from ucm.store.tiers.posix.retouch import Retouch
 from ucm.store.tiers.posix.rights import UMASK_DECIDES, FileRights, may_read, say_problems
+from ucm.store.tiers.posix.written_once import link_or_rename, read_once, write_durably
 
 _logger = logging.getLogger(__name__)
 _T = TypeVar("_T")
@@ -33,10 +35,6 @@ _T = TypeVar("_T")
 # In a row: one file may be refused for a reason of its own.
 _MAX_DIRECT_REFUSALS = 8
 _MAX_KNOWN_DIRS = 1 << 17
-# A manifest is a few KiB of JSON; an id is 17 bytes.
-_MAX_SMALL_FILE_BYTES = 1 << 20
-_NO_HARD_LINKS = frozenset({errno.EPERM, errno.EOPNOTSUPP, errno.ENOSYS, errno.EMLINK})
-_ID_BYTES = 8
 _SAY_EVERY_S = 60.0
 
 
@@ -53,7 +51,8 @@ class Backend:
         rights: FileRights = UMASK_DECIDES,
     ) -> None:
         self.path = os.path.normpath(path)
-        self.identity = Identity(self.path, locate=self._locate_id, read=self._read_id)
+        id_file = IdFile(self.path)
+        self.identity = Identity(self.path, locate=id_file.locate, read=id_file.read)
         self.direct_io = direct_io
         self.page_key = page_key
         self.rights = rights
@@ -153,7 +152,7 @@ class Backend:
         self._make()
         self._unmade = self._directory()
         path = paths.backend_id_path(self.path)
-        new_id = secrets.token_hex(_ID_BYTES) if wanted_id is None else f"{wanted_id:016x}"
+        new_id = secrets.token_hex(ID_BYTES) if wanted_id is None else f"{wanted_id:016x}"
         mine = new_id.encode() + b"\n"
         found = self._write_once(path, mine)
         self._unmade = None
@@ -212,22 +211,6 @@ class Backend:
         except OSError:
             return None
 
-    def _locate_id(self) -> os.stat_result | None:
-        path = paths.backend_id_path(self.path)
-        try:
-            return os.lstat(path)
-        except OSError as error:
-            if is_gone(error) or isinstance(error, NotADirectoryError):
-                return None
-            raise tier_error(path, "can't be looked up", error) from error
-
-    def _read_id(self) -> int:
-        path = paths.backend_id_path(self.path)
-        content = _read_once(path)
-        if content is None:
-            raise TierError(f"{path}: was there a moment ago", reason=Outcome.IO_ERROR)
-        return parse_id(path, content)
-
     def has_page(self, path: str) -> bool:
         """Whether there is something by that name that may be read; reading tells what it is.
         Raises OSError, also where there is none."""
@@ -260,7 +243,7 @@ class Backend:
     def ensure_manifest(self, fingerprint: bytes, manifest_json: bytes) -> None:
         """Raises TierError if another one is there, or if there is none and it can't be written."""
         path = paths.manifest_path(self.path, fingerprint, self._key_id)
-        content = _read_once(path)
+        content = read_once(path)
         if content is None:
             content = self._write_once(path, manifest_json)
         if content != manifest_json:
@@ -270,7 +253,7 @@ class Backend:
             )
 
     def read_manifest(self, fingerprint: bytes) -> bytes | None:
-        return _read_once(paths.manifest_path(self.path, fingerprint, self._key_id))
+        return read_once(paths.manifest_path(self.path, fingerprint, self._key_id))
 
     def _write_once(self, path: str, content: bytes) -> bytes:
         """Writes `path` unless somebody else was faster. Returns what is there then."""
@@ -279,17 +262,17 @@ class Backend:
             self.make_dirs(os.path.dirname(path))
             try:
                 try:
-                    _write_durably(temp, content, self.rights)
+                    write_durably(temp, content, self.rights)
                 except FileNotFoundError:
                     # A directory that was there, and was removed.
                     self.forget_dirs()
                     self.make_dirs(os.path.dirname(path))
-                    _write_durably(temp, content, self.rights)
-                _link_or_rename(temp, path)
+                    write_durably(temp, content, self.rights)
+                link_or_rename(temp, path)
             finally:
                 unlink_if_there(temp)
                 self.changed(os.path.dirname(path))
-        found = _read_once(path)
+        found = read_once(path)
         if found is None:
             raise TierError(f"{path}: vanished after it was written", reason=Outcome.IO_ERROR)
         return found
@@ -302,42 +285,3 @@ def unlink_if_there(path: str) -> None:
     except OSError as error:
         if error.errno != errno.ENOENT:
             _logger.debug("%s: not removed: %s", path, error)
-
-
-def _read_once(path: str) -> bytes | None:
-    with translated(path, "can't be read"):
-        try:
-            return read_plain(path, max_bytes=_MAX_SMALL_FILE_BYTES)
-        except NotPlain as error:
-            raise TierError(f"{path}: {error}; remove it", reason=Outcome.CORRUPT) from error
-
-
-def _write_durably(path: str, content: bytes, rights: FileRights) -> None:
-    """With fsync, unlike blocks: a torn manifest would have to be repaired by hand."""
-    with open(path, "xb") as file:
-        rights.give_file(file.fileno())
-        file.write(content)
-        file.flush()
-        os.fsync(file.fileno())
-
-
-def _link_or_rename(temp: str, path: str) -> None:
-    """Raises FileExistsError if `path` is there. A filesystem without hard links can't tell: two
-    nodes that start a new store in the same instant may then hold different ids until they
-    restart, and miss each other's blocks."""
-    try:
-        os.link(temp, path)
-    except OSError as error:
-        if error.errno not in _NO_HARD_LINKS:
-            raise
-        os.rename(temp, path)
-
-
-def parse_id(path: str, content: bytes) -> int:
-    text = content.strip()
-    try:
-        if len(text) == 2 * _ID_BYTES:
-            return int(text, 16)
-    except ValueError:
-        pass
-    raise TierError(f"{path}: not the id of a storage backend", reason=Outcome.CORRUPT)
