@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -156,6 +157,50 @@ def test_the_object_of_another_page_is_damage(server: S3Server, tier: S3Tier) ->
     server.ask("PUT", name_of(KEY), server.ask("GET", name_of(make_key(2))))
 
     assert load(tier, SMALL, KEY) is ReadStatus.CORRUPT
+
+
+def test_an_object_that_was_forged_among_sealed_ones_is_damage(server: S3Server) -> None:
+    """By somebody who may write there, and knows all but the secret."""
+    forger = PageKey(PAGE_KEY.id, b"another secret of the tests")
+    dump(s3_tier(server, page_key=forger), SMALL, KEY, make_page(SMALL, "forged"))
+    tier = s3_tier(server, page_key=PAGE_KEY)
+
+    assert load(tier, SMALL, KEY) is ReadStatus.CORRUPT
+    assert load(tier, SMALL, KEY) is ReadStatus.ABSENT
+
+
+def test_an_object_with_something_in_its_padding_is_damage(server: S3Server, tier: S3Tier) -> None:
+    """No checksum is about it, and no page is filled with it."""
+    dump(tier, ODD, KEY, make_page(ODD, "a"))
+    name = name_of(KEY).replace(SMALL.fingerprint.hex(), ODD.fingerprint.hex())
+    whole = server.ask("GET", name)
+    server.ask("PUT", name, whole[:-1] + b"x")
+
+    assert load(tier, ODD, KEY) is ReadStatus.CORRUPT
+
+
+def test_what_came_damaged_once_is_read_again_and_stays_where_it_is(
+    server: S3Server, tier: S3Tier, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It may be the network, or this node's memory."""
+    dump(tier, SMALL, KEY, make_page(SMALL, "a"))
+    get, gets = Bucket.get, 0
+
+    def bad_once(self: Bucket, name: str, *, most_bytes: int) -> Got | None:
+        nonlocal gets
+        gets += 1
+        found = get(self, name, most_bytes=most_bytes)
+        assert found is not None
+        bad = memoryview(flipped_in_the_page(bytes(found.content)))
+        return replace(found, content=bad) if gets == 1 else found
+
+    monkeypatch.setattr(Bucket, "get", bad_once)
+    page = make_page(SMALL, "b")
+    read = tier.read(SMALL, KEY, page)
+
+    assert read.status is ReadStatus.HIT and "right when it was read once more" in read.detail
+    assert content_of(SMALL, page) == content_of(SMALL, make_page(SMALL, "a"))
+    assert gets == 2 and server.has(name_of(KEY))
 
 
 def test_of_what_is_longer_than_a_page_nothing_is_taken_into_memory(
