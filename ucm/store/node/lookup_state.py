@@ -195,8 +195,24 @@ class LookupJob:
         num_unread = self._num_stored if self.load and self.costs is None else 0
         if self.probes_running or num_unread >= max_groups * PROBE_GROUP or self.missing():
             return []
-        blocks = self.unknown(most=max_groups * PROBE_GROUP if self._has_found else FIRST_PROBE)
-        return [blocks[i : i + PROBE_GROUP] for i in range(0, len(blocks), PROBE_GROUP)]
+        if not self._has_found or not self.load:
+            most = max_groups * PROBE_GROUP if self._has_found else FIRST_PROBE
+            blocks = self.unknown(most=most)
+            return [blocks[i : i + PROBE_GROUP] for i in range(0, len(blocks), PROBE_GROUP)]
+        return self._growing_groups(max_groups)
+
+    def _growing_groups(self, max_groups: int) -> list[list[int]]:
+        """Each is twice as long as all that is before it. What is to be read is asked for by order,
+        a few questions a group however long it is: so questions grow with the logarithm of the
+        prompt, and what is to be read first is known first."""
+        blocks = self.unknown(most=self.end)
+        groups: list[list[int]] = []
+        start = 0
+        while start < len(blocks) and len(groups) < max_groups:
+            length = max(PROBE_GROUP, 2 * (blocks[start] - self.read_from))
+            groups.append(blocks[start : start + length])
+            start += length
+        return groups
 
     def _next(self, state: BlockState, start: int, stop: int) -> int:
         """The first block of [start, stop) in `state`; what follows the last of them if none is."""

@@ -5,6 +5,9 @@ promised key first: blocks are published in the order of the prompt, so once tha
 before it that is not has been removed, or comes within a moment (`abreast.py`). Looks that find
 nothing new come ever more seldom, and next to never while an engine of this node brings the pages.
 
+Any number may wait for one prompt. One look is for all of them who lack the same blocks of it, and
+who has come last waits as long for the next one as the others.
+
 Any number of hand-offs may wait, for long, and storage may be slow. So looks take turns at a few
 of the threads (`max_looks`), and those who only ask find the others free. Everything here runs on
 the event loop's thread; only `_ask` is on an I/O thread.
@@ -14,14 +17,15 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
+from math import inf
 
 from ucm.errors import TierError
 from ucm.outcome import Outcome
 from ucm.store.blocks.keys import Key
 from ucm.store.node.io_threads import LanePool
-from ucm.store.node.lookup_state import LookupJob
+from ucm.store.node.lookup_state import FIRST_PROBE, LookupJob
 from ucm.store.node.parts import NodeParts
 from ucm.store.tiers.tier import Tier
 
@@ -55,26 +59,46 @@ def max_looks(num_threads: int) -> int:
 @dataclass(eq=False, slots=True)
 class _Look:
     """One that has a thread, or is about to. All it asks for is of one lane, whose last promised
-    block is `last`."""
+    block is `last`. `others` wait for the same blocks."""
 
     job: LookupJob
     pool: LanePool
     blocks: Sequence[int]
     last: int
-    doubted: Sequence[Key]
+    doubted: Sequence[Key] = ()
+    others: list[LookupJob] = field(default_factory=list)
     is_overdue: bool = False
+
+    def asks_the_same(self, other: _Look) -> bool:
+        """Each key stands for all before it."""
+        mine, its = self.job, other.job
+        return (
+            mine.namespace.tier.fingerprint == its.namespace.tier.fingerprint
+            and self.blocks == other.blocks
+            and self.last == other.last
+            and mine.keys[self.last] == its.keys[self.last]
+            and mine.promised == its.promised
+            and all(mine.keys[i] == its.keys[i] for i in self.blocks)
+        )
 
 
 @dataclass(slots=True)
 class _Pace:
-    """When a lookup is to be looked for again. `doubt_s`: when to doubt next that what can't be
-    seen isn't there; None before the first look. `last_there_s`: when the last was first seen."""
+    """When a lookup is to be looked for again. `is_looking`: a look for it is under way. `pauses`
+    counts its pauses, so that one that was cut short ends nothing. `doubt_s`: when to doubt next
+    that what can't be seen isn't there; None before the first look. `last_there_s`: when the last
+    was first seen."""
 
     is_pending: bool = False
+    is_looking: bool = False
+    pauses: int = 0
     pause_s: float = FIRST_PAUSE_S
     doubt_s: float | None = None
     last_there_s: float | None = None
     doubt_pause_s: float = 0.0
+
+    def doubts_as(self, other: _Pace) -> None:
+        self.doubt_s, self.doubt_pause_s = other.doubt_s, other.doubt_pause_s
 
 
 class Looks:
@@ -92,10 +116,16 @@ class Looks:
         # By lane: who waits for a turn to look, the longest first; and who looks.
         self._turns: defaultdict[LanePool, dict[LookupJob, None]] = defaultdict(dict)
         self._looks: defaultdict[LanePool, set[_Look]] = defaultdict(set)
+        # By the last promised key: who waits for that prompt.
+        self._by_prompt: defaultdict[Key, dict[LookupJob, None]] = defaultdict(dict)
 
     def forget(self, job: LookupJob) -> None:
         """It has ended."""
-        self._paces.pop(job, None)
+        if self._paces.pop(job, None) is not None:
+            last = job.keys[job.promised - 1]
+            self._by_prompt[last].pop(job, None)
+            if not self._by_prompt[last]:
+                del self._by_prompt[last]
         for turns in self._turns.values():
             turns.pop(job, None)
 
@@ -105,6 +135,7 @@ class Looks:
         if job.closed or not missing or not self._reads.pools or self._paces[job].is_pending:
             return
         self._paces[job].is_pending = True
+        self._by_prompt[job.keys[job.promised - 1]][job] = None
         pool = self._reads.of(job.keys[missing[0]])
         self._turns[pool][job] = None
         self._take_turns(pool)
@@ -137,10 +168,18 @@ class Looks:
         last = job.promised - 1
         while self._reads.of(job.keys[last]) is not pool:
             last -= 1
-        doubted = (job.keys[blocks[0]], job.keys[last]) if self._must_doubt(job) else ()
-        return _Look(job, pool, blocks, last, doubted)
+        return _Look(job, pool, blocks, last)
 
     def _begin(self, look: _Look) -> None:
+        self._take_along(look)
+        job = look.job
+        # Once the last is there one look tells of all.
+        unknown = job.unknown(most=job.promised, stop=job.promised)
+        look.blocks = [i for i in unknown if self._reads.of(job.keys[i]) is look.pool]
+        if self._must_doubt(job):
+            look.doubted = (job.keys[look.blocks[0]], job.keys[look.last])
+        for each in look.others:
+            self._paces[each].doubts_as(self._paces[job])
         self._looks[look.pool].add(look)
         look.pool.submit(
             partial(_ask, self._tier, look),
@@ -148,6 +187,29 @@ class Looks:
             on_overdue=partial(self._overdue, look),
             urgent=True,
         )
+
+    def _take_along(self, look: _Look) -> None:
+        """All who wait for the same blocks and whom no look is under way for: their pauses end, and
+        the next ones are as long as the longest of them."""
+        job, pool = look.job, look.pool
+        for each in self._by_prompt[job.keys[job.promised - 1]]:
+            if each is job or self._paces[each].is_looking:
+                continue
+            its = self._look_of(each, pool)
+            if its is not None and look.asks_the_same(its):
+                look.others.append(each)
+        all_paces = [self._paces[each] for each in (job, *look.others)]
+        pause_s = max(pace.pause_s for pace in all_paces)
+        for pace in all_paces:
+            pace.is_pending = pace.is_looking = True
+            pace.pauses += 1
+            pace.pause_s = pause_s
+        # Who comes later puts off nobody's doubt.
+        first = min(all_paces, key=lambda pace: inf if pace.doubt_s is None else pace.doubt_s)
+        self._paces[job].doubts_as(first)
+        for turns in self._turns.values():
+            for each in look.others:
+                turns.pop(each, None)
 
     def _must_doubt(self, job: LookupJob) -> bool:
         """At once for nobody, then ever more seldom while nothing comes."""
@@ -173,28 +235,30 @@ class Looks:
         pace.is_pending = True
         pause_s = FED_PAUSE_S if job.is_fed else pace.pause_s
         pace.pause_s = min(2 * pace.pause_s, LAST_PAUSE_S)
-        self._call_later(pause_s, partial(self._look_again, job))
+        pace.pauses += 1
+        self._call_later(pause_s, partial(self._look_again, job, pace.pauses))
 
-    def _look_again(self, job: LookupJob) -> None:
-        if not job.closed:
+    def _look_again(self, job: LookupJob, pause: int) -> None:
+        if not job.closed and self._paces[job].pauses == pause:
             self._paces[job].is_pending = False
             self.look(job)
 
     def _looked(self, look: _Look, result: object) -> None:
         self._looks[look.pool].discard(look)
-        if not look.job.closed:
-            self._paces[look.job].is_pending = False
+        for job in (look.job, *look.others):
+            if not job.closed:
+                pace = self._paces[job]
+                pace.is_pending = pace.is_looking = False
         self._take_turns(look.pool)
-        if not look.job.closed:
-            self._on_looked(look.job, look.blocks, self._believed(look, result))
+        self._tell(look, result)
 
-    def _believed(self, look: _Look, result: object) -> object:
+    def _believed(self, job: LookupJob, look: _Look, result: object) -> object:
         """What lies before the last may still be on its way, for a while."""
         if not isinstance(result, Looked) or not self._tier.publishes_abreast:
             return result
         if not result.last_there or result.leading == len(look.blocks):
             return result
-        pace, now_s = self._paces[look.job], self._clock()
+        pace, now_s = self._paces[job], self._clock()
         if pace.last_there_s is None:
             pace.last_there_s = now_s
         if now_s - pace.last_there_s >= ABREAST_S:
@@ -202,11 +266,15 @@ class Looks:
         return Looked(result.leading, last_there=False, all_there=False)
 
     def _overdue(self, look: _Look) -> None:
-        """It keeps its thread until it returns, and its lookup waits no longer."""
+        """It keeps its thread until it returns, and its lookups wait no longer."""
         look.is_overdue = True
-        if not look.job.closed:
-            self._on_looked(look.job, look.blocks, _late())
+        self._tell(look, _late())
         self._take_turns(look.pool)
+
+    def _tell(self, look: _Look, result: object) -> None:
+        for job in (look.job, *look.others):
+            if not job.closed:
+                self._on_looked(job, look.blocks, self._believed(job, look, result))
 
 
 def _late() -> TierError:
@@ -220,6 +288,9 @@ def _ask(tier: Tier, look: _Look) -> Looked:
     for key in look.doubted:
         tier.doubt(namespace, key)
     last_there = tier.contains_now(namespace, job.keys[look.last])
-    leading = tier.leads_to(namespace, [job.keys[i] for i in look.blocks], now=True)
+    # What was published before a page that is there is not asked for one by one.
+    most = len(look.blocks) if last_there else FIRST_PROBE
+    keys = [job.keys[i] for i in look.blocks[:most]]
+    leading = tier.leads_to(namespace, keys, now=not last_there)
     is_very_last = look.last == job.promised - 1
     return Looked(leading, last_there, all_there=last_there and is_very_last)

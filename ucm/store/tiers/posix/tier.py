@@ -16,7 +16,7 @@ from __future__ import annotations
 import contextlib
 import errno
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import partial
 
 from ucm.errors import TierError
@@ -26,13 +26,13 @@ from ucm.store.blocks.page_key import PageKey
 from ucm.store.tiers.posix import paths
 from ucm.store.tiers.posix.allowance import Allowance
 from ucm.store.tiers.posix.backend import Backend, unlink_if_there
-from ucm.store.tiers.posix.os_errors import is_gone, tier_error, translated, unless_gone
+from ucm.store.tiers.posix.os_errors import is_gone, tier_error, translated
 from ucm.store.tiers.posix.page_files import PageFiles
 from ucm.store.tiers.posix.page_times import PageTimes
 from ucm.store.tiers.posix.placement import Placement, for_all, unless_read_only
+from ucm.store.tiers.posix.presence import LOOKING_UP, Presence
 from ucm.store.tiers.posix.quarantine import Quarantine
 from ucm.store.tiers.posix.reclaim import Reclaimer
-from ucm.store.tiers.posix.revalidate import doubt, is_there_now
 from ucm.store.tiers.posix.rights import UMASK_DECIDES, FileRights
 from ucm.store.tiers.posix.space import NONE_FREE, FreeSpace, SpaceReserve
 from ucm.store.tiers.tier import (
@@ -45,7 +45,6 @@ from ucm.store.tiers.tier import (
     TierNamespace,
 )
 
-_LOOKING_UP = "can't be looked up"
 # A directory may be removed, empty as it is, between being made and being used.
 _MAX_DIRECTORY_TRIES = 3
 
@@ -79,6 +78,7 @@ class PosixTier(Tier):
         # Without a limit nobody looks at them.
         self._times = PageTimes() if free.quotas else None
         self._placement = Placement(self._backends)
+        self._presence = Presence(self._placement)
         # With the generation of the backend: see Identity.
         self._has_manifest: set[tuple[Backend, int, bytes]] = set()
         self._files = PageFiles(page_key, Quarantine(quarantine_per_minute))
@@ -111,48 +111,19 @@ class PosixTier(Tier):
         unless_read_only(partial(ensure, namespace.fingerprint, namespace.manifest_json))
 
     def contains(self, namespace: TierNamespace, keys: Sequence[Key]) -> int:
-        here: dict[Backend, bool] = {}
-        for i, key in enumerate(keys):
-            backend = self._placement.of(key)
-            if backend is None:
-                return i
-            if backend not in here:
-                here[backend] = backend.identity.is_here()
-            if not here[backend]:
-                return i
-            path = backend.block_path(namespace.fingerprint, key)
-            try:
-                if not backend.has_page(path):
-                    return i
-                continue
-            except OSError as error:
-                if not is_gone(error):
-                    raise tier_error(path, _LOOKING_UP, error) from error
-            may_be_there = backend.seen_through.remembers_absences()
-            if not (may_be_there and self.contains_now(namespace, key)):
-                return i
-        return len(keys)
+        return self._presence.count(namespace, keys)
 
     def contains_now(self, namespace: TierNamespace, key: Key) -> bool:
-        backend = self._placement.of(key)
-        if backend is None or not backend.identity.is_here():
-            return False
-        path = backend.block_path(namespace.fingerprint, key)
-        with translated(path, _LOOKING_UP), unless_gone():
-            if backend.seen_through.is_told():
-                return backend.has_page(path)
-            return is_there_now(path, below=backend.path)
-        return False
+        return self._presence.is_there_now(namespace, key)
+
+    def leads_to(self, namespace: TierNamespace, keys: Sequence[Key], *, now: bool = False) -> int:
+        """Where all are there two are asked for, where none is one."""
+        if now:
+            return super().leads_to(namespace, keys, now=True)
+        return self._presence.count_by_order(namespace, keys)
 
     def doubt(self, namespace: TierNamespace, key: Key) -> None:
-        try:
-            backend = self._placement.of(key)
-            is_here = backend is not None and backend.identity.is_here()
-        except TierError:
-            return
-        if backend is not None and is_here and not backend.seen_through.is_told():
-            path = backend.block_path(namespace.fingerprint, key)
-            doubt(path, below=backend.path)
+        self._presence.doubt(namespace, key)
 
     def holds(self, namespace: TierNamespace, key: Key) -> bool:
         backend = self._placement.of(key)
@@ -163,7 +134,7 @@ class PosixTier(Tier):
             return False
         path = backend.block_path(namespace.fingerprint, key)
         block = BlockId(key, namespace.fingerprint, namespace.page_bytes)
-        with translated(path, _LOOKING_UP):
+        with translated(path, LOOKING_UP):
             return self._files.is_whole(path, backend, block)
 
     def read_manifest(self, fingerprint: bytes) -> bytes | None:
@@ -194,7 +165,27 @@ class PosixTier(Tier):
                 return backend.try_direct(read)
         except OSError as error:
             if is_gone(error):
+                return self._read_unseen(namespace, key, backend, read)
+            return PageRead(ReadStatus.IO_ERROR, str(tier_error(path, "can't be read", error)))
+
+    def _read_unseen(
+        self,
+        namespace: TierNamespace,
+        key: Key,
+        backend: Backend,
+        read: Callable[[int], PageRead],
+    ) -> PageRead:
+        """A page that a later one stood for was never asked for by itself, and this machine may
+        still remember that it was missing."""
+        try:
+            is_there = self._presence.is_there_unseen(namespace, key)
+            return backend.try_direct(read) if is_there else ABSENT
+        except TierError as error:
+            return PageRead(ReadStatus.IO_ERROR, str(error))
+        except OSError as error:
+            if is_gone(error):
                 return ABSENT
+            path = backend.block_path(namespace.fingerprint, key)
             return PageRead(ReadStatus.IO_ERROR, str(tier_error(path, "can't be read", error)))
 
     def stage(
@@ -203,7 +194,7 @@ class PosixTier(Tier):
         backend = self._placement.to_write(key)
         block = BlockId(key, namespace.fingerprint, namespace.page_bytes)
         target = backend.block_path(namespace.fingerprint, key)
-        with translated(target, _LOOKING_UP):
+        with translated(target, LOOKING_UP):
             if self._files.is_whole(target, backend, block):
                 return None
         name = backend.namespace_name(namespace.fingerprint)
