@@ -153,16 +153,18 @@ def second_levels(folder: NamespaceFolder, first: str) -> list[str]:
 def files_in(fd: int, first: str, second: str) -> Iterator[FoundName]:
     """All names of one directory of pages, which is open as `fd`. Raises OSError."""
     with os.scandir(fd) as entries:
-        for entry in entries:
-            key = parse_page_name(entry.name)
-            if key is None:
-                is_temporary = paths.parse_temp_name(entry.name) is not None
-                yield FoundName(entry.name, Kind.TEMPORARY if is_temporary else Kind.STRANGE)
-            elif not entry.is_file(follow_symlinks=False):
-                yield FoundName(entry.name, Kind.NO_FILE, key)
-            else:
-                is_at_home = entry.name[:4] == first + second
-                yield FoundName(entry.name, Kind.PAGE if is_at_home else Kind.MISPLACED, key)
+        # Read to the end first: who stops in the middle would leave the directory open.
+        found = list(entries)
+    for entry in found:
+        key = parse_page_name(entry.name)
+        if key is None:
+            is_temporary = paths.parse_temp_name(entry.name) is not None
+            yield FoundName(entry.name, Kind.TEMPORARY if is_temporary else Kind.STRANGE)
+        elif not entry.is_file(follow_symlinks=False):
+            yield FoundName(entry.name, Kind.NO_FILE, key)
+        else:
+            is_at_home = entry.name[:4] == first + second
+            yield FoundName(entry.name, Kind.PAGE if is_at_home else Kind.MISPLACED, key)
 
 
 @contextmanager
