@@ -43,4 +43,6 @@ def test_a_number_has_bounds_and_beyond_them_is_an_error(
 
 
 def test_there_are_commands_that_take_numbers() -> None:
-    assert {name for name, _ in numbers()} == {"reclaim", "stat", "verify", "bench", "doctor"}
+    assert {name for name, _ in numbers()} == {
+        *("reclaim", "stat", "verify", "bench", "doctor", "warm"),
+    }

@@ -93,7 +93,6 @@ def _of_model(place: ExaminedPlace, store: str, model: str, vllm_args: list[str]
         model=model,
         vllm_args=vllm_args,
         config_file=store if place.is_settings else "",
-        prompt_file="",
         adapters=[],
     )
     with progress(ASKING_VLLM):

@@ -12,6 +12,7 @@ from ucm.cli.printing import (
     ASKING_VLLM,
     STATUS_WRONG,
     AsJson,
+    EngineFlags,
     StoreArgument,
     count,
     print_json,
@@ -19,7 +20,6 @@ from ucm.cli.printing import (
     progress,
     say,
 )
-from ucm.errors import UcmError
 
 if TYPE_CHECKING:
     from ucm.store.blocks.keys import Key
@@ -27,6 +27,9 @@ if TYPE_CHECKING:
     from ucm.store.inspect.engine_identity import EngineIdentity
     from ucm.store.inspect.explain import ExplainedBlock, Explanation
     from ucm.store.inspect.given import GivenStore
+
+
+_BAD = ("corrupt", "unreadable")
 
 
 def explain(
@@ -60,12 +63,7 @@ def explain(
             help="the engine's, if several may be: only of models with windows or states",
         ),
     ] = "",
-    vllm_args: Annotated[
-        list[str] | None,
-        typer.Argument(
-            metavar="[-- FLAGS]", help="the engine's flags, as in -- --kv-cache-dtype fp8"
-        ),
-    ] = None,
+    vllm_args: EngineFlags = None,
     as_json: AsJson = False,
 ) -> None:
     """Say for each block of a prompt where it is, or why it is not there.
@@ -75,38 +73,28 @@ def explain(
     """
     from ucm.store.inspect.engine_identity import EngineQuestion, ask_vllm
     from ucm.store.inspect.given import given_store
+    from ucm.store.inspect.given_prompts import read_prompts
     from ucm.store.inspect.strands_in_store import with_strands_of_store
 
     with one_line_for_errors("ucm explain"):
         given = given_store(store)
-        _check_readable(prompt_file)
+        prompt = read_prompts(prompt_file)[0]
         question = EngineQuestion(
             model=model,
             vllm_args=vllm_args or [],
             config_file=store if given.settings is not None else "",
-            prompt_file=prompt_file,
-            adapters=[*([adapter] if adapter is not None else []), *(other_adapters or [])],
+            prompts=[prompt.value],
+            adapters=[each for each in (adapter, *(other_adapters or [])) if each is not None],
         )
         with progress(ASKING_VLLM):
             identity = ask_vllm(question)
+        salt = prompt.salt if salt is None else salt
         asked = _asked(identity, salt, other_salts or [], has_adapter=adapter is not None)
         made = with_strands_of_store(asked.manifest, given.backends, namespace)
-        asked = replace(asked, manifest=made)
-        found = _explained(given, identity, asked)
-    if as_json:
-        print_json(found)
-    else:
-        _print(found)
-    if any(block.state in ("corrupt", "unreadable") for block in _all_blocks(found)):
+        found = _explained(given, identity, replace(asked, manifest=made))
+    (print_json if as_json else _print)(found)
+    if any(block.state in _BAD for block in _all_blocks(found)):
         raise typer.Exit(STATUS_WRONG)
-
-
-def _check_readable(prompt_file: str) -> None:
-    """Before vLLM is started for it. Raises UcmError."""
-    try:
-        open(prompt_file, "rb").close()
-    except OSError as error:
-        raise UcmError(f"{prompt_file}: can't be read: {error.strerror}") from error
 
 
 def _asked(
@@ -119,7 +107,7 @@ def _asked(
     digests = [bytes.fromhex(digest) for digest in identity.adapters]
     return AskedPrompt(
         manifest=from_json(identity.manifest_json.encode()),
-        tokens=identity.tokens,
+        tokens=identity.tokens[0],
         salt=salt,
         adapter=digests[0] if has_adapter else None,
         other_salts=[None, *other_salts],

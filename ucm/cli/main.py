@@ -4,7 +4,8 @@ runs: one that needs the proxy's packages doesn't keep the others from being use
 from __future__ import annotations
 
 import sys
-from typing import Annotated
+from functools import partial
+from typing import Annotated, Final
 
 import typer
 
@@ -21,9 +22,12 @@ from ucm.cli.proxy import proxy
 from ucm.cli.reclaim import reclaim
 from ucm.cli.stat import stat
 from ucm.cli.verify import verify
+from ucm.cli.warm import warm
+
+# Above its commands rather than above all: what `ucm --help` says is to fit a screen.
+_ABOUT: Final = "UCM: a KV cache for vLLM on storage that every node can mount"
 
 app = typer.Typer(
-    help="UCM: a KV cache for vLLM on storage that every node can mount.",
     no_args_is_help=True,
     add_completion=False,
     pretty_exceptions_enable=False,
@@ -47,27 +51,29 @@ def main(
         ),
     ] = False,
 ) -> None:
-    """All of it is done by subcommands."""
+    pass  # all of it is done by subcommands
 
 
-# In this order, and each in one line: all of `ucm --help` is to fit a screen.
-app.command("node-cache", short_help="Run this node's cache in the foreground.")(node_cache)
-app.command("init", short_help="Make a directory a storage backend.")(init)
-app.command(
+_command = partial(app.command, rich_help_panel=_ABOUT)
+# In this order, and each in one line.
+_command("node-cache", short_help="Run this node's cache in the foreground.")(node_cache)
+_command("init", short_help="Make a directory a storage backend.")(init)
+_command(
     "proxy",
     short_help="Run the proxy between prefill and decode.",
     context_settings={"allow_extra_args": True, "ignore_unknown_options": True},
     add_help_option=False,
 )(proxy)
-app.command("ls", short_help="What is in a store.")(ls)
-app.command("du", short_help="How much a store takes, by namespace and age.")(du)
-app.command("inspect", short_help="What one page is, and whether it is whole.")(inspect)
-app.command("verify", short_help="Check every byte of every page.")(verify)
-app.command("reclaim", short_help="Free room now, or tell what would go.")(reclaim)
-app.command("explain", short_help="Why a prompt hits or misses, block by block.")(explain)
-app.command("stat", short_help="Watch this machine's node cache, like top.")(stat)
-app.command("bench", short_help="What a mount gives, in pages per second.")(bench)
-app.command("doctor", short_help="Is a mount fit for a store, and what to change.")(doctor)
+_command("ls", short_help="What is in a store.")(ls)
+_command("du", short_help="How much a store takes, by namespace and age.")(du)
+_command("inspect", short_help="What one page is, and whether it is whole.")(inspect)
+_command("verify", short_help="Check every byte of every page.")(verify)
+_command("reclaim", short_help="Free room now, or tell what would go.")(reclaim)
+_command("explain", short_help="Why a prompt hits or misses, block by block.")(explain)
+_command("warm", short_help="Read the pages of prompts into memory.")(warm)
+_command("stat", short_help="Watch this machine's node cache, like top.")(stat)
+_command("bench", short_help="What a mount gives, in pages per second.")(bench)
+_command("doctor", short_help="Is a mount fit for a store, and what to change.")(doctor)
 
 if __name__ == "__main__":
     sys.exit(app())

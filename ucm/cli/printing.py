@@ -26,6 +26,10 @@ StoreArgument = Annotated[
     str,
     typer.Argument(metavar="STORE", help="a storage backend's directory, or a settings file"),
 ]
+EngineFlags = Annotated[
+    list[str] | None,
+    typer.Argument(metavar="[-- FLAGS]", help="the engine's flags, as in -- --kv-cache-dtype fp8"),
+]
 
 # What a bar says meanwhile.
 ASKING_VLLM: Final = "asking vLLM, which takes some seconds"

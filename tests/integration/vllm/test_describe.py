@@ -51,7 +51,6 @@ def described(folder: Path, *flags: str) -> EngineIdentity:
         model=str(folder),
         vllm_args=["--skip-tokenizer-init", *flags],
         config_file=str(settings),
-        prompt_file="",
         adapters=[],
     )
     return describe(question)

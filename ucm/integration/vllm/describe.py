@@ -1,5 +1,5 @@
-"""Tells tools what an engine with these flags would be, and what it would make of a prompt:
-`python -m ucm.integration.vllm.describe QUESTION DESCRIPTOR`.
+"""Tells tools what an engine with these flags would be, and what it would make of prompts:
+`python -m ucm.integration.vllm.describe DESCRIPTOR < QUESTION`.
 
 No model is loaded and no engine started: what an engine learns from its layers is put together here
 from the model's configuration. Of a model with several strands or with windows that is all but the
@@ -8,12 +8,11 @@ strands.
 
 from __future__ import annotations
 
-import json
 import os
 import sys
-from pathlib import Path
+from collections.abc import Sequence
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, TypeGuard
 
 import msgspec
 from vllm.config import KVTransferConfig
@@ -29,6 +28,7 @@ from ucm.integration.vllm.engine_facts import adapter_rules, engine_facts, state
 from ucm.integration.vllm.identity import manifest, manifest_without_strands
 from ucm.store.blocks.namespace import to_json
 from ucm.store.inspect.engine_identity import EngineIdentity, EngineQuestion
+from ucm.store.inspect.given_prompts import PromptValue
 
 
 def describe(question: EngineQuestion) -> EngineIdentity:
@@ -54,7 +54,7 @@ def describe(question: EngineQuestion) -> EngineIdentity:
     return EngineIdentity(
         manifest_json=to_json(made).decode(),
         page_bytes=page_bytes,
-        tokens=_tokens(vllm_config.model_config, question.prompt_file),
+        tokens=_tokens(vllm_config.model_config, question.prompts),
         adapters=[_adapter(path, rules) for path in question.adapters],
         window_interval=settings.window_interval,
         state_interval_tokens=state_interval_tokens(vllm_config, settings),
@@ -96,27 +96,28 @@ def _kv_cache_config(vllm_config: Any) -> Any:
     return SimpleNamespace(kv_cache_groups=[group], kv_cache_tensors=[], num_blocks=1)
 
 
-def _tokens(model_config: Any, prompt_file: str) -> list[int]:
-    """As `/v1/completions` makes them of a text. A file that ends in `.json` may hold the tokens
-    themselves, or the messages of a chat."""
-    if not prompt_file:
-        return []
+def _tokens(model_config: Any, prompts: Sequence[PromptValue]) -> list[list[int]]:
+    """Of a text as `/v1/completions` makes them, of messages as `/v1/chat/completions` does."""
+    given = [prompt for prompt in prompts if _are_tokens(prompt)]
+    if len(given) == len(prompts):
+        return given
     from vllm.tokenizers import cached_tokenizer_from_config
 
-    try:
-        text = Path(prompt_file).read_text()
-        given = json.loads(text) if prompt_file.endswith(".json") else text
-    except (OSError, ValueError) as error:
-        raise UcmError(f"{prompt_file}: no prompt can be read from it: {error}") from error
-    if isinstance(given, list) and all(isinstance(each, int) for each in given):
-        return given
     tokenizer = cached_tokenizer_from_config(model_config)
-    if isinstance(given, list):
-        chat = tokenizer.apply_chat_template(given, add_generation_prompt=True, tokenize=False)
-        return list(tokenizer.encode(chat, add_special_tokens=False))
-    if not isinstance(given, str):
-        raise UcmError(f"{prompt_file}: expected a text, a list of tokens, or messages of a chat")
-    return list(tokenizer.encode(given))
+    return [_tokens_of(tokenizer, each) for each in prompts]
+
+
+def _tokens_of(tokenizer: Any, prompt: PromptValue) -> list[int]:
+    if isinstance(prompt, str):
+        return list(tokenizer.encode(prompt))
+    if _are_tokens(prompt):
+        return prompt
+    chat = tokenizer.apply_chat_template(prompt, add_generation_prompt=True, tokenize=False)
+    return list(tokenizer.encode(chat, add_special_tokens=False))
+
+
+def _are_tokens(prompt: PromptValue) -> TypeGuard[list[int]]:
+    return isinstance(prompt, list) and all(isinstance(each, int) for each in prompt)
 
 
 def _adapter(path: str, rules: str) -> str:
@@ -127,7 +128,7 @@ def _adapter(path: str, rules: str) -> str:
     return digest.hex()
 
 
-def main(question: str, descriptor: int) -> None:
+def main(question: bytes, descriptor: int) -> None:
     """Answers on the descriptor, and ends."""
     try:
         answer = describe(msgspec.json.decode(question, type=EngineQuestion))
@@ -143,4 +144,4 @@ def main(question: str, descriptor: int) -> None:
 
 
 if __name__ == "__main__":
-    main(sys.argv[1], int(sys.argv[2]))
+    main(sys.stdin.buffer.read(), int(sys.argv[1]))

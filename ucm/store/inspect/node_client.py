@@ -6,18 +6,30 @@ import os
 import time
 import uuid
 from collections.abc import Callable
+from typing import Final
 
 from ucm.config.settings import StoreSettings
 from ucm.store.client.connection import NodeClient
 from ucm.store.node import protocol as p
 from ucm.store.node.trusted_users import trust_of
 
+_SESSION: Final = "tool-"
+
+
+def tool_session() -> str:
+    """A name for a session of one's own."""
+    return f"{_SESSION}{os.getpid()}-{uuid.uuid4().hex}"
+
+
+def is_tool(session: str) -> bool:
+    return session.startswith(_SESSION)
+
 
 def connect_tool(settings: StoreSettings, *, timeout_s: float) -> NodeClient:
     """Raises NodeUnavailable, ConfigError or ProtocolError."""
     return NodeClient.connect(
         settings.socket_path,
-        session=f"tool-{os.getpid()}-{uuid.uuid4().hex}",
+        session=tool_session(),
         role="tool",
         timeout_s=timeout_s,
         trust=trust_of(settings),
