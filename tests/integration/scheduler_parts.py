@@ -113,6 +113,7 @@ class Engine:
         timeout_ms=2000,
         layerwise=False,
         loads=True,
+        dumps=True,
         manifest: Manifest = MANIFEST,
         window: int | None = None,
         base_window: int | None = None,
@@ -142,7 +143,7 @@ class Engine:
         facts = EngineFacts(
             engine_id="e",
             loads=loads,
-            dumps=True,
+            dumps=dumps,
             world_size=1,
             tp_size=1,
             pp_size=1,
@@ -188,6 +189,8 @@ class Engine:
             prompt_is_token_ids=is_token,
             num_prompt_tokens=num_tokens,
             num_computed_tokens=0,
+            all_token_ids=list(range(num_tokens)),
+            num_tokens=num_tokens,
             prompt_embeds=embeds,
             resumable=resumable,
             mm_features=list(features),
@@ -206,7 +209,7 @@ class Engine:
         next token needs."""
         if request.request_id in self.blocks_of:
             return self.blocks_of[request.request_id]
-        num_blocks = -(-request.num_prompt_tokens // BLOCK)
+        num_blocks = -(-request.num_tokens // BLOCK)
 
         def with_nulls(window: int | None, first: int) -> list[int]:
             skipped = max(0, request.num_computed_tokens - (window or 1 << 30) + 1) // BLOCK
@@ -270,6 +273,15 @@ class Engine:
         self.step({name: num_tokens - extra})
         request.receipt = self.end(request)
         return request
+
+    def answer(self, request: SimpleNamespace, num_tokens: int) -> None:
+        """As many steps, in each of which a token is computed and the next one sampled. The ranks
+        copy as they are told."""
+        for _ in range(num_tokens):
+            request.all_token_ids.append(1000 + request.num_tokens)
+            request.num_tokens += 1
+            self.step({request.request_id: 1})
+            self.copied(*self.take_dumping())
 
     def end(self, request: SimpleNamespace) -> dict[str, Any] | None:
         """What is left of it is copied. Returns what is vLLM's to send."""

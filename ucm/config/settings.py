@@ -141,6 +141,7 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=
     max_handoffs: Annotated[int, Meta(ge=1, le=65_536)] = 1_024
     dump_timeout_ms: _Milliseconds = 10_000
     store_tail: bool = True
+    store_generated: bool | Literal["end"] = True
     # In tokens; None: by the windows, 0: at the ends of prompts only.
     window_interval: Annotated[int, Meta(ge=0, le=1_000_000)] | None = None
     load_policy: Literal["auto", "always"] = "auto"

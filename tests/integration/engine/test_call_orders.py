@@ -106,5 +106,5 @@ def test_no_order_of_calls_raises_or_leaves_anything_behind(
     engine.step({})
     assert not engine.side._states
     assert not len(engine.side._ledger)
-    assert not engine.side._acks
+    assert not engine.side._ends
     assert engine.slots()["pins"] == engine.slots()["filling"] == 0

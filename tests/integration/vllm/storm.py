@@ -27,6 +27,7 @@ from tests.integration.vllm.storm_facts import storm_facts
 from tests.integration.vllm.storm_node import Clock, StormNode
 from ucm import handoff as h
 from ucm.config.settings import Settings, StoreSettings
+from ucm.integration.engine.prompt import Prompt
 from ucm.integration.vllm.scheduler import SchedulerSide
 from ucm.integration.vllm.stats import UcmStats
 from ucm.integration.vllm.ucm_connector import UCMConnector
@@ -94,6 +95,7 @@ class Storm:
         self._truth: dict[str, list[int]] = {}
         self._heads = [self._tokens(length) for length in (1, 31, 48, 100, 160)]
         self._count = 0
+        self._prompts: dict[str, Prompt] = {}
         self.receipts: deque[h.Handoff] = deque(maxlen=4)
         self.answered = 0
 
@@ -109,6 +111,7 @@ class Storm:
             dump_timeout_ms=300,
             handoff_timeout_ms=300,
             expect_timeout_ms=500,
+            store_generated=self.rng.choice((True, True, "end", False)),
             window_interval=None if weather.is_plain else self.rng.choice((0, 3 * UNIT)),
         )
         facts = storm_facts(weather, self.geometry)
@@ -157,10 +160,15 @@ class Storm:
         return self.rng.choice(self.receipts) if self.receipts else None
 
     def _expect_pages(self, request: Request) -> None:
-        truth = self._truth[request.request_id][: request.num_prompt_tokens]
-        size = self.weather.block_tokens
         prompt = self.side._states[request.request_id].prompt
+        self._prompts[request.request_id] = prompt
         self.node.heads.update(prompt.keys[:2])
+        self._expect(prompt)
+
+    def _expect(self, prompt: Prompt) -> None:
+        """The content that its pages have, if there are any."""
+        truth = self._truth[prompt.request_id][: prompt.num_tokens]
+        size = self.weather.block_tokens
         for i, group in product(range(len(prompt.keys)), range(len(self.weather.reaches))):
             values = [kv_in_group(value, group) for value in truth[i * size : (i + 1) * size]]
             if self.weather.reaches[group] == STATE:
@@ -272,6 +280,13 @@ class Storm:
             assert token == _sampled(truth[-1]), f"{request.request_id}: a wrong token"
             truth.append(kv_of(truth[-1], token))
             self.answered += 1
+        prompt = self._prompts[request.request_id]
+        if prompt.chain is not None:
+            first_token = prompt.full_blocks * prompt.block_tokens
+            grown = prompt.grown(request.all_token_ids[first_token:])
+            if len(grown.keys) > len(prompt.keys) - bool(prompt.tail_tokens):
+                self._expect(grown)
+                self._prompts[request.request_id] = grown
 
     # -- what must hold ------------------------------------------------------------------------
 
@@ -310,7 +325,7 @@ class Storm:
         self.side._session.poll()
         assert not self.side._states and not len(self.side._ledger)
         assert not self.side._hits._hits and not self.side._loads._loading
-        assert not self.side._dumps._dumps and not self.side._acks and not self.side._failed
+        assert not self.side._dumps._dumps and not self.side._ends
         slots = self.node.core.slots.counts()
         assert (slots.pins, slots.filling) == (0, 0), slots
         pool = self.scheduler.kv_cache_manager.block_pool

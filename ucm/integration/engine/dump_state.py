@@ -28,6 +28,17 @@ from ucm.store.blocks.strands import ALL, STATE, Reach, boundaries, needed_block
 DeviceBlocks = Sequence[Sequence[int]]
 
 
+@dataclass(frozen=True)
+class DumpEnd:
+    """Of a request that has ended: `kept_blocks` leading blocks of its prompt are in the store, or
+    on their way there, `kept_with_answer` of what was answered as well. While it `is_copying` its
+    device blocks are still being copied from."""
+
+    is_copying: bool = False
+    kept_blocks: int = 0
+    kept_with_answer: int = 0
+
+
 @dataclass(eq=False)
 class DumpJob:
     """`device_blocks` are all of the request's when the job was planned: what it copies depends on
@@ -87,11 +98,17 @@ class RequestDump:
     start_tokens: int = 0
     device_blocks: DeviceBlocks = ()
     states: StateBlocks = field(default_factory=dict)
+    # What is answered to the prompt, once it fills a block, in the same order.
+    answer: list[StrandDump] = field(default_factory=list)
+
+    @property
+    def all_strands(self) -> list[StrandDump]:
+        return [*self.strands, *self.answer]
 
     @property
     def is_done(self) -> bool:
         """Nothing is left to be copied."""
-        return not any(dump.cursor.todo for dump in self.strands)
+        return not any(dump.cursor.todo for dump in self.all_strands)
 
     @property
     def is_closed(self) -> bool:
@@ -132,6 +149,21 @@ class RequestDump:
             if unsaved and not set(dump.keys_of(needed)).isdisjoint(unsaved):
                 return False
         return True
+
+    def kept_with_answer(self, unsaved: Collection[bytes]) -> int:
+        """How many leading blocks of the prompt with what is answered to it are kept; 0 if nothing
+        of the answer is, or a strand keeps less than every block: then nobody has counted where one
+        can go on."""
+        start, dumps = self.prompt.full_blocks, self.all_strands
+        if not self.answer or any(dump.reach != ALL for dump in dumps):
+            return 0
+        if any(dump.cursor.first_lost < start for dump in self.strands):
+            return 0
+        kept = min(dump.cursor.first_lost for dump in self.answer)
+        for dump in self.answer if unsaved else ():
+            keys = dump.keys_of(range(kept))
+            kept = next((block for block in range(kept) if keys[block] in unsaved), kept)
+        return kept if kept > start else 0
 
 
 def touches(groups: DeviceBlocks, device_blocks: set[int]) -> bool:

@@ -14,14 +14,16 @@ from __future__ import annotations
 import logging
 import time
 from collections.abc import Callable, Collection, Iterable
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from functools import partial
 
 from ucm.config.settings import Settings
 from ucm.integration.copies.jobs import CopyJob
 from ucm.integration.engine.device_blocks import BlockLedger, BlockReturn
+from ucm.integration.engine.dump_plan import of_answer, of_prompt
 from ucm.integration.engine.dump_state import (
     DeviceBlocks,
+    DumpEnd,
     DumpJob,
     RequestDump,
     StrandDump,
@@ -30,23 +32,13 @@ from ucm.integration.engine.dump_state import (
 )
 from ucm.integration.engine.facts import EngineFacts
 from ucm.integration.engine.prompt import Prompt
-from ucm.integration.engine.ranges import DumpCursor
 from ucm.integration.engine.state_dumps import StateBlocks, StateCursor, states_at
 from ucm.store.blocks.keys import Key
-from ucm.store.blocks.strands import ALL, STATE, kept_blocks, needed_blocks
+from ucm.store.blocks.strands import ALL
 from ucm.store.client.session import NodeSession
 from ucm.store.node import protocol as p
 
 logger = logging.getLogger(__name__)
-
-
-@dataclass(frozen=True)
-class DumpEnd:
-    """Of a request that has ended: `kept_blocks` leading blocks are in the store or on their way
-    there. While it `is_copying` its device blocks are still being copied from."""
-
-    is_copying: bool
-    kept_blocks: int
 
 
 class Dumps:
@@ -75,39 +67,17 @@ class Dumps:
     def plan(self, prompt: Prompt, todo: Iterable[int], *, num_computed: int) -> None:
         """From now on these blocks of the request are dumped as they are computed, and what is
         kept of strands that don't need every block."""
-        if self._facts.dumps and prompt.request_id not in self._dumps:
-            numbers = range(len(self._session.namespaces))
-            strands = [self._strand(prompt, each, todo, num_computed) for each in numbers]
+        if prompt.request_id not in self._dumps:
+            strands = of_prompt(
+                prompt,
+                self._facts,
+                self._session.namespaces,
+                of_base=todo,
+                num_computed=num_computed,
+                interval_tokens=self._interval_tokens,
+            )
             dump = self._dumps[prompt.request_id] = RequestDump(prompt, strands, num_computed)
-            self._reserve(dump, num_computed + self._facts.max_step_tokens)
-
-    def _strand(
-        self, prompt: Prompt, number: int, of_base: Iterable[int], num_computed: int
-    ) -> StrandDump:
-        is_base = number == 0 and self._facts.has_base
-        todo = of_base if is_base else self._kept_of(prompt, number, num_computed)
-        reach, namespace = self._facts.strands[number].reach, self._session.namespaces[number]
-        cursor = (
-            StateCursor(todo, len(prompt.keys))
-            if reach == STATE
-            else DumpCursor(todo, len(prompt.keys), goes_on_behind_holes=not is_base)
-        )
-        return StrandDump(prompt, number, reach, namespace, cursor)
-
-    def _kept_of(self, prompt: Prompt, strand: int, num_computed: int) -> list[int]:
-        """What of a strand is kept, as far as vLLM has it: nothing that lies further back than what
-        the first token needs that is to be computed."""
-        reach = self._facts.strands[strand].reach
-        kept = kept_blocks(
-            reach,
-            prompt.num_tokens,
-            len(prompt.keys),
-            prompt.block_tokens,
-            self._interval_tokens,
-            with_states=self._facts.has_states,
-        )
-        first = needed_blocks(reach, num_computed, prompt.block_tokens).start
-        return sorted(block for block in kept if block >= first)
+            self._reserve(dump.strands, num_computed + self._facts.max_step_tokens)
 
     def is_planned(self, request_id: str) -> bool:
         return request_id in self._dumps
@@ -118,31 +88,50 @@ class Dumps:
             dump.device_blocks = device_blocks
 
     def computed(
-        self, request_id: str, tokens: range, device_blocks: DeviceBlocks, states: StateBlocks
+        self,
+        request_id: str,
+        tokens: range,
+        device_blocks: Callable[[], DeviceBlocks],
+        states: StateBlocks,
     ) -> None:
-        """This step computes these of the request's tokens, into these blocks. With its end there
-        are these `states`."""
+        """This step computes these of the request's tokens, into the blocks that it has then. With
+        its end there are these `states`."""
         dump = self._dumps.get(request_id)
-        if dump is None:
-            return
-        num_tokens = tokens.stop
-        dump.device_blocks = device_blocks
-        if dump.is_closed:
+        if dump is None or dump.is_closed:
             return  # whatever it has is not what its keys say
-        prompt = dump.prompt
+        prompt, num_tokens = dump.prompt, tokens.stop
         named_tokens = len(prompt.keys) * prompt.block_tokens
-        if tokens.start == dump.start_tokens and tokens.start <= named_tokens:
-            states = {**states_at(tokens.start, device_blocks, self._facts), **states}
+        is_first = tokens.start == dump.start_tokens and tokens.start <= named_tokens
+        if dump.is_done and not states and not is_first:
+            dump.offer(states)
+            return  # all the blocks of a long prompt are not asked for in vain
+        dump.device_blocks = device_blocks()
+        if is_first:
+            states = {**states_at(tokens.start, dump.device_blocks, self._facts), **states}
         dump.offer(states)
         if dump.is_done and not states:
             return
-        self._reserve(dump, num_tokens + self._facts.max_step_tokens)
+        self._reserve(dump.strands, num_tokens + self._facts.max_step_tokens)
         num_blocks = prompt.blocks_in(num_tokens)
         # Answers take a tenth of the time; a step that doesn't get one copies in the next.
         for of_strand in dump.strands:
             cursor = of_strand.cursor
             self._session.wait_for(lambda cursor=cursor: not cursor.is_awaited(num_blocks))  # type: ignore[misc]
         self._copy(dump, num_blocks)
+
+    def answered(self, prompt: Prompt, device_blocks: DeviceBlocks) -> None:
+        """`prompt` is the request's with what is answered to it so far; earlier steps have computed
+        all of it, into these blocks. Nothing waits for it: what gets no slot now is copied in a
+        later step."""
+        dump = self._dumps.get(prompt.request_id)
+        if dump is None or dump.is_closed:
+            return
+        dump.device_blocks = device_blocks
+        dump.answer = dump.answer or of_answer(dump.prompt, self._facts, self._session.namespaces)
+        for of_strand in dump.answer:
+            of_strand.prompt = prompt
+            of_strand.cursor.grow(len(prompt.keys))
+        self._reserve(dump.answer, prompt.num_tokens)
 
     def taken_back(self, request_id: str) -> None:
         """vLLM has the request's device blocks again, or waits for a load into them, and nothing
@@ -165,12 +154,13 @@ class Dumps:
         under way. Storage will not have the pages of the keys `unsaved`."""
         dump = self._dumps.get(request_id)
         if dump is None:
-            return DumpEnd(is_copying=False, kept_blocks=0)
+            return DumpEnd()
         dump.device_blocks = device_blocks
         for of_strand in dump.strands:
             of_strand.cursor.end_at(dump.prompt.blocks_in(num_tokens))
-        self._reserve(dump, num_tokens)
-        ended = DumpEnd(is_copying=True, kept_blocks=dump.kept_blocks(self._facts, unsaved))
+        self._reserve(dump.strands, num_tokens)
+        kept = dump.kept_blocks(self._facts, unsaved), dump.kept_with_answer(unsaved)
+        ended = DumpEnd(True, *kept)
         ending = self._ledger.finish(request_id, more_to_dump=not dump.is_done)
         if ending is BlockReturn.HELD:
             self._draining[request_id] = time.monotonic()
@@ -194,7 +184,7 @@ class Dumps:
             late = time.monotonic() - since_s > self._timeout_s
             if not dump.is_done and (late or not self._session.can_store):
                 why = "no slots in time" if late else "the node cache doesn't answer"
-                num_left = sum(len(of_strand.cursor.todo) for of_strand in dump.strands)
+                num_left = sum(len(of_strand.cursor.todo) for of_strand in dump.all_strands)
                 logger.warning("%d blocks of %s not stored: %s", num_left, request_id, why)
                 self._give_up(dump)
             if dump.is_done and self._ledger.release(request_id):
@@ -217,11 +207,11 @@ class Dumps:
         fence, self._fence = tuple(self._fence), []
         return fence
 
-    def _reserve(self, dump: RequestDump, to_tokens: int) -> None:
+    def _reserve(self, strands: Iterable[StrandDump], to_tokens: int) -> None:
         if not self._session.can_store:
             return
-        prompt = dump.prompt
-        for of_strand in dump.strands:
+        for of_strand in strands:
+            prompt = of_strand.prompt
             blocks = of_strand.cursor.ask(prompt.blocks_in(to_tokens))
             if not blocks:
                 continue
@@ -251,6 +241,8 @@ class Dumps:
         who finds its pages should find the others."""
         for of_strand in reversed(dump.strands):
             self._copy_strand(of_strand, dump, num_blocks)
+        for of_strand in reversed(dump.answer):
+            self._copy_strand(of_strand, dump, len(of_strand.prompt.keys))
 
     def _copy_strand(self, dump: StrandDump, of_request: RequestDump, num_blocks: int) -> None:
         taken = dump.cursor.take(num_blocks)
@@ -313,12 +305,12 @@ class Dumps:
                 self._session.send(p.Commit(ns=dump.namespace, keys=keys, parents=parents))
 
     def _give_up(self, dump: RequestDump) -> None:
-        for of_strand in dump.strands:
+        for of_strand in dump.all_strands:
             of_strand.cursor.give_up()
             self._abort_slots(of_strand)
 
     def _close(self, dump: RequestDump) -> None:
-        for of_strand in dump.strands:
+        for of_strand in dump.all_strands:
             of_strand.closed = True
         self._give_up(dump)
 
@@ -339,12 +331,12 @@ class Dumps:
             for job in of_strand.jobs:
                 job.failed = True
         for dump in self._dumps.values():
-            for of_strand in dump.strands:
+            for of_strand in dump.all_strands:
                 of_strand.cursor.lose(0)
             self._close(dump)
 
     def node_lost(self) -> None:
         """Slots are gone with the node cache; running copies go into memory nobody reads."""
         for dump in self._dumps.values():
-            for of_strand in dump.strands:
+            for of_strand in dump.all_strands:
                 of_strand.cursor.node_lost()

@@ -13,6 +13,7 @@ from typing import Any
 from ucm import handoff as h
 from ucm.errors import UcmError
 from ucm.integration.engine.counts import Counts
+from ucm.integration.engine.dump_state import DumpEnd
 from ucm.integration.engine.epoch import EngineEpochs
 from ucm.integration.engine.prompt import Prompt
 from ucm.integration.engine.receipt import Promise, promise_of, receipt_for, wants_tail
@@ -120,17 +121,17 @@ class PromiseBook:
             self._stats.count("ucm_handoff_recomputed_tokens", owed - kept, reason=why)
             logger.info("%s: computes %d promised tokens: %s", prompt.request_id, owed - kept, why)
 
-    def receipt(self, prompt: Prompt, kept_blocks: int) -> dict[str, Any] | None:
-        """The `kv_transfer_params` of a finished request that wanted one. `kept_blocks` leading
-        blocks are in the store, or on their way there."""
+    def receipt(self, prompt: Prompt, grown: Prompt, ended: DumpEnd) -> dict[str, Any] | None:
+        """The `kv_transfer_params` of a finished request: one that wanted a receipt has it for its
+        prompt, one that had a promise for what it has `grown` to with its answer."""
         account = self._accounts.get(prompt.request_id)
-        wants_one = account is not None and isinstance(account.handoff, h.Wanted)
-        if not wants_one or not self._session.can_store:
+        if account is None or not self._session.can_store:
             return None
+        wants_one = isinstance(account.handoff, h.Wanted)
         receipt = receipt_for(
-            prompt.keys,
-            kept_blocks,
-            num_prompt=prompt.num_tokens,
+            prompt.keys if wants_one else grown.keys,
+            ended.kept_blocks if wants_one else ended.kept_with_answer,
+            num_prompt=prompt.num_tokens if wants_one else grown.num_tokens,
             rules=self._epochs.rules,
             issued_s=time.time(),
         )

@@ -11,7 +11,15 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from ucm.store.blocks.hit_ends import ends_in_base
-from ucm.store.blocks.keys import Item, Key, TailKey, prompt_keys, root_key, strand_key
+from ucm.store.blocks.keys import (
+    Item,
+    Key,
+    TailKey,
+    block_keys,
+    prompt_keys,
+    root_key,
+    strand_key,
+)
 from ucm.store.blocks.strands import boundaries
 
 
@@ -25,10 +33,21 @@ class NamedItems:
 
 
 @dataclass(frozen=True)
+class Chain:
+    """What names the blocks behind a prompt whose every token has a name: `root` is the parent of
+    its first key, and the prompt's `items` reach into the block that it ends in."""
+
+    root: Key
+    items: tuple[Item, ...] = ()
+    cache_salt: str | None = None
+
+
+@dataclass(frozen=True)
 class Prompt:
     """What is known of a request's prompt. Without `keys` nothing of it has a name, or not yet. The
     last key may be that of a tail: the block at the prompt's end that its tokens only partly fill.
-    `lora_request` is the engine's, and `lora_digest`, which is in the keys, names its adapter."""
+    `lora_request` is the engine's, and `lora_digest`, which is in the keys, names its adapter.
+    Without a `chain` what is answered has no names."""
 
     request_id: str
     num_tokens: int
@@ -39,6 +58,12 @@ class Prompt:
     is_salted: bool = False
     # Of the strands beside the base, whose keys follow from those of the base.
     strand_names: tuple[str, ...] = ("",)
+    chain: Chain | None = None
+
+    @property
+    def full_blocks(self) -> int:
+        """How many of its keys are those of whole blocks."""
+        return len(self.keys) - bool(self.tail_tokens)
 
     def key_of(self, block: int, strand: int = 0) -> Key:
         """Of a block in one of the strands."""
@@ -96,7 +121,23 @@ class Prompt:
 
     def without_keys(self) -> Prompt:
         """It goes without the store."""
-        return replace(self, keys=())
+        return replace(self, keys=(), chain=None)
+
+    def grown(self, tokens: Sequence[int]) -> Prompt:
+        """The prompt and what was answered to it: `tokens` are those behind its whole blocks. What
+        was its tail is none any more. For one with a chain."""
+        assert self.chain is not None
+        chain, keys = self.chain, self.keys[: self.full_blocks]
+        first_token = len(keys) * self.block_tokens
+        more = block_keys(
+            keys[-1] if keys else chain.root,
+            tokens,
+            block_tokens=self.block_tokens,
+            items=chain.items,
+            first_token=first_token,
+            cache_salt=chain.cache_salt,
+        )
+        return replace(self, num_tokens=first_token + len(tokens), keys=(*keys, *more))
 
 
 def unnamed_prompt(request: Any, *, block_tokens: int) -> Prompt:
@@ -129,6 +170,7 @@ def named_prompt(
     salt = request.cache_salt
     root = root_key(fingerprint, lora_digest=lora_digest, cache_salt=salt)
     items = [item for item in named.items if item.start < len(tokens)]
+    is_all_named = named.end is None and request.prompt_embeds is None
     keys = prompt_keys(
         root,
         tokens,
@@ -144,4 +186,5 @@ def named_prompt(
         lora_digest=lora_digest,
         is_salted=salt is not None,
         strand_names=strand_names,
+        chain=Chain(root, tuple(items), salt) if is_all_named else None,
     )

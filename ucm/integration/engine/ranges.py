@@ -68,10 +68,22 @@ class DumpCursor:
         self.holes: set[int] = set()
         self._goes_on = goes_on_behind_holes
         self.planned = frozenset(self.todo)
-        self.lost_from = num_blocks
+        self.num_blocks = self.lost_from = num_blocks
         self.asked_to = 0
         # What the node cache has answered: offsets, HAVE or NO_ROOM.
         self.slots: dict[int, int] = {}
+
+    def grow(self, num_blocks: int) -> None:
+        """There are more blocks, none of which the store is known to have. Behind what it lacks
+        they are of no use."""
+        more = range(self.num_blocks, num_blocks)
+        if self.lost_from == self.num_blocks:
+            self.lost_from = num_blocks
+        elif not self._goes_on:
+            return
+        self.num_blocks = num_blocks
+        self.todo.extend(more)
+        self.planned |= frozenset(more)
 
     def ask(self, to_block: int) -> list[int]:
         """The blocks before `to_block` that need a slot and have not been asked for."""
@@ -127,6 +139,11 @@ class DumpCursor:
     def is_kept(self, block: int) -> bool:
         """Of a dump that goes on behind holes: whether the store will have it."""
         return block in self.planned and block not in self.holes and block < self.lost_from
+
+    @property
+    def first_lost(self) -> int:
+        """The first block that the store will lack; the number of blocks if it is none."""
+        return min((self.lost_from, *self.holes))
 
     def end_at(self, num_computed: int) -> None:
         """Nothing more is computed."""

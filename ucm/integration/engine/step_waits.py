@@ -10,3 +10,19 @@ from __future__ import annotations
 STEP_WAIT_S = 0.001
 IDLE_WAIT_S = 0.005
 IDLE_WAIT_MAX_S = 0.02
+
+
+class StepWaits:
+    """How long the next step may wait. Owned by the engine's thread."""
+
+    def __init__(self) -> None:
+        self._idle_s = IDLE_WAIT_S
+
+    def next_s(self, *, holds_up: bool, expects_news: bool) -> float:
+        """`holds_up`: somebody waits for the step's end."""
+        if holds_up:
+            self._idle_s = IDLE_WAIT_S
+            return STEP_WAIT_S
+        wait_s = IDLE_WAIT_S if expects_news else self._idle_s
+        self._idle_s = min(2 * wait_s, IDLE_WAIT_MAX_S)
+        return wait_s

@@ -19,6 +19,8 @@ class RequestState:
     prompt: Prompt
     local_tokens: int = 0
     is_computed: bool = False
+    # With what was answered, as far as it was asked for.
+    grown: Prompt | None = None
 
     def next_tokens(self, num_tokens: int) -> range:
         """Those that a step computes now, of the request's tokens."""
@@ -29,3 +31,15 @@ class RequestState:
         """Of the next `num_tokens`, how many are the prompt's."""
         left = self.prompt.num_tokens - int(self.request.num_computed_tokens)
         return max(0, min(num_tokens, left))
+
+    def take_grown(self) -> Prompt | None:
+        """The prompt with what is answered to it, where that has filled another block. The last
+        token no step has computed, and guesses are none of the request's tokens before they are
+        found right."""
+        request, known = self.request, self.grown or self.prompt
+        num_tokens = min(int(request.num_computed_tokens), int(request.num_tokens) - 1)
+        if known.chain is None or num_tokens // known.block_tokens <= known.full_blocks:
+            return None
+        first_token = known.full_blocks * known.block_tokens
+        self.grown = known.grown(request.all_token_ids[first_token:num_tokens])
+        return self.grown

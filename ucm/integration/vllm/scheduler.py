@@ -7,18 +7,21 @@ while nothing is computed.
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 from vllm.v1.request import RequestStatus
 
 from ucm.config.settings import Settings
 from ucm.integration.engine.device_blocks import BlockLedger
-from ucm.integration.engine.dump_state import DeviceBlocks
-from ucm.integration.engine.dumps import DumpEnd, Dumps
+from ucm.integration.engine.dump_state import DeviceBlocks, DumpEnd
+from ucm.integration.engine.dumps import Dumps
 from ucm.integration.engine.epoch import EngineEpochs
 from ucm.integration.engine.facts import EngineFacts
 from ucm.integration.engine.gauges import NodeGauges
 from ucm.integration.engine.hits import Hits
+from ucm.integration.engine.job_ends import JobEnds
 from ucm.integration.engine.load_policy import LoadPolicy
 from ucm.integration.engine.loads import Loads
 from ucm.integration.engine.naming import Namer
@@ -26,7 +29,7 @@ from ucm.integration.engine.promise_book import PromiseBook
 from ucm.integration.engine.prompt import NamedItems, named_prompt, unnamed_prompt
 from ucm.integration.engine.proofs import Proofs
 from ucm.integration.engine.state_dumps import offered_states
-from ucm.integration.engine.step_waits import IDLE_WAIT_MAX_S, IDLE_WAIT_S, STEP_WAIT_S
+from ucm.integration.engine.step_waits import STEP_WAIT_S, StepWaits
 from ucm.integration.vllm.engine_versions import BlockTables, boundary_offers, writes_before_hooks
 from ucm.integration.vllm.items import VllmItems
 from ucm.integration.vllm.metadata import RankReport, StepMetadata
@@ -64,9 +67,10 @@ class SchedulerSide:
         self._states: dict[str, RequestState] = {}
         self._ledger = BlockLedger()
         self._tables = BlockTables()
-        self._acks: dict[int, int] = {}
-        self._failed: set[int] = set()
-        self._idle_wait_s = IDLE_WAIT_S
+        self._ends = JobEnds(facts.world_size)
+        # Without states nothing of it is of use, and an engine keeps none of what it answers.
+        self._stores_answers = bool(settings.store_generated) and not facts.has_states
+        self._waits = StepWaits()
         self._epochs = EngineEpochs(settings, facts, manifest)
         self._session = NodeSession(
             link,
@@ -166,16 +170,21 @@ class SchedulerSide:
             self._plan_dump(state, is_last=self._facts.has_states)
             if not self._dumps.is_planned(request_id):
                 continue
+            if self._settings.store_generated is True:
+                self._answered(state, partial(blocks_of, request_id))
             states = offered_states(offers.get(request_id, ()), state.prompt)
             tokens = state.next_tokens(num_tokens)
-            self._dumps.computed(request_id, tokens, blocks_of(request_id), states)
+            self._dumps.computed(request_id, tokens, partial(blocks_of, request_id), states)
         released = self._dumps.drain()
         for request_id in released:
             self._forget(request_id)
         loads = self._loads.take_planned()
         idle = not output.num_scheduled_tokens
         # For what vLLM asks before its next step.
-        self._session.may_wait(self._wait_s(idle=idle))
+        news = self._session.take_news() or self._dumps.is_draining
+        # The ranks wait for a load themselves. Nobody else has anything to do in an idle step.
+        holds_up = not idle or self._loads.is_loading
+        self._session.may_wait(self._waits.next_s(holds_up=holds_up, expects_news=news))
         layerwise = self._settings.use_layerwise
         return StepMetadata(
             generation=self._session.generation,
@@ -190,42 +199,23 @@ class SchedulerSide:
             measured=self._policy.prefill.begin(prompt_tokens),
         )
 
-    def _wait_s(self, *, idle: bool) -> float:
-        """The ranks wait for a load themselves. Nobody else has anything to do in an idle step."""
-        has_news = self._session.take_news()
-        if not idle or self._loads.is_loading:
-            self._idle_wait_s = IDLE_WAIT_S
-            return STEP_WAIT_S
-        wait_s = IDLE_WAIT_S if has_news or self._dumps.is_draining else self._idle_wait_s
-        self._idle_wait_s = min(2 * wait_s, IDLE_WAIT_MAX_S)
-        return wait_s
-
     def blocks_invalid(self, device_blocks: set[int]) -> None:
         """A load into these has failed, perhaps another connector's, and a step may have computed
         with them. Told before the ranks' reports of that step."""
         self._dumps.spoiled(device_blocks - self._loads.awaited_blocks)
 
     def ranks_reported(self, report: RankReport) -> None:
-        """Adds up acknowledgements; a job has ended when every rank has ended it. Jobs that nobody
-        knows are not counted."""
+        """A job has ended when every rank has ended it."""
         if report.measured:
             self._policy.step_ended(report.measured)
         for job_id, took_s in report.took_s.items():
             self._loads.took(job_id, took_s)
         for job_id in report.failed:
             if self._is_under_way(job_id):
-                self._failed.add(job_id)
+                self._ends.failed(job_id)
                 # Before anything is committed that was computed with it in the same step.
                 self._dumps.spoiled(self._loads.failed(job_id))
-        for job_id, count in report.ended.items():
-            acks = self._acks.pop(job_id, 0) + count
-            if not self._is_under_way(job_id):
-                continue
-            if acks < self._facts.world_size:
-                self._acks[job_id] = acks
-                continue
-            failed = job_id in self._failed
-            self._failed.discard(job_id)
+        for job_id, failed in self._ends.ended(report.ended, self._is_under_way):
             if self._loads.is_under_way(job_id):
                 self._load_ended(job_id)
             else:
@@ -254,9 +244,10 @@ class SchedulerSide:
         if not state.is_computed or not any(device_blocks):
             # vLLM hears of the load, and frees then; or it has preempted the request before.
             self._dumps.taken_back(name)
-            ended = DumpEnd(is_copying=False, kept_blocks=0)
+            ended = DumpEnd()
         else:
             self._plan_dump(state, is_last=True)
+            self._answered(state, lambda: device_blocks)
             ended = self._dumps.finished(
                 name,
                 state.request.num_computed_tokens,
@@ -264,7 +255,7 @@ class SchedulerSide:
                 unsaved=self._promises.unsaved,
             )
         self._hits.drop(name)
-        receipt = self._promises.receipt(prompt, ended.kept_blocks)
+        receipt = self._promises.receipt(prompt, state.grown or prompt, ended)
         if not ended.is_copying:
             self._forget(name)
         return ended.is_copying, receipt
@@ -296,13 +287,21 @@ class SchedulerSide:
         under way: then a later step plans it, or the request's end, with every block, of which the
         node cache then takes those it lacks."""
         prompt = state.prompt
-        if not (prompt.keys and self._facts.dumps) or self._dumps.is_planned(prompt.request_id):
+        # What is answered to a prompt too short to be stored may fill blocks.
+        has_names = bool(prompt.keys) or (self._stores_answers and prompt.chain is not None)
+        if not has_names or not self._facts.dumps or self._dumps.is_planned(prompt.request_id):
             return
         missing = self._hits.missing_blocks(prompt)
         if missing is None and is_last:
             missing = list(range(len(prompt.keys)))
         if missing is not None:
+            state.grown = None
             self._dumps.plan(prompt, missing, num_computed=state.local_tokens + loaded)
+
+    def _answered(self, state: RequestState, device_blocks: Callable[[], DeviceBlocks]) -> None:
+        """What is answered is stored once it fills a block."""
+        if self._stores_answers and (grown := state.take_grown()) is not None:
+            self._dumps.answered(grown, device_blocks())
 
     def _find_preempted(self) -> None:
         for request_id, state in self._states.items():
