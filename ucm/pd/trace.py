@@ -37,6 +37,8 @@ class RequestTrace:
         # What requests that need the same of an instance have in common; empty for no claim.
         self.kind = ""
         self.is_streamed = False
+        # Of the prompt with its answer, by what decode has said.
+        self.stored_tokens = 0
         # The client has all it has asked for; whether it stays for the end is its own business.
         self.is_delivered = False
         # The proxy stops, and has ended this request for it.
@@ -111,6 +113,7 @@ class RequestTrace:
             "path": self.path,
             "reason": self.reason,
             "status": self.status,
+            "stored_tokens": self.stored_tokens,
             "failure": self._failure,
             **stages,
             "total_ms": round(total_s * 1000, 1),

@@ -6,7 +6,8 @@ import json
 
 import pytest
 
-from tests.pd.conftest import Bench, Fleet
+from tests.pd.conftest import Bench, Fleet, answering, until
+from tests.pd.legs.handoff_parts import a_receipt
 from ucm import handoff
 from ucm.handoff import Expected
 
@@ -115,3 +116,54 @@ async def test_decode_is_told_of_a_list_of_long_prompts(fleet: Fleet):
     (await fleet.post(prompt=[LONG, LONG])).close()
 
     assert Expected() == fleet.decode[0].asked[0].handoff
+
+
+def said_by_decode(words: object, **more: object) -> bytes:
+    params = {"ucm": words, **more}
+    return json.dumps({"choices": [], "kv_transfer_params": params, "id": "x"}).encode()
+
+
+A_RECEIPT = handoff.params(a_receipt(is_whole=False))["ucm"]
+
+
+@pytest.mark.parametrize(
+    ("answer", "told", "stored"),
+    [
+        (said_by_decode(A_RECEIPT), None, 129),
+        (said_by_decode(A_RECEIPT, more=[1]), {"more": [1]}, 129),
+        (said_by_decode({"kind": "unknown"}), None, 0),
+        (said_by_decode(["no words"]), None, 0),
+        (said_by_decode(handoff.params(Expected())["ucm"]), None, 0),
+    ],
+)
+async def test_what_decode_says_of_the_conversation_is_told_in_the_log_and_no_client(
+    bench: Bench, caplog: pytest.LogCaptureFixture, answer: bytes, told: object, stored: int
+):
+    async def is_logged() -> bool:
+        return '"route":"POST /v1/completions"' in caplog.text
+
+    bench.decode.answer = answering(answer)
+    with caplog.at_level("INFO"):
+        async with await bench.post("/v1/completions", prompt=LONG) as response:
+            body = await response.read()
+        await until(is_logged)
+
+    assert {"choices": [], "kv_transfer_params": told, "id": "x"} == json.loads(body)
+    assert len(body) == int(response.headers["Content-Length"])
+    assert (f'"stored_tokens":{stored}' in caplog.text) == bool(stored)
+
+
+@pytest.mark.parametrize(
+    "answer",
+    [
+        b'{ "choices": [{"text": "\\"ucm\\": {}"}], "kv_transfer_params": null}',
+        b'{ "choices": [],  "kv_transfer_params": {"of": "another", "in": {"ucm": 1}}}',
+        b'{"ucm": 1}',
+        b'"ucm"',
+        b'{"kv_transfer_params": {"ucm": 1}',
+    ],
+)
+async def test_an_answer_without_words_reaches_the_client_byte_by_byte(bench: Bench, answer: bytes):
+    bench.decode.answer = answering(answer)
+    async with await bench.post("/v1/completions", prompt=LONG) as response:
+        assert answer == await response.read()

@@ -6,12 +6,14 @@ import asyncio
 import logging
 from collections.abc import AsyncIterator, Callable
 from dataclasses import dataclass
+from functools import partial
 
 import aiohttp
 from aiohttp import web
 
 from ucm.pd.errors import error_response
-from ucm.pd.legs import upstream
+from ucm.pd.legs import bodies, upstream
+from ucm.pd.legs.receipts import may_have_receipt, without_receipt
 from ucm.pd.legs.resume import Events, Tracker
 from ucm.pd.legs.usage import PrefillUsage
 from ucm.pd.protocol import Protocol, protocol_of
@@ -134,10 +136,14 @@ class Delivery:
         return await self._pump(answer, is_first=True)
 
     async def _whole(self, answer: Answer) -> bytes:
+        body = answer.first
         is_ok = answer.upstream.status == web.HTTPOk.status_code
-        if self._usage is None or not is_ok or not answer.is_plain:
-            return answer.first
-        return await self._usage.in_body(answer.first)
+        if not is_ok or not answer.is_plain:
+            return body
+        if may_have_receipt(body):
+            body, stored = await bodies.apart(partial(without_receipt, body), num_bytes=len(body))
+            self._trace.stored_tokens = stored
+        return body if self._usage is None else await self._usage.in_body(body)
 
     async def _go_on(self, answer: Answer) -> str | None:
         if answer.upstream.status != web.HTTPOk.status_code or not answer.is_event_stream:
