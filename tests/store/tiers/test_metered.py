@@ -104,7 +104,18 @@ def test_threads_lose_no_count() -> None:
 
 def test_every_call_reaches_the_tier_behind() -> None:
     """A method that the wrapper took from `Tier` would hide the better one of the tier behind."""
-    methods = {name for name in vars(Tier) if not name.startswith("_")}
+    public = {name: value for name, value in vars(Tier).items() if not name.startswith("_")}
+    facts = {name for name, value in public.items() if isinstance(value, bool)}
+    methods = public.keys() - facts
 
     assert {"read", "read_all", "stage"} <= methods
     assert methods <= vars(WrapperTier).keys()
+    assert facts == {"publishes_abreast"}
+
+
+@pytest.mark.parametrize("abreast", [False, True])
+def test_what_is_true_of_the_tier_behind_is_true_of_it(abreast: bool) -> None:
+    behind = MemoryTier()
+    behind.publishes_abreast = abreast
+
+    assert MeasuredTier(behind).publishes_abreast == abreast
