@@ -32,7 +32,8 @@ class Receipt(msgspec.Struct, frozen=True, kw_only=True, tag_field="kind", tag="
     are published in the order of the prompt, so its being there means that all are; only where
     another prompt goes on from it one may come a moment later. A promise that doesn't end at a
     block's border includes the tail. One that `is_whole` is for all of the prompt that can be.
-    `issued_s` is in seconds since 1970, by the prefill machine's clock."""
+    `issued_s` is in seconds since 1970, by the prefill machine's clock. `found_tokens` of the
+    prompt were there before."""
 
     namespace: _Hex32
     block_tokens: _Tokens
@@ -40,6 +41,7 @@ class Receipt(msgspec.Struct, frozen=True, kw_only=True, tag_field="kind", tag="
     key: _Hex32
     is_whole: bool = True
     issued_s: float
+    found_tokens: Annotated[int, Meta(ge=0, le=1 << 40)] = 0
 
 
 class Expected(msgspec.Struct, frozen=True, kw_only=True, tag_field="kind", tag="expected"):

@@ -191,7 +191,10 @@ class Proxy:
             waits = self._settings.handoff == "chain" or answers_at_once(request.path, fields)
             if promise is not None and (waits or not promise.is_told):
                 await promise.settled()
-            return await self._relaying.answer(request, wanted.body, trace, tracker, promise, name)
+            found = await self._relaying.answer(request, wanted.body, trace, tracker, promise, name)
+        if wanted.why_not == "known" and trace.status == web.HTTPOk.status_code:
+            self._known.went_on(wanted.chain)
+        return found
 
     async def pass_on(self, request: web.Request) -> web.StreamResponse:
         """Everything else is for an instance that answers, but for what is about all of them."""

@@ -33,11 +33,12 @@ _MAX_UNSAVED = 1 << 16
 @dataclass(eq=False)
 class _Account:
     """What was said with one request: `promise`, once its prompt is named, and whether it has been
-    counted what came of it."""
+    counted what came of it. Of its prompt `had_tokens` were not computed for it."""
 
     handoff: h.Handoff
     promise: Promise | None = None
     is_closed: bool = False
+    had_tokens: int | None = None
 
 
 class PromiseBook:
@@ -108,6 +109,8 @@ class PromiseBook:
         """vLLM allocates, for the first time if this is to be counted, and computes everything
         behind `had_tokens`. `reason`: why the last lookup has brought no more."""
         account = self._accounts.get(prompt.request_id)
+        if account is not None and account.had_tokens is None:
+            account.had_tokens = had_tokens
         if account is None or account.promise is None or account.is_closed:
             return
         account.is_closed = True
@@ -134,6 +137,7 @@ class PromiseBook:
             num_prompt=prompt.num_tokens if wants_one else grown.num_tokens,
             rules=self._epochs.rules,
             issued_s=time.time(),
+            found_tokens=account.had_tokens or 0,
         )
         if receipt is None:
             return None

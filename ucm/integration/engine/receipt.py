@@ -97,6 +97,7 @@ def receipt_for(
     num_prompt: int,
     rules: PromiseRules,
     issued_s: float,
+    found_tokens: int = 0,
 ) -> Receipt | None:
     """For the first `num_blocks` of the keys; None for none."""
     if num_blocks == 0:
@@ -112,4 +113,5 @@ def receipt_for(
         key=keys[num_blocks - 1].hex(),
         is_whole=tokens == end,
         issued_s=issued_s,
+        found_tokens=found_tokens,
     )

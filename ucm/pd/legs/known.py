@@ -7,8 +7,11 @@ what decode has to compute.
 
 Known are prompts for which a prefill gave a receipt of our store for the whole, for a while: pages
 may be dropped, and only a prefill says anew that they are there. That costs time when it is wrong,
-and nothing else: decode computes what it does not find. What decode has computed is not noted: it
-may not store anything.
+and nothing else: decode computes what it does not find.
+
+What was answered to a known prompt stands behind it in the next turn's. Whether decode stores that
+only prefill can tell: by a receipt that it has found more than the prompt before. From then on
+answers count as known too, until a receipt says otherwise.
 """
 
 from __future__ import annotations
@@ -22,6 +25,7 @@ import msgspec
 from xxhash import xxh3_128
 
 from ucm import handoff
+from ucm.handoff import Receipt
 from ucm.pd.legs import bodies
 from ucm.pd.legs.prefill import PrefillOutcome
 from ucm.pd.legs.rewrite import guess
@@ -43,10 +47,11 @@ _MAX_NOTED = 256
 @dataclass(frozen=True)
 class Link:
     """The beginning of a prompt up to the end of one of its parts. `rest_tokens` is a guess at what
-    is behind it."""
+    is behind it, and `answer_tokens` of that at what was answered to it."""
 
     digest: bytes
     rest_tokens: int
+    answer_tokens: int = 0
 
 
 def chain_of(first: Mapping[str, Any], *, path: str) -> tuple[Link, ...]:
@@ -59,17 +64,24 @@ def chain_of(first: Mapping[str, Any], *, path: str) -> tuple[Link, ...]:
     around = bodies.encode([(each, first[each]) for each in names])
     digest = xxh3_128(path.encode(errors="surrogateescape") + b"\0" + around)
     digests, tokens = [], []
+    answers = [_is_answer(part) for part in parts]
     for part in parts:
         written = bodies.encode(part)
         # Its length first: what follows one part is never taken for its end.
         digest.update(len(written).to_bytes(8, "little") + written)
         digests.append(digest.digest())
         tokens.append(max(1, guess(part)))  # whatever is new is something
-    links, rest = [], 0
-    for each, new in zip(reversed(digests), reversed(tokens), strict=True):
-        links.append(Link(each, rest))
-        rest += new
+    links, rest, answer = [], 0, 0
+    for each, new, is_answer in zip(
+        reversed(digests), reversed(tokens), reversed(answers), strict=True
+    ):
+        links.append(Link(each, rest, answer))
+        rest, answer = rest + new, new if is_answer else 0
     return tuple(links)
+
+
+def _is_answer(part: object) -> bool:
+    return isinstance(part, dict) and part.get("role") == "assistant"
 
 
 def _parts(prompt: object) -> Iterator[Any]:
@@ -99,37 +111,71 @@ class Known:
         self._max_new_tokens = max_new_tokens
         self._max_known = max_known
         self._clock = clock
-        # Those that were noted last are at the end.
-        self._until_s: dict[bytes, float] = {}
+        # Those that were noted last are at the end: until when, and how many tokens it has.
+        self._noted: dict[bytes, tuple[float, int]] = {}
+        # What decode has answered is found by prefill.
+        self._answers_are_kept = False
 
     def __len__(self) -> int:
-        return len(self._until_s)
+        return len(self._noted)
 
     def has_nearly_all(self, chain: Sequence[Link]) -> bool:
         """Whether what is new in this prompt is little enough for decode."""
         now_s = self._clock()
         for link in chain:
-            if link.rest_tokens > self._max_new_tokens:
-                return False
-            if self._until_s.get(link.digest, 0.0) > now_s:
+            kept = link.answer_tokens if self._answers_are_kept else 0
+            if link.rest_tokens - kept <= self._max_new_tokens and self._tokens(link, now_s):
                 return True
         return False
 
     def note(self, chain: Sequence[Link], outcome: PrefillOutcome | None) -> None:
         """What has become of this prompt's prefill."""
-        if not self.is_on or not _is_all_there(outcome):
+        receipt = _receipt_for_all(outcome)
+        if not self.is_on or receipt is None:
             return
-        until_s = self._clock() + self._for_s
+        now_s = self._clock()
+        self._learn(chain, receipt, now_s)
         for link in reversed(chain[:_MAX_NOTED]):
-            self._until_s.pop(link.digest, None)
-            self._until_s[link.digest] = until_s
-        while len(self._until_s) > self._max_known:
-            del self._until_s[next(iter(self._until_s))]
+            self._noted.pop(link.digest, None)
+            # Only the whole prompt's are told.
+            tokens = receipt.tokens if link is chain[0] else 1
+            self._noted[link.digest] = now_s + self._for_s, tokens
+        self._drop_oldest()
+
+    def went_on(self, chain: Sequence[Link]) -> None:
+        """Decode alone has answered this one, of which nearly all was known. If it keeps answers it
+        keeps what else it computes, for as long as what that goes on from."""
+        now_s = self._clock()
+        known = next((link for link in chain if self._tokens(link, now_s)), None)
+        if known is None or not self._answers_are_kept:
+            return
+        until_s, _ = self._noted[known.digest]
+        for link in reversed(chain[: chain.index(known)][:_MAX_NOTED]):
+            self._noted[link.digest] = until_s, 1
+        self._drop_oldest()
+
+    def _drop_oldest(self) -> None:
+        while len(self._noted) > self._max_known:
+            del self._noted[next(iter(self._noted))]
+
+    def _tokens(self, link: Link, now_s: float) -> int:
+        """Of one that is known, else 0."""
+        until_s, tokens = self._noted.get(link.digest, (0.0, 0))
+        return tokens if until_s > now_s else 0
+
+    def _learn(self, chain: Sequence[Link], receipt: Receipt, now_s: float) -> None:
+        """A turn that goes on with a prompt of which all tokens are known tells whether what was
+        answered to it was found. An answer that fills no block tells nothing."""
+        for link in chain:
+            before = self._tokens(link, now_s)
+            if before > 1 and link.answer_tokens >= 2 * receipt.block_tokens:
+                self._answers_are_kept = receipt.found_tokens > before
+                return
 
 
-def _is_all_there(outcome: PrefillOutcome | None) -> bool:
+def _receipt_for_all(outcome: PrefillOutcome | None) -> Receipt | None:
     """Other connectors' receipts are for one decode, and say nothing of a store."""
     if outcome is None or outcome.failure is not None or outcome.receipt is None:
-        return False
+        return None
     words = handoff.parse(msgspec.json.decode(outcome.receipt))
-    return isinstance(words, handoff.Receipt) and words.is_whole
+    return words if isinstance(words, Receipt) and words.is_whole else None
