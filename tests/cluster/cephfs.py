@@ -51,9 +51,10 @@ def cluster() -> Iterator[Cluster]:
         conf = f"{made.folder}/ceph.conf"
         Path(conf).write_text(_CONF.format(fsid=_FSID, address=_ADDRESS, folder=made.folder))
         _begin(made, conf)
-        mount = (
-            f"ceph-fuse -c {conf} --id admin --pid-file={{path}}.pid {{path}} > {{path}}.out 2>&1"
-        )
+        # A file of its own for each: a client that was unmounted holds on to its file a while, and
+        # the next one would not start.
+        pid_file = "{path}.$$.pid"
+        mount = f"ceph-fuse -c {conf} --id admin --pid-file={pid_file} {{path}} > {{path}}.out 2>&1"
         nodes = [made.mounted(name, mount) for name in ("A", "B")]
         faults = {
             "OSD": _killed(made, "osd.0", f"ceph-osd -c {conf} -i 0"),
