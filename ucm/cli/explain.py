@@ -13,6 +13,7 @@ from ucm.cli.printing import (
     STATUS_WRONG,
     AsJson,
     EngineFlags,
+    EngineNamespace,
     StoreArgument,
     count,
     print_json,
@@ -55,14 +56,7 @@ def explain(
         list[str] | None,
         typer.Option("--try-adapter", help="an adapter that it may be stored with"),
     ] = None,
-    namespace: Annotated[
-        str,
-        typer.Option(
-            "--namespace",
-            "-n",
-            help="the engine's, if several may be: only of models with windows or states",
-        ),
-    ] = "",
+    namespace: EngineNamespace = "",
     vllm_args: EngineFlags = None,
     as_json: AsJson = False,
 ) -> None:

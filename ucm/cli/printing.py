@@ -26,6 +26,14 @@ StoreArgument = Annotated[
     str,
     typer.Argument(metavar="STORE", help="a storage backend's directory, or a settings file"),
 ]
+EngineNamespace = Annotated[
+    str,
+    typer.Option(
+        "--namespace",
+        "-n",
+        help="the engine's, if several may be: only of models with windows or states",
+    ),
+]
 EngineFlags = Annotated[
     list[str] | None,
     typer.Argument(metavar="[-- FLAGS]", help="the engine's flags, as in -- --kv-cache-dtype fp8"),

@@ -12,6 +12,7 @@ from ucm.cli.printing import (
     STATUS_WRONG,
     AsJson,
     EngineFlags,
+    EngineNamespace,
     count,
     print_json,
     progress,
@@ -50,14 +51,7 @@ def warm(
     adapter: Annotated[
         str | None, typer.Option("--adapter", help="the folder of the requests' LoRA adapter")
     ] = None,
-    namespace: Annotated[
-        str,
-        typer.Option(
-            "--namespace",
-            "-n",
-            help="the engine's, if several may be: only of models with windows or states",
-        ),
-    ] = "",
+    namespace: EngineNamespace = "",
     hold_s: Annotated[
         float,
         typer.Option(

@@ -6,7 +6,7 @@ from __future__ import annotations
 import msgspec
 
 from ucm import handoff
-from ucm.pd.legs.rewrite import params_of
+from ucm.pd.legs.rewrite import params_of, wordless
 
 _NAME = f'"{handoff.NAME}"'.encode()
 
@@ -26,7 +26,6 @@ def without_receipt(answer: bytes) -> tuple[bytes, int]:
     if handoff.NAME not in params:
         return answer, 0
     words = handoff.parse(params)
-    rest = {name: value for name, value in params.items() if name != handoff.NAME}
     # Nothing else in it can look like this: in a text quotes are escaped.
-    kept = msgspec.json.encode(rest or None)
+    kept = msgspec.json.encode(wordless(params))
     return answer.replace(raw, kept), words.tokens if isinstance(words, handoff.Receipt) else 0

@@ -153,12 +153,12 @@ def may_have_words(body: bytes) -> bool:
 def without_words(body: bytes, fields: dict[str, Any]) -> tuple[bytes, dict[str, Any]]:
     """The client's request without words of a hand-off; as it is if it has none."""
     params = fields.get(KV_PARAMS)
-    changed = {KV_PARAMS: _wordless(params)} if _has_words(params) else {}
+    changed = {KV_PARAMS: wordless(params)} if _has_words(params) else {}
     # /inference/v1/generate lets clients write there what goes to the engine under that name.
     sampling = fields.get("sampling_params")
     extra = sampling.get("extra_args") if isinstance(sampling, dict) else None
     if isinstance(extra, dict) and _has_words(extra.get(KV_PARAMS)):
-        extra = {**extra, KV_PARAMS: _wordless(extra[KV_PARAMS])}
+        extra = {**extra, KV_PARAMS: wordless(extra[KV_PARAMS])}
         changed["sampling_params"] = {**fields["sampling_params"], "extra_args": extra}
     if not changed:
         return body, fields
@@ -170,7 +170,8 @@ def _has_words(params: object) -> TypeGuard[dict[str, Any]]:
     return isinstance(params, dict) and handoff.NAME in params
 
 
-def _wordless(params: Mapping[str, Any]) -> dict[str, Any] | None:
+def wordless(params: Mapping[str, Any]) -> dict[str, Any] | None:
+    """Without words of a hand-off; None if that is all."""
     return {name: value for name, value in params.items() if name != handoff.NAME} or None
 
 

@@ -6,14 +6,16 @@ import os
 import time
 import uuid
 from collections.abc import Callable
-from typing import Final
+from typing import Final, TypeVar
 
 from ucm.config.settings import StoreSettings
+from ucm.errors import NodeUnavailable
 from ucm.store.client.connection import NodeClient
 from ucm.store.node import protocol as p
 from ucm.store.node.trusted_users import trust_of
 
 _SESSION: Final = "tool-"
+_Answer = TypeVar("_Answer", bound=p.NodeMessage)
 
 
 def tool_session() -> str:
@@ -46,3 +48,11 @@ def first_answer(
             if is_it(message):
                 return message
     return None
+
+
+def answer_of(client: NodeClient, kind: type[_Answer], *, timeout_s: float) -> _Answer:
+    """The first message of this kind. Raises NodeUnavailable if there is none in time."""
+    answer = first_answer(client, lambda message: isinstance(message, kind), timeout_s=timeout_s)
+    if not isinstance(answer, kind):
+        raise NodeUnavailable(f"the node cache (pid {client.welcome.pid}) does not answer")
+    return answer

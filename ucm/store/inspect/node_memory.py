@@ -4,21 +4,19 @@ from __future__ import annotations
 
 import os
 from collections.abc import Sequence
-from typing import Final, TypeVar
+from typing import Final
 
 from ucm.config.settings import StoreSettings
 from ucm.errors import NodeUnavailable
 from ucm.store.blocks.keys import Key
 from ucm.store.blocks.namespace import Manifest, fingerprint, to_json
 from ucm.store.blocks.page_key import page_key_of
-from ucm.store.client.connection import NodeClient
-from ucm.store.inspect.node_client import connect_tool, first_answer
+from ucm.store.inspect.node_client import answer_of, connect_tool
 from ucm.store.node import protocol as p
 from ucm.store.tiers.posix import paths
 
 _ANSWER_S: Final = 10.0
 _MAX_KEYS: Final = 1 << 14
-_Answer = TypeVar("_Answer", p.NamespaceOpened, p.Found)
 
 
 def keys_in_memory(
@@ -47,7 +45,7 @@ def keys_in_memory(
         return frozenset()
     with client:
         client.send(namespace)
-        if _answer(client, p.NamespaceOpened).refused:
+        if answer_of(client, p.NamespaceOpened, timeout_s=_ANSWER_S).refused:
             return frozenset()
         found: set[Key] = set()
         for start in range(0, len(keys), _MAX_KEYS):
@@ -57,13 +55,6 @@ def keys_in_memory(
                 id=start, ns=namespace.ns, keys=asked, storage=False, timeout_ms=timeout_ms
             )
             client.send(question)
-            places = _answer(client, p.Found).places
+            places = answer_of(client, p.Found, timeout_s=_ANSWER_S).places
             found |= {Key(key) for key, at in zip(asked, places, strict=True) if at & p.IN_MEMORY}
         return frozenset(found)
-
-
-def _answer(client: NodeClient, kind: type[_Answer]) -> _Answer:
-    answer = first_answer(client, lambda message: isinstance(message, kind), timeout_s=_ANSWER_S)
-    if not isinstance(answer, kind):
-        raise NodeUnavailable(f"the node cache (pid {client.welcome.pid}) does not answer")
-    return answer

@@ -7,19 +7,19 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterator, Sequence
-from typing import Final, TypeVar
+from typing import Final
 
 import msgspec
 
 from ucm.config.settings import StoreSettings
-from ucm.errors import ConfigError, NodeUnavailable
+from ucm.errors import ConfigError
 from ucm.store.blocks.keys import Key, TailKey
 from ucm.store.blocks.namespace import Manifest, fingerprint, to_json
 from ucm.store.blocks.strands import ALL
 from ucm.store.client.connection import NodeClient
 from ucm.store.client.start import connect_or_start
 from ucm.store.inspect.asked_prompt import AskedPrompt
-from ucm.store.inspect.node_client import first_answer, is_tool, tool_session
+from ucm.store.inspect.node_client import answer_of, is_tool, tool_session
 from ucm.store.node import protocol as p
 
 _CONNECT_S: Final = 30.0
@@ -27,7 +27,6 @@ _CONNECT_S: Final = 30.0
 _READ_S: Final = 60.0
 _ANSWER_S: Final = 10.0
 _LOOK_EVERY_S: Final = 0.5
-_Answer = TypeVar("_Answer", p.NamespaceOpened, p.Found, p.LookupReply, p.Status)
 
 
 class Warmed(msgspec.Struct, frozen=True, kw_only=True):
@@ -88,7 +87,7 @@ def warm(
 def _is_used(client: NodeClient) -> bool:
     """Whether anybody but tools is connected."""
     client.send(p.GetStatus(id=1))
-    sessions = _answer(client, p.Status, _ANSWER_S).sessions
+    sessions = answer_of(client, p.Status, timeout_s=_ANSWER_S).sessions
     return not all(map(is_tool, sessions))
 
 
@@ -103,7 +102,7 @@ def _open(client: NodeClient, manifest: Manifest, page_bytes: Sequence[int]) -> 
             manifest=to_json(manifest),
         )
         client.send(namespace)
-        opened = _answer(client, p.NamespaceOpened, _ANSWER_S)
+        opened = answer_of(client, p.NamespaceOpened, timeout_s=_ANSWER_S)
         if opened.refused:
             raise ConfigError(f"the node cache refuses the namespace: {opened.error}")
 
@@ -126,7 +125,7 @@ def _read(client: NodeClient, number: int, keys: Sequence[Key], page_bytes: int)
     timeout_ms = int(_READ_S * 1000)
     lookup = p.Lookup(id=1, ns=number, keys=asked, read_from=0, load=True, timeout_ms=timeout_ms)
     client.send(lookup)
-    reply = _answer(client, p.LookupReply, _READ_S + _ANSWER_S)
+    reply = answer_of(client, p.LookupReply, timeout_s=_READ_S + _ANSWER_S)
     client.send(p.Release(lookups=[lookup.id]))
     had = len(reply.offsets)
     # Those behind a page that could not be had were read as well.
@@ -144,7 +143,7 @@ def _stored_runs(client: NodeClient, number: int, keys: Sequence[Key]) -> list[l
     asked: list[bytes] = [*keys]
     timeout_ms = int(_READ_S * 1000)
     client.send(p.Find(id=1, ns=number, keys=asked, storage=True, timeout_ms=timeout_ms))
-    return list(runs_of(keys, _answer(client, p.Found, _READ_S + _ANSWER_S).places))
+    return list(runs_of(keys, answer_of(client, p.Found, timeout_s=_READ_S + _ANSWER_S).places))
 
 
 def runs_of(keys: Sequence[Key], places: bytes) -> Iterator[list[Key]]:
@@ -158,10 +157,3 @@ def runs_of(keys: Sequence[Key], places: bytes) -> Iterator[list[Key]]:
             run = []
     if run:
         yield run
-
-
-def _answer(client: NodeClient, kind: type[_Answer], timeout_s: float) -> _Answer:
-    answer = first_answer(client, lambda said: isinstance(said, kind), timeout_s=timeout_s)
-    if not isinstance(answer, kind):
-        raise NodeUnavailable(f"the node cache (pid {client.welcome.pid}) does not answer")
-    return answer

@@ -96,10 +96,6 @@ class Tier(ABC):
     lane waits for that lane only; `open_namespace` and `read_manifest` wait for all of them.
     """
 
-    # Whether it is `publish` that takes the time, so that pages of one prompt are published side by
-    # side. Then others may see one before those before it.
-    publishes_abreast: bool = False
-
     @property
     @abstractmethod
     def name(self) -> str:
@@ -115,6 +111,12 @@ class Tier(ABC):
         """Whether each page costs a request, however many one call is about. Who has many asks for
         them one by one: a call that goes through 64 takes as long as 64, which looks as if storage
         hung."""
+        return False
+
+    @property
+    def publishes_abreast(self) -> bool:
+        """Whether it is `publish` that takes the time, so that pages of one prompt are published
+        side by side. Then others may see one before those before it."""
         return False
 
     def lane_of(self, key: Key) -> int:

@@ -14,7 +14,6 @@ class WrapperTier(Tier):
 
     def __init__(self, tier: Tier) -> None:
         self._tier = tier
-        self.publishes_abreast = tier.publishes_abreast
 
     @property
     def name(self) -> str:
@@ -27,6 +26,10 @@ class WrapperTier(Tier):
     @property
     def is_by_request(self) -> bool:
         return self._tier.is_by_request
+
+    @property
+    def publishes_abreast(self) -> bool:
+        return self._tier.publishes_abreast
 
     def lane_of(self, key: Key) -> int:
         return self._tier.lane_of(key)

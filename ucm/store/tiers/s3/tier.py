@@ -47,8 +47,6 @@ class S3Tier(Tier):
     """Does no I/O before the first call. A page that is staged is read when it is published: until
     then only its header is held here."""
 
-    publishes_abreast = True
-
     def __init__(
         self,
         bucket: Bucket,
@@ -79,6 +77,10 @@ class S3Tier(Tier):
 
     @property
     def is_by_request(self) -> bool:
+        return True
+
+    @property
+    def publishes_abreast(self) -> bool:
         return True
 
     def open_namespace(self, namespace: TierNamespace) -> None:
