@@ -14,6 +14,7 @@ BIN := .venv/bin
 READY := .venv/.ready
 VERSIONS := .venv/versions/.ready
 MORE_VERSIONS := .venv/versions/.more
+PEERS := .venv/peers/.ready
 OLD_TORCH := .venv/versions/torch-2.11.0
 
 .PHONY: help
@@ -70,11 +71,14 @@ check: $(READY) ## ruff, mypy --strict, architecture test
 	exit $$status
 
 .PHONY: bench
-bench: $(READY) ## all of benchmarks/ that runs here; BENCH=store runs one of them
+bench: $(READY) $(PEERS) ## all of benchmarks/ that runs here; BENCH=store runs one of them
 	@for name in $(BENCH); do
 	    echo "== benchmarks/$$name.py"
 	    $(BIN)/python "benchmarks/$$name.py" $(ARGS)
 	done
+
+.PHONY: peers
+peers: $(PEERS) ## only the peers that benchmarks measure beside ours
 
 .PHONY: clean
 clean: ## remove .venv and everything made on the way
@@ -136,4 +140,12 @@ $(MORE_VERSIONS): requirements/more-versions.txt requirements/old-torch.txt $(VE
 	        done
 	    fi
 	done
+	touch $@
+
+# Each stands aside of .venv, whose packages they use: a stamp as above.
+$(PEERS): requirements/peers.txt | $(READY)
+	@echo "LMCache, for benchmarks (0.1 GB)"
+	rm -rf .venv/peers
+	$(BIN)/python -m pip install --disable-pip-version-check --quiet --no-deps \
+	    --target .venv/peers -r requirements/peers.txt
 	touch $@

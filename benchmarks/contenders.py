@@ -4,16 +4,19 @@ from __future__ import annotations
 
 import os
 import random
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
 
+from benchmarks import lmcache_peer
+from benchmarks.lmcache_peer import LmcacheNode
 from benchmarks.tiering_parts import PEERS, offloading, ucm_tier
 from examples.cluster.processes import (
     MIB,
+    HttpServer,
     ProxyServer,
     VllmServer,
     end_run,
@@ -36,6 +39,7 @@ VOCABULARY = 300
 @dataclass(frozen=True)
 class Contender:
     """`prefill` and `decode` are --kv-transfer-config; `pythonpath` lets vLLM import a spec.
+    `nodes`: its own servers, which have to be ready before an engine starts (`nodes_of`).
     `is_slow`: each file takes SLOWER_S longer to open and to create."""
 
     name: str
@@ -47,6 +51,7 @@ class Contender:
     handoffs: tuple[str, ...] = ("chain",)
     is_one_node: bool = False
     is_slow: bool = False
+    nodes: tuple[LmcacheNode, ...] = ()
 
     @property
     def is_ours(self) -> bool:
@@ -71,7 +76,14 @@ def contenders(store: Path, mounted: Path | None) -> list[Contender]:
 
 
 def _contenders(folder: Path, *, is_slow: bool) -> list[Contender]:
-    return [*_ours(folder, is_slow=is_slow), *_peers(folder, is_slow=is_slow)]
+    found = [*_ours(folder, is_slow=is_slow), *_peers(folder, is_slow=is_slow)]
+    return found if lmcache_peer.why_not() else found + _lmcache(folder, is_slow=is_slow)
+
+
+def left_out() -> list[str]:
+    """A line for each contender that can't run here, with the command that changes that."""
+    why_not = lmcache_peer.why_not()
+    return [f"lmcache, lmcache-files: left out, {why_not}"] if why_not else []
 
 
 def _ours(folder: Path, *, is_slow: bool) -> list[Contender]:
@@ -154,9 +166,45 @@ def _peers(folder: Path, *, is_slow: bool) -> list[Contender]:
     ]
 
 
+def _lmcache(folder: Path, *, is_slow: bool) -> list[Contender]:
+    mark = "-slow" if is_slow else ""
+
+    def contender(name: str, what: str, *names: str) -> Contender:
+        files = folder / name
+        nodes = tuple(LmcacheNode.new(node, files=files) for node in names)
+        return Contender(
+            f"{name}{mark}",
+            what,
+            nodes[0].kv_transfer(),
+            nodes[-1].kv_transfer(),
+            lmcache_peer.ENVIRONMENT,
+            is_one_node=len(nodes) == 1,
+            is_slow=is_slow,
+            nodes=nodes,
+        )
+
+    return [
+        contender("lmcache", "LMCache's MP server, one node: pages are in its DRAM", "one"),
+        contender("lmcache-files", "LMCache's MP servers, two nodes, fs L2", "left", "right"),
+    ]
+
+
 def _offloading(role: str, tier: Mapping[str, Any]) -> dict[str, Any]:
     run = run_folder().name.removeprefix("ucm-")
     return offloading([tier], engine_id=f"{run}-{role}", host_bytes=1 << 30)
+
+
+@contextmanager
+def nodes_of(contender: Contender, *, logs: Path) -> Iterator[list[HttpServer]]:
+    """The servers that its engines need, ready; none for most contenders."""
+    with ExitStack() as stack:
+        started = [
+            stack.enter_context(node.start(logs / f"{contender.name}-{node.name}.log"))
+            for node in contender.nodes
+        ]
+        for server in started:
+            server.wait_ready()
+        yield started
 
 
 @contextmanager
@@ -177,6 +225,7 @@ def running(contender: Contender, model: Path, *, size: str, logs: Path) -> Iter
 
     try:
         with ExitStack() as stack:
+            nodes = stack.enter_context(nodes_of(contender, logs=logs))
             prefill = stack.enter_context(
                 server("prefill", contender.prefill, contender.chunk_tokens)
             )
@@ -194,22 +243,22 @@ def running(contender: Contender, model: Path, *, size: str, logs: Path) -> Iter
             }
             for each in (prefill, decode, *proxies.values()):
                 each.wait_ready()
-            _part_cores(prefill, decode)
+            _part_cores([prefill, *nodes[:1]], [decode, *nodes[1:]])
             yield Servers(contender, prefill, decode, proxies)
     finally:
         end_run()
         _remove_shared_memory(contender)
 
 
-def _part_cores(prefill: VllmServer, decode: VllmServer) -> None:
+def _part_cores(prefill: Sequence[HttpServer], decode: Sequence[HttpServer]) -> None:
     """Half of the cores for each, as if on two machines: vLLM's workers spin for a second after
     each step, also one that computes nothing, and would take the core from the other server."""
     cores = sorted(os.sched_getaffinity(0))
     half = len(cores) // 2
     if not half:
         return
-    for server, its in ((prefill, cores[:half]), (decode, cores[half:])):
-        for process in server.processes():
+    for servers, its in ((prefill, cores[:half]), (decode, cores[half:])):
+        for process in (each for server in servers for each in server.processes()):
             for thread in process.threads():
                 os.sched_setaffinity(thread.id, its)
 
