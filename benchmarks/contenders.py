@@ -197,14 +197,18 @@ def _offloading(role: str, tier: Mapping[str, Any]) -> dict[str, Any]:
 @contextmanager
 def nodes_of(contender: Contender, *, logs: Path) -> Iterator[list[HttpServer]]:
     """The servers that its engines need, ready; none for most contenders."""
-    with ExitStack() as stack:
-        started = [
-            stack.enter_context(node.start(logs / f"{contender.name}-{node.name}.log"))
-            for node in contender.nodes
-        ]
-        for server in started:
-            server.wait_ready()
-        yield started
+    try:
+        with ExitStack() as stack:
+            started = [
+                stack.enter_context(node.start(logs / f"{contender.name}-{node.name}.log"))
+                for node in contender.nodes
+            ]
+            for server in started:
+                server.wait_ready()
+            yield started
+    finally:
+        if contender.nodes:
+            lmcache_peer.remove_shared_memory()
 
 
 @contextmanager

@@ -17,12 +17,15 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import psutil
+
 from examples.cluster.processes import HttpServer, free_port
 
 # On PYTHONPATH of its servers and of engines that speak to them.
 ENVIRONMENT = Path(sys.prefix) / "peers"
-_STAMP = ENVIRONMENT / ".ready"
+SHARED_MEMORY = Path("/dev/shm")
 CHUNK_TOKENS = 128  # a block of our engines
+_WORKERS = 4  # threads that copy: one for each engine of a node, so that none waits for another's
 
 # Without word to its makers, and with the same names of chunks in all processes.
 _VARIABLES: Mapping[str, str] = {
@@ -35,7 +38,11 @@ _VARIABLES: Mapping[str, str] = {
 
 def why_not() -> str:
     """Why it can't run here, with what to do about it; empty if it can."""
-    return "" if _STAMP.exists() else f"it is not installed in {ENVIRONMENT}: make peers"
+    return (
+        ""
+        if (ENVIRONMENT / ".ready").exists()
+        else f"it is not installed in {ENVIRONMENT}: make peers"
+    )
 
 
 @dataclass(frozen=True)
@@ -59,6 +66,9 @@ class LmcacheNode:
         command += ["--http-host", "127.0.0.1", "--http-port", str(self.http_port)]
         command += ["--chunk-size", str(CHUNK_TOKENS), "--l1-size-gb", str(self.dram_gb)]
         command += ["--eviction-policy", "LRU", "--supported-transfer-mode", "lmcache_driven"]
+        command += ["--max-workers", str(_WORKERS)]
+        # What was read stays in DRAM, as in a node cache; by default each hit reads files again.
+        command += ["--l2-prefetch-policy", "retain"]
         command += ["--l2-adapter", json.dumps({"type": "fs", "base_path": str(self.files)})]
         env = {**_VARIABLES, "PYTHONPATH": str(ENVIRONMENT)}
         return HttpServer(
@@ -80,3 +90,11 @@ class LmcacheNode:
                 "lmcache.mp.save_decode_cache": True,
             },
         }
+
+
+def remove_shared_memory() -> None:
+    """An engine that vLLM kills, as it does when it is told to stop, leaves its cache in there."""
+    for file in SHARED_MEMORY.glob("lmcache_kv_*_*"):
+        pid = file.name.split("_")[2]
+        if pid.isdecimal() and not psutil.pid_exists(int(pid)):
+            file.unlink(missing_ok=True)
