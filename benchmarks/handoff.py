@@ -45,6 +45,7 @@ from benchmarks.contenders import (
     Contender,
     Servers,
     contenders,
+    left_out,
     prompt_of,
     running,
 )
@@ -227,6 +228,8 @@ def main() -> None:
     results = Results()
     try:
         model = make_model(store / "model", size=args.model)
+        for line in left_out():
+            console.print(line)
         with slower_files(store) as (mounted, why_not):
             if mounted is None:
                 console.print(f"no slower files: {why_not}")
