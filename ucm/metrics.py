@@ -151,6 +151,12 @@ _TABLE = (
         _TIER,
     ),
     Metric(
+        "ucm_node_promised_retries",
+        "gauge",
+        "Promised pages that storage failed to bring, or to tell of, and that it was asked for "
+        f"again, ever. {_OF_THE_NODE}",
+    ),
+    Metric(
         "ucm_node_unwritten_pages",
         "gauge",
         f"Pages that did not get to storage when they were dumped, ever, by reason. {_OF_THE_NODE}",

@@ -77,6 +77,10 @@ class StoreSettings(S3Settings, frozen=True, kw_only=True, forbid_unknown_fields
         default=10.0, name="posix_recheck_s"
     )
     retry_ms: _Milliseconds = msgspec.field(default=1_000, name="posix_retry_ms")
+    promised_retries: Annotated[int, Meta(ge=0, le=100)] = msgspec.field(
+        default=4, name="posix_promised_retries"
+    )
+    promised_retry_ms: _Milliseconds = msgspec.field(default=100, name="posix_promised_retry_ms")
     quarantine_per_minute: Annotated[int, Meta(ge=0, le=1_000_000)] = msgspec.field(
         default=6, name="posix_quarantine_per_minute"
     )

@@ -81,6 +81,7 @@ def test_a_status_sets_every_gauge_of_the_node() -> None:
         "tier_write_pages": 3,
         "tier_write_errors": 0,
         "clients_dropped": 2,
+        "promised_again": 4,
     }
     bench.gauges.on_status(
         status(
@@ -97,6 +98,7 @@ def test_a_status_sets_every_gauge_of_the_node() -> None:
     assert gauges['ucm_node_slots{state="free"}'] == 5
     assert (gauges["ucm_node_pins"], gauges["ucm_node_evictions"]) == (3, 8)
     assert gauges["ucm_node_dropped_clients"] == 2
+    assert gauges["ucm_node_promised_retries"] == 4
     assert gauges['ucm_tier_bytes{tier="posix",op="read"}'] == 100
     assert gauges['ucm_tier_bytes{tier="posix",op="write"}'] == 30
     assert gauges['ucm_tier_seconds{tier="posix",op="read"}'] == 2.5

@@ -222,7 +222,7 @@ def test_promised_pages_are_waited_for_while_both_fail_no_longer_than_that() -> 
     node.expect(KEYS)
     node.reads.end_all(error=GONE)
     node.far_reads.end_all(error=GONE)
-    for _ in range(3):
+    for _ in range(10):
         node.timers.fire()
         node.reads.end_all(error=GONE)
         node.far_reads.end_all(error=GONE)

@@ -63,6 +63,7 @@ class NodeGauges:
         gauge("ucm_node_pins", status.slots["pins"])
         gauge("ucm_node_evictions", status.slots["evictions"])
         gauge("ucm_node_dropped_clients", status.counters.get("clients_dropped", 0))
+        gauge("ucm_node_promised_retries", status.counters.get("promised_again", 0))
         for reason in UNWRITTEN:
             gauge("ucm_node_unwritten_pages", status.unwritten(reason), reason=reason)
             gauge("ucm_node_unwritten_far_pages", status.unwritten(reason, FAR), reason=reason)

@@ -14,7 +14,9 @@ from typing import Protocol
 
 from ucm.outcome import Outcome
 from ucm.store.blocks.keys import Key
+from ucm.store.node.io_threads import LanePool
 from ucm.store.node.lookup_state import BlockState, LookupJob, Waiting
+from ucm.store.node.promised_again import PromisedAgain
 from ucm.store.node.sessions import Filling, OpenedNamespace
 from ucm.store.node.slots import Slot, SlotState, SlotTable
 from ucm.store.node.writeback import WriteBack
@@ -30,11 +32,14 @@ class Fills:
     """Owned by the event loop's thread. Nobody else moves a slot into or out of FILLING, or out of
     ASIDE."""
 
-    def __init__(self, slots: SlotTable, writeback: WriteBack, on_news: OnNews) -> None:
+    def __init__(
+        self, slots: SlotTable, writeback: WriteBack, on_news: OnNews, again: PromisedAgain
+    ) -> None:
         self.waiting = Waiting()
         self._slots = slots
         self._writeback = writeback
         self._on_news = on_news
+        self._again = again
         self._open: dict[Slot, Filling] = {}
 
     # -- begin -----------------------------------------------------------------------------
@@ -80,8 +85,16 @@ class Fills:
             self._writeback.enqueue(filling.namespace, filling.key, parent, filling.slot)
         self._tell(filling, Outcome.FINE)
 
-    def gone(self, filling: Filling, reason: Outcome, *, is_written: bool = False) -> None:
-        """It will never be there. `is_written`: somebody may write into the slot until `unused`."""
+    def gone(
+        self,
+        filling: Filling,
+        reason: Outcome,
+        *,
+        is_written: bool = False,
+        failed_in: LanePool | None = None,
+    ) -> None:
+        """It will never be there. `is_written`: somebody may write into the slot until `unused`.
+        `failed_in`: storage has it, as far as is known, and could not be read there."""
         del self._open[filling.slot]
         if is_written:
             self._slots.set_aside(filling.slot)
@@ -91,14 +104,14 @@ class Fills:
             self._writeback.filled_from_tier(filling.key, is_hit=False)
         else:
             self._writeback.filling_ended(filling.key)
-        self._tell(filling, reason)
+        self._tell(filling, reason, failed_in)
 
     def unused(self, slot: Slot) -> None:
         """Nobody writes any more into a slot that was set aside."""
         assert slot.state is SlotState.ASIDE
         self._slots.abandon(slot)
 
-    def _tell(self, filling: Filling, reason: Outcome) -> None:
+    def _tell(self, filling: Filling, reason: Outcome, failed_in: LanePool | None = None) -> None:
         for job, i in self.waiting.of(filling.key):
             if not job.waits(i):
                 continue  # What it was told of another block has ended it.
@@ -110,6 +123,9 @@ class Fills:
             elif reason is Outcome.NEVER_STORED and i < min(job.promised, job.end):
                 job.does_not_come(i)
                 look = True
+            elif failed_in is not None and self._again.tries_again(job, i, failed_in):
+                job.does_not_come(i)
+                job.in_storage([i])
             else:
                 job.lose(i, reason)
             self._on_news(job, look=look)

@@ -21,6 +21,7 @@ from ucm.store.node.io_threads import error_reason
 from ucm.store.node.lookup_state import BlockState, LookupJob
 from ucm.store.node.page_reads import PageReads
 from ucm.store.node.parts import NodeParts
+from ucm.store.node.promised_again import PromisedAgain
 from ucm.store.node.promised_pages import Looked, Looks
 from ucm.store.node.questions import count_there
 from ucm.store.node.sessions import Connection, OpenedNamespace
@@ -43,16 +44,17 @@ class Lookups:
         self._on_met = storing.met
         self.touches = Touches(parts)
         self._open: dict[tuple[Connection, int], LookupJob] = {}
-        self.fills = Fills(parts.slots, storing.writeback, self._on_news)
-        self._looks = [Looks(parts, self._on_looked)]
+        self._again = PromisedAgain(parts, self._go_on)
+        self.fills = Fills(parts.slots, storing.writeback, self._on_news, self._again)
+        self._looks = [Looks(parts, self._on_looked, self._again.rests)]
         self._far, self._far_writeback = parts.far, storing.far
         # The first promised block that near lacked when it was asked, and why it will go on lacking
         # it, if it will: far has the last word.
         self._not_near: dict[LookupJob, tuple[int, Outcome]] = {}
         if parts.far is not None:
-            self._looks.append(Looks(parts.far, self._on_looked_far))
+            self._looks.append(Looks(parts.far, self._on_looked_far, self._again.rests))
         self._heads = Heads(parts, storing.writeback, self._answer_if_settled)
-        self._page_reads = PageReads(parts, self.fills, self._go_on)
+        self._page_reads = PageReads(parts, self.fills, self._again, self._go_on)
 
     @property
     def num_open(self) -> int:
@@ -106,6 +108,7 @@ class Lookups:
             looks.forget(job)
         self._not_near.pop(job, None)
         self._page_reads.forget(job)
+        self._again.forget(job)
 
     def withdraw_all(self, connection: Connection) -> None:
         for lookup_id in [number for owner, number in self._open if owner is connection]:
@@ -186,7 +189,7 @@ class Lookups:
         job.in_storage(group[:leading])
         missing = [i for i in group[leading:] if job.state(i) is BlockState.ASKED]
         if isinstance(result, Exception) and self._far is None:
-            self._lookup_failed(job, missing, result)
+            self._again.lookup_failed(job, missing, result)
         elif missing and missing[0] < job.promised:
             job.not_in_storage(missing)
         elif missing and self._far is not None:
@@ -220,7 +223,7 @@ class Lookups:
         job.in_storage(group[:leading])
         missing = [i for i in group[leading:] if job.state(i) is BlockState.ASKED]
         if isinstance(result, Exception):
-            self._lookup_failed(job, missing, result)
+            self._again.lookup_failed(job, missing, result, is_far=True)
         elif missing:
             job.lose(missing[0], Outcome.NEVER_STORED)
         self._go_on(job)
@@ -230,16 +233,12 @@ class Lookups:
         for i in blocks:
             self._far_writeback.note_stored(job.keys[i])
 
-    def _lookup_failed(self, job: LookupJob, blocks: Sequence[int], error: Exception) -> None:
-        self._notices.warn("lookup_failed", error)
-        if blocks:
-            job.lose(blocks[0], error_reason(error))
-
     def _go_on(self, job: LookupJob) -> None:
         weigh(job)
-        # First: a question would wait for a thread that reads a page, and the next pages for it.
-        self._probe_storage(job)
-        self._page_reads.go_on_with(job)
+        if not self._again.rests(job):
+            # First: a question would wait for a thread that reads a page, the next pages for it.
+            self._probe_storage(job)
+            self._page_reads.go_on_with(job)
         for looks in self._looks:
             looks.look(job)
         self._answer_if_settled(job)
@@ -252,7 +251,7 @@ class Lookups:
         self._not_near.pop(job, None)
         if isinstance(result, Exception):
             if self._far is None:
-                self._lookup_failed(job, missing, result)
+                self._again.lookup_failed(job, missing, result)
             else:
                 self._notices.warn("lookup_failed", result)
                 self._note_not_near(job, missing, error_reason(result))
@@ -281,7 +280,7 @@ class Lookups:
         not_near, why = self._not_near.get(job, (-1, Outcome.FINE))
         if isinstance(result, Exception):
             if why and not_near in missing:
-                self._lookup_failed(job, [not_near], result)
+                self._again.lookup_failed(job, [not_near], result, is_far=True)
             else:
                 self._notices.warn("lookup_failed", result)
         elif isinstance(result, Looked):

@@ -12,6 +12,7 @@ from ucm.store.node.fills import Fills
 from ucm.store.node.io_threads import LanePool, error_reason
 from ucm.store.node.lookup_state import LookupJob
 from ucm.store.node.parts import NodeParts
+from ucm.store.node.promised_again import PromisedAgain
 from ucm.store.node.read_times import ReadTimes
 from ucm.store.node.sessions import Filling
 from ucm.store.node.slots import SlotState
@@ -28,7 +29,13 @@ _End: TypeAlias = ReadStatus | Outcome
 class PageReads:
     """Owned by the event loop's thread."""
 
-    def __init__(self, parts: NodeParts, fills: Fills, go_on: Callable[[LookupJob], None]) -> None:
+    def __init__(
+        self,
+        parts: NodeParts,
+        fills: Fills,
+        again: PromisedAgain,
+        go_on: Callable[[LookupJob], None],
+    ) -> None:
         self._slots = parts.slots
         self._lanes = parts.reads
         self._far = parts.far
@@ -36,6 +43,7 @@ class PageReads:
         self._parts = parts
         self._notices = parts.notices
         self._fills = fills
+        self._again = again
         self._go_on = go_on
         self._times = ReadTimes(parts.clock)
 
@@ -96,7 +104,7 @@ class PageReads:
         return filling
 
     def _read(self, job: LookupJob, pool: LanePool, fillings: list[Filling]) -> None:
-        self._submit(job, self._parts, pool, fillings, partial(self._on_read, job))
+        self._submit(job, self._parts, pool, fillings, partial(self._on_read, job, pool))
 
     def _submit(
         self,
@@ -140,22 +148,25 @@ class PageReads:
                 self._notices.warn(f"read_{page_read.status.value}", page_read.detail)
         return [page_read.status for page_read in result]
 
-    def _on_read(self, job: LookupJob, fillings: list[Filling], ends: list[_End]) -> None:
+    def _on_read(
+        self, job: LookupJob, pool: LanePool, fillings: list[Filling], ends: list[_End]
+    ) -> None:
         elsewhere: dict[Filling, _End] = {}
         for filling, end in zip(fillings, ends, strict=True):
             self._parts.count(f"read_{end.value}")
             if end is ReadStatus.HIT:
+                self._again.has_read(pool)
                 self._fills.whole(filling)
             elif self._is_worth_far(job, filling):
                 elsewhere[filling] = end
             else:
-                self._gone(filling, end)
+                self._gone(filling, end, pool)
         if self._far is not None:
-            on_read = partial(self._on_far_read, self._far, elsewhere)
             # One by one: it is the way that takes long, whatever the size of a page.
             for filling in elsewhere:
-                pool = self._far.reads.of(filling.key)
-                self._submit(job, self._far, pool, [filling], on_read)
+                far_pool = self._far.reads.of(filling.key)
+                on_read = partial(self._on_far_read, self._far, (pool, far_pool), elsewhere)
+                self._submit(job, self._far, far_pool, [filling], on_read)
 
     def _is_worth_far(self, job: LookupJob, filling: Filling) -> bool:
         """There may be a page, and somebody waits for it."""
@@ -166,21 +177,28 @@ class PageReads:
     def _on_far_read(
         self,
         far: NodeParts,
+        pools: tuple[LanePool, LanePool],
         near_ends: dict[Filling, _End],
         fillings: list[Filling],
         ends: list[_End],
     ) -> None:
+        near_pool, far_pool = pools
         for filling, end in zip(fillings, ends, strict=True):
             far.count(f"read_{end.value}")
             near_end = near_ends[filling]
             if end is ReadStatus.HIT:
+                self._again.has_read(far_pool)
                 self._fills.whole(filling, from_far=True)
+            elif near_end is ReadStatus.ABSENT:
+                self._gone(filling, end, far_pool)
             else:
-                self._gone(filling, end if near_end is ReadStatus.ABSENT else near_end)
+                self._gone(filling, near_end, near_pool)
 
-    def _gone(self, filling: Filling, end: _End) -> None:
+    def _gone(self, filling: Filling, end: _End, pool: LanePool) -> None:
         is_absent = end is ReadStatus.ABSENT
-        self._fills.gone(filling, Outcome.NEVER_STORED if is_absent else Outcome(end.value))
+        reason = Outcome.NEVER_STORED if is_absent else Outcome(end.value)
+        failed_in = pool if reason is Outcome.IO_ERROR else None
+        self._fills.gone(filling, reason, failed_in=failed_in)
 
     def _on_read_overdue(self, parts: NodeParts, pool: LanePool, fillings: list[Filling]) -> None:
         name = parts.reads.name_of(pool)

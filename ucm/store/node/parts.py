@@ -22,6 +22,15 @@ Populate = Callable[[int, int, Callable[[], None]], None]
 
 
 @dataclass(frozen=True)
+class PromisedRules:
+    """Of promised pages that storage fails to bring: how often each is asked for again, and the
+    pause before the first time, which doubles from one to the next."""
+
+    retries: int = 4
+    first_pause_s: float = 0.1
+
+
+@dataclass(frozen=True)
 class NodeLimits:
     """`ahead_bytes`: how much memory is taken before it is needed. `max_write_pages`: how many
     pages of a lane may wait to be written. `touch_every_s`: how often a page that is used is
@@ -34,6 +43,7 @@ class NodeLimits:
     open_timeout_s: float = 5.0
     saving: SavingRules = field(default_factory=SavingRules)
     touch_every_s: float | None = None
+    promised: PromisedRules = field(default_factory=PromisedRules)
 
 
 @dataclass(frozen=True, eq=False)

@@ -102,16 +102,21 @@ class _Pace:
 
 
 class Looks:
-    """`on_looked(job, blocks, result)` gets a `Looked`, or the error of storage."""
+    """`on_looked(job, blocks, result)` gets a `Looked`, or the error of storage. For a lookup that
+    `rests` nothing is looked for: who lets it rest asks again."""
 
     def __init__(
-        self, parts: NodeParts, on_looked: Callable[[LookupJob, Sequence[int], object], None]
+        self,
+        parts: NodeParts,
+        on_looked: Callable[[LookupJob, Sequence[int], object], None],
+        rests: Callable[[LookupJob], bool],
     ) -> None:
         self._tier = parts.tier
         self._reads = parts.reads
         self._call_later = parts.call_later
         self._clock = parts.clock
         self._on_looked = on_looked
+        self._rests = rests
         self._paces: defaultdict[LookupJob, _Pace] = defaultdict(_Pace)
         # By lane: who waits for a turn to look, the longest first; and who looks.
         self._turns: defaultdict[LanePool, dict[LookupJob, None]] = defaultdict(dict)
@@ -133,6 +138,8 @@ class Looks:
         """Asks storage for the first blocks that are missing, when it is this lookup's turn."""
         missing = job.missing()
         if job.closed or not missing or not self._reads.pools or self._paces[job].is_pending:
+            return
+        if self._rests(job):
             return
         self._paces[job].is_pending = True
         self._by_prompt[job.keys[job.promised - 1]][job] = None
@@ -230,7 +237,7 @@ class Looks:
     def look_later(self, job: LookupJob) -> None:
         """After a look that has found nothing."""
         pace = self._paces[job]
-        if pace.is_pending:
+        if pace.is_pending or self._rests(job):
             return
         pace.is_pending = True
         pause_s = FED_PAUSE_S if job.is_fed else pace.pause_s

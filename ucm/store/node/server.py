@@ -34,7 +34,7 @@ from ucm.store.node.limits import GIB, be_taken_first, memory_left, room_for
 from ucm.store.node.lock import SocketLock, this_process
 from ucm.store.node.memory import SharedMemory, give_way
 from ucm.store.node.notices import Notices
-from ucm.store.node.parts import Behind, NodeLimits, NodeParts, far_parts
+from ucm.store.node.parts import Behind, NodeLimits, NodeParts, PromisedRules, far_parts
 from ucm.store.node.peer import Door, Peer
 from ucm.store.node.rendezvous import is_shortage
 from ucm.store.node.saved import SavingRules
@@ -94,6 +94,9 @@ class NodeServer:
                 open_timeout_s=min(timeout_s, _OPEN_S),
                 saving=SavingRules(recheck_s=settings.recheck_s, retry_s=settings.retry_ms / 1000),
                 touch_every_s=settings.touch_every_s,
+                promised=PromisedRules(
+                    settings.promised_retries, settings.promised_retry_ms / 1000
+                ),
             ),
         )
         for far in farther:
