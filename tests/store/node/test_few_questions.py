@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from itertools import pairwise
 from math import log2
+from unittest.mock import patch
 
 import pytest
 from hypothesis import given, settings
@@ -14,8 +16,10 @@ from tests.store.node.test_doubts import BlindTier
 from ucm.store.blocks.keys import Key
 from ucm.store.node import protocol as p
 from ucm.store.node.promised_pages import FIRST_DOUBT_S, LAST_PAUSE_S
+from ucm.store.node.rechecks import standing
 
 KEYS = [key(i) for i in range(1200)]
+RECHECK_S = 10.0
 
 
 def replies(node: Node) -> dict[int, p.LookupReply]:
@@ -61,6 +65,35 @@ def test_a_hundred_blocks_that_are_there_take_few_questions_and_a_miss_takes_one
 
     assert len(replies(node)[1].offsets) == num_stored
     assert tier.num_asked <= most
+
+
+def test_a_hundred_blocks_in_memory_take_few_questions_too_and_none_for_a_while() -> None:
+    node = Node(tier=FarTier(), num_slots=len(KEYS), max_open_keys=10_000)
+    for parent, each in pairwise((b"", *KEYS[:100])):
+        node.reserve(Key(each))
+        node.commit(Key(each), parent=parent)
+    node.writes.end_all()
+    node.inbox.clear()
+    node.now_s += RECHECK_S + 1
+    with patch.object(node.tier, "holds", wraps=node.tier.holds) as holds:
+        for number in range(5):
+            node.look_up(KEYS[:100], number=number)
+            finish(node)
+
+        assert 2 <= holds.call_count <= 12
+    assert len(replies(node)[4].offsets) == 100
+
+
+@given(st.integers(0, 5000), st.integers(0, 10_000))
+@settings(deadline=None)
+def test_few_pages_stand_for_many_and_others_each_time(count: int, turn: int) -> None:
+    chosen = [standing(count, turn + i) for i in range(max(1, count))]
+
+    most = 3 + 1.5 * log2(count + 1)
+    assert all(len(each) <= most and set(each) >= {0, count - 1} for each in chosen if count)
+    # Each stands for so many that all have had their turn soon.
+    soon = {place for each in chosen[: max(1, count // 2)] for place in each}
+    assert soon == set(range(count))
 
 
 # -- many wait for one prompt ----------------------------------------------------------------

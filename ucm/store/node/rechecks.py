@@ -4,12 +4,18 @@ A lookup or a dump that meets such a page goes on at once; the answer decides ab
 What has gone is queued from memory. No more than `max_pages` of a lane are asked about at a time:
 what is beyond that is asked about when it is met again. Where each is a request, half of the
 threads at most are busy with them: lookups and reads go on meanwhile.
+
+Every question is one to the metadata server of all nodes, and a prompt that many ask for has
+hundreds of pages. So a few stand for all that are met at once: the first and the last, as storage
+drops the ends of prompts first, and some between, others each time. If all of these are there, the
+rest is taken to be; if one is not, each is asked about.
 """
 
 from __future__ import annotations
 
 from collections import Counter, defaultdict, deque
 from collections.abc import Sequence
+from dataclasses import dataclass
 from functools import partial
 from typing import TypeAlias
 
@@ -24,7 +30,27 @@ from ucm.store.node.writeback import WriteBack
 from ucm.store.tiers.tier import held_of
 
 _MAX_GROUP = 64
-_Group: TypeAlias = tuple[OpenedNamespace, list[Met]]
+
+
+@dataclass
+class _Round:
+    """Pages that were met at once. `rest` are those that others stand for, until one of these is
+    gone; `open` groups of questions are to be answered."""
+
+    namespace: OpenedNamespace
+    rest: list[Met]
+    open: int = 0
+    is_whole: bool = True
+
+
+_Group: TypeAlias = tuple[_Round, list[Met]]
+
+
+def standing(count: int, turn: int) -> list[int]:
+    """Which of `count` pages in prompt order stand for all: about twice the logarithm. In so many
+    turns as one of them stands for others, each is among them. Pure."""
+    between = max(1, count // max(1, count.bit_length()))
+    return sorted({0, count - 1, *range(turn % between, count, between)}) if count else []
 
 
 def ready_pages(slots: SlotTable, keys: Sequence[Key], parents: Sequence[Key | None]) -> list[Met]:
@@ -48,6 +74,7 @@ class Rechecks:
         self._count = parts.count
         self._notices = parts.notices
         self._max_pages = parts.limits.max_write_pages
+        self._turn = 0
         self._open: defaultdict[LanePool, set[Key]] = defaultdict(set)
         self._waiting: defaultdict[LanePool, deque[_Group]] = defaultdict(deque)
         self._running: Counter[LanePool] = Counter()
@@ -64,37 +91,58 @@ class Rechecks:
         fresh = [page for page in pages if page.key not in asked]
         del fresh[max(0, self._max_pages - len(asked)) :]
         asked.update(page.key for page in fresh)
-        size = 1 if self._tier.is_by_request else _MAX_GROUP
-        groups = (fresh[start : start + size] for start in range(0, len(fresh), size))
-        self._waiting[pool].extend((namespace, group) for group in groups)
+        chosen = set(standing(len(fresh), self._turn))
+        self._turn += 1
+        rest = [page for i, page in enumerate(fresh) if i not in chosen]
+        self._put(pool, _Round(namespace, rest), [fresh[i] for i in sorted(chosen)])
         self._go_on(pool)
+
+    def _put(self, pool: LanePool, of: _Round, pages: list[Met]) -> None:
+        size = 1 if self._tier.is_by_request else _MAX_GROUP
+        groups = [pages[start : start + size] for start in range(0, len(pages), size)]
+        of.open += len(groups)
+        self._waiting[pool].extend((of, group) for group in groups)
 
     def _go_on(self, pool: LanePool) -> None:
         waiting = self._waiting[pool]
         most = max(1, pool.num_threads // 2) if self._tier.is_by_request else self._max_pages
         while waiting and self._running[pool] < most:
-            namespace, group = waiting.popleft()
+            of, group = waiting.popleft()
             self._running[pool] += 1
             pool.submit(
-                partial(held_of, self._tier, namespace.tier, [page.key for page in group]),
-                partial(self._on_asked, namespace, pool, group),
+                partial(held_of, self._tier, of.namespace.tier, [page.key for page in group]),
+                partial(self._on_asked, of, pool, group),
             )
 
-    def _on_asked(
-        self, namespace: OpenedNamespace, pool: LanePool, group: list[Met], result: object
-    ) -> None:
+    def _on_asked(self, of: _Round, pool: LanePool, group: list[Met], result: object) -> None:
         self._open[pool].difference_update(page.key for page in group)
         self._running[pool] -= 1
-        self._go_on(pool)
-        if not isinstance(result, list):
+        of.open -= 1
+        if isinstance(result, list):
+            for page, is_held in zip(group, result, strict=True):
+                if is_held:
+                    self._writeback.note_stored(page.key)
+                else:
+                    of.is_whole = False
+                    self._lost(of.namespace, page)
+        else:
+            of.is_whole = False
             self._notices.warn("recheck_failed", result)
             self._writeback.refuse([page.key for page in group], error_reason(result))
+        self._decide(of, pool)
+        self._go_on(pool)
+
+    def _decide(self, of: _Round, pool: LanePool) -> None:
+        """About the rest, once those that stand for it are known."""
+        if of.open:
             return
-        for page, is_held in zip(group, result, strict=True):
-            if is_held:
-                self._writeback.note_stored(page.key)
-            else:
-                self._lost(namespace, page)
+        rest, of.rest = of.rest, []
+        if not of.is_whole:
+            self._put(pool, of, rest)
+            return
+        self._open[pool].difference_update(page.key for page in rest)
+        for page in rest:
+            self._writeback.note_stored(page.key)
 
     def _lost(self, namespace: OpenedNamespace, page: Met) -> None:
         self._count("saved_page_gone", 1)
