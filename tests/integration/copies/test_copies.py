@@ -25,6 +25,7 @@ from tests.integration.copies.kv_layouts import (
     page_of_blocks,
     whole_pages,
 )
+from ucm.integration.copies import host
 from ucm.integration.copies.host import HostCopyEngine
 from ucm.integration.copies.jobs import Direction, PagePart
 
@@ -231,6 +232,23 @@ def test_more_threads_than_pages_are_fine() -> None:
     engine.close()
 
     assert torch.equal(page_of_blocks(rank.cache.read(), [1]), page_in(arena, HEADS, 1))
+
+
+@pytest.mark.parametrize("beside_bytes", [1, 3 * 32 * 16 * 2, 1 << 30])
+def test_a_transposed_load_is_the_same_in_pieces_of_any_size(
+    beside_bytes: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """One head; a few heads, so that layers don't divide evenly; all layers at once."""
+    monkeypatch.setattr(host, "_BESIDE_BYTES", beside_bytes)
+    rank = rank_of("cpu_vec")
+    arena = make_arena(2, HEADS)
+    arena.bytes.random_(0, 256, generator=torch.Generator().manual_seed(15))
+    engine = HostCopyEngine([rank.target()], num_threads=1)
+    copy_and_wait(engine, LOAD, whole_pages(rank, [(2,), (0,)]), arena)
+    engine.close()
+
+    for slot, block in enumerate([2, 0]):
+        assert torch.equal(page_of_blocks(rank.cache.read(), [block]), page_in(arena, HEADS, slot))
 
 
 def test_a_job_that_can_t_be_submitted_ends_as_failed_and_frees_its_arena(
