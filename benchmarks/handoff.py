@@ -12,7 +12,9 @@ take 5 ms longer each (a FUSE mount; needs root). The parts:
   bandwidth.
 
     python benchmarks/handoff.py [--repeats 5] [--tokens 1500 3500] [--only ucm-dram,fs]
-        [--parts latency,race,pace,hit] [--model small] [--slow-peers]
+        [--parts latency,race,pace,hit] [--model mid] [--slow-peers]
+
+Each part has its model (MODEL_OF), or all have --model; those of one model share the servers.
 
 Aims are shown as reached or missed; a missed one is no error.
 """
@@ -26,7 +28,7 @@ import statistics
 import sys
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -49,10 +51,13 @@ from benchmarks.contenders import (
     prompt_of,
     running,
 )
-from examples.cluster.models import make_model
+from examples.cluster.models import Size, make_model
 from examples.cluster.processes import MIB
 
-PARTS = ("latency", "race", "pace", "hit")
+# A hit's bytes count beside what the engine itself does in a step: 113 MB of 3500 tokens with mid.
+# The other parts compute many prompts, and small takes a second for one.
+MODEL_OF: dict[str, Size] = {"latency": "small", "race": "small", "pace": "small", "hit": "mid"}
+PARTS_WITH_SLOW_FILES = {"latency", "race"}
 SETTLE_S = 1.5
 NUM_WARM_UP = 3
 MIN_WIDTH = 140
@@ -74,25 +79,27 @@ class Results:
     hits: list[tuple[Contender, list[Sample]]] = field(default_factory=list)
 
 
-def measure(servers: Servers, args: argparse.Namespace, results: Results) -> None:
-    """All parts that make sense for a contender."""
-    if "latency" in args.parts:
+def measure(
+    servers: Servers, parts: Sequence[str], args: argparse.Namespace, results: Results
+) -> None:
+    """Those of the parts that make sense for a contender."""
+    if "latency" in parts:
         results.latency += handoff_latency.measure(
             servers, lengths=args.tokens, repeats=args.repeats
         )
-    if "race" in args.parts:
+    if "race" in parts:
         results.races += race.measure(servers, min(args.tokens))
     if servers.contender.is_slow:
         return  # the other parts are about files at their usual pace
-    if "pace" in args.parts and servers.contender.is_ours:
+    if "pace" in parts and servers.contender.is_ours:
         results.paces.append(
             pace.measure(
                 servers, tokens=max(args.tokens), new_tokens=args.new_tokens, rounds=args.rounds
             )
         )
-    if "hit" in args.parts:
+    if "hit" in parts:
         # The memory is touched already where prompts were handed over.
-        num_warm_up = 0 if "latency" in args.parts else NUM_WARM_UP
+        num_warm_up = 0 if "latency" in parts else NUM_WARM_UP
         samples = measure_hits(servers, max(args.tokens), args.repeats, num_warm_up)
         results.hits.append((servers.contender, samples))
 
@@ -175,16 +182,36 @@ def slower_files(folder: Path) -> Iterator[tuple[Path | None, str]]:
         yield path, ""
 
 
-def chosen_of(everybody: list[Contender], args: argparse.Namespace) -> list[Contender]:
+def parts_by_model(parts: Sequence[str], model: Size | None) -> dict[Size, list[str]]:
+    """Which parts are measured with which model; `model` is that of all of them."""
+    by_model: dict[Size, list[str]] = {}
+    for part in parts:
+        by_model.setdefault(model or MODEL_OF[part], []).append(part)
+    return by_model
+
+
+def chosen_of(
+    everybody: Sequence[Contender], parts: Sequence[str], args: argparse.Namespace
+) -> list[Contender]:
+    if not PARTS_WITH_SLOW_FILES.intersection(parts):
+        everybody = [c for c in everybody if not c.is_slow]
     if args.only:
         return [c for c in everybody if c.name in args.only.split(",")]
     # Peers have no aim to reach; with slower files they cost two minutes.
     return [c for c in everybody if not c.is_slow or args.slow_peers or c.is_ours]
 
 
-def show(console: Console, results: Results, args: argparse.Namespace) -> None:
-    tokens = max(args.tokens)
+def show(
+    console: Console, results: Results, models: Mapping[Size, Sequence[str]], tokens: int
+) -> None:
     expected = tokens // BLOCK_TOKENS * BLOCK_TOKENS
+    copied = memory_bandwidth()
+    for size, parts in models.items():
+        megabytes = expected * KV_BYTES_PER_TOKEN[size] / 1e6
+        console.print(
+            f"{', '.join(parts)}: model {size}, of which {expected} tokens have {megabytes:.0f} MB "
+            f"of KV; one thread copies that in {megabytes * 1e9 / copied:.1f} ms"
+        )
     if results.latency:
         console.print(handoff_latency.table(results.latency))
     if results.races:
@@ -193,11 +220,6 @@ def show(console: Console, results: Results, args: argparse.Namespace) -> None:
         console.print(pace.table(results.paces))
     if results.hits:
         console.print(hits_table(results.hits, expected))
-    megabytes = expected * KV_BYTES_PER_TOKEN[args.model] / 1e6
-    console.print(
-        f"{expected} tokens, {megabytes:.0f} MB: one thread copies that in "
-        f"{megabytes * 1e9 / memory_bandwidth():.1f} ms"
-    )
     for aim, found, is_reached in (
         *handoff_latency.aims(results.latency),
         *pace.aims(results.paces),
@@ -206,44 +228,63 @@ def show(console: Console, results: Results, args: argparse.Namespace) -> None:
         console.print(f"{verdict}  {aim}: {found}", highlight=False)
 
 
+def run(
+    console: Console,
+    size: Size,
+    parts: Sequence[str],
+    store: Path,
+    mounted: Path | None,
+    args: argparse.Namespace,
+    results: Results,
+) -> None:
+    """The parts that are measured with one model, each contender's in turn."""
+    model = make_model(store / "model", size=size)
+    # In folders of their own: not all of the peers tell models apart.
+    everybody = contenders(store / size, mounted / size if mounted else None)
+    (store / size / "warm").mkdir(parents=True)
+    if mounted:
+        (mounted / size).mkdir()
+    for contender in chosen_of(everybody, parts, args):
+        started_s = time.monotonic()
+        console.print(f"{contender.name}: starting two servers with model {size}")
+        with running(contender, model, size=size, logs=store / "logs" / size) as servers:
+            ready_s = time.monotonic() - started_s
+            measure(servers, parts, args, results)
+            spent_s = time.monotonic() - started_s - ready_s
+        console.print(f"  ready after {ready_s:.0f} s, measured in {spent_s:.0f} s")
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--repeats", type=int, default=5, help="of each mode and length")
     parser.add_argument("--tokens", type=int, nargs="+", default=[1500, 3500])
     parser.add_argument("--rounds", type=int, default=3, help="of the pace, with and without loads")
     parser.add_argument("--new-tokens", type=int, default=300, help="that each stream decodes")
-    parser.add_argument("--model", choices=KV_BYTES_PER_TOKEN, default="small")
-    parser.add_argument("--parts", default=",".join(PARTS), help="separated by commas")
+    parser.add_argument("--model", choices=KV_BYTES_PER_TOKEN, help="of all parts")
+    parser.add_argument("--parts", default=",".join(MODEL_OF), help="separated by commas")
     parser.add_argument("--slow-peers", action="store_true", help="peers with slower files, too")
     parser.add_argument("--only", default="", help="names of contenders, separated by commas")
     args = parser.parse_args()
     args.parts = args.parts.split(",")
-    unknown = set(args.parts) - set(PARTS)
+    unknown = set(args.parts) - set(MODEL_OF)
     if unknown:
         parser.error(f"--parts: there is no {', '.join(sorted(unknown))}")
     console = Console()
     console = Console(width=max(console.width, MIN_WIDTH))
     store = Path(tempfile.mkdtemp(prefix="ucm-bench-"))
-    (store / "warm").mkdir()
     results = Results()
+    models = parts_by_model(args.parts, args.model)
+    for line in left_out():
+        console.print(line)
     try:
-        model = make_model(store / "model", size=args.model)
-        for line in left_out():
-            console.print(line)
         with slower_files(store) as (mounted, why_not):
             if mounted is None:
                 console.print(f"no slower files: {why_not}")
-            for contender in chosen_of(contenders(store, mounted), args):
-                started_s = time.monotonic()
-                console.print(f"{contender.name}: starting two servers")
-                with running(contender, model, size=args.model, logs=store / "logs") as servers:
-                    ready_s = time.monotonic() - started_s
-                    measure(servers, args, results)
-                    spent_s = time.monotonic() - started_s - ready_s
-                console.print(f"  ready after {ready_s:.0f} s, measured in {spent_s:.0f} s")
+            for size, parts in models.items():
+                run(console, size, parts, store, mounted, args, results)
     finally:
         shutil.rmtree(store, ignore_errors=True)
-    show(console, results, args)
+    show(console, results, models, max(args.tokens))
 
 
 if __name__ == "__main__":
