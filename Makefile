@@ -144,7 +144,7 @@ $(MORE_VERSIONS): requirements/more-versions.txt requirements/old-torch.txt $(VE
 
 # Each stands aside of .venv, whose packages they use: a stamp as above.
 $(PEERS): requirements/peers.txt | $(READY)
-	@echo "LMCache, for benchmarks (0.1 GB)"
+	@echo "LMCache and matplotlib, for benchmarks (0.2 GB)"
 	rm -rf .venv/peers
 	$(BIN)/python -m pip install --disable-pip-version-check --quiet --no-deps \
 	    --target .venv/peers -r requirements/peers.txt

@@ -54,6 +54,11 @@ class Contender:
     nodes: tuple[LmcacheNode, ...] = ()
 
     @property
+    def needs_whole_prompts(self) -> bool:
+        """Its prefill must not have a prompt in chunks."""
+        return self.chunk_tokens == WHOLE_TOKENS
+
+    @property
     def is_ours(self) -> bool:
         """Only UCM's decode can be told to expect something."""
         return "overlap" in self.handoffs
@@ -247,14 +252,15 @@ def running(contender: Contender, model: Path, *, size: str, logs: Path) -> Iter
             }
             for each in (prefill, decode, *proxies.values()):
                 each.wait_ready()
-            _part_cores([prefill, *nodes[:1]], [decode, *nodes[1:]])
+            part_cores([prefill, *nodes[:1]], [decode, *nodes[1:]])
             yield Servers(contender, prefill, decode, proxies)
     finally:
         end_run()
-        _remove_shared_memory(contender)
+        for kv_transfer in (contender.prefill, contender.decode):
+            remove_shared_memory(kv_transfer)
 
 
-def _part_cores(prefill: Sequence[HttpServer], decode: Sequence[HttpServer]) -> None:
+def part_cores(prefill: Sequence[HttpServer], decode: Sequence[HttpServer]) -> None:
     """Half of the cores for each, as if on two machines: vLLM's workers spin for a second after
     each step, also one that computes nothing, and would take the core from the other server."""
     cores = sorted(os.sched_getaffinity(0))
@@ -267,11 +273,10 @@ def _part_cores(prefill: Sequence[HttpServer], decode: Sequence[HttpServer]) -> 
                 os.sched_setaffinity(thread.id, its)
 
 
-def _remove_shared_memory(contender: Contender) -> None:
+def remove_shared_memory(kv_transfer: Mapping[str, Any]) -> None:
     """vLLM's offload leaves its memory, a gigabyte of it, when a server is told to stop."""
-    for kv_transfer in (contender.prefill, contender.decode):
-        if engine_id := kv_transfer.get("engine_id"):
-            Path(f"/dev/shm/vllm_offload_{engine_id}.mmap").unlink(missing_ok=True)
+    if engine_id := kv_transfer.get("engine_id"):
+        Path(f"/dev/shm/vllm_offload_{engine_id}.mmap").unlink(missing_ok=True)
 
 
 def prompt_of(tokens: int, rng: random.Random) -> list[int]:
