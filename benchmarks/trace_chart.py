@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import sys
+import textwrap
 from pathlib import Path
 from typing import Any
 
@@ -16,18 +17,22 @@ matplotlib.use("Agg")
 from matplotlib import pyplot as plt
 
 PANEL_INCHES = (7.0, 4.2)
+TITLE_CHARACTERS = 100
 
 
 def draw(found: dict[str, Any], target: Path) -> None:
     rows = found["rows"]
-    panels = list(dict.fromkeys((row["topology"], row["workload"]) for row in rows))
+    # vLLM alone has no topology: it is in all of a workload.
+    panels = list(
+        dict.fromkeys((row["topology"], row["workload"]) for row in rows if row["topology"])
+    )
     width, height = PANEL_INCHES
     figure, all_axes = plt.subplots(
         len(panels), 1, figsize=(width, height * len(panels)), squeeze=False
     )
     for axes, (topology, workload) in zip(all_axes[:, 0], panels, strict=True):
         for row in rows:
-            if (row["topology"], row["workload"]) == (topology, workload):
+            if row["workload"] == workload and row["topology"] in ("", topology):
                 _line(axes, row)
         axes.set_title(f"{workload}, {topology}")
         axes.set_xlabel("share of requests")
@@ -36,16 +41,18 @@ def draw(found: dict[str, Any], target: Path) -> None:
         axes.set_xlim(0.0, 1.0)
         axes.grid(alpha=0.3, which="both")
         axes.legend(fontsize="small")
-    figure.suptitle(found["about"]["line"], fontsize="small")
-    figure.tight_layout(rect=(0.0, 0.0, 1.0, 0.98))
+    title = textwrap.fill(found["about"]["line"], TITLE_CHARACTERS)
+    figure.suptitle(title, fontsize="x-small")
+    figure.tight_layout()
     figure.savefig(target)
 
 
 def _line(axes: Any, row: dict[str, Any]) -> None:
     times_ms = sorted(row["ttft_ms"])
-    shares = [(place + 1) / len(times_ms) for place in range(len(times_ms))]
+    shares = [place / len(times_ms) for place in range(len(times_ms) + 1)]
     style = {"linewidth": 2.2} if row["is_ours"] else {"linewidth": 1.2, "linestyle": "--"}
-    axes.step(shares, times_ms, where="pre", label=row["contender"], **style)
+    # A request's time is drawn over its own share.
+    axes.step(shares, [*times_ms, times_ms[-1]], where="post", label=row["contender"], **style)
 
 
 if __name__ == "__main__":

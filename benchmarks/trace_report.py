@@ -12,13 +12,17 @@ from rich.table import Table
 from benchmarks.trace_replay import Asked, Played
 
 PLAIN: Final = "plain"
+# Paths without a prefill (docs/pd.md).
+_LEFT_OUT: Final = ("skip-known", "skip-short", "decode-only")
 _MS: Final = 1000.0
 _MB: Final = 1e6
 
 
 @dataclass(frozen=True)
 class Figures:
-    """Of one contender, topology and workload; a row. `differ`: answers that are not plain's."""
+    """Of one contender, topology and workload; a row. `differ`: sessions with an answer that is not
+    plain's. `skipped`: requests that the proxy has left to decode alone. `prefill_p50_ms` is the
+    proxy's stage of that name."""
 
     workload: str
     topology: str
@@ -27,6 +31,7 @@ class Figures:
     requests: int
     failed: int
     differ: int
+    skipped: int
     ttft_p50_ms: float
     ttft_p90_ms: float
     ttft_p99_ms: float
@@ -56,6 +61,7 @@ def figures(
         requests=len(played.asked),
         failed=len(played.asked) - len(well),
         differ=_differ(played.asked, right.asked),
+        skipped=sum(count for path, count in played.paths.items() if path in _LEFT_OUT),
         ttft_p50_ms=_percentile(ttft_ms, 50),
         ttft_p90_ms=_percentile(ttft_ms, 90),
         ttft_p99_ms=_percentile(ttft_ms, 99),
@@ -97,7 +103,7 @@ def table(rows: Sequence[Figures]) -> Table:
     for column in (
         *("TTFT p50", "p90", "p99", "p50 by plain's", "p99", "prefill p50", "TBT p99", "req/s"),
         "computed",
-        *("read MB", "written MB", "CPU s", "failed", "differ"),
+        *("skipped", "read MB", "written MB", "CPU s", "failed", "differ"),
     ):
         shown.add_column(column, justify="right")
     for row in rows:
@@ -111,6 +117,7 @@ def table(rows: Sequence[Figures]) -> Table:
             f"{row.tbt_p99_ms:.1f}",
             f"{row.requests_per_s:.2f}",
             f"{row.computed_per_token:.3f}",
+            str(row.skipped),
             f"{row.read_mb:.0f}",
             f"{row.written_mb:.0f}",
             cpu,

@@ -144,6 +144,11 @@ def test_figures_are_of_what_was_answered() -> None:
     assert row.computed_per_token == pytest.approx(0.5)
 
 
+def test_what_the_proxy_left_to_decode_alone_is_counted() -> None:
+    paths = ("pd", "skip-known", "shared-prefill", "skip-short")
+    assert row_of("ours", played(*(asked(path=path) for path in paths))).skipped == 2
+
+
 def test_one_different_answer_counts_once_however_long_the_conversation() -> None:
     right = played(*(asked(turn, session=session) for session in (0, 1) for turn in range(3)))
     other = played(
