@@ -234,7 +234,7 @@ def running(contender: Contender, model: Path, *, size: str, logs: Path) -> Iter
 
     try:
         with ExitStack() as stack:
-            nodes = stack.enter_context(nodes_of(contender, logs=logs))
+            stack.enter_context(nodes_of(contender, logs=logs))
             prefill = stack.enter_context(
                 server("prefill", contender.prefill, contender.chunk_tokens)
             )
@@ -252,7 +252,7 @@ def running(contender: Contender, model: Path, *, size: str, logs: Path) -> Iter
             }
             for each in (prefill, decode, *proxies.values()):
                 each.wait_ready()
-            part_cores([prefill, *nodes[:1]], [decode, *nodes[1:]])
+            part_cores([prefill], [decode])
             yield Servers(contender, prefill, decode, proxies)
     finally:
         end_run()
@@ -262,7 +262,8 @@ def running(contender: Contender, model: Path, *, size: str, logs: Path) -> Iter
 
 def part_cores(prefill: Sequence[HttpServer], decode: Sequence[HttpServer]) -> None:
     """Half of the cores for each, as if on two machines: vLLM's workers spin for a second after
-    each step, also one that computes nothing, and would take the core from the other server."""
+    each step, also one that computes nothing, and would take the core from the other server. Caches
+    of all contenders run where there is room."""
     cores = sorted(os.sched_getaffinity(0))
     half = len(cores) // 2
     if not half:
