@@ -13,7 +13,8 @@ from typing import Any
 
 from ucm import handoff
 from ucm.pd import access, administration, app, protocol, register
-from ucm.pd.flags import HANDOFFS, ProxySettings, _parser
+from ucm.pd.flags import AFFINITIES, HANDOFFS, ProxySettings, _parser
+from ucm.pd.fleet.affinity import OUTCOMES
 from ucm.pd.legs import delivery, prefill, rewrite, upstream
 from ucm.pd.legs import prefill_promise as legs_handoff
 from ucm.pd.metrics import ProxyMetrics
@@ -153,6 +154,10 @@ def test_it_says_when_decode_is_asked_and_what_it_is_told() -> None:
     for mark in (handoff.Wanted(), handoff.Expected(), handoff.Withdrawn()):
         assert json.dumps(handoff.params(mark)) in named()
     assert legs_handoff.WITHDRAWN_SUFFIX in named()
+
+
+def test_it_names_what_may_come_of_affinity() -> None:
+    assert set() == {*AFFINITIES, *OUTCOMES} - named()
 
 
 def test_it_names_every_endpoint() -> None:

@@ -18,7 +18,7 @@ from ucm.pd.errors import error_response
 from ucm.pd.flags import ProxySettings
 from ucm.pd.fleet.instance import Instance, Role
 from ucm.pd.fleet.members import Members
-from ucm.pd.fleet.pool import Pool, PoolRules, all_instances
+from ucm.pd.fleet.pool import Pool, all_instances
 from ucm.pd.health import check_health
 from ucm.pd.legs import bodies, upstream
 from ucm.pd.legs.asking import Asker
@@ -63,7 +63,7 @@ class Proxy:
     def __init__(self, settings: ProxySettings) -> None:
         self._settings = settings
         roles = [Role.WORKER] if settings.is_mixed else [Role.PREFILL, Role.DECODE]
-        self._pools = {role: self._make_pool(role) for role in roles}
+        self._pools = {role: Pool(role, settings.pool_rules) for role in roles}
         urls = {
             Role.PREFILL: settings.prefillers,
             Role.DECODE: settings.decoders,
@@ -85,19 +85,6 @@ class Proxy:
         self._prefills: Prefills | None = None
         self._relay: Relay | None = None
         self._client: upstream.Client | None = None
-
-    def _make_pool(self, role: Role) -> Pool:
-        settings = self._settings
-        rules = PoolRules(
-            policy=settings.policy,
-            max_running=settings.max_running,
-            max_queued=settings.max_queued,
-            queue_timeout_s=settings.queue_timeout_s,
-            silent_after_s=settings.silent_after_s,
-            breaker_failures=settings.breaker_failures,
-            breaker_open_s=settings.breaker_open_s,
-        )
-        return Pool(role, rules)
 
     async def running(self, app: web.Application) -> AsyncIterator[None]:
         """For the application's life: connections, and looks at the instances' health."""
@@ -164,6 +151,7 @@ class Proxy:
             min_tokens=self._settings.min_prefill_tokens,
             has_prefill=self._prefills is not None,
             chains=self._known.is_on,
+            places_from=self._settings.places_from,
         )
         wanted = await bodies.apart(read, num_bytes=len(body))
         if request.path == INVOCATIONS and not is_invocation(wanted):
@@ -176,7 +164,7 @@ class Proxy:
         self, request: web.Request, wanted: ReadRequest, trace: RequestTrace
     ) -> web.StreamResponse:
         fields = wanted.fields
-        trace.tokens, trace.kind = wanted.tokens, wanted.kind
+        trace.tokens, trace.kind, trace.prefix = wanted.tokens, wanted.kind, wanted.prefix
         trace.is_streamed = bool(fields.get("stream"))
         tracker = None
         if self._settings.resume and request.path in RESUMABLE and fields.get("stream"):
@@ -293,6 +281,7 @@ class Proxy:
             body=wanted.first,
             tokens=trace.tokens,
             kind=trace.kind,
+            prefix=trace.prefix,
         )
         promise = PrefillPromise(
             self._prefills.join(leg),

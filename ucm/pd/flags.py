@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import argparse
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from itertools import chain
 from typing import Any, NoReturn
 
@@ -16,6 +16,7 @@ from yarl import URL
 
 from ucm.errors import ConfigError
 from ucm.pd.fleet.etcd_access import EtcdAccess, add_etcd_flags, etcd_access
+from ucm.pd.fleet.pool import PoolRules
 from ucm.pd.fleet.urls import instance_urls
 from ucm.pd.security.credentials import (
     InstanceFiles,
@@ -27,6 +28,7 @@ from ucm.pd.security.credentials import (
 )
 
 POLICIES = ("least-loaded", "round-robin")
+AFFINITIES = ("none", "prefix")
 HANDOFFS = ("chain", "overlap")
 DEFAULT_PREFILL_PORT = 8100
 DEFAULT_DECODE_PORT = 8200
@@ -48,6 +50,10 @@ class ProxySettings(InstanceFiles):
     # All instances do both, those that come later as well.
     mixed_mode: bool = False
     policy: str = "least-loaded"
+    affinity: str = "none"
+    affinity_min_tokens: int = 512
+    affinity_max_ahead: int = 8
+    max_places: int = 65536
     handoff: str = "chain"
     min_prefill_tokens: int = 128
     known_for_s: float | None = None
@@ -91,6 +97,14 @@ class ProxySettings(InstanceFiles):
     @property
     def is_mixed(self) -> bool:
         return self.mixed_mode or bool(self.workers)
+
+    @property
+    def places_from(self) -> int | None:
+        return self.affinity_min_tokens if self.affinity == "prefix" else None
+
+    @property
+    def pool_rules(self) -> PoolRules:
+        return PoolRules(**{each.name: getattr(self, each.name) for each in fields(PoolRules)})
 
     @property
     def mode(self) -> str:
@@ -198,6 +212,12 @@ def _parser(description: str) -> argparse.ArgumentParser:
         add(*ports, dest=f"{role}_ports", type=_port, help="their ports", **more)  # type: ignore[arg-type]
     add("--policy", choices=POLICIES, default=defaults.policy, help="how an instance is chosen")
     add(
+        "--affinity",
+        choices=AFFINITIES,
+        default=defaults.affinity,
+        help="prefix: a conversation goes where its pages lie in memory",
+    )
+    add(
         "--handoff",
         choices=HANDOFFS,
         default=defaults.handoff,
@@ -226,6 +246,9 @@ def _add_values(parser: argparse.ArgumentParser) -> None:
         ("known-for-s", seconds_flag, "what a prefill has computed needs none for so long"),
         ("max-new-tokens", _count, "behind that; prompts with more (a guess) are prefilled"),
         ("max-known", _positive, "beginnings of prompts that are remembered for that"),
+        ("affinity-min-tokens", _count, "prompts with fewer (a guess) go where --policy says"),
+        ("affinity-max-ahead", _count, "requests more than the least busy one has; then elsewhere"),
+        ("max-places", _positive, "beginnings of prompts whose place is remembered"),
         ("max-running", _positive, "requests at one instance; more wait in the proxy"),
         ("max-queued", _count, "requests that wait in the proxy; more are turned away (503)"),
         ("queue-timeout-s", seconds_flag, "how long one waits before it is turned away (503)"),

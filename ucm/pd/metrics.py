@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Iterator
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
-from prometheus_client.core import GaugeMetricFamily
+from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily
+from prometheus_client.metrics_core import Metric
 from prometheus_client.registry import Collector
 
 from ucm.pd.fleet.pool import Pool, all_instances
@@ -67,7 +68,7 @@ class _Instances(Collector):
     def __init__(self, pools: Callable[[], Iterable[Pool]]) -> None:
         self._pools = pools
 
-    def collect(self) -> Iterator[GaugeMetricFamily]:
+    def collect(self) -> Iterator[Metric]:
         labels = ["role", "url"]
         state = GaugeMetricFamily(
             "ucm_pd_instance_state", "1 at the state it is in", labels=[*labels, "state"]
@@ -77,12 +78,20 @@ class _Instances(Collector):
             "ucm_pd_instance_prompt_tokens", "Prompt tokens there now, guessed", labels=labels
         )
         queued = GaugeMetricFamily("ucm_pd_queued", "Requests that wait", labels=["role"])
+        affinity = CounterMetricFamily(
+            "ucm_pd_affinity",
+            "Legs whose instance was chosen by their prompt's beginning, by what came of it",
+            labels=["role", "outcome"],
+        )
         for pool in self._pools():
             queued.add_metric([pool.role.value], pool.num_queued)
+            counts = {} if pool.places is None else pool.places.counts
+            for outcome, count in counts.items():
+                affinity.add_metric([pool.role.value, outcome], count)
         for each in all_instances(self._pools()):
             where = [each.role.value, str(each.url)]
             for name in _STATES:
                 state.add_metric([*where, name], float(each.state == name))
             running.add_metric(where, each.running)
             tokens.add_metric(where, each.tokens)
-        yield from (state, running, tokens, queued)
+        yield from (state, running, tokens, queued, affinity)

@@ -13,6 +13,7 @@ from contextlib import contextmanager
 
 import msgspec
 
+from ucm.pd.fleet.affinity import Prefix
 from ucm.pd.legs.upstream import REQUEST_ID
 from ucm.pd.metrics import ProxyMetrics
 
@@ -36,6 +37,8 @@ class RequestTrace:
         self.tokens = 0
         # What requests that need the same of an instance have in common; empty for no claim.
         self.kind = ""
+        # Where its prompt lies, if anybody wants to know.
+        self.prefix: Prefix | None = None
         self.is_streamed = False
         # Of the prompt with its answer, by what decode has said.
         self.stored_tokens = 0

@@ -15,6 +15,7 @@ from dataclasses import dataclass
 
 from yarl import URL
 
+from ucm.pd.fleet.affinity import Homes, Prefix
 from ucm.pd.fleet.breaker import Breaker
 from ucm.pd.fleet.instance import Instance, Role
 from ucm.pd.fleet.silence import Patience
@@ -36,6 +37,7 @@ class _Waiter:
     future: asyncio.Future[Instance]
     # The only one that will do.
     only: Instance | None = None
+    prefix: Prefix | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -49,6 +51,9 @@ class PoolRules:
     silent_after_s: float
     breaker_failures: int
     breaker_open_s: float
+    affinity: str = "none"
+    affinity_max_ahead: int = 0
+    max_places: int = 0
 
 
 class Pool:
@@ -62,6 +67,9 @@ class Pool:
         self.role = role
         self.instances: list[Instance] = []
         self.patience = Patience(rules.silent_after_s)
+        self.places: Homes | None = None
+        if rules.affinity == "prefix":
+            self.places = Homes(max_ahead=rules.affinity_max_ahead, max_places=rules.max_places)
         self._rules = rules
         self._turns = itertools.count()
         self._waiting: deque[_Waiter] = deque()
@@ -124,16 +132,22 @@ class Pool:
         )
 
     async def admit(
-        self, *, tokens: int, but: Collection[Instance] = (), kind: str = ""
+        self,
+        *,
+        tokens: int,
+        but: Collection[Instance] = (),
+        kind: str = "",
+        prefix: Prefix | None = None,
     ) -> Instance:
         """An instance for one request, counted as running there until `leave`. `kind` is what
-        `Instance.lacks` is told.
+        `Instance.lacks` is told. With a `prefix` it is where that lies, if there is affinity.
 
         Raises NoInstance when all were tried (`but`) or none is there, QueueFull when it would have
         to wait longer than it may.
         """
         future: asyncio.Future[Instance] = asyncio.get_running_loop().create_future()
-        return await self._wait(_Waiter(tokens, tuple(but), kind, future), self._waiting)
+        waiter = _Waiter(tokens, tuple(but), kind, future, prefix=prefix)
+        return await self._wait(waiter, self._waiting)
 
     async def admit_to(self, instance: Instance, *, tokens: int) -> None:
         """The same for a request that nobody else can answer, whether the instance is well or
@@ -179,7 +193,7 @@ class Pool:
         while self._waiting and self._may_suit_somebody():
             waiter = self._waiting.popleft()
             try:
-                chosen = self._choose(waiter.but, waiter.kind)
+                chosen = self._choose(waiter)
             except NoInstance as error:
                 waiter.future.set_exception(error)
                 continue
@@ -205,22 +219,24 @@ class Pool:
         instance.ended()
         self.dispatch()
 
-    def _choose(self, but: Collection[Instance], kind: str) -> Instance | None:
+    def _choose(self, waiter: _Waiter) -> Instance | None:
         """None: all of them are full. Raises NoInstance."""
-        there = [each for each in self.instances if not each.draining and each not in but]
+        there = [each for each in self.instances if not each.draining and each not in waiter.but]
         if not there:
             raise NoInstance(f"there is no {self.role.value} instance to ask")
         # Where all are said to be unwell, that may be wrong: asking beats refusing.
         well = [each for each in there if each.is_well] or there
         free = [each for each in well if each.running < self._rules.max_running]
-        fit = [each for each in free if not each.is_unfit(kind)] or free
+        fit = [each for each in free if not each.is_unfit(waiter.kind)] or free
+        if fit and self.places is not None and waiter.prefix is not None:
+            return _at_home(fit, self.places, waiter.prefix)
         return self._best(fit) if fit else None
 
     def _best(self, free: list[Instance]) -> Instance:
         turn = next(self._turns)
         if self._rules.policy == "round-robin":
             return free[turn % len(free)]
-        free = [each for each in free if not each.is_shunned] or free
+        free = _not_shunned(free)
         load = min(map(self._load, free))
         ties = [each for each in free if self._load(each) == load]
         return ties[turn % len(ties)]
@@ -228,6 +244,15 @@ class Pool:
     def _load(self, instance: Instance) -> int:
         """A prefill takes as long as its prompt; decoding goes on beside other decoding."""
         return instance.tokens if self.role is Role.PREFILL else instance.running
+
+
+def _not_shunned(free: list[Instance]) -> list[Instance]:
+    return [each for each in free if not each.is_shunned] or free
+
+
+def _at_home(free: list[Instance], places: Homes, prefix: Prefix) -> Instance:
+    by_url = {each.url: each for each in _not_shunned(free)}
+    return by_url[places.choose(prefix, {url: each.running for url, each in by_url.items()})]
 
 
 def _give(instance: Instance, waiter: _Waiter) -> None:

@@ -134,7 +134,10 @@ class Relay:
             try:
                 with trace.stage("queue"):
                     instance = await self._pool.admit(
-                        tokens=trace.tokens, but=tries.instances, kind=trace.kind
+                        tokens=trace.tokens,
+                        but=tries.instances,
+                        kind=trace.kind,
+                        prefix=trace.prefix,
                     )
             except (NoInstance, QueueFull) as error:
                 if tries.held is not None:

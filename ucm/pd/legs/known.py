@@ -26,6 +26,7 @@ from xxhash import xxh3_128
 
 from ucm import handoff
 from ucm.handoff import Receipt
+from ucm.pd.fleet.affinity import Prefix
 from ucm.pd.legs import bodies
 from ucm.pd.legs.prefill import PrefillOutcome
 from ucm.pd.legs.rewrite import guess
@@ -78,6 +79,20 @@ def chain_of(first: Mapping[str, Any], *, path: str) -> tuple[Link, ...]:
         links.append(Link(each, rest, answer))
         rest, answer = rest + new, new if is_answer else 0
     return tuple(links)
+
+
+def prefix_of(first: Mapping[str, Any], chain: Sequence[Link]) -> Prefix | None:
+    """Of the same fields: where it lies. A conversation's opening ends with what its user says
+    first; that of a text or of ids with their first part. Pure."""
+    if not chain:
+        return None
+    messages = first.get("messages") or first.get("input")
+    asked = 0
+    if isinstance(messages, list):
+        roles = [each.get("role") if isinstance(each, dict) else None for each in messages]
+        asked = roles.index("user") if "user" in roles else 0
+    digests = [link.digest for link in chain[: len(chain) - asked]]
+    return Prefix(digests, digests[-1])
 
 
 def _is_answer(part: object) -> bool:

@@ -17,6 +17,7 @@ import aiohttp
 from multidict import CIMultiDict
 from xxhash import xxh3_128
 
+from ucm.pd.fleet.affinity import Prefix
 from ucm.pd.fleet.instance import Instance
 from ucm.pd.fleet.pool import NoInstance, Pool, QueueFull
 from ucm.pd.fleet.silence import InstanceSilent, Scout, unless_lost
@@ -52,6 +53,7 @@ class Leg:
     body: bytes
     tokens: int
     kind: str = ""
+    prefix: Prefix | None = None
 
     @property
     def digest(self) -> bytes:
@@ -199,7 +201,7 @@ class Prefills:
         while True:
             try:
                 instance = await self._pool.admit(
-                    tokens=leg.tokens, but=tried.instances, kind=leg.kind
+                    tokens=leg.tokens, but=tried.instances, kind=leg.kind, prefix=leg.prefix
                 )
             except NoInstance:
                 return PrefillOutcome(tried.failure)

@@ -10,7 +10,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from ucm.pd.legs.known import Link, chain_of
+from ucm.pd.fleet.affinity import Prefix
+from ucm.pd.legs.known import Link, chain_of, prefix_of
 from ucm.pd.legs.rewrite import (
     guess_tokens,
     kind_of,
@@ -29,7 +30,7 @@ from ucm.pd.protocol import CHAT_BATCH, RESPONSES
 class ReadRequest:
     """`body` is for decode. `first` is for prefill; without it `why_not` says why there is none.
     It `is_all` if it has all of the prompts, and its receipt is about them. `chain` is that of its
-    prompt, where anybody wants to know."""
+    prompt, and `prefix` says where that lies, where anybody wants to know."""
 
     body: bytes
     fields: dict[str, Any]
@@ -39,12 +40,20 @@ class ReadRequest:
     first: bytes
     is_all: bool
     chain: tuple[Link, ...] = ()
+    prefix: Prefix | None = None
 
 
 def read_request(
-    body: bytes, path: str, *, min_tokens: int, has_prefill: bool, chains: bool = False
+    body: bytes,
+    path: str,
+    *,
+    min_tokens: int,
+    has_prefill: bool,
+    chains: bool = False,
+    places_from: int | None = None,
 ) -> ReadRequest | None:
-    """None if it is no JSON object."""
+    """None if it is no JSON object. With `places_from` prompts with so many tokens, a guess, have a
+    prefix."""
     fields = parse_body(body)
     if fields is None:
         return None
@@ -60,8 +69,12 @@ def read_request(
             is_all = is_all and path != CHAT_BATCH
             if chains and is_all:
                 chain = chain_of(prefill_fields(long, path=path), path=path)
+    tokens, prefix = guess_tokens(fields), None
+    if places_from is not None and tokens >= places_from:
+        of_prompt = prefill_fields(fields, path=path)
+        prefix = prefix_of(of_prompt, chain or chain_of(of_prompt, path=path))
     kind = kind_of(path, fields)
-    return ReadRequest(body, fields, guess_tokens(fields), kind, why_not, first, is_all, chain)
+    return ReadRequest(body, fields, tokens, kind, why_not, first, is_all, chain, prefix)
 
 
 def answers_at_once(path: str, fields: Mapping[str, Any]) -> bool:
