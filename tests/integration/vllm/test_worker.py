@@ -29,6 +29,7 @@ from ucm.integration.copies.arena import Arena
 from ucm.integration.copies.device import CopyLimits, DeviceCopyEngine
 from ucm.integration.copies.jobs import CopyJob, PagePart
 from ucm.integration.copies.make import make_copy_engine
+from ucm.integration.engine.step_waits import IDLE_WAIT_MAX_S
 from ucm.integration.vllm import worker as worker_module
 from ucm.integration.vllm.engine_versions import writes_before_hooks
 from ucm.integration.vllm.metadata import StepMetadata
@@ -280,3 +281,17 @@ def test_loads_that_are_started_twice_in_a_step_are_copied_once(bench: Bench) ->
         bench.connector.wait_for_layer_load(name)
     assert bench.until_ended(1) == set()
     assert bool((page_of_blocks(bench.rank.cache.read(), BLOCKS) == 7).all())
+
+
+@pytest.mark.parametrize(("idle", "waits"), [(True, [IDLE_WAIT_MAX_S]), (False, [])])
+def test_only_a_step_that_computes_nothing_waits_for_a_load(
+    bench: Bench, monkeypatch: pytest.MonkeyPatch, idle: bool, waits: list[float]
+) -> None:
+    waited: list[float] = []
+    monkeypatch.setattr(bench.engine, "wait_for_news", waited.append)
+    bench.pin()
+    bench.side.start_loads(StepMetadata(loads=(job(1, 0),)))
+    bench.side.take_finished(StepMetadata(idle=idle))
+    assert waited == waits
+    monkeypatch.undo()
+    bench.until_ended(1)

@@ -30,7 +30,7 @@ from ucm.integration.copies.jobs import CopyJob, Direction, PagePart
 from ucm.integration.copies.make import make_copy_engine
 from ucm.integration.engine.facts import EngineFacts
 from ucm.integration.engine.meter import CopyMeter
-from ucm.integration.engine.step_waits import IDLE_WAIT_S
+from ucm.integration.engine.step_waits import IDLE_WAIT_MAX_S
 from ucm.integration.vllm.batched_copy import batched_copy
 from ucm.integration.vllm.metadata import RankReport, StepMetadata
 from ucm.integration.vllm.registered import registered_target
@@ -197,7 +197,7 @@ class WorkerSide:
             self.end_of_forward(step)
         if self._engine is not None and self._memories is not None:
             if step.idle and self._loads:
-                self._engine.wait_for_news(IDLE_WAIT_S)
+                self._engine.wait_for_news(IDLE_WAIT_MAX_S)
             # First: a job that has ended has had its share.
             self._meter.busy(self._engine.take_busy())
             ended = self._engine.finished()
