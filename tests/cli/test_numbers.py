@@ -44,5 +44,5 @@ def test_a_number_has_bounds_and_beyond_them_is_an_error(
 
 def test_there_are_commands_that_take_numbers() -> None:
     assert {name for name, _ in numbers()} == {
-        *("reclaim", "stat", "verify", "bench", "doctor", "warm"),
+        *("ls", "du", "inspect", "reclaim", "stat", "verify", "bench", "doctor", "warm"),
     }

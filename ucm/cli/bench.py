@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
-import signal
-from typing import TYPE_CHECKING, Annotated
+from functools import partial
+from typing import TYPE_CHECKING, Annotated, Final
 
 import typer
 
 from ucm.cli.ending import end, one_line_for_errors
 from ucm.cli.printing import STATUS_WRONG, AsJson, print_json, print_table, progress, say, size
+from ucm.cli.watched import SILENCE_S, TimeoutS, watched
 
 if TYPE_CHECKING:
-    from ucm.store.inspect.speed import Measured, Speed
+    from ucm.store.inspect.speed import Measured, ProbeLoad, Speed
+
+_OF_DD: Final = 4.0
 
 
 def bench(
@@ -28,6 +31,7 @@ def bench(
     seconds: Annotated[
         float, typer.Option("--seconds", min=0.1, max=600, help="at most so long each time")
     ] = 5.0,
+    timeout_s: TimeoutS = SILENCE_S,
     as_json: AsJson = False,
 ) -> None:
     """Measure pages per second with 1, 4 and 16 threads, and with and without O_DIRECT.
@@ -35,14 +39,20 @@ def bench(
     Writes files of the store's own kind into a folder of its own, which it removes. `dd` beside it
     is one thread without checksums.
     """
-    from ucm.store.inspect.given import given_place
-    from ucm.store.inspect.speed import ProbeLoad, measure_all
+    from ucm.store.inspect.speed import ProbeLoad
 
     if 2 * page_kib > total_mib << 10:
         end(f"ucm bench: --mib {total_mib}: two pages are more: say {-(-page_kib // 512)} at least")
     load = ProbeLoad(page_kib << 10, total_mib << 20, seconds)
-    # So that its folder goes, however it is ended.
-    signal.signal(signal.SIGTERM, signal.default_int_handler)
+    # What dd flushes at its end is one call, of as much as all threads have written.
+    timeout_s += _OF_DD * seconds
+    watched("ucm bench", place, timeout_s, partial(_bench, place, load, as_json=as_json))
+
+
+def _bench(place: str, load: ProbeLoad, *, as_json: bool) -> None:
+    from ucm.store.inspect.given import given_place
+    from ucm.store.inspect.speed import measure_all
+
     with one_line_for_errors("ucm bench"), progress("measuring") as on_progress:
         found = [
             measure_all(directory, load, on_progress=on_progress)

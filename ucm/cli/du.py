@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from typing import TYPE_CHECKING, Annotated
 
 import typer
@@ -20,6 +21,7 @@ from ucm.cli.printing import (
     short,
     size,
 )
+from ucm.cli.watched import SILENCE_S, TimeoutS, watched
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -39,6 +41,7 @@ def du(
     known_salts: Annotated[
         list[str] | None, typer.Option("--name-salt", help="a salt to be told by its name")
     ] = None,
+    timeout_s: TimeoutS = SILENCE_S,
     as_json: AsJson = False,
 ) -> None:
     """How many bytes a store takes, by namespace and by age, or by salt.
@@ -46,6 +49,13 @@ def du(
     A page tells the tag of its salt, not the salt: those that quota_gb names, and those of
     --name-salt, are shown by name.
     """
+    act = partial(
+        _du, store, by_age=by_age, by_salt=by_salt, known_salts=known_salts or [], as_json=as_json
+    )
+    watched("ucm du", store, timeout_s, act)
+
+
+def _du(store: str, *, by_age: bool, by_salt: bool, known_salts: list[str], as_json: bool) -> None:
     from ucm.store.inspect.bucket_contents import bucket_contents
     from ucm.store.inspect.bucket_walk import Bounds
     from ucm.store.inspect.contents import backend_contents
@@ -63,7 +73,7 @@ def du(
         if bucket is not None:
             backends.append(bucket_contents(bucket, Bounds(), tally))
         named = [
-            *(known_salts or ()),
+            *known_salts,
             *(given.settings.store.quota_salts if given.settings else ()),
         ]
         salts = tally.uses(named) if tally is not None else []

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from itertools import islice
 from typing import TYPE_CHECKING, Annotated
 
@@ -9,6 +10,7 @@ import typer
 
 from ucm.cli.ending import end, one_line_for_errors
 from ucm.cli.printing import STATUS_WRONG, AsJson, ago, count, print_json, say, size
+from ucm.cli.watched import SILENCE_S, TimeoutS, watched
 
 if TYPE_CHECKING:
     from ucm.store.inspect.given import GivenStore
@@ -30,12 +32,19 @@ def inspect(
             metavar="[STORE]", help="where to look for KEY: a storage backend, or a settings file"
         ),
     ] = "",
+    timeout_s: TimeoutS = SILENCE_S,
     as_json: AsJson = False,
 ) -> None:
     """Show what one page is, and check every byte of it.
 
     Ends with 3 if it is damaged or can't be read.
     """
+    watched(
+        "ucm inspect", store or page, timeout_s, partial(_inspect, page, store, as_json=as_json)
+    )
+
+
+def _inspect(page: str, store: str, *, as_json: bool) -> None:
     with one_line_for_errors("ucm inspect"):
         reports = _reports(page, store)
     if as_json:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from typing import TYPE_CHECKING, Annotated
 
 import typer
@@ -20,6 +21,7 @@ from ucm.cli.printing import (
     short,
     size,
 )
+from ucm.cli.watched import SILENCE_S, TimeoutS, watched
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -36,12 +38,18 @@ def ls(
             "--namespace", "-n", help="list the pages of the one whose name begins so, one a line"
         ),
     ] = "",
+    timeout_s: TimeoutS = SILENCE_S,
     as_json: AsJson = False,
 ) -> None:
     """What is in a store: its namespaces, or the pages of one.
 
     Only names are read. `ucm du` looks at sizes and ages as well.
     """
+    act = partial(_ls, store, namespace, as_json=as_json)
+    watched("ucm ls", store, timeout_s, act)
+
+
+def _ls(store: str, namespace: str, *, as_json: bool) -> None:
     from ucm.store.inspect.given import given_store
 
     with one_line_for_errors("ucm ls"):

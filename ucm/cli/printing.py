@@ -44,13 +44,24 @@ ASKING_VLLM: Final = "asking vLLM, which takes some seconds"
 # What was asked was done, and something is wrong with what was looked at.
 STATUS_WRONG: Final = 3
 
+_to_terminal = False
+_columns: int | None = None
+
 # As a shell tells of one that SIGPIPE ended.
-_STATUS_UNREAD: Final = 141
+STATUS_UNREAD: Final = 141
 
 _UNITS: Final = ("B", "KiB", "MiB", "GiB", "TiB", "PiB")
 _SHORT_DIGITS: Final = 12
 _MAX_WIDTH: Final = 10_000
+_SHOW_EVERY_S: Final = 0.1
 _TIMES: Final = ((86_400.0, "d"), (3_600.0, "h"), (60.0, "min"), (1.0, "s"))
+
+
+def to_terminal(*, is_one: bool, columns: int | None) -> None:
+    """What this process prints is handed on by another one. `is_one`: its standard error is a
+    terminal."""
+    global _to_terminal, _columns
+    _to_terminal, _columns = is_one, columns
 
 
 def say(line: str = "", *, is_error: bool = False) -> None:
@@ -63,7 +74,7 @@ def say(line: str = "", *, is_error: bool = False) -> None:
     except BrokenPipeError:
         # What is left in its buffer is written when the process ends.
         os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
-        raise typer.Exit(_STATUS_UNREAD) from None
+        raise typer.Exit(STATUS_UNREAD) from None
 
 
 def printable(text: str) -> str:
@@ -95,7 +106,7 @@ def print_table(
         table.add_row(
             *(f"{cell:,}" if isinstance(cell, int) else printable(str(cell)) for cell in row)
         )
-    width = max(_console(_MAX_WIDTH).measure(table).maximum, _console(None).width)
+    width = max(_console(_MAX_WIDTH).measure(table).maximum, _console(_columns).width)
     console = _console(width)
     with console.capture() as shown:
         console.print(table)
@@ -110,18 +121,30 @@ def _console(width: int | None) -> Console:
 @contextmanager
 def progress(what: str) -> Iterator[Callable[[int, int], None]]:
     """Gives what is told `(done, total)`. Shown on standard error, if that is a terminal."""
+    shown_s = 0.0
+
+    def on_progress(done: int, total: int) -> None:
+        nonlocal shown_s
+        now_s = time.monotonic()
+        is_due = now_s - shown_s > _SHOW_EVERY_S
+        shown_s = now_s if is_due else shown_s
+        bar.update(task, completed=done, total=total, refresh=is_due)
+
+    is_shown = _to_terminal or sys.stderr.isatty()
     bar = Progress(
         TextColumn(what),
         BarColumn(),
         TextColumn("{task.percentage:>3.0f}%"),
         TimeRemainingColumn(),
-        console=Console(stderr=True),
+        console=Console(stderr=True, force_terminal=_to_terminal or None, width=_columns),
         transient=True,
-        disable=not sys.stderr.isatty(),
+        disable=not is_shown,
+        # A thread that draws would look like one that gets on.
+        auto_refresh=not _to_terminal,
     )
     with bar:
         task = bar.add_task("", total=None)
-        yield lambda done, total: bar.update(task, completed=done, total=total)
+        yield on_progress
 
 
 def short(digest: str) -> str:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Annotated
+from functools import partial
+from typing import TYPE_CHECKING, Annotated, NamedTuple
 
 import typer
 
@@ -19,6 +20,7 @@ from ucm.cli.printing import (
     size,
 )
 from ucm.cli.reclaim_bucket import Amount, bucket_to_reclaim, reclaim_bucket
+from ucm.cli.watched import SILENCE_S, TimeoutS, watched
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -27,6 +29,16 @@ if TYPE_CHECKING:
     from ucm.store.inspect.reclaim_now import ReclaimedNow, ReclaimOrder
 
 _GIB = 1 << 30
+
+
+class _How(NamedTuple):
+    """What `ucm reclaim` was told beside how much is to go. `grace_s` is None for the default."""
+
+    tier: str
+    is_dry: bool
+    grace_s: float | None
+    is_forced: bool
+    as_json: bool
 
 
 def reclaim(
@@ -68,6 +80,7 @@ def reclaim(
     max_s: Annotated[
         float, typer.Option("--max-s", min=1, max=86_400, help="how long to ask a bucket")
     ] = 600.0,
+    timeout_s: TimeoutS = SILENCE_S,
     as_json: AsJson = False,
 ) -> None:
     """Free room while the store is used: tails first, then what was used longest ago.
@@ -77,37 +90,36 @@ def reclaim(
     what was written longest ago goes, as nothing tells when an object was used: say one of
     --free-gb, --keep-gb and --older-than-days.
     """
+    of_bucket = Amount(free_gb, keep_gb, older_than_days)
+    how = _How(tier, dry_run, grace_s, force, as_json)
+    act = partial(_reclaim, store, of_bucket, (max_requests, max_s), how)
+    watched("ucm reclaim", store, timeout_s, act)
+
+
+def _reclaim(store: str, of_bucket: Amount, most: tuple[int, float], how: _How) -> None:
     from ucm.store.inspect.bucket_walk import Bounds
     from ucm.store.inspect.given import given_store
     from ucm.store.inspect.reclaim_now import reclaim_now
 
-    of_bucket = Amount(free_gb, keep_gb, older_than_days)
     with one_line_for_errors("ucm reclaim"), progress("reclaiming"):
         given = given_store(store, may_be_bucket=True)
-        bucket = bucket_to_reclaim(given, tier, of_bucket)
+        bucket = bucket_to_reclaim(given, how.tier, of_bucket)
         if bucket is not None:
-            bucket_order = of_bucket.order(given, grace_s, is_dry=dry_run)
-            bounds = Bounds(max_requests, max_s, are_options=True)
-            freed = reclaim_bucket(bucket, bucket_order, bounds, as_json)
+            bucket_order = of_bucket.order(given, how.grace_s, is_dry=how.is_dry)
+            bounds = Bounds(*most, are_options=True)
+            freed = reclaim_bucket(bucket, bucket_order, bounds, how.as_json)
             raise typer.Exit(0 if freed else STATUS_WRONG)
-        order = _order(given, free_gb, grace_s, is_dry=dry_run, is_forced=force)
+        order = _order(given, of_bucket.free_gb, how)
         found = [reclaim_now(backend, order) for backend in given.backends]
-    if as_json:
+    if how.as_json:
         print_json(found)
     else:
-        _print(found, is_dry=dry_run)
+        _print(found, is_dry=how.is_dry)
     if not all(each.is_enough for each in found):
         raise typer.Exit(STATUS_WRONG)
 
 
-def _order(
-    given: GivenStore,
-    free_gb: float | None,
-    grace_s: float | None,
-    *,
-    is_dry: bool,
-    is_forced: bool,
-) -> ReclaimOrder:
+def _order(given: GivenStore, free_gb: float | None, how: _How) -> ReclaimOrder:
     from ucm.store.inspect.reclaim_now import ReclaimOrder
     from ucm.store.tiers.posix.rights import file_rights
 
@@ -115,6 +127,7 @@ def _order(
     limit_gb = store.capacity_gb * store.gc_trigger_ratio if store is not None else 0.0
     if free_gb is None and not limit_gb:
         end("ucm reclaim: how much? --free-gb GIB, or a settings file with posix_capacity_gb")
+    grace_s = how.grace_s
     if grace_s is None:
         grace_s = store.gc_grace_s if store is not None else ReclaimOrder.grace_s
     rights = ReclaimOrder.rights
@@ -125,8 +138,8 @@ def _order(
         free_bytes=None if free_gb is None else int(free_gb * _GIB / num),
         keep_bytes=int(limit_gb * _GIB / num),
         grace_s=grace_s,
-        is_dry=is_dry,
-        is_forced=is_forced,
+        is_dry=how.is_dry,
+        is_forced=how.is_forced,
         rights=rights,
     )
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from typing import TYPE_CHECKING, Annotated
 
 import typer
@@ -17,6 +18,7 @@ from ucm.cli.printing import (
     say,
     size,
 )
+from ucm.cli.watched import SILENCE_S, TimeoutS, watched
 
 if TYPE_CHECKING:
     from ucm.store.inspect.verified import Verified
@@ -35,6 +37,7 @@ def verify(
     max_mib_per_s: Annotated[
         float, typer.Option("--max-mib-per-s", min=1, max=1e6, help="how fast to read a bucket")
     ] = 100.0,
+    timeout_s: TimeoutS = SILENCE_S,
     as_json: AsJson = False,
 ) -> None:
     """Read every page and check every byte, while the store is used.
@@ -43,6 +46,13 @@ def verify(
     page_key_file, seals are checked as well. Ends with 0 if all is whole, and with 3 if a page is
     damaged or can't be read.
     """
+    act = partial(_verify, store, quarantine, threads, max_mib_per_s, as_json=as_json)
+    watched("ucm verify", store, timeout_s, act)
+
+
+def _verify(
+    store: str, quarantine: bool, num_threads: int, max_mib_per_s: float, *, as_json: bool
+) -> None:
     from ucm.store.inspect.bucket_verify import BucketVerifier, ReadPace
     from ucm.store.inspect.given import given_store
     from ucm.store.inspect.verified import VerifiedCounts, VerifyRules
@@ -52,7 +62,9 @@ def verify(
     found = counts.found
     with one_line_for_errors("ucm verify"), progress("verifying") as on_progress:
         given = given_store(store, may_be_bucket=True)
-        rules = VerifyRules(page_key=given.page_key(), quarantine=quarantine, num_threads=threads)
+        rules = VerifyRules(
+            page_key=given.page_key(), quarantine=quarantine, num_threads=num_threads
+        )
         for backend in given.backends:
             Verifier(rules, counts).run(backend, on_progress)
         bucket = given.bucket()

@@ -3,6 +3,7 @@ requests, and so much time. Read-only. Memory is bounded by one answer."""
 
 from __future__ import annotations
 
+import sys
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass, field
@@ -20,8 +21,10 @@ from ucm.store.blocks.page_names import (
     is_namespace_name,
     key_id_in,
 )
+from ucm.store.inspect.signs_of_life import ASKED
 from ucm.store.inspect.walk import FoundManifest, Wrong, manifest_in
 from ucm.store.tiers.build import bucket_place
+from ucm.store.tiers.s3.breaker import BucketBreaker
 
 if TYPE_CHECKING:
     from ucm.store.tiers.s3.listed_bucket import ListedBucket, ListedObject
@@ -68,6 +71,15 @@ class FoundPage:
     modified_s: float
 
 
+class _NoBreaker(BucketBreaker):
+    """Nobody is spared by not asking: each answer is wanted. Whoever watches this process is told
+    that it asks."""
+
+    def let_through(self) -> None:
+        sys.audit(ASKED)
+        super().let_through()
+
+
 class StoredBucket:
     """Of settings with an S3 stage. No request before the first call."""
 
@@ -84,11 +96,9 @@ class StoredBucket:
 
     @cached_property
     def objects(self) -> ListedBucket:
-        from ucm.store.tiers.s3.breaker import BucketBreaker
         from ucm.store.tiers.s3.listed_bucket import ListedBucket
 
-        # Nobody is spared by not asking: each answer is wanted.
-        return ListedBucket(self._place, BucketBreaker(0.0))
+        return ListedBucket(self._place, _NoBreaker(0.0))
 
     def name_of(self, below: str) -> str:
         """The object's name of what is so named below the prefix."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import os
 import re
+import sys
 from dataclasses import dataclass
 from typing import Final
 
@@ -13,6 +14,7 @@ from ucm.config.settings import Settings, load_settings_file
 from ucm.errors import ConfigError
 from ucm.store.blocks.page_key import PageKey, page_key_of
 from ucm.store.inspect.bucket_walk import StoredBucket, stored_bucket
+from ucm.store.inspect.signs_of_life import LOOKED
 from ucm.store.tiers.posix import paths
 
 _BUCKET_SCHEME: Final = "s3"
@@ -53,6 +55,7 @@ def given_store(argument: str, *, may_be_bucket: bool = False) -> GivenStore:
 def given_place(argument: str, *, may_be_bucket: bool = False) -> GivenStore:
     """`given_store` for directories that need not be backends yet. Raises ConfigError."""
     check_no_url(argument)
+    sys.audit(LOOKED, os.path.abspath(argument))
     if os.path.isdir(argument):
         return GivenStore((os.path.abspath(argument),))
     if not os.path.lexists(argument):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Final
@@ -18,6 +19,7 @@ from ucm.store.blocks.page_names import parse_page_name
 from ucm.store.inspect.contents import used_s
 from ucm.store.inspect.model_label import model_label
 from ucm.store.inspect.page_check import Condition, ExpectedPage, PageCheck, PageChecker
+from ucm.store.inspect.signs_of_life import LOOKED
 from ucm.store.inspect.strand_pages import StrandPages
 from ucm.store.inspect.walk import NamespaceFolder, namespace_folders, read_manifest
 from ucm.store.tiers.posix import paths
@@ -83,6 +85,7 @@ def files_of(backends: Sequence[str], beginning: str) -> list[str]:
 
 def page_report(path: str, page_key: PageKey | None) -> PageReport:
     """Raises ConfigError for a path that leads to no page file."""
+    sys.audit(LOOKED, os.path.abspath(path))
     expected, folder = _by_its_place(os.path.abspath(path))
     expected = expected or _by_its_header(path)
     check = PageChecker(page_key).check(path, expected)

@@ -4,12 +4,14 @@ its lease. Or tells what would go."""
 from __future__ import annotations
 
 import os
+import sys
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
 from ucm.errors import UcmError
 from ucm.store.blocks.keys import Key
+from ucm.store.inspect.signs_of_life import LOOKED
 from ucm.store.tiers.posix import paths
 from ucm.store.tiers.posix.filesystem_clock import FilesystemClock
 from ucm.store.tiers.posix.lease import ReclaimLease, holder_in
@@ -72,6 +74,7 @@ class _Keeper:
     beaten_s: float = field(default_factory=time.monotonic)
 
     def keep(self, keys: list[Key], freed: Mapping[str, int]) -> None:
+        sys.audit(LOOKED)
         if self.lease is not None and time.monotonic() - self.beaten_s > _BEAT_S:
             self.beaten_s = time.monotonic()
             if not self.lease.hold(self.root):

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import os
 import stat
+import sys
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -22,6 +23,7 @@ from ucm.store.blocks.page_names import (
     key_id_in,
     parse_page_name,
 )
+from ucm.store.inspect.signs_of_life import LOOKED
 from ucm.store.tiers.posix import paths
 from ucm.store.tiers.posix.os_errors import is_gone, is_not_there, tier_error
 from ucm.store.tiers.posix.plain_files import DIRECTORY_FLAGS, NotPlain, read_plain
@@ -175,6 +177,7 @@ def opened(folder: NamespaceFolder, *below: str) -> Iterator[int | None]:
     try:
         try:
             fd = os.open(folder.backend, DIRECTORY_FLAGS & ~os.O_NOFOLLOW)
+            sys.audit(LOOKED, "/".join((folder.path, *below)))
             for name in (folder.name, *below):
                 above, fd = fd, os.open(name, DIRECTORY_FLAGS, dir_fd=fd)
                 os.close(above)
@@ -203,6 +206,7 @@ def _directories(fd: int, *, level: int) -> list[str]:
 def look_at(fd: int, name: str) -> os.stat_result | None:
     """A plain file's status; None for what has gone, or has become something else. Raises
     OSError."""
+    sys.audit(LOOKED, name)
     try:
         status = os.stat(name, dir_fd=fd, follow_symlinks=False)
     except OSError as error:
