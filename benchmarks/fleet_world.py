@@ -155,9 +155,9 @@ class FleetTier(Tier):
         for name in operations:
             self.charges.append(Charge(kind or name, _OPERATIONS[name]))
 
-    def _is_there(self, key: Key) -> bool:
+    def _is_there(self, key: Key, *, kind: str = "") -> bool:
         is_there = key in self.filesystem.pages
-        self._charge("probe hit" if is_there else "probe miss")
+        self._charge("probe hit" if is_there else "probe miss", kind=kind)
         return is_there
 
     def contains(self, namespace: TierNamespace, keys: Sequence[Key]) -> int:
@@ -168,11 +168,12 @@ class FleetTier(Tier):
         return len(keys)
 
     def leads_to(self, namespace: TierNamespace, keys: Sequence[Key], *, now: bool = False) -> int:
-        if now or self._exact:
+        if self._exact:
             return super().leads_to(namespace, keys, now=now)
-        leading = leading_by_order(len(keys), lambda i: self._is_there(keys[i]))
+        kind = "poll" if now else ""
+        leading = leading_by_order(len(keys), lambda i: self._is_there(keys[i], kind=kind))
         if leading < len(keys):
-            self._charge("asked anew", kind="probe miss")
+            self._charge("asked anew", kind=kind or "probe miss")
         return leading
 
     def contains_now(self, namespace: TierNamespace, key: Key) -> bool:

@@ -219,3 +219,41 @@ def test_whoever_waits_with_whom_all_get_their_prompt_in_the_end(
     assert {number: found.get(number) for number in asked} == {
         number: len(_PROMPTS[which]) for number, which in asked.items()
     }
+
+
+def test_a_look_that_finds_nothing_asks_for_the_first_block_alone_until_it_is_time_to_doubt() -> (
+    None
+):
+    node, tier = node_with(0)
+    node.expect(KEYS[:20], number=1, timeout_ms=60_000)
+    asked = []
+    for _ in range(3):
+        tier.num_asked = 0
+        finish(node)
+        asked.append(tier.num_asked)
+        node.timers.fire()
+    assert asked == [2, 1, 1]
+
+    node.now_s += FIRST_DOUBT_S
+    tier.num_asked = 0
+    finish(node)
+    node.timers.fire()
+    finish(node)
+    assert tier.num_asked >= 2
+
+
+def test_the_last_block_that_is_there_without_the_first_is_found_when_it_is_time_to_doubt() -> None:
+    """Somebody removes the beginning of a prompt that another waits for."""
+    node, _tier = node_with(0)
+    node.expect(KEYS[:20], number=1, timeout_ms=60_000)
+    for _ in range(3):
+        finish(node)
+        node.timers.fire()
+    finish(node)
+    node.store(*KEYS[5:20])
+    node.now_s += FIRST_DOUBT_S
+    for _ in range(3):
+        node.timers.fire()
+        finish(node)
+
+    assert [len(each.offsets) for each in replies(node).values()] == [0]

@@ -2,8 +2,10 @@
 
 What an engine on this node computes is told; storage has to be asked. A look asks for the last
 promised key first: blocks are published in the order of the prompt, so once that is there a block
-before it that is not has been removed, or comes within a moment (`abreast.py`). Looks that find
-nothing new come ever more seldom, and next to never while an engine of this node brings the pages.
+before it that is not has been removed, or comes within a moment (`abreast.py`). For the same reason
+the last is not there while the first that is missing isn't: after a look that has found nothing the
+next ones ask for that alone, until it is time to doubt. Looks that find nothing new come ever more
+seldom, and next to never while an engine of this node brings the pages.
 
 Any number may wait for one prompt. One look is for all of them who lack the same blocks of it, and
 who has come last waits as long for the next one as the others.
@@ -59,13 +61,15 @@ def max_looks(num_threads: int) -> int:
 @dataclass(eq=False, slots=True)
 class _Look:
     """One that has a thread, or is about to. All it asks for is of one lane, whose last promised
-    block is `last`. `others` wait for the same blocks."""
+    block is `last`. `others` wait for the same blocks. `is_for_last`: it asks for that in any case,
+    not only when the first that is missing has come."""
 
     job: LookupJob
     pool: LanePool
     blocks: Sequence[int]
     last: int
     doubted: Sequence[Key] = ()
+    is_for_last: bool = True
     others: list[LookupJob] = field(default_factory=list)
     is_overdue: bool = False
 
@@ -183,7 +187,10 @@ class Looks:
         # Once the last is there one look tells of all.
         unknown = job.unknown(most=job.promised, stop=job.promised)
         look.blocks = [i for i in unknown if self._reads.of(job.keys[i]) is look.pool]
+        is_first = self._paces[job].doubt_s is None
+        look.is_for_last = is_first or self._tier.publishes_abreast
         if self._must_doubt(job):
+            look.is_for_last = True
             look.doubted = (job.keys[look.blocks[0]], job.keys[look.last])
         for each in look.others:
             self._paces[each].doubts_as(self._paces[job])
@@ -294,10 +301,15 @@ def _ask(tier: Tier, look: _Look) -> Looked:
     job, namespace = look.job, look.job.namespace.tier
     for key in look.doubted:
         tier.doubt(namespace, key)
+    num_seen = 0
+    if not look.is_for_last:
+        if not tier.contains_now(namespace, job.keys[look.blocks[0]]):
+            return Looked(0, last_there=False, all_there=False)
+        num_seen = 1
     last_there = tier.contains_now(namespace, job.keys[look.last])
     # What was published before a page that is there is not asked for one by one.
     most = len(look.blocks) if last_there else FIRST_PROBE
     keys = [job.keys[i] for i in look.blocks[:most]]
-    leading = tier.leads_to(namespace, keys, now=not last_there)
+    leading = num_seen + tier.leads_to(namespace, keys[num_seen:], now=not last_there)
     is_very_last = look.last == job.promised - 1
     return Looked(leading, last_there, all_there=last_there and is_very_last)

@@ -117,9 +117,8 @@ class PosixTier(Tier):
         return self._presence.is_there_now(namespace, key)
 
     def leads_to(self, namespace: TierNamespace, keys: Sequence[Key], *, now: bool = False) -> int:
-        """Where all are there two are asked for, where none is one."""
-        if now:
-            return super().leads_to(namespace, keys, now=True)
+        """Where all are there two are asked for, where none is one. What is not seen is asked for
+        past what this machine remembers in any case."""
         return self._presence.count_by_order(namespace, keys)
 
     def doubt(self, namespace: TierNamespace, key: Key) -> None:
