@@ -177,7 +177,8 @@ def show(console: Console, run: Run, args: argparse.Namespace, about: dict[str, 
             if not rows:
                 continue
             rows.insert(0, alone[workload.name])
-            console.print(trace_report.table(rows), end="")
+            console.print(trace_report.table(rows))
+            console.print(trace_report.cpu_table(rows))
             for is_first, line in trace_report.verdicts(rows):
                 verdict = "[green]first[/green]" if is_first else "[red]not first[/red]"
                 console.print(f"{verdict}  {line}", highlight=False)

@@ -103,11 +103,10 @@ def table(rows: Sequence[Figures]) -> Table:
     for column in (
         *("TTFT p50", "p90", "p99", "p50 by plain's", "p99", "prefill p50", "TBT p99", "req/s"),
         "computed",
-        *("skipped", "read MB", "written MB", "CPU s", "failed", "differ"),
+        *("skipped", "read MB", "written MB", "failed", "differ"),
     ):
         shown.add_column(column, justify="right")
     for row in rows:
-        cpu = ", ".join(f"{part} {spent:.1f}" for part, spent in row.cpu_s.items() if spent)
         shown.add_row(
             row.contender,
             *(f"{each:.0f}" for each in (row.ttft_p50_ms, row.ttft_p90_ms, row.ttft_p99_ms)),
@@ -120,10 +119,22 @@ def table(rows: Sequence[Figures]) -> Table:
             str(row.skipped),
             f"{row.read_mb:.0f}",
             f"{row.written_mb:.0f}",
-            cpu,
             str(row.failed),
             str(row.differ),
         )
+    return shown
+
+
+def cpu_table(rows: Sequence[Figures]) -> Table:
+    """Seconds of CPU by kind of process, of one workload and topology."""
+    parts = list(dict.fromkeys(part for row in rows for part in sorted(row.cpu_s)))
+    shown = Table(title=f"{rows[-1].workload}, {rows[-1].topology}: CPU s")
+    shown.add_column("contender")
+    for part in (*parts, "all"):
+        shown.add_column(part, justify="right")
+    for row in rows:
+        spent = [f"{row.cpu_s[part]:.1f}" if part in row.cpu_s else "" for part in parts]
+        shown.add_row(row.contender, *spent, f"{sum(row.cpu_s.values()):.1f}")
     return shown
 
 

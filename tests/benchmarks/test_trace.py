@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import subprocess
 import sys
@@ -11,9 +12,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from rich.console import Console
 
 from benchmarks.trace_replay import Asked, Played, gaps
-from benchmarks.trace_report import PLAIN, Figures, as_json, figures, verdicts
+from benchmarks.trace_report import PLAIN, Figures, as_json, cpu_table, figures, table, verdicts
 from benchmarks.trace_servers import Used
 from benchmarks.trace_workload import (
     SYSTEM_TOKENS,
@@ -180,6 +182,16 @@ def test_a_peer_that_fails_requests_is_nobody_to_be_compared_with() -> None:
 def test_what_was_used_is_the_difference_of_two_looks() -> None:
     before, after = Used({"proxy": 1.0}, 10, 20), Used({"proxy": 1.5, "cache": 2.0}, 40, 60)
     assert after - before == Used({"proxy": 0.5, "cache": 2.0}, 30, 40)
+
+
+def test_tables_have_a_row_for_each_contender_and_a_column_for_each_kind_of_process() -> None:
+    found = Played((asked(ttft_s=0.1),), 10.0, 50, Used({"cache": 1.25, "proxy": 0.5}))
+    rows = [row_of(PLAIN, played(asked(ttft_s=0.2))), row_of("ours", found, is_ours=True)]
+    console = Console(width=200, file=io.StringIO(), record=True)
+    console.print(table(rows), cpu_table(rows))
+    lines = [line for line in console.export_text().splitlines() if "ours" in line]
+    assert "0.50" in lines[0].split()  # of plain's TTFT
+    assert lines[1].split()[1::2] == ["ours", "1.2", "0.5", "1.8"]
 
 
 def test_gaps_lie_between_tokens() -> None:
