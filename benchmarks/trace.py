@@ -235,6 +235,8 @@ def arguments() -> argparse.Namespace:
     for path in args.trace:
         if not path.is_file():
             parser.error(f"--trace: there is no file {path}; they are published in {PUBLISHED}")
+    if args.kv_tokens <= MAX_MODEL_LEN:
+        parser.error(f"--kv-tokens: one prompt has up to {MAX_MODEL_LEN}; more must fit")
     if not args.trace and not args.agents:
         parser.error("nothing to replay: no --trace, and --agents 0")
     return args

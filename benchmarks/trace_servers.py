@@ -31,6 +31,9 @@ MAX_MODEL_LEN: Final = 8192
 CHUNK_TOKENS: Final = 1024
 # In the names of vLLM's processes that compute; the others of an engine take requests.
 _COMPUTING: Final = "VLLM::"
+# Of everybody: conversations stay at their engines, where prefix caches have them. Agents of one
+# system prompt open alike, hence the bound.
+PROXY: Final = ("--affinity", "prefix", "--affinity-max-ahead", "1")
 # Of UCM, as docs/pd.md advises where there are conversations; peers have nothing like it.
 OUR_PROXY: Final = ("--handoff", "overlap", "--known-for-s", "600")
 
@@ -194,7 +197,6 @@ def _proxy(
 ) -> HttpServer:
     more = [f"--prefiller-port={each.port}" for each in prefills[1:]]
     more += [f"--decoder-port={each.port}" for each in decodes[1:]]
-    if contender.is_ours:
-        more += OUR_PROXY
+    more += (*PROXY, *OUR_PROXY) if contender.is_ours else PROXY
     log = logs / f"{contender.name}-proxy.log"
     return ProxyServer(prefills[0], decodes[0], log=log, args=more)

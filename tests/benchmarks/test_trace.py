@@ -205,15 +205,18 @@ def test_figures_survive_as_json() -> None:
     assert found["rows"][0]["ttft_ms"] == [250.0]
 
 
-def test_a_trace_that_is_not_there_is_one_line_with_where_to_get_it() -> None:
-    command = [sys.executable, "benchmarks/trace.py", "--trace", "nowhere.jsonl"]
+@pytest.mark.parametrize(
+    ("flags", "said"),
+    [
+        ("--trace nowhere.jsonl", "nowhere.jsonl; they are published in"),
+        ("--contenders ucm-dram,nobody", "there is no nobody, but ucm-dram"),
+        ("--topology 1p1d,9p9d", "there is no 9p9d"),
+        ("--kv-tokens 8192", "one prompt has up to 8192"),
+        ("--agents 0", "nothing to replay"),
+    ],
+)
+def test_what_can_t_be_run_is_refused_with_what_could_be(flags: str, said: str) -> None:
+    command = [sys.executable, "benchmarks/trace.py", *flags.split()]
     ended = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=60)
     assert ended.returncode == 2
-    assert "nowhere.jsonl; they are published in" in ended.stderr
-
-
-def test_a_contender_that_nobody_knows_is_refused_with_those_there_are() -> None:
-    command = [sys.executable, "benchmarks/trace.py", "--contenders", "ucm-dram,nobody"]
-    ended = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=60)
-    assert ended.returncode == 2
-    assert "there is no nobody, but ucm-dram" in ended.stderr
+    assert said in ended.stderr
