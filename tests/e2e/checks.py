@@ -91,7 +91,14 @@ def asking(
 ) -> Iterator[http.client.HTTPConnection]:
     """A client that has asked, and at the end goes away without a word."""
     connection = http.client.HTTPConnection(client.host, client.port, timeout=60.0)
-    body = {"prompt": prompt, "max_tokens": max_tokens, "ignore_eos": True, "stream": True}
+    body = {
+        "prompt": prompt,
+        "max_tokens": max_tokens,
+        "temperature": 0,
+        "ignore_eos": True,
+        "return_token_ids": True,
+        "stream": True,
+    }
     try:
         connection.request("POST", "/v1/completions", json.dumps(body), _JSON)
         yield connection

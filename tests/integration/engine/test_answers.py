@@ -183,6 +183,27 @@ def test_guesses_that_were_not_found_right_are_not_stored():
     assert _stored(engine) == 1
 
 
+def test_a_block_is_stored_once_its_tokens_are_known_where_vllm_schedules_ahead():
+    """Of a step that is under way the engine doesn't know the token, and counts it."""
+    engine = Engine(Loopback())
+    request = _begin(engine, BLOCK)
+
+    def step_ahead() -> None:
+        engine.step({"a": 1})
+        engine.copied(*engine.take_dumping())
+        request.all_token_ids.append(1000 + request.num_tokens)
+        request.num_tokens += 1
+
+    for _ in range(BLOCK + 2):
+        step_ahead()
+        assert _stored(engine) == 1
+    # The step before it has asked for a slot.
+    step_ahead()
+
+    assert _stored(engine) == 2
+    assert _next_turn(engine, request) == 2 * BLOCK
+
+
 def test_an_answer_behind_what_found_no_room_is_not_stored():
     engine = Engine(Loopback(num_slots=4))
     request = _begin(engine, 2 * BLOCK)
