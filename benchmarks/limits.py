@@ -45,7 +45,7 @@ def write_files_s(folder: Path, source: np.ndarray, *, num_files: int, num_threa
         os.pwrite(fd, pages[i].data, 0)
         os.close(fd)
 
-    return _with_threads(write, num_files, num_threads)
+    return with_threads(write, num_files, num_threads)
 
 
 def read_files_s(
@@ -59,10 +59,10 @@ def read_files_s(
         os.preadv(fd, [pages[i].data], skip_bytes)
         os.close(fd)
 
-    return _with_threads(read, len(files), num_threads)
+    return with_threads(read, len(files), num_threads)
 
 
-def _with_threads(act: Callable[[int], None], count: int, num_threads: int) -> float:
+def with_threads(act: Callable[[int], None], count: int, num_threads: int) -> float:
     numbers = iter(range(count))
     lock = threading.Lock()
 

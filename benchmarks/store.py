@@ -76,9 +76,10 @@ class Bench:
         self.settings: StoreSettings = load_settings({"ucm_connectors": [connector]}).store
         config = {**store, "tensor_size_list": [page_bytes], "timeout_ms": TIMEOUT_MS}
         self.store = UcmPipelineStore(config)
-        self._manifest = block_shape(config).manifest()
-        self._fingerprint = namespace.fingerprint(self._manifest)
-        self._names = BlockNames(self._fingerprint)
+        manifest = block_shape(config).manifest()
+        self.manifest_json = namespace.to_json(manifest)
+        self.fingerprint = namespace.fingerprint(manifest)
+        self.key_of = BlockNames(self.fingerprint).key
         self._client = NodeClient.connect(
             self.settings.socket_path, session="bench", role="scheduler", timeout_s=10.0
         )
@@ -88,10 +89,10 @@ class Bench:
         self._client.send(
             p.OpenNamespace(
                 ns=1,
-                fingerprint=self._fingerprint,
+                fingerprint=self.fingerprint,
                 page_bytes=page_bytes,
                 block_tokens=1,
-                manifest=namespace.to_json(self._manifest),
+                manifest=self.manifest_json,
             )
         )
         self._answer(p.NamespaceOpened)
@@ -102,7 +103,7 @@ class Bench:
 
     def write_prompt(self, ids: list[bytes]) -> None:
         """As an engine dumps one whose pages are in slots already, until all are in storage."""
-        keys = list[bytes](map(self._names.key, ids))
+        keys = list[bytes](map(self.key_of, ids))
         parents = [b"", *keys[:-1]]
         self._client.send(p.Reserve(id=1, ns=1, keys=keys, parents=parents))
         reply: p.ReserveReply = self._answer(p.ReserveReply)
@@ -129,7 +130,7 @@ class Bench:
         """All at once. Gives back the pins when all are there."""
         numbers = [next(self._numbers) for _ in prompts]
         for number, ids in zip(numbers, prompts, strict=True):
-            keys = list[bytes](map(self._names.key, ids))
+            keys = list[bytes](map(self.key_of, ids))
             self._client.send(
                 p.Lookup(id=number, ns=1, keys=keys, read_from=0, load=True, timeout_ms=TIMEOUT_MS)
             )
@@ -139,8 +140,8 @@ class Bench:
 
     def files(self, ids: list[bytes]) -> list[str]:
         (backend,) = self.settings.storage_backends
-        keys = [Key(self._names.key(block_id)) for block_id in ids]
-        return [paths.block_path(backend, self._fingerprint, key) for key in keys]
+        keys = [Key(self.key_of(block_id)) for block_id in ids]
+        return [paths.block_path(backend, self.fingerprint, key) for key in keys]
 
     def close(self) -> None:
         """The node cache is gone when this returns."""

@@ -228,11 +228,20 @@ def read_block(
     scratch: Scratch,
     chunk_bytes: int,
     page_key: PageKey | None = None,
+    size_bytes: int | None = None,
 ) -> None:
-    """Reads the whole file: what it returns from has every byte verified in this very read. Raises
-    `bad_block` or OSError."""
-    key_id = page_key.id if page_key is not None else NO_KEY_ID
-    read_sums(fd, expected, page, scratch=scratch, chunk_bytes=chunk_bytes, key_id=key_id)
+    """Reads the whole file: what it returns from has every byte verified in this very read.
+    `size_bytes` is the file's, if the caller knows it from this descriptor. Raises `bad_block` or
+    OSError."""
+    read_sums(
+        fd,
+        expected,
+        page,
+        scratch=scratch,
+        chunk_bytes=chunk_bytes,
+        key_id=page_key.id if page_key is not None else NO_KEY_ID,
+        size_bytes=size_bytes,
+    )
     check_seal(scratch.header, page[: expected.page_bytes], page_key)
 
 
@@ -244,6 +253,7 @@ def read_sums(
     scratch: Scratch,
     chunk_bytes: int,
     key_id: bytes,
+    size_bytes: int | None = None,
 ) -> Header:
     """`read_block` of a file that is sealed by the page key of this id, for whoever has not got the
     secret: all but the seal.
@@ -253,7 +263,8 @@ def read_sums(
     of a 7.3 MB page (two cores, page cache warm; reading alone 18.2).
     """
     assert len(page) == padded_bytes(expected.page_bytes)
-    size_bytes = os.fstat(fd).st_size
+    if size_bytes is None:
+        size_bytes = os.fstat(fd).st_size
     if size_bytes != expected.file_bytes:
         raise bad_block(f"{size_bytes} bytes long, expected {expected.file_bytes}")
     filled = min(chunk_bytes, len(page))

@@ -92,7 +92,7 @@ class DumpRequests:
             del session.filling[filling.key]
             self._counted_on.discard(filling.key)
             self._count("dump_committed")
-            self._fills.whole(filling, parent=parent)
+            self._fills.dumped(filling, parent)
 
     def abort(self, session: Session, message: p.Abort) -> None:
         for key in map(Key, message.keys):

@@ -10,6 +10,7 @@ one order: the slot moves, the write-back hears of it, and those who wait for th
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import Protocol
 
 from ucm.outcome import Outcome
@@ -74,16 +75,31 @@ class Fills:
 
     # -- end -------------------------------------------------------------------------------
 
-    def whole(self, filling: Filling, *, parent: Key | None = None, from_far: bool = False) -> None:
-        """The page is there. `parent`: the block before one that was dumped. `from_far`: near lacks
-        it."""
+    def dumped(self, filling: Filling, parent: Key | None) -> None:
+        """An engine has filled it. `parent`: the block before."""
         del self._open[filling.slot]
         self._slots.ready(filling.slot)
-        if filling.from_storage:
+        self._writeback.enqueue(filling.namespace, filling.key, parent, filling.slot)
+        self._tell_whole((filling,))
+
+    def were_read(self, fillings: Iterable[Filling], *, from_far: bool = False) -> None:
+        """Storage has brought these pages. `from_far`: near lacks them."""
+        for filling in fillings:
+            del self._open[filling.slot]
+            self._slots.ready(filling.slot)
             self._writeback.filled_from_tier(filling.key, is_hit=True, from_far=from_far)
-        else:
-            self._writeback.enqueue(filling.namespace, filling.key, parent, filling.slot)
-        self._tell(filling, Outcome.FINE)
+        self._tell_whole(fillings)
+
+    def _tell_whole(self, fillings: Iterable[Filling]) -> None:
+        """Who waits for several of these pages has all of them before it hears of any: what
+        follows from that costs as much for one as for many."""
+        told: dict[LookupJob, None] = {}
+        for filling in fillings:
+            for job, i in self.waiting.of(filling.key):
+                job.here(i, filling.slot, from_files=filling.from_storage)
+                told[job] = None
+        for job in told:
+            self._on_news(job, look=False)
 
     def gone(
         self,
@@ -104,23 +120,20 @@ class Fills:
             self._writeback.filled_from_tier(filling.key, is_hit=False)
         else:
             self._writeback.filling_ended(filling.key)
-        self._tell(filling, reason, failed_in)
+        self._tell_gone(filling, reason, failed_in)
 
     def unused(self, slot: Slot) -> None:
         """Nobody writes any more into a slot that was set aside."""
         assert slot.state is SlotState.ASIDE
         self._slots.abandon(slot)
 
-    def _tell(self, filling: Filling, reason: Outcome, failed_in: LanePool | None = None) -> None:
+    def _tell_gone(self, filling: Filling, reason: Outcome, failed_in: LanePool | None) -> None:
         for job, i in self.waiting.of(filling.key):
-            if not job.waits(i):
-                continue  # What it was told of another block has ended it.
-            look = False
-            if not reason:
-                job.here(i, filling.slot, from_files=filling.from_storage)
-            elif job.state(i) is not BlockState.COMING:
+            # What it was told of another block may have ended it.
+            if job.state(i) is not BlockState.COMING:
                 continue
-            elif reason is Outcome.NEVER_STORED and i < min(job.promised, job.end):
+            look = False
+            if reason is Outcome.NEVER_STORED and i < min(job.promised, job.end):
                 job.does_not_come(i)
                 look = True
             elif failed_in is not None and self._again.tries_again(job, i, failed_in):

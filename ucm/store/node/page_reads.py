@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable
 from functools import partial
 from typing import TypeAlias
@@ -22,6 +23,8 @@ from ucm.store.tiers.tier import ReadStatus
 _READ_BYTES = 2 << 20
 # One lookup's reads at a time: one running, one next in line.
 _READS_PER_THREAD = 2
+# Looking up a member of an Enum takes as long as a call.
+_ASIDE, _READY, _HIT = SlotState.ASIDE, SlotState.READY, ReadStatus.HIT
 # Of the reading of a page.
 _End: TypeAlias = ReadStatus | Outcome
 
@@ -82,7 +85,7 @@ class PageReads:
         begun: list[Filling] = []
         while len(begun) < most and (i := job.next_unread()) is not None:
             slot = self._slots.find(job.keys[i])
-            if slot is not None and slot.state is SlotState.READY:
+            if slot is not None and slot.state is _READY:
                 job.here(i, slot)
                 continue
             if slot is None:
@@ -124,13 +127,11 @@ class PageReads:
             job.reads_running[pool] -= 1
             if not job.reads_running.total():
                 self._times.end(job)
-            left = []
-            for filling, end in zip(fillings, self._ends_of(result, len(fillings)), strict=True):
-                if filling.slot.state is SlotState.ASIDE:
-                    self._fills.unused(filling.slot)
-                else:
-                    left.append((filling, end))
-            on_read([filling for filling, _ in left], [end for _, end in left])
+            ends = self._ends_of(result, len(fillings))
+            if any(filling.slot.state is _ASIDE for filling in fillings):
+                on_read(*self._without_aside(fillings, ends))
+            else:
+                on_read(fillings, ends)
             if not job.closed:
                 self._go_on(job)
 
@@ -139,6 +140,18 @@ class PageReads:
             on_done,
             on_overdue=partial(self._on_read_overdue, parts, pool, fillings),
         )
+
+    def _without_aside(
+        self, fillings: list[Filling], ends: list[_End]
+    ) -> tuple[list[Filling], list[_End]]:
+        """Of what was set aside nobody waits for the end but the slot."""
+        left: list[tuple[Filling, _End]] = []
+        for filling, end in zip(fillings, ends, strict=True):
+            if filling.slot.state is _ASIDE:
+                self._fills.unused(filling.slot)
+            else:
+                left.append((filling, end))
+        return [filling for filling, _ in left], [end for _, end in left]
 
     def _ends_of(self, result: object, num_pages: int) -> list[_End]:
         if not isinstance(result, list):
@@ -152,12 +165,8 @@ class PageReads:
         self, job: LookupJob, pool: LanePool, fillings: list[Filling], ends: list[_End]
     ) -> None:
         elsewhere: dict[Filling, _End] = {}
-        for filling, end in zip(fillings, ends, strict=True):
-            self._parts.count(f"read_{end.value}")
-            if end is ReadStatus.HIT:
-                self._again.has_read(pool)
-                self._fills.whole(filling)
-            elif self._is_worth_far(job, filling):
+        for filling, end in self._note_read(self._parts, pool, fillings, ends):
+            if self._is_worth_far(job, filling):
                 elsewhere[filling] = end
             else:
                 self._gone(filling, end, pool)
@@ -167,6 +176,19 @@ class PageReads:
                 far_pool = self._far.reads.of(filling.key)
                 on_read = partial(self._on_far_read, self._far, (pool, far_pool), elsewhere)
                 self._submit(job, self._far, far_pool, [filling], on_read)
+
+    def _note_read(
+        self, parts: NodeParts, pool: LanePool, fillings: list[Filling], ends: list[_End]
+    ) -> list[tuple[Filling, _End]]:
+        """The pages that have come are there now. Returns the others."""
+        for end, number in Counter(ends).items():
+            parts.count(f"read_{end.value}", number)
+        read = list(zip(fillings, ends, strict=True))
+        hits = [filling for filling, end in read if end is _HIT]
+        if hits:
+            self._again.has_read(pool)
+            self._fills.were_read(hits, from_far=parts is self._far)
+        return [(filling, end) for filling, end in read if end is not _HIT]
 
     def _is_worth_far(self, job: LookupJob, filling: Filling) -> bool:
         """There may be a page, and somebody waits for it."""
@@ -183,13 +205,9 @@ class PageReads:
         ends: list[_End],
     ) -> None:
         near_pool, far_pool = pools
-        for filling, end in zip(fillings, ends, strict=True):
-            far.count(f"read_{end.value}")
+        for filling, end in self._note_read(far, far_pool, fillings, ends):
             near_end = near_ends[filling]
-            if end is ReadStatus.HIT:
-                self._again.has_read(far_pool)
-                self._fills.whole(filling, from_far=True)
-            elif near_end is ReadStatus.ABSENT:
+            if near_end is ReadStatus.ABSENT:
                 self._gone(filling, end, far_pool)
             else:
                 self._gone(filling, near_end, near_pool)

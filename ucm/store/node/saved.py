@@ -22,7 +22,7 @@ from collections import OrderedDict
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from enum import Enum
-from typing import Protocol, TypeVar
+from typing import NamedTuple, Protocol, TypeVar
 
 from ucm.outcome import Outcome
 from ucm.store.blocks.keys import Key
@@ -45,8 +45,7 @@ class TellClients(Protocol):
     def __call__(self, refused: Sequence[Key], saved: Sequence[Key], reason: Outcome) -> None: ...
 
 
-@dataclass(frozen=True)
-class Met:
+class Met(NamedTuple):
     """A READY page that somebody counts on, and the block before it."""
 
     key: Key

@@ -47,13 +47,17 @@ class SlotState(Enum):
     __hash__ = object.__hash__
 
 
+# Looking up a member of an Enum takes as long as a call.
+_FREE, _FILLING, _READY, _ASIDE = SlotState
+
+
 @dataclass(eq=False, slots=True)
 class Slot:
     """A place for one page. `offset` is in bytes from the start of the arena."""
 
     offset: int
     span: Span
-    state: SlotState = SlotState.FREE
+    state: SlotState = _FREE
     key: Key | None = None
     pins: int = 0
 
@@ -127,10 +131,10 @@ class SlotTable:
     def counts(self) -> SlotCounts:
         """Kept as slots move: whoever asks, however often, holds nobody up."""
         return SlotCounts(
-            free=self._per_state[SlotState.FREE],
-            filling=self._per_state[SlotState.FILLING],
-            ready=self._per_state[SlotState.READY],
-            aside=self._per_state[SlotState.ASIDE],
+            free=self._per_state[_FREE],
+            filling=self._per_state[_FILLING],
+            ready=self._per_state[_READY],
+            aside=self._per_state[_ASIDE],
             pins=self._pins,
         )
 
@@ -142,45 +146,47 @@ class SlotTable:
     def reserve(self, key: Key, slot_bytes: int) -> Slot | None:
         """A FILLING slot for `key`, which must not be in the table; None if there is no room."""
         assert key not in self._index, "a key has one slot"
-        size = self._classes.setdefault(slot_bytes, _SizeClass())
+        size = self._classes.get(slot_bytes)
+        if size is None:
+            size = self._classes[slot_bytes] = _SizeClass()
         if not size.free and not self._add_span(size, slot_bytes) and not self._evict_one(size):
             self._take_over(size, slot_bytes)
         if not size.free:
             return None
         slot = size.free.pop()
-        assert slot.state is SlotState.FREE and slot.key is None and slot.pins == 0
-        self._move(slot, SlotState.FILLING)
+        assert slot.state is _FREE and slot.key is None and slot.pins == 0
+        self._move(slot, _FILLING)
         slot.key = key
         self._index[key] = slot
         return slot
 
     def ready(self, slot: Slot) -> None:
         """FILLING -> READY, unpinned and most recently used."""
-        assert slot.state is SlotState.FILLING
-        self._move(slot, SlotState.READY)
+        assert slot.state is _FILLING
+        self._move(slot, _READY)
         self._may_be_evicted(slot)
 
     def abandon(self, slot: Slot) -> None:
         """FILLING or ASIDE -> FREE. The caller knows that nobody writes into the slot any more."""
-        assert slot.state in (SlotState.FILLING, SlotState.ASIDE)
+        assert slot.state in (_FILLING, _ASIDE)
         self._forget(slot)
 
     def set_aside(self, slot: Slot) -> None:
         """FILLING -> ASIDE: the key is absent from now on, the memory stays out of use."""
-        assert slot.state is SlotState.FILLING and slot.key is not None
+        assert slot.state is _FILLING and slot.key is not None
         del self._index[slot.key]
         slot.key = None
-        self._move(slot, SlotState.ASIDE)
+        self._move(slot, _ASIDE)
 
     def pin(self, slot: Slot) -> None:
-        assert slot.state is SlotState.READY
+        assert slot.state is _READY
         slot.pins += 1
         self._pins += 1
         self._classes[slot.span.slot_bytes].evictable.pop(slot.offset, None)
 
     def unpin(self, slot: Slot) -> None:
         """Gives back one pin. Unpin the end of a prompt before its head: it is evicted first."""
-        assert slot.state is SlotState.READY and slot.pins > 0
+        assert slot.state is _READY and slot.pins > 0
         slot.pins -= 1
         self._pins -= 1
         if slot.pins > 0:
@@ -192,7 +198,7 @@ class SlotTable:
             self._forget(slot)
 
     def touch(self, slot: Slot) -> None:
-        if slot.state is SlotState.READY and slot.pins == 0:
+        if slot.state is _READY and slot.pins == 0:
             del self._class(slot).evictable[slot.offset]
             self._may_be_evicted(slot)
 
@@ -207,6 +213,8 @@ class SlotTable:
     # -- making room -----------------------------------------------------------------------
 
     def _add_span(self, size: _SizeClass, slot_bytes: int) -> bool:
+        if not self._free_extents:
+            return False
         count = span_extents(slot_bytes, self.extent_bytes, self.num_extents)
         first = self._find_run(count)
         if first is None:
@@ -218,7 +226,7 @@ class SlotTable:
         span.slots = [Slot(start + i * slot_bytes, span) for i in range(num_slots)]
         size.spans.append(span)
         size.free.extend(reversed(span.slots))
-        self._per_state[SlotState.FREE] += num_slots
+        self._per_state[_FREE] += num_slots
         self.on_span(span)
         return True
 
@@ -256,12 +264,12 @@ class SlotTable:
 
     def _drop_span(self, size: _SizeClass, span: Span) -> None:
         for slot in span.slots:
-            if slot.state is SlotState.READY:
+            if slot.state is _READY:
                 size.evictable.pop(slot.offset)
                 self.evictions += 1
                 self._forget(slot)
         size.free = [slot for slot in size.free if slot.span is not span]
-        self._per_state[SlotState.FREE] -= len(span.slots)
+        self._per_state[_FREE] -= len(span.slots)
         size.spans.remove(span)
         self._free_extents.update(range(span.first_extent, span.first_extent + span.num_extents))
         self._no_run_of = self.num_extents + 1
@@ -270,8 +278,8 @@ class SlotTable:
         if slot.key is not None:
             del self._index[slot.key]
         slot.key = None
-        self._move(slot, SlotState.FREE)
-        self._class(slot).free.append(slot)
+        self._move(slot, _FREE)
+        self._classes[slot.span.slot_bytes].free.append(slot)
 
     def _move(self, slot: Slot, state: SlotState) -> None:
         self._per_state[slot.state] -= 1
@@ -298,14 +306,12 @@ class SlotTable:
             free = {id(slot) for slot in size.free}
             assert len(free) == len(size.free), "a slot is free once"
             for slot in slots:
-                assert (slot.state is SlotState.FREE) == (id(slot) in free), (
-                    "free list and state agree"
-                )
+                assert (slot.state is _FREE) == (id(slot) in free), "free list and state agree"
                 assert (slot.offset in size.evictable) == (
-                    slot.state is SlotState.READY and slot.pins == 0
+                    slot.state is _READY and slot.pins == 0
                 ), "evictable means READY without pins"
-                assert slot.pins >= 0 and (slot.pins == 0 or slot.state is SlotState.READY)
-                has_key = slot.state in (SlotState.FILLING, SlotState.READY)
+                assert slot.pins >= 0 and (slot.pins == 0 or slot.state is _READY)
+                has_key = slot.state in (_FILLING, _READY)
                 assert has_key == (slot.key is not None), "FILLING and READY slots have a key"
                 if slot.key is not None:
                     assert self._index.get(slot.key) is slot, "the index finds every key"
@@ -338,4 +344,4 @@ def span_extents(slot_bytes: int, extent_bytes: int, num_extents: int) -> int:
 
 
 def _reusable(slot: Slot) -> bool:
-    return slot.state is SlotState.FREE or (slot.state is SlotState.READY and slot.pins == 0)
+    return slot.state is _FREE or (slot.state is _READY and slot.pins == 0)

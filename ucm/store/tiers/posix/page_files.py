@@ -12,7 +12,7 @@ from ucm.store.blocks.blockfile import BlockId, Scratch, check_header, read_bloc
 from ucm.store.blocks.page_key import PageKey
 from ucm.store.tiers.posix.backend import Backend
 from ucm.store.tiers.posix.os_errors import is_gone
-from ucm.store.tiers.posix.plain_files import NotPlain, open_plain
+from ucm.store.tiers.posix.plain_files import NotPlain, open_plain, open_sized
 from ucm.store.tiers.posix.quarantine import Quarantine, forget_cached, move_aside
 from ucm.store.tiers.posix.rights import is_own
 from ucm.store.tiers.tier import HIT, PageRead, ReadStatus
@@ -43,12 +43,12 @@ class PageFiles:
     ) -> PageRead:
         chunk_bytes = _DIRECT_CHUNK_BYTES if flags else _BUFFERED_CHUNK_BYTES
         try:
-            fd = open_plain(path, flags)
+            fd, size_bytes = open_sized(path, flags)
         except NotPlain as bad:
             moved = move_aside(os.lstat(path), path, backend, block)
             return PageRead(ReadStatus.CORRUPT, f"{path}: {bad}; {moved}")
         try:
-            self._verify(fd, block, page, chunk_bytes)
+            self._verify(fd, block, page, chunk_bytes, size_bytes)
         except TierError as bad:
             forget_cached(fd)
             return self._read_again(bad, backend, path, block, page)
@@ -58,9 +58,18 @@ class PageFiles:
                 os.close(fd)
         return HIT
 
-    def _verify(self, fd: int, block: BlockId, page: memoryview, chunk_bytes: int) -> None:
-        scratch, page_key = self.scratch(), self._page_key
-        read_block(fd, block, page, scratch=scratch, chunk_bytes=chunk_bytes, page_key=page_key)
+    def _verify(
+        self, fd: int, block: BlockId, page: memoryview, chunk_bytes: int, size_bytes: int
+    ) -> None:
+        read_block(
+            fd,
+            block,
+            page,
+            scratch=self.scratch(),
+            chunk_bytes=chunk_bytes,
+            page_key=self._page_key,
+            size_bytes=size_bytes,
+        )
 
     def _read_again(
         self, bad: TierError, backend: Backend, path: str, block: BlockId, page: memoryview
@@ -68,13 +77,13 @@ class PageFiles:
         """Past the page cache as far as the filesystem lets us: is it the file that is damaged, or
         what this machine has read of it?"""
         try:
-            fd = open_plain(path, os.O_DIRECT)
+            fd, size_bytes = open_sized(path, os.O_DIRECT)
         except OSError as error:
             if error.errno != errno.EINVAL:
                 raise
-            fd = open_plain(path)
+            fd, size_bytes = open_sized(path)
         try:
-            self._verify(fd, block, page, _DIRECT_CHUNK_BYTES)
+            self._verify(fd, block, page, _DIRECT_CHUNK_BYTES, size_bytes)
         except TierError as again:
             done = self._quarantine.move(os.fstat(fd), path, backend, block)
             return PageRead(ReadStatus.CORRUPT, f"{path}: {again}; {done}")

@@ -39,6 +39,12 @@ class NotPlain(TierError):
 def open_plain(path: str, flags: int = 0, *, directory: int | None = None) -> int:
     """A descriptor of the regular file at `path`, for reading; `directory` is an open one that it
     may be in. Raises NotPlain, or OSError."""
+    fd, _ = open_sized(path, flags, directory=directory)
+    return fd
+
+
+def open_sized(path: str, flags: int = 0, *, directory: int | None = None) -> tuple[int, int]:
+    """`open_plain`, and how many bytes the file has: of one question for both."""
     flags |= os.O_RDONLY | os.O_NONBLOCK | os.O_NOFOLLOW | os.O_CLOEXEC
     try:
         fd = os.open(path, flags, dir_fd=directory)
@@ -49,11 +55,12 @@ def open_plain(path: str, flags: int = 0, *, directory: int | None = None) -> in
         if not kind:
             raise
         raise NotPlain(f"is {kind} and no file") from error
-    kind = _kind(os.fstat(fd))
+    status = os.fstat(fd)
+    kind = _kind(status)
     if kind:
         os.close(fd)
         raise NotPlain(f"is {kind} and no file")
-    return fd
+    return fd, status.st_size
 
 
 def read_plain(path: str, *, max_bytes: int, directory: int | None = None) -> bytes | None:

@@ -145,9 +145,29 @@ class PosixTier(Tier):
         return backend.read_manifest(fingerprint) if backend.identity.is_here() else None
 
     def read(self, namespace: TierNamespace, key: Key, page: memoryview) -> PageRead:
+        return self._read(namespace, key, page, {})
+
+    def read_all(
+        self, namespace: TierNamespace, keys: Sequence[Key], pages: Sequence[memoryview]
+    ) -> list[PageRead]:
+        """One look at the id of each backend for all of them: for small pages it costs."""
+        are_here: dict[Backend, bool] = {}
+        return [
+            self._read(namespace, key, page, are_here)
+            for key, page in zip(keys, pages, strict=True)
+        ]
+
+    def _read(
+        self, namespace: TierNamespace, key: Key, page: memoryview, are_here: dict[Backend, bool]
+    ) -> PageRead:
+        """`are_here`: the backends that this call has looked at."""
         try:
             backend = self._placement.of(key)
-            if backend is None or not backend.identity.is_here():
+            if backend is None:
+                return ABSENT
+            if backend not in are_here:
+                are_here[backend] = backend.identity.is_here()
+            if not are_here[backend]:
                 return ABSENT
         except TierError as error:
             return PageRead(ReadStatus.IO_ERROR, str(error))
