@@ -105,7 +105,8 @@ def measure(bench: Bench, rounds: int) -> dict[str, list[Cost]]:
     sets = [new_ids(bench.num_pages) for _ in range(NUM_SETS)]
     for ids in sets:
         bench.dump(ids, source)
-    bench.store.flush()
+        # At once: what is not written yet stays in memory.
+        bench.store.flush()
     costs: dict[str, list[Cost]] = defaultdict(list)
     for i in range(rounds):
         # Of three sets that take turns, none is still in memory.
