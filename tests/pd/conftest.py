@@ -5,13 +5,14 @@ from __future__ import annotations
 import asyncio
 import gc
 import json
-from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
 import aiohttp
 import pytest
 import pytest_asyncio
+import uvloop
 from aiohttp import web
 from aiohttp.test_utils import TestServer
 from multidict import CIMultiDictProxy
@@ -23,6 +24,19 @@ from ucm.pd.flags import ProxySettings
 from ucm.pd.server.serve import Runner
 
 Answer = Callable[[web.Request], Awaitable[web.StreamResponse]]
+
+
+# What they test is sockets and tasks: they run on each loop that the proxy may run on.
+ON_EACH_LOOP = ("test_relay", "test_known", "test_resume", "test_overlap", "test_affinity")
+
+
+def pytest_asyncio_loop_factories(
+    config: pytest.Config, item: pytest.Item
+) -> Mapping[str, Callable[[], asyncio.AbstractEventLoop]]:
+    del config
+    is_on_each = item.path.stem in ON_EACH_LOOP or item.path.parent.name == "server"
+    more = {"uvloop": uvloop.new_event_loop} if is_on_each else {}
+    return {"asyncio": asyncio.new_event_loop, **more}
 
 
 @pytest.fixture

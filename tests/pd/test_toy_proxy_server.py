@@ -70,6 +70,7 @@ def _seed_command(port: int, engine_port: int) -> list[str]:
         pytest.param(["toy_proxy_server.py"], FOLDER, id="as-a-script-in-its-own-folder"),
         pytest.param(["-m", "ucm.pd.toy_proxy_server"], None, id="as-a-module"),
         pytest.param(["-m", "ucm.cli.main", "proxy"], None, id="as-a-subcommand"),
+        pytest.param(["-m", "ucm.cli.main", "proxy", "--loop=uvloop"], None, id="on-uvloop"),
     ],
 )
 def test_the_1p1d_command_serves(tmp_path: Path, engine_port: int, start: list[str], cwd):
@@ -134,3 +135,13 @@ def test_a_port_that_is_none_is_refused_with_one_line(capsys, port):
 
     assert 2 == stopped.value.code
     assert f"{port!r} is no port" in capsys.readouterr().err.splitlines()[-1]
+
+
+def test_a_loop_that_is_not_installed_is_one_line(monkeypatch, capsys):
+    monkeypatch.setitem(sys.modules, "uvloop", None)
+    with pytest.raises(SystemExit) as stopped:
+        toy_proxy_server.main(["--loop=uvloop"])
+
+    assert 2 == stopped.value.code
+    (line,) = capsys.readouterr().err.splitlines()[-1:]
+    assert "--loop uvloop needs the package uvloop: pip install 'ucm[uvloop]'" in line

@@ -173,13 +173,14 @@ class Proxy:
         if name is not None and wanted.why_not is None:
             # No prefill instance has it.
             wanted = replace(wanted, why_not="continued")
-        if wanted.why_not is None and self._known.has_nearly_all(wanted.chain):
+        if wanted.why_not is None and self._known.has_nearly_all(wanted.chain, wanted.marks):
             wanted = replace(wanted, why_not="known")
         with self._promised(request, wanted, trace) as promise:
             waits = self._settings.handoff == "chain" or answers_at_once(request.path, fields)
             if promise is not None and (waits or not promise.is_told):
                 await promise.settled()
             found = await self._relaying.answer(request, wanted.body, trace, tracker, promise, name)
+        self._known.answered(wanted.marks, trace.stored_tokens)
         if wanted.why_not == "known" and trace.status == web.HTTPOk.status_code:
             self._known.went_on(wanted.chain)
         return found

@@ -28,6 +28,7 @@ from ucm.pd.security.credentials import (
 )
 
 POLICIES = ("least-loaded", "round-robin")
+LOOPS = ("asyncio", "uvloop")
 AFFINITIES = ("none", "prefix")
 HANDOFFS = ("chain", "overlap")
 DEFAULT_PREFILL_PORT = 8100
@@ -44,6 +45,7 @@ class ProxySettings(InstanceFiles):
 
     host: str = "localhost"
     port: int = 8000
+    loop: str = "asyncio"
     prefillers: tuple[URL, ...] = ()
     decoders: tuple[URL, ...] = ()
     workers: tuple[URL, ...] = ()
@@ -188,6 +190,7 @@ def _parser(description: str) -> argparse.ArgumentParser:
     add, defaults = parser.add_argument, ProxySettings()
     add("--host", default=defaults.host, help="address to listen on")
     add("--port", type=_port, default=defaults.port, help="port to listen on")
+    add("--loop", choices=LOOPS, default=defaults.loop, help="uvloop is a package of its own")
     add(
         "--pd-disaggregation",
         action="store_true",

@@ -6,7 +6,6 @@ python3 toy_proxy_server.py --pd-disaggregation --host localhost --port 7802 \\
 
 from __future__ import annotations
 
-import asyncio
 import logging
 import sys
 from collections.abc import Sequence
@@ -22,6 +21,7 @@ try:
     from ucm.errors import ConfigError
     from ucm.pd.flags import parse_flags
     from ucm.pd.fleet.file import read_instances
+    from ucm.pd.server.loops import run
     from ucm.pd.server.serve import serve
 except ModuleNotFoundError as error:
     raise SystemExit(f"the proxy needs {error.name}: pip install 'ucm[proxy]'") from None
@@ -40,7 +40,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
             _refuse(f"--instances-file: {error}")
     logger.info(settings.mode)
     try:
-        asyncio.run(serve(settings))
+        run(serve(settings), loop=settings.loop)
     except ConfigError as error:
         _refuse(str(error))
 

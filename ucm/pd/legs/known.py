@@ -28,6 +28,7 @@ from ucm import handoff
 from ucm.handoff import Receipt
 from ucm.pd.fleet.affinity import Prefix
 from ucm.pd.legs import bodies
+from ucm.pd.legs.ends import Ends, Mark, num_ids
 from ucm.pd.legs.prefill import PrefillOutcome
 from ucm.pd.legs.rewrite import guess
 
@@ -81,6 +82,21 @@ def chain_of(first: Mapping[str, Any], *, path: str) -> tuple[Link, ...]:
     return tuple(links)
 
 
+def marks_of(first: Mapping[str, Any], chain: Sequence[Link]) -> tuple[Mark, ...]:
+    """Of a prompt of ids, longest first, of the same fields; no other has any. Pure."""
+    ids = next((first[name] for name in _PROMPTS if first.get(name) is not None), None)
+    if not isinstance(ids, list) or not ids or type(ids[0]) is not int:
+        return ()
+    ends = range(_IDS_PART, len(ids) + 1, _IDS_PART)
+    # The last link may be that of a part that is not whole.
+    links = reversed(chain)
+    marks = [
+        Mark(link.digest, end, ids[end : end + _IDS_PART])
+        for link, end in zip(links, ends, strict=False)
+    ]
+    return tuple(reversed(marks))
+
+
 def prefix_of(first: Mapping[str, Any], chain: Sequence[Link]) -> Prefix | None:
     """Of the same fields: where it lies. A conversation's opening ends with what its user says
     first; that of a text or of ids with their first part. Pure."""
@@ -128,15 +144,19 @@ class Known:
         self._clock = clock
         # Those that were noted last are at the end: until when, and how many tokens it has.
         self._noted: dict[bytes, tuple[float, int]] = {}
+        self._ends = Ends(max_known)
         # What decode has answered is found by prefill.
         self._answers_are_kept = False
 
     def __len__(self) -> int:
-        return len(self._noted)
+        return max(len(self._noted), len(self._ends))
 
-    def has_nearly_all(self, chain: Sequence[Link]) -> bool:
+    def has_nearly_all(self, chain: Sequence[Link], marks: Sequence[Mark] = ()) -> bool:
         """Whether what is new in this prompt is little enough for decode."""
         now_s = self._clock()
+        stored = self._ends.stored_tokens(marks, now_s=now_s)
+        if stored and num_ids(marks) - stored <= self._max_new_tokens:
+            return True
         for link in chain:
             kept = link.answer_tokens if self._answers_are_kept else 0
             if link.rest_tokens - kept <= self._max_new_tokens and self._tokens(link, now_s):
@@ -156,6 +176,12 @@ class Known:
             tokens = receipt.tokens if link is chain[0] else 1
             self._noted[link.digest] = now_s + self._for_s, tokens
         self._drop_oldest()
+
+    def answered(self, marks: Sequence[Mark], stored_tokens: int) -> None:
+        """Decode says that so much of this prompt and its answer is stored."""
+        if self.is_on and stored_tokens:
+            until_s = self._clock() + self._for_s
+            self._ends.note(marks, stored_tokens, until_s=until_s)
 
     def went_on(self, chain: Sequence[Link]) -> None:
         """Decode alone has answered this one, of which nearly all was known. If it keeps answers it

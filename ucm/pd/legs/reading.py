@@ -11,7 +11,8 @@ from dataclasses import dataclass
 from typing import Any
 
 from ucm.pd.fleet.affinity import Prefix
-from ucm.pd.legs.known import Link, chain_of, prefix_of
+from ucm.pd.legs.ends import Mark
+from ucm.pd.legs.known import Link, chain_of, marks_of, prefix_of
 from ucm.pd.legs.rewrite import (
     guess_tokens,
     kind_of,
@@ -30,7 +31,7 @@ from ucm.pd.protocol import CHAT_BATCH, RESPONSES
 class ReadRequest:
     """`body` is for decode. `first` is for prefill; without it `why_not` says why there is none.
     It `is_all` if it has all of the prompts, and its receipt is about them. `chain` is that of its
-    prompt, and `prefix` says where that lies, where anybody wants to know."""
+    prompt, `marks` those of ids, and `prefix` says where it lies, where anybody wants to know."""
 
     body: bytes
     fields: dict[str, Any]
@@ -40,6 +41,7 @@ class ReadRequest:
     first: bytes
     is_all: bool
     chain: tuple[Link, ...] = ()
+    marks: tuple[Mark, ...] = ()
     prefix: Prefix | None = None
 
 
@@ -60,6 +62,7 @@ def read_request(
     body, fields = without_words(body, fields)
     why_not, first, is_all = None, b"", True
     chain: tuple[Link, ...] = ()
+    marks: tuple[Mark, ...] = ()
     if has_prefill:
         why_not = why_not_prefill(fields, min_tokens=min_tokens)
         if why_not is None:
@@ -68,13 +71,15 @@ def read_request(
             # vLLM answers with one receipt for one prompt.
             is_all = is_all and path != CHAT_BATCH
             if chains and is_all:
-                chain = chain_of(prefill_fields(long, path=path), path=path)
+                of_leg = prefill_fields(long, path=path)
+                chain = chain_of(of_leg, path=path)
+                marks = marks_of(of_leg, chain)
     tokens, prefix = guess_tokens(fields), None
     if places_from is not None and tokens >= places_from:
         of_prompt = prefill_fields(fields, path=path)
         prefix = prefix_of(of_prompt, chain or chain_of(of_prompt, path=path))
     kind = kind_of(path, fields)
-    return ReadRequest(body, fields, tokens, kind, why_not, first, is_all, chain, prefix)
+    return ReadRequest(body, fields, tokens, kind, why_not, first, is_all, chain, marks, prefix)
 
 
 def answers_at_once(path: str, fields: Mapping[str, Any]) -> bool:
