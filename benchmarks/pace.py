@@ -7,7 +7,7 @@ with one that hits as many in decode's own prefix cache, which is what vLLM itse
 request. That cache is too small for as many prompts as are loaded in turn.
 
 The p99 over a whole round depends on how often something is asked; that over the gaps which a
-request overlaps does not, and is the harder one.
+request overlaps does not, and is the harder one. What storing answers costs: answers.py.
 """
 
 from __future__ import annotations
