@@ -4,7 +4,9 @@ sampled, stopped, hung up on, and killed in the middle."""
 from __future__ import annotations
 
 import json
+import random
 from collections.abc import Iterator
+from functools import partial
 from typing import Any
 
 import pytest
@@ -14,13 +16,15 @@ from examples.cluster.processes import MIB
 from tests.e2e.checks import (
     Prompt,
     asking,
+    at_once,
     check_answer,
     check_loaded,
     counted,
     make_prompt,
+    metric,
 )
 from tests.e2e.conftest import DeploymentMaker
-from tests.e2e.deployment import Deployment, Oracle
+from tests.e2e.deployment import Deployment, Engine, Oracle
 from tests.e2e.node import Node
 from tests.e2e.proxies import ONE_TO_ONE, proxy
 from tests.e2e.store import BLOCK_TOKENS
@@ -32,19 +36,26 @@ pytestmark = [pytest.mark.vllm, pytest.mark.long, pytest.mark.timeout(900)]
 ANSWER = 300
 # Of which the prompt has 2 and the answer 2 or 3.
 PROMPT = 2 * BLOCK_TOKENS + 100
-# One prompt of --max-model-len, and little more.
-KV_CACHE_BYTES = 17 * MIB
+# Room for the longest conversation of this file, and little more.
+CRAMPED_TOKENS = 18 * BLOCK_TOKENS
+CRAMPED_BYTES = 10 * MIB
+NUM_USERS, TURNS = 12, 3
+TWO_DECODERS = (
+    "--pd-disaggregation --host localhost --port $port --prefiller-host 127.0.0.1"
+    " --prefiller-port $p1 --decoder-hosts 127.0.0.1 127.0.0.1 --decoder-ports $d1 $d2"
+)
 
 
 @pytest.fixture(scope="module")
 def fleet(deployment: DeploymentMaker, started_oracle: Oracle) -> Iterator[Deployment]:
-    """`cramped` has little memory and small chunks, `guessing` guesses, `ending` stores an
+    """`cramped` computes in small chunks and preempts, `guessing` guesses, `ending` stores an
     answer when it ends."""
     made = deployment("kept")
     one, two = Node("kept-one"), Node("kept-two")
     guess = ["--speculative-config", json.dumps(NGRAM)]
     made.start("prefill", one)
-    made.start("cramped", two, chunk=256, kv_cache_bytes=KV_CACHE_BYTES)
+    short = ["--max-model-len", str(CRAMPED_TOKENS)]
+    made.start("cramped", two, chunk=256, kv_cache_bytes=CRAMPED_BYTES, args=short)
     made.start("guessing", two, args=guess)
     made.start("ending", two, store_generated="end")
     with made:
@@ -123,7 +134,7 @@ def test_what_was_answered_before_the_client_hung_up_is_stored(
 ) -> None:
     prompt = make_prompt(PROMPT, f"hung up on {decoder}")
     answer = oracle.answer(prompt, max_tokens=ANSWER)
-    _hang_up(fleet[decoder].client, prompt, after=200, max_tokens=3000)
+    _hang_up(fleet[decoder].client, prompt, after=200, max_tokens=1500)
 
     said = (*prompt, *answer[:200])
     fleet.store.wait_stored(said[:-1])
@@ -136,7 +147,7 @@ def test_in_a_chat_prefill_computes_what_is_new_since_the_last_turn(
 ) -> None:
     messages: list[dict[str, str]] = []
     known = 0
-    with proxy(fleet, ONE_TO_ONE, {"p1": "prefill", "d1": "cramped"}) as server:
+    with proxy(fleet, ONE_TO_ONE, {"p1": "prefill", "d1": "ending"}) as server:
         for turn in range(5):
             question = f"{turn}: What has been computed once need not be computed again. " * 4
             messages.append({"role": "user", "content": question})
@@ -152,6 +163,47 @@ def test_in_a_chat_prefill_computes_what_is_new_since_the_last_turn(
             assert gained.computed <= length - known + BLOCK_TOKENS, f"turn {turn}: {gained}"
             known = length
             messages.append({"role": "assistant", "content": choice["message"]["content"]})
+
+
+@pytest.mark.parametrize("handoff", ["chain", "overlap"])
+def test_many_users_with_two_decoders_get_plain_vllms_tokens_in_every_turn(
+    fleet: Deployment, oracle: Oracle, handoff: str
+) -> None:
+    decoders = [fleet["cramped"], fleet["guessing"]]
+    before = [_troubles(engine) for engine in decoders]
+
+    def talk(client: Client, number: int) -> tuple[Prompt, int]:
+        """What was said in the end, and how much of it before the last answer."""
+        rng = random.Random(f"{handoff} {number}")
+        said = make_prompt(rng.choice((100, 300, 700)), f"user {handoff} {number}")
+        asked = len(said)
+        for turn in range(TURNS):
+            said = (*said, *make_prompt(60, f"user {handoff} {number} {turn}"))
+            asked = len(said)
+            max_tokens = rng.choice((20, 150, 270))
+            expected = oracle.answer(said, max_tokens=max_tokens)
+            if rng.random() < 0.3:
+                _hang_up(client, said, after=max_tokens // 2, max_tokens=max_tokens)
+                said = (*said, *expected[: max_tokens // 2])
+                continue
+            answer = client.complete(said, max_tokens=max_tokens)
+            assert answer.token_ids == expected, f"user {number}, turn {turn}"
+            said = (*said, *expected)
+        return said, asked
+
+    places = {"p1": "prefill", "d1": "cramped", "d2": "guessing"}
+    with proxy(fleet, f"{TWO_DECODERS} --handoff {handoff}", places) as server:
+        talks = at_once(partial(talk, server.client, number) for number in range(NUM_USERS))
+    for engine in fleet.engines.values():
+        engine.node.wait_quiet()
+    assert all(_troubles(e) > b for e, b in zip(decoders, before, strict=True)), "must be harder"
+    prefill = fleet["prefill"]
+    for said, asked in talks:
+        earlier = prefill.client.counters()
+        check_answer(prefill, said, oracle.answer(said))
+        hits = counted(prefill.client, earlier, len(said)).external_hits
+        assert hits >= asked // BLOCK_TOKENS * BLOCK_TOKENS
+    assert fleet.store.bad_files() == []
 
 
 def test_what_was_answered_before_the_engine_was_killed_is_stored(
@@ -196,3 +248,8 @@ def _read_tokens(stream: Any, num_tokens: int) -> None:
             if come >= num_tokens:
                 return
     raise AssertionError(f"{come} of {num_tokens} tokens came")
+
+
+def _troubles(engine: Engine) -> int:
+    """Wrong guesses, and requests that were preempted."""
+    return wrong_guesses(engine.client) + metric(engine.client, "vllm:num_preemptions_total")
