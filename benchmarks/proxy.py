@@ -189,8 +189,9 @@ async def leave(url: str, held_url: str, *, stage: str) -> list[float]:
 # -- the run ------------------------------------------------------------------------------------
 
 
-def start(stack: ExitStack) -> Bench:
-    """Everything that is started ends with `stack`, or with this process, however it ends."""
+def start(stack: ExitStack, *flags: str) -> Bench:
+    """With further flags of the proxy. Everything that is started ends with `stack`, or with this
+    process, however it ends."""
     engines = {}
     for role in (PREFILL, DECODE):
         port = free_port()
@@ -203,8 +204,8 @@ def start(stack: ExitStack) -> Bench:
     command += ["--prefiller-host=127.0.0.1", f"--prefiller-port={engines[PREFILL].port}"]
     command += ["--decoder-host=127.0.0.1", f"--decoder-port={engines[DECODE].port}"]
     # A line for each request goes there: what one would have in production too.
-    log = run_folder() / "proxy.log"
-    proxy = stack.enter_context(HttpServer(command, port=port, log=log))
+    log = run_folder() / f"proxy-{port}.log"
+    proxy = stack.enter_context(HttpServer([*command, *flags], port=port, log=log))
     for server in (*engines.values(), proxy):
         server.wait_ready(START_TIMEOUT_S)
     return Bench(proxy, engines[PREFILL], engines[DECODE])
