@@ -22,7 +22,7 @@ _MB: Final = 1e6
 class Figures:
     """Of one contender, topology and workload; a row. `differ`: sessions with an answer that is not
     plain's. `skipped`: requests that the proxy has left to decode alone. `prefill_p50_ms` is the
-    proxy's stage of that name."""
+    proxy's stage of that name. `stages_ms` has all of them, for each of `ttft_ms`."""
 
     workload: str
     topology: str
@@ -44,6 +44,7 @@ class Figures:
     cpu_s: Mapping[str, float]
     paths: Mapping[str, int]
     ttft_ms: Sequence[float]
+    stages_ms: Sequence[Mapping[str, float]]
 
 
 def figures(
@@ -76,6 +77,10 @@ def figures(
         cpu_s={part: round(spent, 2) for part, spent in played.used.cpu_s.items()},
         paths=dict(played.paths),
         ttft_ms=[round(each, 2) for each in ttft_ms],
+        stages_ms=[
+            {stage: round(spent * _MS, 2) for stage, spent in each.stages_s.items()}
+            for each in well
+        ],
     )
 
 

@@ -200,9 +200,10 @@ def test_gaps_lie_between_tokens() -> None:
 
 
 def test_figures_survive_as_json() -> None:
-    row = row_of("ours", played(asked(ttft_s=0.25)))
+    row = row_of("ours", played(asked(ttft_s=0.25, stages_s={"prefill": 0.2})))
     found = json.loads(json.dumps(as_json([row], {"line": "model"})))
     assert found["rows"][0]["ttft_ms"] == [250.0]
+    assert found["rows"][0]["stages_ms"] == [{"prefill": 200.0}]
 
 
 @pytest.mark.parametrize(
