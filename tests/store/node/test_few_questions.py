@@ -10,6 +10,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from tests.parts.laned import LanedNode
 from tests.parts.node import NAMESPACE, Node, key
 from tests.store.node.test_by_order import FarTier
 from tests.store.node.test_doubts import BlindTier
@@ -257,3 +258,24 @@ def test_the_last_block_that_is_there_without_the_first_is_found_when_it_is_time
         finish(node)
 
     assert [len(each.offsets) for each in replies(node).values()] == [0]
+
+
+def test_with_several_lanes_each_page_in_memory_has_its_turn() -> None:
+    """Each lane is asked about its own pages, always in the same order of lanes."""
+    even, odd = ([each for each in KEYS if each[0] % 2 == lane][:50] for lane in range(2))
+    keys = [each for pair in zip(even, odd, strict=True) for each in pair]
+    node = LanedNode(num_slots=128)
+    for parent, each in pairwise((b"", *keys)):
+        node.reserve(Key(each))
+        node.commit(Key(each), parent=parent)
+    node.writes.end_all()
+    asked: set[Key] = set()
+    with patch.object(node.tier, "holds", side_effect=lambda _, key: asked.add(key) or True):
+        # One in eight has its turn each time.
+        for number in range(400):
+            node.now_s += RECHECK_S + 1
+            node.look_up(keys, number=number)
+            finish(node)
+            node.release(number)
+
+    assert asked == set(keys)

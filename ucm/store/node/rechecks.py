@@ -17,6 +17,7 @@ from collections import Counter, defaultdict, deque
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
+from random import Random
 from typing import TypeAlias
 
 from ucm.outcome import Outcome
@@ -74,7 +75,9 @@ class Rechecks:
         self._count = parts.count
         self._notices = parts.notices
         self._max_pages = parts.limits.max_write_pages
-        self._turn = 0
+        # Whose turn it is follows no order: lanes and prompts that take turns would each see the
+        # same few of theirs for ever.
+        self._turns = Random()
         self._open: defaultdict[LanePool, set[Key]] = defaultdict(set)
         self._waiting: defaultdict[LanePool, deque[_Group]] = defaultdict(deque)
         self._running: Counter[LanePool] = Counter()
@@ -91,8 +94,7 @@ class Rechecks:
         fresh = [page for page in pages if page.key not in asked]
         del fresh[max(0, self._max_pages - len(asked)) :]
         asked.update(page.key for page in fresh)
-        chosen = set(standing(len(fresh), self._turn))
-        self._turn += 1
+        chosen = set(standing(len(fresh), self._turns.getrandbits(32)))
         rest = [page for i, page in enumerate(fresh) if i not in chosen]
         self._put(pool, _Round(namespace, rest), [fresh[i] for i in sorted(chosen)])
         self._go_on(pool)
