@@ -3,10 +3,12 @@ for."""
 
 from __future__ import annotations
 
+import os
 import signal
 import subprocess
 import sys
 import time
+from contextlib import suppress
 from pathlib import Path
 
 import pytest
@@ -116,3 +118,35 @@ def test_what_nobody_reads_any_more_ends(filled: Store) -> None:
         ["bash", "-o", "pipefail", "-c", command], cwd=ROOT, timeout=60, capture_output=True
     )
     assert done.stderr == b""
+
+
+def test_what_cannot_be_written_is_said_in_one_line(filled: Store) -> None:
+    with open("/dev/full", "wb") as full:
+        command = [sys.executable, "-m", "ucm.cli.main", "ls", str(filled.path)]
+        done = subprocess.run(command, cwd=ROOT, stdout=full, stderr=subprocess.PIPE, text=True)
+
+    assert done.returncode == 1
+    (line,) = done.stderr.splitlines()
+    assert line == "ucm ls: what it prints can't be written: No space left on device"
+
+
+def test_a_terminal_has_its_cursor_again_after_a_mount_that_hangs(
+    filled: Store, tmp_path: Path
+) -> None:
+    terminal, end = os.openpty()
+    with mount_fuse(filled.path, tmp_path / "mnt") as mount:
+        mount.hang("read")
+        command = [sys.executable, "-m", "ucm.cli.main", *at(("verify",), mount.path)]
+        with subprocess.Popen(command, cwd=ROOT, stdout=end, stderr=end) as process:
+            os.close(end)
+            shown = b""
+            with suppress(OSError):
+                while more := os.read(terminal, 65536):
+                    shown += more
+        mount.release()
+    os.close(terminal)
+
+    assert process.returncode == 1
+    bar, _, after = shown.rpartition(b"\x1b[?25h")
+    assert b"\x1b[?25l" in bar and b"\x1b[?25l" not in after
+    assert after.startswith(b"ucm verify: ")

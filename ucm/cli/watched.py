@@ -44,6 +44,7 @@ _LOOK_S: Final = 0.25
 _CLEAR_UP_S: Final = 12.0
 _STATUS_INTERRUPTED: Final = 130
 _CHUNK_BYTES: Final = 1 << 16
+_NO_BAR: Final = b"\r\x1b[2K\x1b[?25h"
 _PR_SET_PDEATHSIG: Final = 1
 
 
@@ -67,13 +68,15 @@ def watched(command: str, place: str, timeout_s: float, act: Callable[[], None])
     # Who ends this process ends the child as well, which then clears up.
     signal.signal(signal.SIGTERM, signal.default_int_handler)
     # Bars before what follows them.
-    prints = _Prints({err: 2, out: 1}, pid, signs)
+    prints = _Prints(command, {err: 2, out: 1}, pid, signs)
     try:
         if not prints.run(timeout_s):
+            prints.clear_up(has_bars=shows_bars)
             end(_hung(command, signs.where or place, timeout_s))
     except KeyboardInterrupt:
         os.kill(pid, signal.SIGINT)
-        prints.run(_CLEAR_UP_S)
+        if not prints.run(_CLEAR_UP_S):
+            prints.clear_up(has_bars=shows_bars)
         raise
     _exit_as(status)
 
@@ -107,7 +110,8 @@ class _Prints:
     """Hands on what the child `pid` prints. `to`: by the end of a pipe, this process's own
     descriptor."""
 
-    def __init__(self, to: dict[int, int], pid: int, signs: SignsOfLife) -> None:
+    def __init__(self, command: str, to: dict[int, int], pid: int, signs: SignsOfLife) -> None:
+        self._command = command
         self._to = to
         self._pid = pid
         self._signs = signs
@@ -140,6 +144,16 @@ class _Prints:
         except BrokenPipeError:
             self._kill()
             raise typer.Exit(printing.STATUS_UNREAD) from None
+        except OSError as error:
+            self._kill()
+            end(f"{self._command}: what it prints can't be written: {error.strerror}")
+
+    def clear_up(self, *, has_bars: bool) -> None:
+        """What the child would have done at its end: a bar hides the cursor, and its line is
+        begun."""
+        if has_bars:
+            with suppress(OSError):
+                os.write(2, _NO_BAR)
 
     def _kill(self) -> None:
         with suppress(ProcessLookupError):
