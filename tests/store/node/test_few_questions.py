@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from itertools import pairwise
 from math import log2
 from unittest.mock import patch
@@ -279,3 +280,22 @@ def test_with_several_lanes_each_page_in_memory_has_its_turn() -> None:
             node.release(number)
 
     assert asked == set(keys)
+
+
+def test_of_more_pages_than_may_be_asked_about_at_once_each_has_its_turn() -> None:
+    """They are met so seldom that all are old again each time."""
+    node = Node(max_write_pages=3)
+    for parent, each in pairwise((b"", *KEYS[:24])):
+        node.reserve(Key(each))
+        node.commit(Key(each), parent=parent)
+        node.writes.end_all()
+    asked: Counter[Key] = Counter()
+    with patch.object(node.tier, "holds", side_effect=lambda _, key: not asked.update([key])):
+        for number in range(200):
+            node.now_s += RECHECK_S + 1
+            node.look_up(KEYS[:24], number=number)
+            finish(node)
+            node.release(number)
+
+    assert set(asked) == set(KEYS[:24])
+    assert asked.total() <= 3 * 200

@@ -92,11 +92,16 @@ class Rechecks:
     def _ask(self, namespace: OpenedNamespace, pool: LanePool, pages: list[Met]) -> None:
         asked = self._open[pool]
         fresh = [page for page in pages if page.key not in asked]
-        del fresh[max(0, self._max_pages - len(asked)) :]
-        asked.update(page.key for page in fresh)
-        chosen = set(standing(len(fresh), self._turns.getrandbits(32)))
-        rest = [page for i, page in enumerate(fresh) if i not in chosen]
-        self._put(pool, _Round(namespace, rest), [fresh[i] for i in sorted(chosen)])
+        room = max(0, self._max_pages - len(asked))
+        places = standing(len(fresh), self._turns.getrandbits(32))
+        places = sorted(self._turns.sample(places, min(room, len(places))))
+        chosen = [fresh[i] for i in places]
+        standing_for = frozenset(places)
+        rest = [page for i, page in enumerate(fresh) if i not in standing_for]
+        # Those beyond that are old still when they are met again.
+        del rest[room - len(chosen) :]
+        asked.update(page.key for page in (*chosen, *rest))
+        self._put(pool, _Round(namespace, rest), chosen)
         self._go_on(pool)
 
     def _put(self, pool: LanePool, of: _Round, pages: list[Met]) -> None:
