@@ -81,6 +81,24 @@ def test_engines_share_a_model_with_windows_whether_they_guess_or_not(
 
 
 @BOTH_WAYS
+def test_what_one_that_guesses_or_does_not_has_answered_is_loaded_by_the_other(
+    fleet: HybridFleet, storing: str, loading: str
+) -> None:
+    prompt = make_prompt(1100, f"answered by {storing}")
+    expected = fleet.expected(prompt, max_tokens=200)
+    assert ask(fleet[storing].client, prompt, max_tokens=200).is_like(expected)
+    # The last token was sampled, and no step has computed it.
+    kept = (*prompt, *expected.token_ids[:-1])
+    fleet.wait_kept(kept)
+    fleet[storing].node.wait_quiet()
+    said = (*prompt, *expected.token_ids)
+    client = fleet[loading].client
+    before = client.counters()
+    assert ask(client, said).is_like(fleet.expected(said))
+    assert counted(client, before, len(said)).external_hits == len(kept) // 128 * 128
+
+
+@BOTH_WAYS
 def test_what_is_handed_over_is_loaded_by_one_that_guesses_and_by_one_that_does_not(
     fleet: HybridFleet, storing: str, loading: str
 ) -> None:
