@@ -3,13 +3,16 @@ rest is."""
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterator
 
 import pytest
 
+from tests.e2e.checks import counted, make_prompt
 from tests.e2e.conftest import DeploymentMaker
 from tests.e2e.deployment import Deployment, Oracle
 from tests.e2e.node import Node
+from tests.e2e.proxies import ONE_TO_ONE, proxy
 from tests.e2e.store import BLOCK_TOKENS
 from tests.e2e.talks import (
     ANSWER,
@@ -49,3 +52,37 @@ def test_without_store_generated_prefill_computes_every_answer_again(
     assert all(prefilled > ANSWER for prefilled, _ in found[1:]), found
     lost = sum(prefilled for prefilled, _ in found[1:])
     assert lost >= (TURNS - 1) * (QUESTION + ANSWER - BLOCK_TOKENS)
+
+
+@pytest.mark.parametrize("decoder", ["decode", "silent"])
+def test_prefill_is_left_out_in_every_second_turn_if_answers_are_kept(
+    fleet: Deployment, oracle: Oracle, decoder: str
+) -> None:
+    flags = f"{ONE_TO_ONE} --known-for-s 1000 --max-new-tokens {QUESTION + BLOCK_TOKENS}"
+    prefill, decode = fleet["prefill"], fleet[decoder]
+    found: list[tuple[int, int]] = []
+    said = make_prompt(300, f"known {decoder}")
+    with proxy(fleet, flags, {"p1": "prefill", "d1": decoder}) as server:
+        for turn in range(5):
+            before = prefill.client.counters(), decode.client.counters()
+            # Of a stream decode doesn't say what is stored.
+            fields = {"prompt": said, "max_tokens": ANSWER, "temperature": 0, "ignore_eos": True}
+            body = {**fields, "return_token_ids": True}
+            status, text = server.client.post("/v1/completions", body)
+            assert status == 200, text
+            answer = tuple(json.loads(text)["choices"][0]["token_ids"])
+            assert answer == oracle.answer(said, max_tokens=ANSWER), f"turn {turn}"
+            decoded = counted(decode.client, before[1], len(said)).computed
+            asked = prefill.client.counters() - before[0]
+            found.append((asked.external_queries, decoded))
+            said = (*said, *answer, *make_prompt(QUESTION, f"{decoder} {turn}"))
+        known = server.client.metrics().get('ucm_pd_not_prefilled_total{reason="known"}', 0)
+
+    if decoder == "silent":
+        assert known == 0 and all(asked for asked, _ in found), found
+        return
+    # Decode alone is told nothing, and says nothing of its answer: prefill has the next turn.
+    assert known == 2, found
+    for asked_prefill, decoded in found[1::2]:
+        assert asked_prefill == 0, found
+        assert decoded <= QUESTION + BLOCK_TOKENS, found
