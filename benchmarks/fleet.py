@@ -9,13 +9,13 @@ the data servers (bytes a second, latency).
     python benchmarks/fleet.py --trace conversation_trace.jsonl
 
     [--nodes 4 40 400 4000] [--requests 1500] [--rate 0.1] [--simulated 20] [--keeps 30]
-    [--metadata-per-s 50000] [--data-gb-per-s 200] [--exact]
+    [--metadata-per-s 50000] [--data-gb-per-s 200] [--exact] [--affinity prefix]
 
 Half of the nodes prefill, half decode. `--rate` is requests a second for each node. No more than
 `--simulated` nodes are run: a larger fleet is so many copies of these that know nothing of each
 other's prompts, and the servers are as much slower for one copy. The store keeps `--keeps` percent
 of what the trace writes. A quarter of the requests warms up and isn't counted. With `--exact`
-every page is asked for by itself, as files were before.
+every page is asked for by itself, as files were before; `--affinity` is the proxy's flag.
 
 Traces are as for reclaim_policy.py: those of Mooncake (github.com/kvcache-ai/Mooncake, in
 FAST25-release/traces).
@@ -57,6 +57,7 @@ def main() -> None:
             metadata_per_s=args.metadata_per_s,
             data_bytes_per_s=args.data_gb_per_s * 1e9,
             is_exact=args.exact,
+            affinity=args.affinity,
         )
         outcomes.append(asyncio.run(_run(Fleet(trace.requests, sizes))))
     _show(args, outcomes)
@@ -114,6 +115,7 @@ def _arguments() -> argparse.Namespace:
     parser.add_argument("--metadata-per-s", type=float, default=50_000.0)
     parser.add_argument("--data-gb-per-s", type=float, default=200.0)
     parser.add_argument("--exact", action="store_true")
+    parser.add_argument("--affinity", choices=("none", "prefix"), default="none")
     return parser.parse_args()
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import random
 from collections import Counter, deque
 from collections.abc import Callable, Coroutine, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from itertools import islice
 from typing import Any, Final, TypeVar
@@ -15,6 +15,8 @@ from yarl import URL
 from benchmarks.fleet_node import FleetNode, Job, NodeSizes
 from benchmarks.fleet_world import KINDS, Charge, Filesystem, FleetTier, Server, World
 from benchmarks.request_trace import BLOCK_TOKENS, TracedRequest
+from ucm.pd.flags import ProxySettings
+from ucm.pd.fleet.affinity import Prefix
 from ucm.pd.fleet.instance import Instance, Role
 from ucm.pd.fleet.pool import Pool, PoolRules
 from ucm.store.blocks.keys import Key
@@ -43,6 +45,8 @@ RULES: Final = PoolRules(
     silent_after_s=60.0,
     breaker_failures=5,
     breaker_open_s=1.0,
+    affinity_max_ahead=ProxySettings.affinity_max_ahead,
+    max_places=ProxySettings.max_places,
 )
 
 
@@ -58,6 +62,7 @@ class FleetSizes:
     metadata_per_s: float
     data_bytes_per_s: float
     is_exact: bool = False
+    affinity: str = "none"
 
     @property
     def copies(self) -> float:
@@ -159,7 +164,8 @@ class Fleet:
         )
         self._page_bytes = BLOCK_TOKENS * TOKEN_BYTES
         self._nodes: dict[Instance, FleetNode] = {}
-        self._prefill, self._decode = Pool(Role.PREFILL, RULES), Pool(Role.DECODE, RULES)
+        rules = replace(RULES, affinity=sizes.affinity)
+        self._prefill, self._decode = Pool(Role.PREFILL, rules), Pool(Role.DECODE, rules)
         for i in range(sizes.num_simulated):
             pool = (self._prefill, self._decode)[i % 2]
             pool.add(URL(f"http://node-{i}"))
@@ -236,14 +242,15 @@ class Fleet:
         if is_counted:
             self._counted.num_requests += 1
             self._counted.num_blocks += len(request.keys)
-        instance = _at_once(self._prefill.admit(tokens=tokens))
+        prefix = _prefix_of(request)
+        instance = _at_once(self._prefill.admit(tokens=tokens, prefix=prefix))
 
         def prefilled(hit: int) -> None:
             self._prefill.leave(instance, tokens=tokens)
             if is_counted:
                 self._counted.hit_blocks += hit
                 self._counted.tokens_computed += max(1, tokens - hit * BLOCK_TOKENS)
-            decoder = _at_once(self._decode.admit(tokens=tokens))
+            decoder = _at_once(self._decode.admit(tokens=tokens, prefix=prefix))
             done = partial(self._answered, decoder, tokens, began_s, is_counted)
             self._nodes[decoder].decode(Job(request.keys, tokens, done))
 
@@ -303,6 +310,13 @@ class Fleet:
     def _file(self, key: Key) -> StoredFile:
         no_tail, score_ns = self._filesystem.pages[key]
         return StoredFile(key.hex(), self._page_bytes, score_ns, changed_ns=0, is_tail=not no_tail)
+
+
+def _prefix_of(request: TracedRequest) -> Prefix:
+    """A recorded prompt says of its beginnings only which blocks they are; its first one is shared
+    by prompts of all users, the second by turns of a conversation."""
+    beginnings = [bytes(key) for key in reversed(request.keys[1:] or request.keys)]
+    return Prefix(beginnings, beginnings[-1])
 
 
 def _at_once(admitted: Coroutine[Any, Any, _T]) -> _T:

@@ -35,7 +35,8 @@ BEGIN_NS: Final = 1_700_000_000 * 10**9
 _OPERATIONS: Final = {
     "probe hit": 1,  # lstat
     "probe miss": 1,  # lstat
-    "asked anew": 2,  # the directory is listed, the name is to be made (revalidate.py)
+    "listed": 1,  # its directory, so that a client asks for that anew (revalidate.py)
+    "to be made": 1,  # the name, so that it is looked up where it is kept
     "open": 1,
     "publish": 4,  # is it there already; created; its times; renamed
     "touch": 2,  # stat, utime
@@ -163,7 +164,7 @@ class FleetTier(Tier):
     def contains(self, namespace: TierNamespace, keys: Sequence[Key]) -> int:
         for i, key in enumerate(keys):
             if not self._is_there(key):
-                self._charge("asked anew", kind="probe miss")
+                self._charge("listed", "to be made", kind="probe miss")
                 return i
         return len(keys)
 
@@ -173,12 +174,15 @@ class FleetTier(Tier):
         kind = "poll" if now else ""
         leading = leading_by_order(len(keys), lambda i: self._is_there(keys[i], kind=kind))
         if leading < len(keys):
-            self._charge("asked anew", kind=kind or "probe miss")
+            self._charge("listed", "to be made", kind=kind or "probe miss")
         return leading
 
     def contains_now(self, namespace: TierNamespace, key: Key) -> bool:
-        self._charge("probe hit", "asked anew", kind="poll")
-        return key in self.filesystem.pages
+        self._charge("listed", kind="poll")
+        is_there = self._is_there(key, kind="poll")
+        if not is_there:
+            self._charge("to be made", kind="poll")
+        return is_there
 
     def doubt(self, namespace: TierNamespace, key: Key) -> None:
         self._charge("doubt", kind="poll")

@@ -92,7 +92,7 @@ def prompt(user: int, turns: int) -> tuple[Key, ...]:
     return tuple(Key(sha256(f"{user} {i}".encode()).digest()) for i in range(4 * turns))
 
 
-def run(**changes: float) -> Outcome:
+def run(**changes: float | str) -> Outcome:
     requests = [
         TracedRequest(at_ns=0, keys=prompt(user, turn), has_tail=False)
         for turn in range(1, 6)
@@ -138,6 +138,23 @@ def test_a_server_that_is_too_slow_is_the_bottleneck_and_is_felt() -> None:
 
     assert slow.bottleneck == "metadata server"
     assert slow.ttft_s(0.5) > 2 * run().ttft_s(0.5)
+
+
+def test_polls_of_a_hand_off_hardly_grow_where_storage_is_slower() -> None:
+    fast, slow = run(), run(data_bytes_per_s=1e10)
+
+    assert slow.ttft_s(0.5) > 1.1 * fast.ttft_s(0.5)
+    assert slow.by_kind["poll"] < 2 * fast.by_kind["poll"]
+
+
+def test_with_affinity_a_turn_comes_to_where_the_turns_before_lie_in_memory() -> None:
+    anywhere = run(num_simulated=8, num_nodes=8)
+    at_home = run(num_simulated=8, num_nodes=8, affinity="prefix")
+
+    # What is opened is what is new, by decode.
+    assert at_home.by_kind["probe hit"] == 0 < anywhere.by_kind["probe hit"]
+    assert at_home.by_kind["open"] < 4.5 < 5 < anywhere.by_kind["open"]
+    assert at_home.hit_share == pytest.approx(anywhere.hit_share, abs=0.05)
 
 
 def test_a_store_that_keeps_less_than_is_written_is_reclaimed() -> None:

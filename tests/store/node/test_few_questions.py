@@ -17,7 +17,12 @@ from tests.store.node.test_by_order import FarTier
 from tests.store.node.test_doubts import BlindTier
 from ucm.store.blocks.keys import Key
 from ucm.store.node import protocol as p
-from ucm.store.node.promised_pages import FIRST_DOUBT_S, LAST_PAUSE_S
+from ucm.store.node.promised_pages import (
+    FIRST_DOUBT_S,
+    FIRST_PAUSE_S,
+    LAST_PAUSE_S,
+    due_pause_s,
+)
 from ucm.store.node.rechecks import standing
 
 KEYS = [key(i) for i in range(1200)]
@@ -299,3 +304,51 @@ def test_of_more_pages_than_may_be_asked_about_at_once_each_has_its_turn() -> No
 
     assert set(asked) == set(KEYS[:24])
     assert asked.total() <= 3 * 200
+
+
+def test_where_storage_is_slow_a_look_comes_no_sooner_than_the_last_one_took() -> None:
+    node, _tier = node_with(0)
+    node.expect(KEYS[:20], number=1, timeout_ms=60_000)
+    node.now_s += 20 * FIRST_PAUSE_S
+    finish(node)
+    assert node.timers.waiting[-1][0] == pytest.approx(20 * FIRST_PAUSE_S)
+
+    # One that hung for long is no reason to wait longer than ever.
+    node.timers.fire()
+    node.now_s += 10 * LAST_PAUSE_S
+    finish(node)
+    assert node.timers.waiting[-1][0] == pytest.approx(LAST_PAUSE_S)
+
+
+def test_pages_that_come_one_after_the_other_are_looked_for_when_more_of_them_are_due() -> None:
+    node, tier = node_with(0)
+    node.expect(KEYS[:60], number=1, timeout_ms=60_000)
+    finish(node)
+    tier.num_asked = num_looks = num_stored = 0
+    while not replies(node):
+        pause_s = node.timers.waiting[-1][0]
+        # A page each 3 ms.
+        node.now_s += pause_s
+        due = min(60, int(node.now_s / 0.003))
+        asked = tier.num_asked
+        if due > num_stored:
+            node.store(*KEYS[num_stored:due])
+        num_stored, tier.num_asked = max(due, num_stored), asked
+        node.timers.fire()
+        finish(node)
+        num_looks += 1
+
+    # A look each millisecond would be 180 of them. The prompt is there within two pages' time.
+    assert num_looks <= 30
+    assert node.now_s <= 0.003 * 62
+
+
+@given(st.integers(1, 100), st.floats(0, 10), st.integers(0, 4000))
+def test_the_pause_after_a_find_is_never_long_and_none_after_a_burst(
+    num_found: int, in_s: float, num_left: int
+) -> None:
+    pause_s = due_pause_s(num_found, in_s, num_left)
+
+    assert FIRST_PAUSE_S <= pause_s <= LAST_PAUSE_S / 2
+    if in_s > LAST_PAUSE_S:
+        assert pause_s == FIRST_PAUSE_S

@@ -259,7 +259,7 @@ class Lookups:
             there = blocks[: result.leading]
             job.in_storage(there)
             if there:
-                self._looks[0].found(job)
+                self._looks[0].found(job, len(there), last_there=result.last_there)
             missing = [i for i in missing if job.is_wanted(i)]
             job.all_there = result.all_there and (self._far is None or not missing)
             if missing and result.last_there and self._far is None:
@@ -287,7 +287,7 @@ class Lookups:
             there = blocks[: result.leading]
             job.in_storage(there)
             if there:
-                self._looks[1].found(job)
+                self._looks[1].found(job, len(there), last_there=result.last_there)
             is_lacked = not_near in blocks[result.leading :][:1] and job.is_wanted(not_near)
             if is_lacked and (result.last_there or why is Outcome.EVICTED):
                 job.lose(not_near, Outcome.EVICTED)

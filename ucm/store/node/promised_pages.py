@@ -5,7 +5,9 @@ promised key first: blocks are published in the order of the prompt, so once tha
 before it that is not has been removed, or comes within a moment (`abreast.py`). For the same reason
 the last is not there while the first that is missing isn't: after a look that has found nothing the
 next ones ask for that alone, until it is time to doubt. Looks that find nothing new come ever more
-seldom, and next to never while an engine of this node brings the pages.
+seldom, and next to never while an engine of this node brings the pages. While pages come one after
+the other, as slow storage lets them, the next look is when a share of what is missing is due: so
+there are no more of them where storage is slower.
 
 Any number may wait for one prompt. One look is for all of them who lack the same blocks of it, and
 who has come last waits as long for the next one as the others.
@@ -33,6 +35,9 @@ from ucm.store.tiers.tier import Tier
 
 FIRST_PAUSE_S = 0.001
 LAST_PAUSE_S = 0.05
+# Of the time until all that is missing is due at the pace it comes in, and of that of one page.
+DUE_SHARE = 1 / 4
+PAGE_SHARE = 1 / 2
 # After so long a page may be there unseen (`posix/revalidate.py`). To doubt costs a few writes.
 FIRST_DOUBT_S = 0.2
 LAST_DOUBT_S = 0.8
@@ -50,6 +55,15 @@ class Looked:
     leading: int
     last_there: bool
     all_there: bool
+
+
+def due_pause_s(num_found: int, in_s: float, num_left: int) -> float:
+    """How long to wait for more after so many came in so long. What comes after a longer pause than
+    looks make comes in a burst, whose pace nobody knows yet. Pure."""
+    if in_s > LAST_PAUSE_S:
+        return FIRST_PAUSE_S
+    pause_s = in_s / num_found * max(PAGE_SHARE, DUE_SHARE * num_left)
+    return min(max(pause_s, FIRST_PAUSE_S), LAST_PAUSE_S / 2)
 
 
 def max_looks(num_threads: int) -> int:
@@ -70,6 +84,7 @@ class _Look:
     last: int
     doubted: Sequence[Key] = ()
     is_for_last: bool = True
+    began_s: float = 0.0
     others: list[LookupJob] = field(default_factory=list)
     is_overdue: bool = False
 
@@ -90,8 +105,9 @@ class _Look:
 class _Pace:
     """When a lookup is to be looked for again. `is_looking`: a look for it is under way. `pauses`
     counts its pauses, so that one that was cut short ends nothing. `doubt_s`: when to doubt next
-    that what can't be seen isn't there; None before the first look. `last_there_s`: when the last
-    was first seen."""
+    that what can't be seen isn't there; None if the next look asks for the last in any case.
+    `last_there_s`: when that was first seen. `found_s`: when something was found. `look_s`: how
+    long the latest look took; the next one comes no sooner than that after it."""
 
     is_pending: bool = False
     is_looking: bool = False
@@ -99,6 +115,8 @@ class _Pace:
     pause_s: float = FIRST_PAUSE_S
     doubt_s: float | None = None
     last_there_s: float | None = None
+    found_s: float = -inf
+    look_s: float = 0.0
     doubt_pause_s: float = 0.0
 
     def doubts_as(self, other: _Pace) -> None:
@@ -194,6 +212,7 @@ class Looks:
             look.doubted = (job.keys[look.blocks[0]], job.keys[look.last])
         for each in look.others:
             self._paces[each].doubts_as(self._paces[job])
+        look.began_s = self._clock()
         self._looks[look.pool].add(look)
         look.pool.submit(
             partial(_ask, self._tier, look),
@@ -236,10 +255,16 @@ class Looks:
         pace.doubt_s = now_s + pace.doubt_pause_s
         return True
 
-    def found(self, job: LookupJob) -> None:
-        """A look has found something: the next ones come soon again."""
-        pace = self._paces[job]
-        pace.pause_s, pace.doubt_s, pace.last_there_s = FIRST_PAUSE_S, None, None
+    def found(self, job: LookupJob, num_found: int, *, last_there: bool) -> None:
+        """A look has found so many: the next one comes soon again, or when more are due. Once the
+        last is there it tells of a hole at once."""
+        pace, now_s = self._paces[job], self._clock()
+        missing = job.missing()
+        num_left = job.promised - missing[0] if missing else 0
+        pace.pause_s = due_pause_s(num_found, now_s - pace.found_s, num_left)
+        pace.found_s, pace.last_there_s = now_s, None
+        pace.doubt_s = None if last_there else now_s + FIRST_DOUBT_S
+        pace.doubt_pause_s = FIRST_DOUBT_S / 2
 
     def look_later(self, job: LookupJob) -> None:
         """After a look that has found nothing."""
@@ -247,6 +272,7 @@ class Looks:
         if pace.is_pending or self._rests(job):
             return
         pace.is_pending = True
+        pace.pause_s = max(pace.pause_s, pace.look_s)
         pause_s = FED_PAUSE_S if job.is_fed else pace.pause_s
         pace.pause_s = min(2 * pace.pause_s, LAST_PAUSE_S)
         pace.pauses += 1
@@ -263,6 +289,7 @@ class Looks:
             if not job.closed:
                 pace = self._paces[job]
                 pace.is_pending = pace.is_looking = False
+                pace.look_s = min(self._clock() - look.began_s, LAST_PAUSE_S)
         self._take_turns(look.pool)
         self._tell(look, result)
 
@@ -301,15 +328,14 @@ def _ask(tier: Tier, look: _Look) -> Looked:
     job, namespace = look.job, look.job.namespace.tier
     for key in look.doubted:
         tier.doubt(namespace, key)
-    num_seen = 0
+    keys = [job.keys[i] for i in look.blocks]
+    is_very_last = look.last == job.promised - 1
     if not look.is_for_last:
-        if not tier.contains_now(namespace, job.keys[look.blocks[0]]):
-            return Looked(0, last_there=False, all_there=False)
-        num_seen = 1
+        leading = tier.leads_to(namespace, keys, now=True)
+        last_there = leading == len(keys) and look.blocks[-1] == look.last
+        return Looked(leading, last_there, all_there=last_there and is_very_last)
     last_there = tier.contains_now(namespace, job.keys[look.last])
     # What was published before a page that is there is not asked for one by one.
-    most = len(look.blocks) if last_there else FIRST_PROBE
-    keys = [job.keys[i] for i in look.blocks[:most]]
-    leading = num_seen + tier.leads_to(namespace, keys[num_seen:], now=not last_there)
-    is_very_last = look.last == job.promised - 1
+    most = len(keys) if last_there else FIRST_PROBE
+    leading = tier.leads_to(namespace, keys[:most], now=not last_there)
     return Looked(leading, last_there, all_there=last_there and is_very_last)
