@@ -239,7 +239,17 @@ def arguments() -> argparse.Namespace:
         parser.error(f"--kv-tokens: one prompt has up to {MAX_MODEL_LEN}; more must fit")
     if not args.trace and not args.agents:
         parser.error("nothing to replay: no --trace, and --agents 0")
+    check_outputs(parser, args)
     return args
+
+
+def check_outputs(parser: argparse.ArgumentParser, args: argparse.Namespace) -> None:
+    """Now: they are written after all has been measured."""
+    for flag, path in (("--json", args.json), ("--chart", args.chart)):
+        if path is not None and not path.parent.is_dir():
+            parser.error(f"{flag}: there is no directory {path.parent}")
+    if args.chart is not None and args.chart.suffix not in (".svg", ".png"):
+        parser.error(f"--chart: {args.chart} is no .svg or .png file")
 
 
 def clear(console: Console, folder: Path, *, keeps_logs: bool) -> None:

@@ -14,6 +14,7 @@ from typing import Any
 import pytest
 from rich.console import Console
 
+from benchmarks.trace import arguments
 from benchmarks.trace_replay import Asked, Played, gaps
 from benchmarks.trace_report import PLAIN, Figures, as_json, cpu_table, figures, table, verdicts
 from benchmarks.trace_servers import Used
@@ -221,3 +222,27 @@ def test_what_can_t_be_run_is_refused_with_what_could_be(flags: str, said: str) 
     ended = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=60)
     assert ended.returncode == 2
     assert said in ended.stderr
+
+
+@pytest.mark.parametrize(
+    ("flag", "path", "problem"),
+    [
+        ("--json", "nowhere/found.json", "there is no directory"),
+        ("--chart", "nowhere/chart.svg", "there is no directory"),
+        ("--chart", "chart.gif", "is no .svg or .png file"),
+    ],
+)
+def test_what_can_t_be_written_at_the_end_is_said_at_the_beginning(
+    flag: str,
+    path: str,
+    problem: str,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.setattr("sys.argv", ["trace.py", flag, str(tmp_path / path)])
+    with pytest.raises(SystemExit) as ended:
+        arguments()
+
+    assert ended.value.code == 2
+    assert problem in capsys.readouterr().err
