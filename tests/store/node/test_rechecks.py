@@ -1,4 +1,4 @@
-"""Pages in memory whose files are looked for again: a few stand for many, and all have their turn."""
+"""Pages in memory whose files are looked for again: a few stand for many, each has its turn."""
 
 from __future__ import annotations
 
