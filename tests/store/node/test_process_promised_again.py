@@ -114,10 +114,12 @@ def test_a_request_that_fails_once_costs_no_page(
         assert decode.status().counters["promised_again"] == 1
 
 
+@pytest.mark.parametrize("away_s", [0.7, 1.2])
 def test_a_server_that_is_back_while_there_is_time_costs_no_page(
-    place: Place, proxy: S3Proxy
+    place: Place, proxy: S3Proxy, away_s: float
 ) -> None:
-    """All that is asked of it fails meanwhile, so it is left alone for a moment as well."""
+    """All that is asked of it fails meanwhile, so it is left alone for a moment as well. When it is
+    back, one request is let through at first."""
     with (
         engine(settings_of(place, proxy.url, "a")) as prefill,
         engine(settings_of(place, proxy.url, "b")) as decode,
@@ -125,7 +127,7 @@ def test_a_server_that_is_back_while_there_is_time_costs_no_page(
         prefill.dump(KEYS)
         prefill.wait_written()
         proxy.break_off("GET", ".kv")
-        healer = threading.Timer(0.7, proxy.heal)
+        healer = threading.Timer(away_s, proxy.heal)
         healer.start()
 
         assert load_promised(decode)[:2] == (len(KEYS), "")

@@ -12,7 +12,8 @@ from ucm.outcome import Outcome
 KEYS = [key(i) for i in range(20)]
 FAILS = TierError("the connection broke", reason=Outcome.IO_ERROR)
 LATE = TierError("storage hangs: not started in time", reason=Outcome.TIMEOUT)
-PAUSES = [0.1, 0.2, 0.4, 0.8]
+# The last soon after the one before.
+PAUSES = [0.1, 0.2, 0.4, 0.8, 0.1]
 
 
 class OneByOne(MemoryTier):

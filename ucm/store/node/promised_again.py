@@ -3,8 +3,8 @@
 What is promised was stored once, so storage that fails now mostly works in a moment: a request that
 was lost, a server that starts again. After a failure the lookup rests: nothing is asked for it,
 and what storage does for it meanwhile goes on. Then all that has failed is asked for again, the
-earliest page first; each page so many times, with pauses that double, and none that ends after the
-lookup's deadline.
+earliest page first; each page so many times, with pauses that double, and once more soon after the
+last of them; no pause ends after the lookup's deadline.
 
 Storage that stays away is not waited for by everybody: once a page was asked for in vain as often
 as it may be, no other one of that lane is asked for again until something comes from there.
@@ -82,10 +82,13 @@ class PromisedAgain:
         if i >= min(job.promised, job.end) or pool in self._vain:
             return False
         tries = self._tries.setdefault(job, _AskedAgain(Counter()))
-        if tries.of[i] >= self._rules.retries:
+        num_tries, retries = tries.of[i], self._rules.retries
+        if num_tries > retries or not retries:
             self._vain.add(pool)
             return False
-        pause_s = self._rules.first_pause_s * 2 ** tries.of[i]
+        # The last one soon after the one before: a server that is back lets one request through at
+        # first, and what was asked with that has failed without being asked.
+        pause_s = self._rules.first_pause_s * (2**num_tries if num_tries < retries else 1)
         if self._clock() + pause_s >= job.deadline_s:
             return False
         tries.of[i] += 1
