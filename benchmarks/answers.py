@@ -25,7 +25,7 @@ import time
 from collections import defaultdict
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import ExitStack, suppress
+from contextlib import ExitStack
 from dataclasses import dataclass, field
 from functools import partial
 from itertools import pairwise
@@ -33,13 +33,13 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import psutil
 from rich.console import Console
 from rich.table import Table
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from benchmarks.contenders import BLOCK_TOKENS, KV_BYTES_PER_TOKEN, prompt_of
+from benchmarks.cpu_use import cpu_s
 from benchmarks.streaming import stream
 from examples.cluster.client import Answer, total
 from examples.cluster.models import make_model
@@ -48,7 +48,6 @@ from examples.cluster.processes import (
     VllmServer,
     end_run,
     run_folder,
-    run_processes,
     ucm_connector,
 )
 
@@ -63,8 +62,6 @@ PROMPT_TOKENS = 100
 BEHIND_BLOCK = 3
 # vLLM's worker keeps a core busy for a second after each step.
 SETTLE_S = 1.5
-# In the names of vLLM's processes; the others of a server take requests.
-PARTS = {"VLLM::Worker": "worker", "VLLM::EngineCore": "engine"}
 
 
 @dataclass
@@ -132,26 +129,6 @@ def _gaps(answers: Sequence[Answer]) -> Iterator[tuple[int, float]]:
         for token, (a, b) in enumerate(pairwise(each.arrived_s), start=1):
             if begin_s < a and b <= end_s:
                 yield token, 1000 * (b - a)
-
-
-def cpu_s(server: VllmServer) -> dict[str, float]:
-    """So far, by part; node caches belong to no server, and only that of the one that is asked has
-    anything to do."""
-    spent = dict.fromkeys((*PARTS.values(), "API", "node cache"), 0.0)
-    named = {each.pid: part for name, part in PARTS.items() for each in server.processes(name)}
-    family = {each.pid for each in server.processes()}
-    for pid in family | run_processes():
-        with suppress(psutil.NoSuchProcess):
-            process = psutil.Process(pid)
-            if pid in family:
-                part = named.get(pid, "API")
-            elif "ucm.store.node" in " ".join(process.cmdline()):
-                part = "node cache"
-            else:
-                continue
-            times = process.cpu_times()
-            spent[part] += times.user + times.system
-    return spent
 
 
 def show(console: Console, found: Found) -> None:

@@ -31,13 +31,13 @@ from itertools import count
 from pathlib import Path
 from typing import Any
 
-import psutil
 from rich.console import Console
 from rich.table import Table
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from benchmarks.contenders import BLOCK_TOKENS, KV_BYTES_PER_TOKEN, WHOLE_TOKENS, prompt_of
+from benchmarks.cpu_use import cpu_s
 from benchmarks.streaming import stream
 from examples.cluster.client import Answer
 from examples.cluster.models import make_model
@@ -46,7 +46,6 @@ from examples.cluster.processes import (
     VllmServer,
     end_run,
     run_folder,
-    run_processes,
     ucm_connector,
 )
 
@@ -141,35 +140,6 @@ class Bench:
         with ThreadPoolExecutor(len(asks)) as pool:
             answers = list(pool.map(one, asks))
         return Stretch(answers, time.monotonic() - began_s)
-
-
-def cpu_s(server: VllmServer) -> dict[str, float]:
-    """So far: of the process that computes, of that which takes requests, and of what belongs to
-    no server, which are node caches."""
-    computing = {process.pid for process in server.processes("VLLM::")}
-    family = {process.pid for process in server.processes()}
-    found: defaultdict[str, float] = defaultdict(float)
-    for pid in family:
-        found["engine" if pid in computing else "API"] += _spent_s(pid)
-    for pid in run_processes():
-        if pid not in family and "ucm.store.node" in " ".join(_command(pid)):
-            found["node cache"] += _spent_s(pid)
-    return found
-
-
-def _spent_s(pid: int) -> float:
-    try:
-        times = psutil.Process(pid).cpu_times()
-    except psutil.NoSuchProcess:
-        return 0.0
-    return float(times.user + times.system)
-
-
-def _command(pid: int) -> list[str]:
-    try:
-        return list(psutil.Process(pid).cmdline())
-    except psutil.NoSuchProcess:
-        return []
 
 
 def ratios(of: Sequence[float], to: Sequence[float]) -> tuple[float, float, float]:
