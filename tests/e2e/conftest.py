@@ -19,9 +19,9 @@ from tests.e2e.node import Node
 # Within a fleet the destructive ones come last.
 MODULES = (
     *("test_identity", "test_sharing", "test_proxy", "test_proxy_protocols"),
-    *("test_handoff", "test_handoff_storage"),
+    *("test_handoff", "test_handoff_storage", "test_affinity"),
     *("test_conversations", "test_answers_kept"),
-    *("test_damaged_files", "test_handoff_stress", "test_crashes", "test_affinity"),
+    *("test_damaged_files", "test_handoff_stress", "test_crashes"),
     *("test_layouts", "test_bfloat16", "test_handoff_namespaces", "test_images"),
     *("test_hybrid_models", "test_hybrid_handoff", "test_late_strands", "test_drafts"),
     *("test_refused_models",),

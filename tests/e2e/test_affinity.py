@@ -65,4 +65,4 @@ def test_a_conversation_stays_at_its_instances_and_goes_elsewhere_when_its_decod
                 assert who == (homes[0] - {decode}) | {other}
         finally:
             float32_fleet.start_again(killed.name)
-            float32_fleet[killed.name].server.wait_ready()
+            float32_fleet.wait_ready()
