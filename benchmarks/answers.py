@@ -40,6 +40,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from benchmarks.contenders import BLOCK_TOKENS, KV_BYTES_PER_TOKEN, prompt_of
 from benchmarks.cpu_use import cpu_s
+from benchmarks.rounds import quartiles, ratios
 from benchmarks.streaming import stream
 from examples.cluster.client import Answer, total
 from examples.cluster.models import make_model
@@ -146,21 +147,27 @@ def show(console: Console, found: Found) -> None:
         table.add_row(
             name,
             f"{statistics.fmean(gaps):.2f}",
-            quartiles([a.mean_ms / b.mean_ms for a, b in zip(rounds, plain, strict=True)]),
+            quartiles(ratios(_means(rounds), _means(plain))),
             f"{np.percentile(gaps, 50):.2f}",
             f"{np.percentile(gaps, 99):.2f}",
             f"{max(gaps):.1f}",
             f"{np.percentile(at_blocks, 50):.2f}" if at_blocks else "",
             ", ".join(f"{part} {ms:.2f}" for part, ms in spent.items()),
-            quartiles(
-                [a.computing_ms / b.computing_ms for a, b in zip(rounds, plain, strict=True)]
-            ),
+            quartiles(ratios(_computing(rounds), _computing(plain))),
         )
     console.print(table)
     console.print(f"MiB dumped: {found.dumped_mib}", highlight=False)
     for aim, ratio in aims(found):
         verdict = "[green]reached[/green]" if ratio <= 1 + AIM else "[red]missed[/red]"
         console.print(f"{verdict}  {aim}: at most {1 + AIM}: {ratio:.3f}", highlight=False)
+
+
+def _means(rounds: Sequence[Round]) -> list[float]:
+    return [each.mean_ms for each in rounds]
+
+
+def _computing(rounds: Sequence[Round]) -> list[float]:
+    return [each.computing_ms for each in rounds]
 
 
 def aims(found: Found) -> Iterator[tuple[str, float]]:
@@ -170,14 +177,8 @@ def aims(found: Found) -> Iterator[tuple[str, float]]:
         to = found.rounds.get(base, [])
         for name in sorted(found.rounds.keys() & names) if to else ():
             of = found.rounds[name]
-            ratio = statistics.median(a.mean_ms / b.mean_ms for a, b in zip(of, to, strict=True))
+            ratio = statistics.median(ratios(_means(of), _means(to)))
             yield f"{name} to {base}", ratio
-
-
-def quartiles(ratios: Sequence[float]) -> str:
-    """The median, and the quartiles around it."""
-    low, middle, high = np.percentile(ratios, (25, 50, 75))
-    return f"{middle:.3f} ({low:.3f} to {high:.3f})"
 
 
 def started(model: Path, name: str, folder: Path, args: argparse.Namespace) -> VllmServer:
