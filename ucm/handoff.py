@@ -3,8 +3,10 @@
     proxy   -> prefill   Wanted      give a receipt, and store the tail as well
     prefill -> proxy     Receipt     what is, or is about to be, in the store
     proxy   -> decode    Receipt     as it came
+                         Wanted      with_answer: give a receipt, there is nothing else to say
                          Expected    a prefill of this very prompt is under way
                          Withdrawn   it has failed; what is not there already will not come
+    decode  -> proxy     Receipt     of the prompt with its answer
 
 Each is a promise about time and nothing more: decode computes its keys itself, and what it loads is
 verified as ever. Pure; no vLLM in here and no storage.
@@ -23,8 +25,13 @@ _Hex32 = Annotated[str, Meta(pattern="^[0-9a-f]{64}$")]
 _Tokens = Annotated[int, Meta(ge=1, le=1 << 40)]
 
 
-class Wanted(msgspec.Struct, frozen=True, kw_only=True, tag_field="kind", tag="wanted"):
-    """To prefill."""
+class Wanted(
+    msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True, tag_field="kind", tag="wanted"
+):
+    """To prefill. `with_answer` to decode: of the answer as well, and no tail is stored, which no
+    next turn would find. An engine that doesn't know the field gives a receipt of the prompt."""
+
+    with_answer: bool = False
 
 
 class Receipt(msgspec.Struct, frozen=True, kw_only=True, tag_field="kind", tag="receipt"):

@@ -151,7 +151,8 @@ def test_it_names_every_field_that_the_prefill_leg_changes() -> None:
 def test_it_says_when_decode_is_asked_and_what_it_is_told() -> None:
     for mode in HANDOFFS:
         assert f"\n| `{mode}` | " in TEXT
-    for mark in (handoff.Wanted(), handoff.Expected(), handoff.Withdrawn()):
+    wanted = (handoff.Wanted(), handoff.Wanted(with_answer=True))
+    for mark in (*wanted, handoff.Expected(), handoff.Withdrawn()):
         assert json.dumps(handoff.params(mark)) in named()
     assert legs_handoff.WITHDRAWN_SUFFIX in named()
 

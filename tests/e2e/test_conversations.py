@@ -24,6 +24,8 @@ from tests.e2e.talks import (
 
 pytestmark = [pytest.mark.vllm, pytest.mark.timeout(600)]
 
+KNOWN_TURNS = 6
+
 
 @pytest.fixture(scope="module")
 def fleet(deployment: DeploymentMaker, started_oracle: Oracle) -> Iterator[Deployment]:
@@ -55,7 +57,7 @@ def test_without_store_generated_prefill_computes_every_answer_again(
 
 
 @pytest.mark.parametrize("decoder", ["decode", "silent"])
-def test_prefill_is_left_out_in_every_second_turn_if_answers_are_kept(
+def test_prefill_is_left_out_from_the_second_turn_on_if_answers_are_kept(
     fleet: Deployment, oracle: Oracle, decoder: str
 ) -> None:
     flags = f"{ONE_TO_ONE} --known-for-s 1000 --max-new-tokens {QUESTION + BLOCK_TOKENS}"
@@ -63,7 +65,7 @@ def test_prefill_is_left_out_in_every_second_turn_if_answers_are_kept(
     found: list[tuple[int, int]] = []
     said = make_prompt(300, f"known {decoder}")
     with proxy(fleet, flags, {"p1": "prefill", "d1": decoder}) as server:
-        for turn in range(5):
+        for turn in range(KNOWN_TURNS):
             before = prefill.client.counters(), decode.client.counters()
             # Of a stream decode doesn't say what is stored.
             fields = {"prompt": said, "max_tokens": ANSWER, "temperature": 0, "ignore_eos": True}
@@ -81,8 +83,7 @@ def test_prefill_is_left_out_in_every_second_turn_if_answers_are_kept(
     if decoder == "silent":
         assert known == 0 and all(asked for asked, _ in found), found
         return
-    # Decode alone is told nothing, and says nothing of its answer: prefill has the next turn.
-    assert known == 2, found
-    for asked_prefill, decoded in found[1::2]:
+    assert known == KNOWN_TURNS - 1, found
+    for asked_prefill, decoded in found[1:]:
         assert asked_prefill == 0, found
         assert decoded <= QUESTION + BLOCK_TOKENS, found

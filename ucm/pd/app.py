@@ -174,7 +174,7 @@ class Proxy:
             # No prefill instance has it.
             wanted = replace(wanted, why_not="continued")
         if wanted.why_not is None and self._known.has_nearly_all(wanted.chain, wanted.marks):
-            wanted = replace(wanted, why_not="known")
+            wanted = await bodies.apart(wanted.known, num_bytes=len(wanted.body))
         with self._promised(request, wanted, trace) as promise:
             waits = self._settings.handoff == "chain" or answers_at_once(request.path, fields)
             if promise is not None and (waits or not promise.is_told):
@@ -288,6 +288,7 @@ class Proxy:
             self._prefills.join(leg),
             trace,
             is_told=wanted.is_all,
+            wants_receipt=wanted.wants_receipt,
             linger_s=self._settings.usage_wait_s,
         )
         try:

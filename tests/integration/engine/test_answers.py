@@ -12,9 +12,14 @@ from hypothesis import given
 from hypothesis import strategies as st
 from vllm.v1.request import RequestStatus
 
+from tests.integration.engine.answer_parts import (
+    begin,
+    finish,
+    found_by_next_turn,
+    stored_pages,
+)
 from tests.integration.scheduler_parts import BLOCK, Engine, Loopback
 from tests.store.tiers.memory_tier import MemoryTier
-from ucm import handoff as h
 from ucm.integration.engine.prompt import NamedItems, Prompt, named_prompt
 from ucm.store.blocks.keys import Item
 
@@ -73,120 +78,88 @@ def test_a_prompt_that_grows_has_the_names_of_the_prompt_that_holds_the_answer(
         assert (grown.tail_tokens, grown.num_tokens) == (0, len(tokens))
 
 
-def _stored(engine: Engine) -> float:
-    return engine.link.core.counters["dump_committed"]
-
-
-def _begin(engine: Engine, num_tokens: int, *, says: h.Handoff | None = None) -> SimpleNamespace:
-    """A request whose prompt is computed, and which has its first token."""
-    request = engine.add("a", num_tokens, says=says)
-    extra = engine.admit(request)
-    if extra:
-        engine.copied(*(job.job_id for job in engine.step({}).loads))
-    engine.step({"a": num_tokens - request.num_computed_tokens})
-    engine.copied(*engine.take_dumping())
-    return request
-
-
-def _finish(engine: Engine, request: SimpleNamespace) -> object:
-    request.all_token_ids.append(7)
-    request.num_tokens += 1
-    request.status = RequestStatus.FINISHED_STOPPED
-    return engine.end(request)
-
-
-def _next_turn(engine: Engine, request: SimpleNamespace) -> int:
-    """How much of the conversation a new request finds."""
-    follower = engine.add("b", request.num_tokens)
-    follower.prompt_token_ids = list(request.all_token_ids)
-    # Named when it came.
-    engine.side._states.pop("b")
-    engine.side.on_new_request(follower)
-    return engine.admit(follower)
-
-
 def test_a_block_that_is_answered_is_stored_while_the_answer_goes_on():
     engine = Engine(Loopback())
-    request = _begin(engine, 2 * BLOCK + 5)
-    assert _stored(engine) == 2
+    request = begin(engine, 2 * BLOCK + 5)
+    assert stored_pages(engine) == 2
 
     engine.answer(request, BLOCK)
-    assert _stored(engine) == 3
+    assert stored_pages(engine) == 3
     engine.answer(request, BLOCK)
 
-    assert _stored(engine) == 4
-    assert _next_turn(engine, request) == 4 * BLOCK
+    assert stored_pages(engine) == 4
+    assert found_by_next_turn(engine, request) == 4 * BLOCK
 
 
 def test_the_last_block_is_stored_when_the_answer_ends():
     engine = Engine(Loopback())
-    request = _begin(engine, BLOCK)
+    request = begin(engine, BLOCK)
     # The last token of the second block is sampled: it is none of the KV that there is.
     engine.answer(request, BLOCK - 1)
-    _finish(engine, request)
-    assert _stored(engine) == 1
+    finish(engine, request)
+    assert stored_pages(engine) == 1
 
     engine = Engine(Loopback())
-    request = _begin(engine, BLOCK)
+    request = begin(engine, BLOCK)
     engine.answer(request, BLOCK)
-    _finish(engine, request)
-    assert _stored(engine) == 2
+    finish(engine, request)
+    assert stored_pages(engine) == 2
 
 
 def test_with_store_generated_off_nothing_of_the_answer_is_stored():
     engine = Engine(Loopback(), store_generated=False)
-    request = _begin(engine, 2 * BLOCK)
+    request = begin(engine, 2 * BLOCK)
     engine.answer(request, 3 * BLOCK)
-    _finish(engine, request)
+    finish(engine, request)
 
-    assert _stored(engine) == 2
+    assert stored_pages(engine) == 2
 
 
 def test_with_store_generated_end_the_answer_is_stored_when_it_ends():
     engine = Engine(Loopback(), store_generated="end")
-    request = _begin(engine, 2 * BLOCK)
+    request = begin(engine, 2 * BLOCK)
     engine.answer(request, 3 * BLOCK)
-    assert _stored(engine) == 2
-    _finish(engine, request)
+    assert stored_pages(engine) == 2
+    finish(engine, request)
 
-    assert _stored(engine) == 5
+    assert stored_pages(engine) == 5
 
 
 def test_an_engine_that_only_loads_stores_no_answers_either():
     tier = MemoryTier()
     Engine(Loopback(tier=tier)).prefill("p", 2 * BLOCK + 5)
     engine = Engine(Loopback(tier=tier), dumps=False)
-    request = _begin(engine, 2 * BLOCK + 5)
+    request = begin(engine, 2 * BLOCK + 5)
     engine.answer(request, 2 * BLOCK)
-    _finish(engine, request)
+    finish(engine, request)
 
-    assert _stored(engine) == 0
+    assert stored_pages(engine) == 0
 
 
 def test_what_is_answered_to_a_prompt_of_less_than_a_block_is_stored():
     engine = Engine(Loopback())
-    request = _begin(engine, 3)
+    request = begin(engine, 3)
     engine.answer(request, 2 * BLOCK)
-    _finish(engine, request)
+    finish(engine, request)
 
-    assert _stored(engine) == 2
+    assert stored_pages(engine) == 2
 
 
 def test_guesses_that_were_not_found_right_are_not_stored():
     engine = Engine(Loopback())
-    request = _begin(engine, BLOCK)
+    request = begin(engine, BLOCK)
     # vLLM has scheduled guesses as far as two blocks, and counts them before it knows.
     request.num_computed_tokens = 3 * BLOCK
     engine.step({"a": 1})
-    _finish(engine, request)
+    finish(engine, request)
 
-    assert _stored(engine) == 1
+    assert stored_pages(engine) == 1
 
 
 def test_a_block_is_stored_once_its_tokens_are_known_where_vllm_schedules_ahead():
     """Of a step that is under way the engine doesn't know the token, and counts it."""
     engine = Engine(Loopback())
-    request = _begin(engine, BLOCK)
+    request = begin(engine, BLOCK)
 
     def step_ahead() -> None:
         engine.step({"a": 1})
@@ -196,17 +169,17 @@ def test_a_block_is_stored_once_its_tokens_are_known_where_vllm_schedules_ahead(
 
     for _ in range(BLOCK + 2):
         step_ahead()
-        assert _stored(engine) == 1
+        assert stored_pages(engine) == 1
     # The step before it has asked for a slot.
     step_ahead()
 
-    assert _stored(engine) == 2
-    assert _next_turn(engine, request) == 2 * BLOCK
+    assert stored_pages(engine) == 2
+    assert found_by_next_turn(engine, request) == 2 * BLOCK
 
 
 def test_an_answer_behind_what_found_no_room_is_not_stored():
     engine = Engine(Loopback(num_slots=4))
-    request = _begin(engine, 2 * BLOCK)
+    request = begin(engine, 2 * BLOCK)
     # Its slots stay, as long as nobody copies.
     other = engine.add("c", 4 * BLOCK, salt="another's")
     engine.admit(other)
@@ -216,36 +189,36 @@ def test_an_answer_behind_what_found_no_room_is_not_stored():
     other.status = RequestStatus.FINISHED_ABORTED
     engine.side.finished(other, ())
     engine.answer(request, 2 * BLOCK)
-    receipt = _finish(engine, request)
+    receipt = finish(engine, request)
 
-    assert (_stored(engine), receipt) == (2, None)
+    assert (stored_pages(engine), receipt) == (2, None)
     engine.link.core.check()
 
 
 def test_a_window_is_stored_with_each_block_that_is_answered():
     engine = Engine(Loopback(), window=BLOCK + 1)
-    request = _begin(engine, 2 * BLOCK)
-    stored = _stored(engine)
+    request = begin(engine, 2 * BLOCK)
+    stored = stored_pages(engine)
     engine.answer(request, 2 * BLOCK + 2)
-    assert _stored(engine) == stored + 4
-    _finish(engine, request)
+    assert stored_pages(engine) == stored + 4
+    finish(engine, request)
 
-    assert _next_turn(engine, request) == 4 * BLOCK
+    assert found_by_next_turn(engine, request) == 4 * BLOCK
 
 
 def test_a_model_with_states_stores_no_answers():
     engine = Engine(Loopback(), states=True)
-    request = _begin(engine, 2 * BLOCK)
-    stored = _stored(engine)
+    request = begin(engine, 2 * BLOCK)
+    stored = stored_pages(engine)
     engine.answer(request, 2 * BLOCK)
-    _finish(engine, request)
+    finish(engine, request)
 
-    assert _stored(engine) == stored
+    assert stored_pages(engine) == stored
 
 
 def test_a_preempted_answer_begins_anew():
     engine = Engine(Loopback())
-    request = _begin(engine, BLOCK)
+    request = begin(engine, BLOCK)
     engine.answer(request, BLOCK // 2)
     request.status, request.num_computed_tokens = RequestStatus.PREEMPTED, 0
     engine.step({})
@@ -259,32 +232,7 @@ def test_a_preempted_answer_begins_anew():
     engine.step({"a": request.num_tokens - extra})
     engine.copied(*engine.take_dumping())
     engine.answer(request, BLOCK)
-    _finish(engine, request)
+    finish(engine, request)
 
-    assert _next_turn(engine, request) == 2 * BLOCK
+    assert found_by_next_turn(engine, request) == 2 * BLOCK
     engine.link.core.check()
-
-
-def test_who_was_promised_a_prompt_gets_a_receipt_for_it_with_its_answer():
-    tier = MemoryTier()
-    first = Engine(Loopback(tier=tier)).prefill("p", 2 * BLOCK, says=h.Wanted())
-    promise = h.parse(first.receipt)
-    assert isinstance(promise, h.Receipt)
-    engine = Engine(Loopback(tier=tier))
-    request = _begin(engine, 2 * BLOCK, says=promise)
-    engine.answer(request, 2 * BLOCK)
-    receipt = h.parse(_finish(engine, request))
-
-    assert isinstance(receipt, h.Receipt)
-    assert (receipt.tokens, receipt.namespace) == (4 * BLOCK, promise.namespace)
-    assert _next_turn(engine, request) == receipt.tokens
-
-
-def test_an_answer_that_fills_no_block_has_no_receipt():
-    tier = MemoryTier()
-    promise = h.parse(Engine(Loopback(tier=tier)).prefill("p", 2 * BLOCK, says=h.Wanted()).receipt)
-    engine = Engine(Loopback(tier=tier))
-    request = _begin(engine, 2 * BLOCK, says=promise)
-    engine.answer(request, 3)
-
-    assert _finish(engine, request) is None

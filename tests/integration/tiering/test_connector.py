@@ -69,6 +69,7 @@ def test_a_prefill_that_is_asked_for_a_receipt_gives_that_of_the_first_tier_that
     [
         finished(),
         finished(h.Expected()),
+        finished(h.Wanted(with_answer=True)),
         finished(h.Wanted(), RequestStatus.FINISHED_ABORTED),
     ],
 )

@@ -2,25 +2,36 @@
 
 from __future__ import annotations
 
+import asyncio
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
 import msgspec
 import pytest
+from aiohttp import web
 from hypothesis import given
 from hypothesis import strategies as some
+from yarl import URL
 
-from tests.pd.conftest import Answer, Fleet
+from examples.cluster.processes import HttpServer, free_port
+from tests.pd.conftest import Answer, Engine, Fleet, answering, until
 from tests.pd.legs.handoff_parts import a_receipt, giving
-from ucm import handoff
+from ucm import handoff as h
 from ucm.pd.legs.ends import Ends, Mark
 from ucm.pd.legs.known import Known, chain_of, marks_of
 
 COMPLETIONS, GENERATE = "v1/completions", "inference/v1/generate"
 QUESTION, ANSWER = 60, 700
+KNOWING: dict[str, Any] = {"known_for_s": 1000.0, "max_new_tokens": QUESTION + 128}
+ASKED = h.Wanted(with_answer=True)
 all_lengths = some.integers(0, 1200)
 
 
 def told(tokens: int) -> Answer:
     words = msgspec.structs.replace(a_receipt(is_whole=True), tokens=tokens)
-    return giving(msgspec.json.encode(handoff.params(words)))
+    return giving(msgspec.json.encode(h.params(words)))
 
 
 def marks(ids: list[int]) -> tuple[Mark, ...]:
@@ -79,29 +90,126 @@ def test_texts_and_chats_have_no_marks():
     assert 0 == Ends(9).stored_tokens((), now_s=0.0)
 
 
+def storing(engine: Engine, *, tokens: int) -> Answer:
+    """An engine that says that so much is stored, if it is told anything that has it say so."""
+
+    async def answer(request: web.Request) -> web.StreamResponse:
+        says = engine.asked[-1].handoff
+        has_reason = isinstance(says, (h.Receipt, h.Expected, h.Withdrawn)) or says == ASKED
+        return await (told(tokens) if has_reason else answering(b"{}"))(request)
+
+    return answer
+
+
+async def talk(
+    fleet: Fleet, path: str, name: str, more: dict[str, Any], *, turns: int = 4
+) -> list[str]:
+    """Of each turn, the way that it took."""
+    said, paths = [1] * 500, []
+    for turn in range(turns):
+        stored = (len(said) + ANSWER) // 128 * 128
+        fleet.decode[0].answer = storing(fleet.decode[0], tokens=stored)
+        async with await fleet.post(path, **{name: said}, **more) as response:
+            assert 200 == response.status
+            assert "ucm" not in await response.text()
+            paths.append(response.headers["x-ucm-pd-path"])
+        said = [*said, *[turn] * (ANSWER + QUESTION)]
+    return paths
+
+
+@pytest.mark.parametrize("mode", ["chain", "overlap"])
 @pytest.mark.parametrize(
     ("path", "name", "more"),
     [(COMPLETIONS, "prompt", {}), (GENERATE, "token_ids", {"sampling_params": {}})],
 )
 async def test_a_conversation_of_ids_goes_on_at_decode_alone_once_its_answers_are_kept(
-    fleet: Fleet, path: str, name: str, more: dict
+    fleet: Fleet, path: str, name: str, more: dict[str, Any], mode: str
 ):
-    await fleet.start(1, 1, known_for_s=1000.0, max_new_tokens=QUESTION + 128)
+    await fleet.start(1, 1, handoff=mode, **KNOWING)
     fleet.prefill[0].answer = told(129)
-    said, paths = [1] * 500, []
-    for turn in range(4):
-        fleet.decode[0].answer = told((len(said) + ANSWER) // 128 * 128)
-        async with await fleet.post(path, **{name: said}, **more) as response:
-            assert 200 == response.status
-            paths.append(response.headers["x-ucm-pd-path"])
-        said = [*said, *[turn] * (ANSWER + QUESTION)]
 
-    assert ["pd", *["skip-known"] * 3] == paths
-    assert 3 == await fleet.metric('ucm_pd_not_prefilled_total{reason="known"}')
+    assert ["pd", *["skip-known"] * 5] == await talk(fleet, path, name, more, turns=6)
+    assert 5 == await fleet.metric('ucm_pd_not_prefilled_total{reason="known"}')
+    assert [ASKED] * 5 == [each.handoff for each in fleet.decode[0].asked[1:]]
+
+
+@pytest.mark.parametrize("mode", ["chain", "overlap"])
+async def test_a_turn_whose_prefill_fails_is_asked_for_what_decode_keeps_of_it(
+    fleet: Fleet, mode: str
+):
+    await fleet.start(1, 1, handoff=mode, **KNOWING)
+    fleet.prefill[0].answer = answering(b"", status=400)
+
+    assert ["skip-known"] * 3 == (await talk(fleet, COMPLETIONS, "prompt", {}))[1:]
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {"prompt": [1] * 500, "stream": True},
+        {"prompt": [1] * 500, "kv_transfer_params": {"of": "another"}},
+        {"prompt": [1] * 500, "sampling_params": {"extra_args": {"kv_transfer_params": {"b": 1}}}},
+        {"prompt": [1] * 200},
+        {"prompt": "x" * 5000},
+        {"messages": [{"role": "user", "content": "x"}]},
+    ],
+    ids=["streamed", "another's words", "another's in extra_args", "few ids", "text", "chat"],
+)
+async def test_where_a_receipt_is_of_no_use_or_would_be_in_the_way_none_is_asked_for(
+    fleet: Fleet, fields: dict[str, Any]
+):
+    await fleet.start(1, 1, **KNOWING)
+    fleet.prefill[0].answer = told(129)
+    path = "v1/chat/completions" if "messages" in fields else COMPLETIONS
+    paths = []
+    for _ in range(2):
+        async with await fleet.post(path, **fields) as response:
+            paths.append(response.headers["x-ucm-pd-path"])
+
+    assert ["pd", "skip-known"] == paths
+    assert fields == fleet.decode[0].asked[1].fields
+
+
+async def test_without_a_time_to_know_prompts_for_decode_is_asked_for_nothing(fleet: Fleet):
+    await fleet.start(1, 1)
+    fleet.prefill[0].answer = answering(b"", status=400)
+    await talk(fleet, COMPLETIONS, "prompt", {}, turns=2)
+
+    assert [None, None] == [each.handoff for each in fleet.decode[0].asked]
+
+
+@pytest.mark.process
+async def test_the_proxys_log_says_why_each_turn_had_no_prefill_and_how_much_of_it_is_stored(
+    fleet: Fleet, tmp_path: Path
+):
+    await fleet.start(1, 1)
+    fleet.prefill[0].answer = told(129)
+    port = free_port()
+    ports = ["--prefiller-port", str(fleet.prefill[0].url.port), "--port", str(port)]
+    ports += ["--decoder-port", str(fleet.decode[0].url.port)]
+    flags = ["--known-for-s", "1000", "--max-new-tokens", str(QUESTION + 128)]
+    command = [sys.executable, "-m", "ucm.pd.toy_proxy_server", *ports, *flags]
+    with HttpServer(command, port=port, log=tmp_path / "log", health_path="/healthcheck") as proxy:
+        await asyncio.to_thread(proxy.wait_ready, 30.0)
+        fleet.proxy = URL(f"http://localhost:{port}")
+        await talk(fleet, COMPLETIONS, "prompt", {}, turns=4)
+
+        def lines() -> list[dict[str, Any]]:
+            found = [each[each.find("{") :] for each in proxy.log_text().splitlines()]
+            return [json.loads(each) for each in found if '"route":"POST' in each]
+
+        async def are_logged() -> bool:
+            return len(lines()) == 4
+
+        await until(are_logged)
+    ways = [(each["path"], each.get("reason"), each["stored_tokens"]) for each in lines()]
+    stored = [(500 + ANSWER + turn * (ANSWER + QUESTION)) // 128 * 128 for turn in range(4)]
+    assert [("pd", None), *[("skip-known", "known")] * 3] == [way[:2] for way in ways]
+    assert stored == [way[2] for way in ways]
 
 
 async def test_without_kept_answers_every_turn_of_ids_is_prefilled(fleet: Fleet):
-    await fleet.start(1, 1, known_for_s=1000.0, max_new_tokens=QUESTION + 128)
+    await fleet.start(1, 1, **KNOWING)
     fleet.prefill[0].answer = told(129)
     said = [1] * 500
     for turn in range(3):

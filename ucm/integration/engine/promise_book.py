@@ -126,15 +126,23 @@ class PromiseBook:
 
     def receipt(self, prompt: Prompt, grown: Prompt, ended: DumpEnd) -> dict[str, Any] | None:
         """The `kv_transfer_params` of a finished request: one that wanted a receipt has it for its
-        prompt, one that had a promise for what it has `grown` to with its answer."""
+        prompt, one that had a promise for what it has `grown` to with its answer, and one that
+        wanted it with that for as much of both as is kept."""
         account = self._accounts.get(prompt.request_id)
         if account is None or not self._session.can_store:
             return None
-        wants_one = isinstance(account.handoff, h.Wanted)
+        wanted = account.handoff if isinstance(account.handoff, h.Wanted) else None
+        if wanted is not None and not wanted.with_answer:
+            named, num_blocks = prompt, ended.kept_blocks
+        else:
+            named, num_blocks = grown, ended.kept_with_answer
+        if wanted is not None:
+            # Without a tail the prompt's blocks have the same names in what it has grown to.
+            num_blocks = num_blocks or ended.kept_blocks
         receipt = receipt_for(
-            prompt.keys if wants_one else grown.keys,
-            ended.kept_blocks if wants_one else ended.kept_with_answer,
-            num_prompt=prompt.num_tokens if wants_one else grown.num_tokens,
+            named.keys,
+            num_blocks,
+            num_prompt=named.num_tokens,
             rules=self._epochs.rules,
             issued_s=time.time(),
             found_tokens=account.had_tokens or 0,

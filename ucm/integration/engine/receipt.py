@@ -50,7 +50,9 @@ class PromiseRules:
 
 def wants_tail(handoff: Handoff | None, rules: PromiseRules) -> bool:
     """Whether the keys of such a request have one for the tail."""
-    return rules.keeps_tails and isinstance(handoff, (Wanted, Receipt, Expected))
+    if isinstance(handoff, Wanted):
+        return rules.keeps_tails and not handoff.with_answer
+    return rules.keeps_tails and isinstance(handoff, (Receipt, Expected))
 
 
 def promise_of(

@@ -51,7 +51,9 @@ class RowsPromised:
 
 
 def is_receipt_wanted(kv_transfer_params: Mapping[str, Any] | None) -> bool:
-    return isinstance(handoff.parse(kv_transfer_params), handoff.Wanted)
+    """Of the prompt. Nothing is said of answers: vLLM decides which of them it offloads."""
+    words = handoff.parse(kv_transfer_params)
+    return isinstance(words, handoff.Wanted) and not words.with_answer
 
 
 def promise_of(

@@ -6,12 +6,13 @@ the longest digest that is known says how much of a prompt is in the store, and 
 what decode has to compute.
 
 Known are prompts for which a prefill gave a receipt of our store for the whole, for a while: pages
-may be dropped, and only a prefill says anew that they are there. That costs time when it is wrong,
-and nothing else: decode computes what it does not find.
+may be dropped, and only a receipt says anew that they are there. That costs time when it is wrong,
+and nothing else: decode computes what it does not find. Of prompts of ids decode gives receipts as
+well, with their answers.
 
-What was answered to a known prompt stands behind it in the next turn's. Whether decode stores that
-only prefill can tell: by a receipt that it has found more than the prompt before. From then on
-answers count as known too, until a receipt says otherwise.
+What was answered to a known prompt stands behind it in the next turn's. Whether decode stores it as
+a chat's template writes it only prefill can tell: by a receipt that it has found more than the
+prompt before. From then on answers count as known too, until a receipt says otherwise.
 """
 
 from __future__ import annotations

@@ -3,8 +3,8 @@
     the prefill       decode is told
     runs              Expected
     has ended well    its receipt
-    has failed, or    Withdrawn, if this request has been Expected before
-    gave no receipt
+    has failed, or    Withdrawn, if this request has been Expected before;
+    gave no receipt   else Wanted, if a receipt of its answer is of use
 
 A request some of whose prompts have no prefill is told nothing: what is said to an engine it takes
 to be about each of them.
@@ -28,7 +28,7 @@ from ucm import handoff
 from ucm.pd.legs import bodies
 from ucm.pd.legs.delivery import Answer, Problem
 from ucm.pd.legs.prefill import PrefillOutcome, Share
-from ucm.pd.legs.rewrite import with_params
+from ucm.pd.legs.rewrite import ANSWER_WANTED, with_params
 from ucm.pd.legs.usage import FoundCached
 from ucm.pd.trace import RequestTrace
 
@@ -44,14 +44,18 @@ _WITHDRAWN = msgspec.json.encode(handoff.params(handoff.Withdrawn()))
 Ask = Callable[[bytes | None, str], Coroutine[Any, Any, Answer | Problem]]
 
 
-def told(outcome: PrefillOutcome | None, *, was_expected: bool) -> bytes | None:
+def told(
+    outcome: PrefillOutcome | None, *, was_expected: bool, wants_receipt: bool = False
+) -> bytes | None:
     """The `kv_transfer_params` for decode; None if there is nothing to say. Pure. A prefill without
-    an outcome runs."""
+    an outcome runs. Who has been promised something gives a receipt of its answer unasked."""
     if outcome is None:
         return _EXPECTED
     if outcome.failure is None and outcome.receipt is not None:
         return outcome.receipt
-    return _WITHDRAWN if was_expected else None
+    if was_expected:
+        return _WITHDRAWN
+    return ANSWER_WANTED if wants_receipt else None
 
 
 def keeps_what_was_expected(outcome: PrefillOutcome) -> bool:
@@ -68,9 +72,16 @@ class PrefillPromise:
     already. A prefill that decode has loaded from has said by then what it had found."""
 
     def __init__(
-        self, share: Share, trace: RequestTrace, *, is_told: bool = True, linger_s: float = 0.0
+        self,
+        share: Share,
+        trace: RequestTrace,
+        *,
+        is_told: bool = True,
+        wants_receipt: bool = False,
+        linger_s: float = 0.0,
     ) -> None:
         self.is_told = is_told
+        self._wants_receipt = wants_receipt
         self._linger_s = linger_s
         self._leaving: asyncio.TimerHandle | None = None
         self._share = share
@@ -142,7 +153,11 @@ class PrefillPromise:
     async def _body(self, body: bytes) -> bytes:
         if not self.is_told:
             return body
-        params = told(self._share.outcome, was_expected=self._was_expected)
+        params = told(
+            self._share.outcome,
+            was_expected=self._was_expected,
+            wants_receipt=self._wants_receipt,
+        )
         self._was_expected = self._was_expected or params is _EXPECTED
         if params is None:
             return body

@@ -7,21 +7,24 @@ loop: reading it, taking out what is not a client's to say, guessing, and writin
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from ucm.pd.fleet.affinity import Prefix
 from ucm.pd.legs.ends import Mark
 from ucm.pd.legs.known import Link, chain_of, marks_of, prefix_of
 from ucm.pd.legs.rewrite import (
+    ANSWER_WANTED,
     guess_tokens,
     kind_of,
     long_prompts,
+    may_be_told,
     may_have_words,
     parse_body,
     prefill_body,
     prefill_fields,
     why_not_prefill,
+    with_params,
     without_words,
 )
 from ucm.pd.protocol import CHAT_BATCH, RESPONSES
@@ -31,7 +34,8 @@ from ucm.pd.protocol import CHAT_BATCH, RESPONSES
 class ReadRequest:
     """`body` is for decode. `first` is for prefill; without it `why_not` says why there is none.
     It `is_all` if it has all of the prompts, and its receipt is about them. `chain` is that of its
-    prompt, `marks` those of ids, and `prefix` says where it lies, where anybody wants to know."""
+    prompt, `marks` those of ids, and `prefix` says where it lies, where anybody wants to know.
+    `wants_receipt`: decode is asked how much it stores where it is told nothing else."""
 
     body: bytes
     fields: dict[str, Any]
@@ -43,6 +47,12 @@ class ReadRequest:
     chain: tuple[Link, ...] = ()
     marks: tuple[Mark, ...] = ()
     prefix: Prefix | None = None
+    wants_receipt: bool = False
+
+    def known(self) -> ReadRequest:
+        """The same request, of which nearly all is in the store: for decode alone."""
+        body = with_params(self.body, ANSWER_WANTED) if self.wants_receipt else self.body
+        return replace(self, why_not="known", body=body)
 
 
 def read_request(
@@ -78,8 +88,20 @@ def read_request(
     if places_from is not None and tokens >= places_from:
         of_prompt = prefill_fields(fields, path=path)
         prefix = prefix_of(of_prompt, chain or chain_of(of_prompt, path=path))
-    kind = kind_of(path, fields)
-    return ReadRequest(body, fields, tokens, kind, why_not, first, is_all, chain, marks, prefix)
+    return ReadRequest(
+        body,
+        fields,
+        tokens,
+        kind_of(path, fields),
+        why_not,
+        first,
+        is_all,
+        chain,
+        marks,
+        prefix,
+        # vLLM's streams have no place for a receipt, and without marks nobody has a use for it.
+        wants_receipt=bool(marks) and not fields.get("stream") and may_be_told(fields),
+    )
 
 
 def answers_at_once(path: str, fields: Mapping[str, Any]) -> bool:

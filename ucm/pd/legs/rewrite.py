@@ -17,7 +17,7 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Iterable, Mapping
-from typing import Any, TypeGuard
+from typing import Any, Final, TypeGuard
 
 import msgspec
 
@@ -26,6 +26,8 @@ from ucm.pd.legs import bodies
 from ucm.pd.protocol import CHAT_BATCH, GENERATE, MESSAGES, RESPONSES
 
 KV_PARAMS = "kv_transfer_params"
+# For decode where there is nothing else to say to it.
+ANSWER_WANTED: Final = msgspec.json.encode(handoff.params(handoff.Wanted(with_answer=True)))
 GRAMMARS = (
     "response_format",
     "structured_outputs",
@@ -143,6 +145,14 @@ def with_params(body: bytes, params: bytes) -> bytes:
     before = body[:end]
     comma = b"" if before.rstrip().endswith(b"{") else b","
     return b"".join((before, comma, b'"', KV_PARAMS.encode(), b'":', params, body[end:]))
+
+
+def may_be_told(fields: Mapping[str, Any]) -> bool:
+    """Whether words that are not needed may stand in the request: a client may have some for
+    another connector in their place."""
+    sampling = fields.get("sampling_params")
+    extra = sampling.get("extra_args") if isinstance(sampling, dict) else None
+    return fields.get(KV_PARAMS) is None and not (isinstance(extra, dict) and extra.get(KV_PARAMS))
 
 
 def may_have_words(body: bytes) -> bool:
