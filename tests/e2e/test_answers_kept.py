@@ -6,6 +6,7 @@ from __future__ import annotations
 import json
 import random
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from typing import Any
 
@@ -191,9 +192,21 @@ def test_many_users_with_two_decoders_get_plain_vllms_tokens_in_every_turn(
             said = (*said, *expected)
         return said, asked
 
+    def crowd(number: int) -> None:
+        """Two of these don't fit into the cramped one's memory beside each other."""
+        prompt = make_prompt(PROMPT, f"crowd {handoff} {number}")
+        expected = oracle.answer(prompt, max_tokens=CRAMPED_TOKENS - 2 * len(prompt))
+        check_answer(fleet["cramped"], prompt, expected)
+
     places = {"p1": "prefill", "d1": "cramped", "d2": "guessing"}
-    with proxy(fleet, f"{TWO_DECODERS} --handoff {handoff}", places) as server:
+    with (
+        proxy(fleet, f"{TWO_DECODERS} --handoff {handoff}", places) as server,
+        ThreadPoolExecutor() as pool,
+    ):
+        crowded = [pool.submit(crowd, number) for number in range(2)]
         talks = at_once(partial(talk, server.client, number) for number in range(NUM_USERS))
+        for each in crowded:
+            each.result()
     for engine in fleet.engines.values():
         engine.node.wait_quiet()
     assert all(_troubles(e) > b for e, b in zip(decoders, before, strict=True)), "must be harder"
