@@ -23,6 +23,7 @@ from tests.e2e.deployment import Engine, Fleets, Oracle
 from tests.e2e.node import Node
 from tests.e2e.store import Store
 from tests.faults.fuse import FuseMount, mount_fuse, needs_fuse
+from ucm.handoff import Wanted, params
 
 pytestmark = [pytest.mark.vllm, pytest.mark.long, pytest.mark.timeout(900), needs_fuse]
 
@@ -143,6 +144,33 @@ def test_while_storage_is_faulty_answers_are_right_and_ten_seconds_later_hits_ar
     for prompt in (*stored, *fresh):
         wait_for_hit(engine, prompt, timeout_s=BACK_S)
         check_answer(engine, prompt, expected[prompt])
+
+
+def test_while_storage_is_full_no_prompt_is_promised_and_once_it_is_not_they_are_again(
+    faulty: Faulty,
+) -> None:
+    """A promise that can't be kept would be waited for."""
+    engine = faulty.engine
+    numbers = itertools.count()
+
+    def is_promised(num_tokens: int) -> bool:
+        prompt = make_prompt(num_tokens, f"full {next(numbers)}")
+        return bool(engine.client.prefill(prompt, params=params(Wanted())))
+
+    assert is_promised(LENGTH)
+    before = told(engine).get("full", 0)
+    faulty.mount.fail("create", errno.ENOSPC)
+    try:
+
+        def is_full() -> bool:
+            is_promised(LENGTH)
+            return told(engine).get("full", 0) > before
+
+        wait_until(is_full, "storage has refused a page", timeout_s=20.0)
+        assert [is_promised(n) for n in (128, 129, 300, LENGTH) * 3] == [False] * 12
+    finally:
+        faulty.mount.release()
+    wait_until(lambda: is_promised(LENGTH), "it is promised again", timeout_s=BACK_S)
 
 
 class Load:

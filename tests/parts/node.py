@@ -111,6 +111,8 @@ class Node:
             NAMESPACE_MESSAGE,
         )
         self.writes.end_all()
+        if has_far:
+            self.far_writes.end_all()
         self.timers.waiting.clear()
         self.inbox.clear()
 
@@ -210,7 +212,8 @@ class Node:
 
 
 class Engine:
-    """Another engine of the same node."""
+    """Another engine of the same node. `doubted`: what it was told to promise to nobody when it
+    reserved last."""
 
     def __init__(self, node: Node) -> None:
         self._core = node.core
@@ -231,10 +234,17 @@ class Engine:
             )
         )
         (reply,) = [each for each in self.inbox if isinstance(each, p.ReserveReply)]
+        first = len(keys) if reply.doubted_from is None else reply.doubted_from
+        self.doubted = list(keys[first:])
         return reply.offsets
 
     def commit(self, *keys: Key) -> None:
         self._handle(p.Commit(ns=1, keys=list(keys), parents=[b""] * len(keys)))
+
+    def saved(self) -> set[bytes]:
+        """What this client was told to be saved after all."""
+        news = [each for each in self.inbox if isinstance(each, p.SavingNews)]
+        return {key for each in news for key in each.saved}
 
     def abort(self, *keys: Key) -> None:
         self._handle(p.Abort(ns=1, keys=list(keys)))

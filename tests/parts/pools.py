@@ -29,7 +29,7 @@ class HeldPool:
 
     def end(self, index: int, *, error: TierError | None = None) -> None:
         call, on_done, _ = self.jobs.pop(index % len(self.jobs))
-        on_done(error or call())
+        on_done(error or _result(call))
 
     def end_one(self) -> None:
         self.end(0)

@@ -11,6 +11,7 @@ from tests.store.tiers.memory_tier import MemoryTier
 from ucm import handoff as h
 from ucm.errors import Outcome, TierError
 from ucm.store.blocks.keys import Key
+from ucm.store.node import protocol as p
 from ucm.store.tiers.tier import Staged, TierNamespace
 
 TOKENS = 6 * BLOCK
@@ -103,3 +104,18 @@ def test_what_is_computed_and_dumped_anew_is_promised_again(engine: Engine) -> N
 
     assert prefill(engine, "c") == TOKENS
     assert disk_of(engine).num_pages == 6
+
+
+def test_what_is_dumped_in_doubt_is_not_promised_until_it_is_said_to_be_saved(
+    engine: Engine,
+) -> None:
+    key = Key(bytes(32))
+    book = engine.side._promises
+    book.on_slot(key, True)
+    assert key in book.unsaved
+
+    book.on_saving(p.SavingNews(refused=[], saved=[key], reason=Outcome.FINE))
+    assert key not in book.unsaved
+    book.on_slot(key, True)
+    book.on_slot(key, False)
+    assert key not in book.unsaved

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import msgspec
 import pytest
 
-from tests.parts.node import NAMESPACE, PAGE, Node, key
+from tests.parts.node import NAMESPACE, NAMESPACE_MESSAGE, PAGE, Node, key
 from ucm.errors import TierError
 from ucm.outcome import Outcome
 from ucm.store.node import page_reads
@@ -235,7 +236,12 @@ def test_promised_pages_are_waited_for_while_both_fail_no_longer_than_that() -> 
 
 
 def test_nobody_s_start_waits_for_far() -> None:
-    assert not near_far().far_writes.jobs
+    node = near_far()
+    opening = msgspec.structs.replace(NAMESPACE_MESSAGE, ns=2)
+    node.core.handle(node.connection, opening)
+    node.writes.end_all()
+
+    assert node.inbox == [p.NamespaceOpened(ns=2, error="", refused=False)]
 
 
 def test_a_manifest_is_found_in_either() -> None:

@@ -23,6 +23,7 @@ COSTS = st.floats(0, allow_nan=False)
 VALUES: dict[Any, st.SearchStrategy[Any]] = {
     Outcome: st.sampled_from(Outcome),
     int: NUMBERS,
+    int | None: st.none() | NUMBERS,
     p.ReadCosts | None: st.none() | st.builds(p.ReadCosts, COSTS, COSTS),
     str: st.text(max_size=50),
     bytes: st.binary(max_size=200),

@@ -48,7 +48,7 @@ class Dumps:
         self, session: NodeSession, facts: EngineFacts, settings: Settings, ledger: BlockLedger
     ) -> None:
         # Told of each block that this engine itself is to bring.
-        self.on_slot: Callable[[Key], None] = lambda key: None
+        self.on_slot: Callable[[Key, bool], None] = lambda key, is_doubted: None
         self._session = session
         self._ledger = ledger
         self._facts = facts
@@ -227,10 +227,11 @@ class Dumps:
             )
 
     def _on_reply(self, dump: StrandDump, blocks: list[int], reply: p.ReserveReply) -> None:
-        for block, offset in zip(blocks, reply.offsets, strict=True):
+        certain = len(blocks) if reply.doubted_from is None else reply.doubted_from
+        for number, (block, offset) in enumerate(zip(blocks, reply.offsets, strict=True)):
             dump.cursor.slots[block] = offset
             if offset >= 0:
-                self.on_slot(dump.prompt.key_of(block, dump.strand))
+                self.on_slot(dump.prompt.key_of(block, dump.strand), number >= certain)
         if dump.closed:
             self._abort_slots(dump)
         elif isinstance(dump.cursor, StateCursor):

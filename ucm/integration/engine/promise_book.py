@@ -169,14 +169,20 @@ class PromiseBook:
         for key in news.saved:
             self._unsaved.pop(key, None)
         for key in news.refused:
-            self._unsaved[key] = None
-            self._unsaved.move_to_end(key)
-        while len(self._unsaved) > _MAX_UNSAVED:
-            self._unsaved.popitem(last=False)
+            self._note_unsaved(key)
 
-    def on_slot(self, key: Key) -> None:
-        """This engine dumps it (again): it is on its way."""
-        self._unsaved.pop(key, None)
+    def on_slot(self, key: Key, is_doubted: bool) -> None:
+        """This engine dumps it (again): it is on its way, unless storage is likely to refuse it."""
+        if is_doubted:
+            self._note_unsaved(key)
+        else:
+            self._unsaved.pop(key, None)
+
+    def _note_unsaved(self, key: bytes) -> None:
+        self._unsaved[key] = None
+        self._unsaved.move_to_end(key)
+        if len(self._unsaved) > _MAX_UNSAVED:
+            self._unsaved.popitem(last=False)
 
     def node_lost(self) -> None:
         """What the next node cache can't keep, it will say."""

@@ -44,7 +44,7 @@ class NodeCore:
         self.lookups = Lookups(parts, storing)
         self.finds = Finds(parts, storing)
         self._dumps = DumpRequests(parts, self.lookups.fills, storing)
-        self._openings = Openings(parts)
+        self._openings = Openings(parts, storing)
         self._ahead = MemoryAhead(
             parts.slots,
             up_to_bytes=parts.limits.ahead_bytes,

@@ -27,6 +27,7 @@ class DumpRequests:
         self._fills = fills
         self._writeback = storing.writeback
         self._on_met = storing.met
+        self._doubted_from = storing.doubted_from
         self._tell = storing.tell
         # Keys of FILLING slots that somebody else counts on, having been told HAVE.
         self._counted_on: set[Key] = set()
@@ -54,7 +55,11 @@ class DumpRequests:
                     why = Outcome.LEAVING if leaving else self._why_no_room(key)
                     self._count(f"dump_dropped_{why}")
                 break
-        connection.send(p.ReserveReply(id=message.id, offsets=offsets))
+        doubted_from = None
+        if connection.role == "scheduler":  # who may promise them
+            doubted_from = self._doubted_from(keys, offsets)
+        reply = p.ReserveReply(id=message.id, offsets=offsets, doubted_from=doubted_from)
+        connection.send(reply)
 
     def _why_no_room(self, key: Key) -> str:
         return Outcome.QUEUE_FULL if self._writeback.is_full(key) else Outcome.NO_ROOM

@@ -19,6 +19,7 @@ from ucm.store.node import protocol as p
 from ucm.store.node.io_threads import LanePool
 from ucm.store.node.parts import NodeParts
 from ucm.store.node.sessions import Connection, OpenedNamespace
+from ucm.store.node.storing import Storing
 from ucm.store.tiers.tier import Tier, TierNamespace
 
 _logger = logging.getLogger(__name__)
@@ -28,7 +29,7 @@ _LOOK_EVERY_S = 1.0
 class Openings:
     """Owned by the event loop's thread."""
 
-    def __init__(self, parts: NodeParts) -> None:
+    def __init__(self, parts: NodeParts, storing: Storing) -> None:
         self._slots = parts.slots
         self._tier = parts.tier
         self._lanes = parts.control
@@ -38,6 +39,8 @@ class Openings:
         ]
         # Far, a page that is written brings the manifest: nobody's start waits for that.
         self._near, self._all = near, sum(farther, near)
+        self._tiers = parts.tiers
+        self._storing = storing
         self._notices = parts.notices
         self._call_later = parts.call_later
         self._timeout_s = parts.limits.open_timeout_s
@@ -100,6 +103,22 @@ class Openings:
             answer,
             "no manifest written",
         )
+        self._check_room(namespace)
+
+    def _check_room(self, namespace: TierNamespace) -> None:
+        """Nobody waits for it: the first page is dumped when a prompt has been computed."""
+        for number, each in enumerate(self._tiers):
+            for lane, pool in enumerate(each.control.pools):
+                pool.submit(
+                    partial(each.tier.check_room, namespace, lane),
+                    partial(self._on_room, number, lane),
+                )
+
+    def _on_room(self, tier: int, lane: int, result: object) -> None:
+        if isinstance(result, TierError):
+            if result.reason is Outcome.FULL:  # of rights the tier itself has said what is wrong
+                self._notices.warn(f"write_failed_{result.reason}", result)
+            self._storing.has_no_room(tier, lane, result.reason)
 
     def find_manifest(self, connection: Connection, message: p.GetManifest) -> None:
         def answer(results: Sequence[object]) -> None:

@@ -46,7 +46,7 @@ IN_STORAGE: Final = 4
 IN_NEAR, IN_FAR = 8, 16
 
 
-# -- client to node cache ------------------------------------------------------------------
+# -- from clients, and to them from `Welcome` on -----------------------------------------------
 
 
 class Hello(msgspec.Struct, frozen=True, kw_only=True, tag=True, array_like=True):
@@ -152,7 +152,7 @@ class Commit(msgspec.Struct, frozen=True, kw_only=True, tag=True, array_like=Tru
 
 
 class Abort(msgspec.Struct, frozen=True, kw_only=True, tag=True, array_like=True):
-    """The slots reserved for `keys` won't be filled, and nobody writes into them any more."""
+    """The slots reserved for `keys` won't be filled; nobody writes into them any more."""
 
     ns: int
     keys: list[_Bytes32]
@@ -167,9 +167,6 @@ class GetStatus(msgspec.Struct, frozen=True, kw_only=True, tag=True, array_like=
 
 class Shutdown(msgspec.Struct, frozen=True, kw_only=True, tag=True, array_like=True):
     """Finish queued writes (bounded), then leave."""
-
-
-# -- node cache to client ------------------------------------------------------------------
 
 
 class Welcome(msgspec.Struct, frozen=True, kw_only=True, tag=True, array_like=True):
@@ -227,14 +224,17 @@ class Found(msgspec.Struct, frozen=True, kw_only=True, tag=True, array_like=True
 
 
 class ReserveReply(msgspec.Struct, frozen=True, kw_only=True, tag=True, array_like=True):
+    """Storage is likely to refuse what is filled from `doubted_from` on: until a `SavingNews` says
+    that it is saved nobody is to promise it."""
+
     id: int
     offsets: list[int]
+    doubted_from: _Count | None = None
 
 
 class SavingNews(msgspec.Struct, frozen=True, kw_only=True, tag=True, array_like=True):
-    """Of the pages that were accepted or counted on, whoever did: `refused` are not in storage and
-    not on their way there (`reason`), so nobody is to promise them. `saved` had been refused
-    before."""
+    """Of pages that were accepted or counted on: `refused` are not in storage and not on their way
+    there (`reason`), so nobody is to promise them. `saved` had been refused or doubted before."""
 
     refused: list[_Bytes32]
     saved: list[_Bytes32]

@@ -53,6 +53,7 @@ class Storing:
         else:
             self.writeback = (WriteBack if self._has_storage else NoWriteBack)(parts, self.tell)
         self._rechecks = Rechecks(parts, self.writeback)
+        self._writebacks = [each for each in (self.writeback, self.far) if each is not None]
 
     def met(
         self,
@@ -74,6 +75,28 @@ class Storing:
             unsaved[self.writeback.why_refused(key)].append(key)
         for reason, refused in unsaved.items():
             connection.send(p.SavingNews(refused=refused, saved=[], reason=reason))
+
+    def doubted_from(self, keys: Sequence[Key], offsets: Sequence[int]) -> int | None:
+        """Of pages that a client is about to dump, the number of the first that storage is likely
+        to refuse: a promise that is given before it does would be waited for. They are tried all
+        the same, and all from there on are told once they are saved."""
+        filled = [i for i, offset in enumerate(offsets) if offset >= 0]
+        first = next((i for i in filled if self._why_refused(keys[i])), None)
+        if first is not None:
+            reason = self._why_refused(keys[first])
+            for key in (keys[i] for i in filled if i >= first):
+                for each in self._writebacks:
+                    each.note_refused(key, reason)
+        return first
+
+    def _why_refused(self, key: Key) -> Outcome:
+        """FINE where one of the tiers is likely to take it."""
+        reasons = [each.refusing.why(key) for each in self._writebacks]
+        return reasons[0] if all(reasons) else Outcome.FINE
+
+    def has_no_room(self, tier: int, lane: int, reason: Outcome) -> None:
+        """Of the tiers, near first."""
+        self._writebacks[tier].refusing.has_no_room(lane, reason)
 
     def tell(self, refused: Sequence[Key], saved: Sequence[Key], reason: Outcome) -> None:
         message = p.SavingNews(refused=list(refused), saved=list(saved), reason=reason)

@@ -27,6 +27,7 @@ from ucm.store.blocks.keys import Key, num_tokens_of
 from ucm.store.node.abreast import Abreast, Write
 from ucm.store.node.io_threads import LanePool
 from ucm.store.node.parts import NodeParts
+from ucm.store.node.refusing import RefusingLanes
 from ucm.store.node.retries import Retries
 from ucm.store.node.saved import Met, SavedBook, Saving, TellClients
 from ucm.store.node.sessions import OpenedNamespace
@@ -46,6 +47,7 @@ class WriteBack:
         self._count = parts.count
         self._notices = parts.notices
         self._tell = tell
+        self.refusing = RefusingLanes(parts.writes)
         max_pages, rules = parts.limits.max_write_pages, parts.limits.saving
         self._book = SavedBook(rules, parts.clock)
         self._retries = Retries(parts.slots, max_pages, rules.retry_s, parts.clock)
@@ -84,6 +86,10 @@ class WriteBack:
         self._retries.forget(key)
         if self._book.note_saved(key):
             self._tell((), [key], Outcome.FINE)
+
+    def note_refused(self, key: Key, reason: Outcome) -> None:
+        """Somebody was told that it will be. Who was hears of it when it is saved after all."""
+        self._book.note_refused(key, reason)
 
     def note_gone(self, key: Key) -> None:
         """Storage was asked, and does not have it."""
@@ -260,6 +266,7 @@ class WriteBack:
             self._fail_write(write, result)
         else:
             write.staged = None
+            self.refusing.has_taken(write.pool)
             self._stored(write, "write_done")
         self._publish_abreast(write.pool)
 
@@ -290,6 +297,7 @@ class WriteBack:
     def _fail_write(self, write: Write, error: TierError) -> None:
         """Storage has refused it. Nothing will lead to what waits behind it."""
         self._notices.warn(f"write_failed_{error.reason}", error)
+        self.refusing.has_refused(write.pool, error.reason)
         lost = self._doom(write)
         self._lose(lost[:1], "write_failed", error.reason)
         self._lose(lost[1:], "dump_dropped", Outcome.AFTER_FAILED)

@@ -139,6 +139,9 @@ class Tier(ABC):
     def look_for_lane(self, lane: int) -> None:  # noqa: B027 few need it
         """Tries to reach a lane that is unknown. Raises TierError when storage can't tell."""
 
+    def check_room(self, namespace: TierNamespace, lane: int) -> None:  # noqa: B027 few need it
+        """Raises TierError if it can be known without writing that no page would be taken now."""
+
     def chores(self) -> Sequence[Chore]:
         """What it wants done in the background. Asked for once."""
         return ()

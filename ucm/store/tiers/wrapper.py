@@ -46,6 +46,9 @@ class WrapperTier(Tier):
     def look_for_lane(self, lane: int) -> None:
         self._tier.look_for_lane(lane)
 
+    def check_room(self, namespace: TierNamespace, lane: int) -> None:
+        self._tier.check_room(namespace, lane)
+
     def chores(self) -> Sequence[Chore]:
         return self._tier.chores()
 

@@ -83,10 +83,17 @@ def test_who_may_only_read_is_told_so_and_reads(tmp_path: Path) -> None:
     said = run_as_stranger(
         "from tests.store.tiers.posix.test_rights import *",
         "tier = PosixTier([sys.argv[1]]); tier.open_namespace(SMALL); "
-        "assert load(tier, SMALL, KEY) == content_of(SMALL, PAGE)",
+        "assert load(tier, SMALL, KEY) == content_of(SMALL, PAGE); "
+        "check_room(tier)",
         store,
     )
     assert "uid 65534 may not write here" in said
+
+
+def check_room(tier: PosixTier) -> None:
+    """In a process of somebody who may not write."""
+    with pytest.raises(TierError, match="can't be written: Permission denied"):
+        tier.check_room(SMALL, 0)
 
 
 # -- of what this node makes ------------------------------------------------------------------

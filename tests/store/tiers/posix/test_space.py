@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 from tests.faults.mounts import mount_tmpfs, own_mounts
 from tests.store.tiers.tier_contract import LARGE, dump, load, make_key, make_page
 from ucm.errors import TierError
+from ucm.outcome import Outcome
 from ucm.store.tiers.posix.space import FreeSpace, Space, SpaceReserve, look, reserve_bytes
 from ucm.store.tiers.posix.tier import PosixTier
 from ucm.store.tiers.tier import ReadStatus
@@ -106,9 +107,28 @@ def test_what_is_written_between_two_looks_is_taken_off(tmp_path: Path) -> None:
     reserve.take(MIB)
 
 
+@own_mounts
+@pytest.mark.parametrize("min_free_bytes", [0, 10 * MIB])
+def test_whether_there_is_room_can_be_known_without_writing(
+    tmp_path: Path, min_free_bytes: int
+) -> None:
+    store = tmp_path / "store"
+    mount_tmpfs(store, size_bytes=40 * MIB)
+    tier = PosixTier([str(store)], free=FreeSpace(min_free_bytes=min_free_bytes))
+    tier.open_namespace(LARGE)
+    tier.check_room(LARGE, 0)
+
+    (store / "other").write_bytes(bytes(look(str(store)).free_bytes - min_free_bytes))
+    with pytest.raises(TierError) as refused:
+        tier.check_room(LARGE, 0)
+    assert refused.value.reason is Outcome.FULL
+    assert list(store.rglob("*.kv")) == []
+
+
 def test_a_backend_that_is_not_there_is_not_full(tmp_path: Path) -> None:
     """Whoever writes into it says what is wrong."""
     SpaceReserve(str(tmp_path / "missing"), FreeSpace(min_free_bytes=1 << 60)).take(MIB)
+    PosixTier([str(tmp_path / "missing")]).check_room(LARGE, 0)
 
 
 def test_a_filesystem_that_tells_no_size_is_not_full(

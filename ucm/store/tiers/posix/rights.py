@@ -7,6 +7,7 @@ opened.
 
 from __future__ import annotations
 
+import errno
 import grp
 import logging
 import os
@@ -103,6 +104,23 @@ def may_read(path: str, status: os.stat_result) -> bool:
     return os.access(path, os.R_OK, effective_ids=os.access in os.supports_effective_ids)
 
 
+def check_may_write(directory: str) -> None:
+    """Raises the OSError that a new file in it would be refused with, as far as rights tell."""
+    if not _may_write(directory):
+        reason = errno.EROFS if _is_read_only(directory) else errno.EACCES
+        raise OSError(reason, os.strerror(reason))
+
+
+def _may_write(directory: str) -> bool:
+    return os.access(
+        directory, os.W_OK | os.X_OK, effective_ids=os.access in os.supports_effective_ids
+    )
+
+
+def _is_read_only(path: str) -> bool:
+    return bool(os.statvfs(path).f_flag & os.ST_RDONLY)
+
+
 def is_own(path: str) -> bool:
     """Whether it is this user's. Raises OSError."""
     return os.lstat(path).st_uid == os.geteuid()
@@ -134,15 +152,11 @@ def problems(
 def say_problems(path: str, *, is_sealed: bool) -> None:
     """Logs them. Raises OSError."""
     mode = os.stat(path).st_mode
-    may_write = os.access(
-        path, os.W_OK | os.X_OK, effective_ids=os.access in os.supports_effective_ids
-    )
-    is_read_only = bool(os.statvfs(path).f_flag & os.ST_RDONLY)
     for problem in problems(
         mode,
-        may_write=may_write,
+        may_write=_may_write(path),
         uid=os.geteuid(),
         is_sealed=is_sealed,
-        is_read_only=is_read_only,
+        is_read_only=_is_read_only(path),
     ):
         _logger.warning("%s: %s", path, problem)

@@ -94,16 +94,24 @@ class SpaceReserve:
             if now_s - self._looked_s < _LOOK_EVERY_S and self._fits(file_bytes):
                 self._written_bytes += file_bytes
                 return
-            try:
-                self._space, self._looked_s = look(self._path), now_s
-            except FileNotFoundError:
-                return  # the backend is not there: whoever writes will say so
-            # Of what others write this moment the look has seen a part; a few pages at most.
-            self._written_bytes = 0
-            if self._fits(file_bytes):
-                self._written_bytes = file_bytes
-                return
-            free_bytes, keep_bytes = self._space.free_bytes, self._kept(file_bytes)
+            self._look_anew(file_bytes, now_s)
+            self._written_bytes = file_bytes
+
+    def check(self, file_bytes: int) -> None:
+        """`take`, of a file that isn't written yet, and where the filesystem itself is full."""
+        with self._lock:
+            self._look_anew(file_bytes, self._clock())
+
+    def _look_anew(self, file_bytes: int, now_s: float) -> None:
+        try:
+            self._space, self._looked_s = look(self._path), now_s
+        except FileNotFoundError:
+            return  # the backend is not there: whoever writes will say so
+        # Of what others write this moment the look has seen a part; a few pages at most.
+        self._written_bytes = 0
+        if self._fits(file_bytes):
+            return
+        free_bytes, keep_bytes = self._space.free_bytes, self._kept(file_bytes)
         raise TierError(
             f"{self._path}: {free_bytes / _GIB:.2f} GiB are free, and {keep_bytes / _GIB:.2f} GiB "
             f"have to stay so (min_free_gb): nothing is written until there is more",

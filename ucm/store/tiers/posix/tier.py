@@ -26,14 +26,14 @@ from ucm.store.blocks.page_key import PageKey
 from ucm.store.tiers.posix import paths
 from ucm.store.tiers.posix.allowance import Allowance
 from ucm.store.tiers.posix.backend import Backend, unlink_if_there
-from ucm.store.tiers.posix.os_errors import is_gone, tier_error, translated
+from ucm.store.tiers.posix.os_errors import is_gone, tier_error, translated, unless_gone
 from ucm.store.tiers.posix.page_files import PageFiles
 from ucm.store.tiers.posix.page_times import PageTimes
 from ucm.store.tiers.posix.placement import Placement, for_all, unless_read_only
 from ucm.store.tiers.posix.presence import LOOKING_UP, Presence
 from ucm.store.tiers.posix.quarantine import Quarantine
 from ucm.store.tiers.posix.reclaim import Reclaimer
-from ucm.store.tiers.posix.rights import UMASK_DECIDES, FileRights
+from ucm.store.tiers.posix.rights import UMASK_DECIDES, FileRights, check_may_write
 from ucm.store.tiers.posix.space import NONE_FREE, FreeSpace, SpaceReserve
 from ucm.store.tiers.tier import (
     ABSENT,
@@ -109,6 +109,14 @@ class PosixTier(Tier):
         self._placement.open(lane)
         ensure = self._backends[lane].ensure_manifest
         unless_read_only(partial(ensure, namespace.fingerprint, namespace.manifest_json))
+
+    def check_room(self, namespace: TierNamespace, lane: int) -> None:
+        backend = self._backends[lane]
+        # Of any key: all files are of one size.
+        block = BlockId(Key(bytes(32)), namespace.fingerprint, namespace.page_bytes)
+        with translated(backend.path, "can't be written"), unless_gone():
+            check_may_write(backend.path)
+            self._reserves[backend].check(block.file_bytes)
 
     def contains(self, namespace: TierNamespace, keys: Sequence[Key]) -> int:
         return self._presence.count(namespace, keys)
