@@ -309,3 +309,26 @@ def test_a_peer_that_says_why_it_refuses_is_heard_also_when_it_has_hung_up(place
 
     with peer(place, refuse) as path, pytest.raises(NodeUnavailable, match=r"there is no room$"):
         connect(path)
+
+
+def test_what_the_socket_takes_later_is_sent_while_an_answer_is_waited_for(place: Place) -> None:
+    question = p.Release(lookups=[1 << 40] * 300_000)
+    num_bytes = len(p.encode(question))
+    reads = threading.Event()
+
+    def serve(sock: socket.socket) -> None:
+        welcome(sock, place)
+        reads.wait()
+        left = num_bytes
+        while left and (data := sock.recv(1 << 16)):
+            left -= len(data)
+        if not left:
+            sock.sendall(p.encode(p.RanksReady(count=7)))
+        wait_for_end(sock)
+
+    with peer(place, serve) as path, connect(path) as client:
+        client.send(question)
+        assert client.has_unsent
+        threading.Timer(0.2, reads.set).start()
+        assert client.poll(SOON_S) == [p.RanksReady(count=7)]
+        assert not client.has_unsent

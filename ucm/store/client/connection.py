@@ -10,6 +10,7 @@ from __future__ import annotations
 import os
 import select
 import socket
+import time
 from contextlib import suppress
 from typing import TYPE_CHECKING
 from weakref import WeakSet
@@ -102,14 +103,17 @@ class NodeClient:
         self._flush()
 
     def poll(self, timeout_s: float = 0.0) -> list[p.NodeMessage]:
-        """What has arrived, after waiting at most `timeout_s` for the first of it."""
+        """What has arrived, after waiting at most `timeout_s` for the first of it. What the socket
+        has not taken yet is sent meanwhile."""
+        deadline_s = time.monotonic() + timeout_s
         self._flush()
         messages = self._receive()
-        if not messages and timeout_s > 0:
+        while not messages and timeout_s > 0 and (left_s := deadline_s - time.monotonic()) > 0:
             # Not select.select: engines have more than 1024 files open.
             poller = select.poll()
-            poller.register(self._sock, select.POLLIN)
-            poller.poll(timeout_s * 1000)
+            poller.register(self._sock, select.POLLIN | (select.POLLOUT if self._unsent else 0))
+            poller.poll(left_s * 1000)
+            self._flush()
             messages = self._receive()
         return messages
 
@@ -121,6 +125,11 @@ class NodeClient:
     def has_unsent(self) -> bool:
         """Whether something waits until the socket takes it."""
         return bool(self._unsent)
+
+    @property
+    def is_lost(self) -> bool:
+        """The connection has failed: who served it is gone, or has dropped this client."""
+        return bool(self._failed)
 
     def ending(self) -> Ending:
         """To be made by the owner, for another thread that waits for the connection's end."""
