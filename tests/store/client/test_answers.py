@@ -43,6 +43,7 @@ RIGHT: list[p.NodeMessage] = [
         found(),
         found(0, PAGE),
         found(0, refused=1),
+        found(0, brought=1),
         found(CAPACITY - PAGE, head_stored=1, from_files=1),
     ),
     *(found(of=COUNT, num_stored=2), given(0, p.HAVE, p.NO_ROOM), given(0, PAGE, CAPACITY - PAGE)),
@@ -52,7 +53,7 @@ RIGHT: list[p.NodeMessage] = [
 WRONG: list[p.NodeMessage] = [
     *(found(0, 0, 0), found(0, num_stored=2), found(num_stored=2), found(0, head_stored=2)),
     *(found(CAPACITY - PAGE + 1), found(-1), found(0, from_files=3)),
-    *(found(0, refused=2), found(refused=-1)),
+    *(found(0, refused=2), found(refused=-1), found(0, brought=2), found(0, brought=-1)),
     *(found(0, of=COUNT), found(of=COUNT, num_stored=3), found(of=COUNT, num_stored=-1)),
     *(given(0), given(0, 0, 0, 0), given(), given(0, 0, CAPACITY), given(-3, 0, 0)),
     p.Found(id=FIND.id, places=b"\0\1", reason=""),

@@ -66,6 +66,7 @@ class Answers:
             and 0 <= reply.head_stored <= lookup.read_from
             and 0 <= reply.from_files <= num_asked
             and 0 <= reply.refused <= num_asked - reply.num_stored
+            and 0 <= reply.brought <= num_offsets
             and self._are_inside(reply.offsets, lookup.ns)
         )
 

@@ -111,6 +111,8 @@ class LookupJob:
         self.head_stored = 0
         self.head_probes = 0
         self.from_files = 0
+        # Blocks that are read for this lookup, and were for nobody before it.
+        self.begun: set[int] = set()
         # Seconds in which storage has worked for it (`read_times.py`).
         self.read_s = 0.0
         # What reading costs: None once `weigh.py` has decided what is read, and how many blocks are

@@ -337,6 +337,7 @@ class Lookups:
                 reason=job.reason,
                 refused=job.refused,
                 read_us=int(job.read_s * 1e6),
+                brought=sum(i < job.end for i in job.begun),
             )
         )
 

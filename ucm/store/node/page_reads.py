@@ -94,6 +94,7 @@ class PageReads:
                     job.lose(i, Outcome.NO_ROOM)
                     break
                 begun.append(filling)
+                job.begun.add(i)
             job.comes(i)
         return begun
 

@@ -198,11 +198,11 @@ class ManifestFound(msgspec.Struct, frozen=True, kw_only=True, tag=True, array_l
 
 
 class LookupReply(msgspec.Struct, frozen=True, kw_only=True, tag=True, array_like=True):
-    """`offsets[i]` holds the page of `keys[read_from + i]`, pinned until `Release`. `from_files` of
-    them were read for this lookup. Of `keys[:read_from]` the first `head_stored` are in the store.
-    Without `load` nothing is pinned and `num_stored` counts what follows `read_from`. `reason` says
-    what ended the prefix (FINE: nothing did), which has `refused` blocks more than were worth
-    reading. Storage was busy with this lookup for `read_us` microseconds."""
+    """`offsets[i]` holds the page of `keys[read_from + i]`, pinned until `Release`. Of these it
+    has `brought` so many; `from_files` came from storage, those behind the prefix too, in `read_us`
+    microseconds. Of `keys[:read_from]` the first `head_stored` are in the store. Without `load`
+    nothing is pinned, `num_stored` counts what follows. `reason` says what ended the prefix (FINE:
+    nothing did), which has `refused` blocks more than were worth reading."""
 
     id: int
     offsets: list[int]
@@ -212,6 +212,7 @@ class LookupReply(msgspec.Struct, frozen=True, kw_only=True, tag=True, array_lik
     reason: Outcome
     refused: int = 0
     read_us: int = 0
+    brought: int = 0
 
 
 class Found(msgspec.Struct, frozen=True, kw_only=True, tag=True, array_like=True):
@@ -242,8 +243,7 @@ class SavingNews(msgspec.Struct, frozen=True, kw_only=True, tag=True, array_like
 
 
 class Notice(msgspec.Struct, frozen=True, kw_only=True, tag=True, array_like=True):
-    """For the log of the engine: what people should hear of storage. In place of a Welcome: why
-    there is none."""
+    """For the engine's log: what people should hear of storage. Or why there is no Welcome."""
 
     text: str
 
