@@ -18,7 +18,7 @@ from examples.cluster.processes import VllmServer
 from tests.e2e.checks import counted, make_prompt
 from tests.e2e.deployment import Deployment
 from tests.e2e.node import Node
-from ucm.store.inspect.warm import Warmed
+from ucm.store.inspect.warm_pages import Warmed
 
 pytestmark = [pytest.mark.vllm, pytest.mark.long, pytest.mark.timeout(600)]
 

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Annotated
+from functools import partial
+from typing import TYPE_CHECKING, Annotated, Final
 
 import typer
 
@@ -19,14 +20,19 @@ from ucm.cli.printing import (
     say,
     size,
 )
+from ucm.cli.watched import SILENCE_S, TimeoutS, watched
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from ucm.config.settings import StoreSettings
     from ucm.store.inspect.asked_prompt import AskedPrompt
     from ucm.store.inspect.engine_identity import EngineIdentity
     from ucm.store.inspect.given_prompts import GivenPrompt
-    from ucm.store.inspect.warm import Warmed
+    from ucm.store.inspect.warm_pages import Warmed
 
 
+_NAME: Final = "ucm warm"
 SettingsFile = Annotated[
     str, typer.Argument(metavar="SETTINGS", help="the settings file of this machine's engines")
 ]
@@ -61,6 +67,7 @@ def warm(
             help="wait so many seconds for an engine, so that the node cache does not leave before",
         ),
     ] = 0.0,
+    timeout_s: TimeoutS = SILENCE_S,
     vllm_args: EngineFlags = None,
     as_json: AsJson = False,
 ) -> None:
@@ -75,9 +82,8 @@ def warm(
     from ucm.store.inspect.engine_identity import EngineQuestion, ask_vllm
     from ucm.store.inspect.given import check_no_url
     from ucm.store.inspect.given_prompts import read_prompts
-    from ucm.store.inspect.warm import warm as warm_up
 
-    with one_line_for_errors("ucm warm"):
+    with one_line_for_errors(_NAME):
         check_no_url(settings_file)
         settings = load_settings_file(settings_file).store
         given = read_prompts(prompts)
@@ -90,16 +96,37 @@ def warm(
         )
         with progress(ASKING_VLLM):
             identity = ask_vllm(question)
-        asked = _asked(identity, given, settings.storage_backends, salt, namespace)
-        with progress("reading") as on_progress:
-            warmed = warm_up(
-                settings,
-                asked,
-                _page_bytes(identity, asked),
-                hold_s=hold_s,
-                on_progress=on_progress,
-                on_warmed=print_json if as_json else _print,
-            )
+    ask = partial(_asked, identity, given, settings.storage_backends, salt, namespace)
+    act = partial(_warm, settings, identity, ask, timeout_s, hold_s, as_json=as_json)
+    watched(_NAME, ", ".join(settings.storage_backends) or settings_file, timeout_s, act)
+
+
+def _warm(
+    settings: StoreSettings,
+    identity: EngineIdentity,
+    ask: Callable[[], list[AskedPrompt]],
+    timeout_s: float,
+    hold_s: float,
+    *,
+    as_json: bool,
+) -> None:
+    """Looks at storage, as does `ask`. Raises typer.Exit unless all is well."""
+    from ucm.store.inspect.warm import warm as warm_up
+
+    with one_line_for_errors(_NAME), progress("reading") as on_progress:
+        asked = ask()
+        warmed = warm_up(
+            settings,
+            asked,
+            _page_bytes(identity, asked),
+            timeout_s=timeout_s,
+            hold_s=hold_s,
+            on_progress=on_progress,
+            on_warmed=partial(_print, as_json=as_json),
+            on_lost=_say_lost,
+        )
+    if warmed.storage_hangs or warmed.failed:
+        raise typer.Exit(1)
     if hold_s and not warmed.is_used:
         say(f"No engine has connected in {hold_s:g} s.", is_error=True)
         raise typer.Exit(STATUS_WRONG)
@@ -143,14 +170,54 @@ def _page_bytes(identity: EngineIdentity, asked: list[AskedPrompt]) -> list[int]
     return sizes
 
 
-def _print(warmed: Warmed) -> None:
+def _print(warmed: Warmed, *, as_json: bool) -> None:
+    if as_json:
+        print_json(warmed)
+    else:
+        _say_counts(warmed)
+    _say_problems(warmed)
+
+
+def _say_counts(warmed: Warmed) -> None:
     say(
         f"{count(warmed.num_prompts, 'prompt')}: {count(warmed.read, 'page')} read, "
         f"{warmed.in_memory:,} in memory before, {warmed.missing:,} not in the store."
     )
+    if warmed.no_room:
+        say(
+            f"For {count(warmed.no_room, 'page')} the node cache's memory had no room: it has "
+            f"{size(warmed.memory_bytes)} (cache_buffer_capacity_gb)."
+        )
+    if warmed.damaged:
+        say(
+            f"{count(warmed.damaged, 'page')} can't be had: the first of a prompt is damaged, and "
+            f"the others lie behind it; the node cache's log names it."
+        )
     if warmed.warm_bytes > warmed.memory_bytes:
         say(
             f"These are {size(warmed.warm_bytes)}, and the node cache has "
             f"{size(warmed.memory_bytes)} of memory: those that were read first have gone again "
             f"(cache_buffer_capacity_gb)."
+        )
+
+
+def _say_lost(problem: str) -> None:
+    say(f"{_NAME}: {problem}; once more from the beginning", is_error=True)
+
+
+def _say_problems(warmed: Warmed) -> None:
+    if warmed.failed:
+        say(
+            f"{_NAME}: storage failed: {count(warmed.failed, 'page')} could not be had; the node "
+            f"cache's log says why, and ucm doctor tries storage out",
+            is_error=True,
+        )
+    if warmed.storage_hangs:
+        unasked = warmed.unasked_prompts
+        more = f", and {count(unasked, 'prompt')} were given up" if unasked else ""
+        say(
+            f"{_NAME}: storage doesn't answer in time: {count(warmed.timed_out, 'page')} could not "
+            f"be had{more}: look at the mount and its server; ucm doctor tries it out "
+            f"(posix_io_timeout_ms, and --timeout-s for what is slow)",
+            is_error=True,
         )

@@ -14,7 +14,8 @@ from ucm.store.blocks.namespace import Manifest
 from ucm.store.blocks.strands import ALL, Reach, ReachKind
 from ucm.store.inspect.asked_prompt import AskedPrompt, in_strand
 from ucm.store.inspect.node_memory import keys_in_memory
-from ucm.store.inspect.warm import Warmed, runs_of, warm
+from ucm.store.inspect.warm import warm
+from ucm.store.inspect.warm_pages import Warmed, runs_of
 
 pytestmark = pytest.mark.process
 
@@ -110,7 +111,7 @@ def test_a_page_that_is_damaged_is_not_brought_and_ends_its_prompt(place: Place)
 
     warmed = warm(place.settings(), [AskedPrompt(made, TOKENS)], [PAGE_BYTES])
 
-    assert (warmed.read, warmed.missing) == (2, 4)
+    assert (warmed.read, warmed.damaged, warmed.missing) == (2, 4, 0)
 
 
 def test_nothing_stays_pinned(place: Place) -> None:

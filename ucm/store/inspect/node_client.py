@@ -15,6 +15,9 @@ from ucm.store.node import protocol as p
 from ucm.store.node.trusted_users import trust_of
 
 _SESSION: Final = "tool-"
+_LIMITS: Final = ("node_cache_max_keys", "node_cache_max_open_keys")
+# What a node cache takes at the least.
+_FEWEST_KEYS: Final = 1023
 _Answer = TypeVar("_Answer", bound=p.NodeMessage)
 
 
@@ -36,6 +39,19 @@ def connect_tool(settings: StoreSettings, *, timeout_s: float) -> NodeClient:
         timeout_s=timeout_s,
         trust=trust_of(settings),
     )
+
+
+def most_keys(welcome: p.Welcome) -> int:
+    """In one question: who asks about more is dropped."""
+    # An open one weighs a key more than it has.
+    given = (welcome.settings.get(name) for name in _LIMITS)
+    return min((limit - 1 for limit in given if isinstance(limit, int)), default=_FEWEST_KEYS)
+
+
+def most_open_keys(welcome: p.Welcome) -> int:
+    """In all questions whose answers are not given back."""
+    given = welcome.settings.get("node_cache_max_open_keys")
+    return given if isinstance(given, int) else _FEWEST_KEYS + 1
 
 
 def first_answer(

@@ -11,7 +11,7 @@ from ucm.errors import NodeUnavailable
 from ucm.store.blocks.keys import Key
 from ucm.store.blocks.namespace import Manifest, fingerprint, to_json
 from ucm.store.blocks.page_key import page_key_of
-from ucm.store.inspect.node_client import answer_of, connect_tool
+from ucm.store.inspect.node_client import answer_of, connect_tool, most_keys
 from ucm.store.node import protocol as p
 from ucm.store.tiers.posix import paths
 
@@ -48,8 +48,9 @@ def keys_in_memory(
         if answer_of(client, p.NamespaceOpened, timeout_s=_ANSWER_S).refused:
             return frozenset()
         found: set[Key] = set()
-        for start in range(0, len(keys), _MAX_KEYS):
-            asked: list[bytes] = list(keys[start : start + _MAX_KEYS])
+        most = min(_MAX_KEYS, most_keys(client.welcome))
+        for start in range(0, len(keys), most):
+            asked: list[bytes] = list(keys[start : start + most])
             timeout_ms = int(_ANSWER_S * 500)
             question = p.Find(
                 id=start, ns=namespace.ns, keys=asked, storage=False, timeout_ms=timeout_ms
