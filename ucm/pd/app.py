@@ -166,6 +166,7 @@ class Proxy:
         fields = wanted.fields
         trace.tokens, trace.kind, trace.prefix = wanted.tokens, wanted.kind, wanted.prefix
         trace.is_streamed = bool(fields.get("stream"))
+        trace.reads_answer = bool(wanted.chain)
         tracker = None
         if self._settings.resume and request.path in RESUMABLE and fields.get("stream"):
             tracker = Tracker(fields, is_chat=request.path == CHAT)
@@ -180,9 +181,9 @@ class Proxy:
             if promise is not None and (waits or not promise.is_told):
                 await promise.settled()
             found = await self._relaying.answer(request, wanted.body, trace, tracker, promise, name)
-        self._known.answered(wanted.marks, trace.stored_tokens)
+        self._known.answered(wanted.marks, trace.stored_tokens, trace.answer_ids)
         if wanted.why_not == "known" and trace.status == web.HTTPOk.status_code:
-            self._known.went_on(wanted.chain)
+            self._known.went_on(wanted.chain, answer_tokens=trace.answer_tokens)
         return found
 
     async def pass_on(self, request: web.Request) -> web.StreamResponse:
@@ -295,7 +296,7 @@ class Proxy:
             yield promise
         finally:
             promise.leave()
-            self._known.note(wanted.chain, promise.outcome)
+            self._known.note(wanted.chain, promise.outcome, answer_tokens=trace.answer_tokens)
 
     @property
     def _relaying(self) -> Relay:

@@ -8,7 +8,7 @@ from __future__ import annotations
 import logging
 import time
 import uuid
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 
 import msgspec
@@ -42,6 +42,10 @@ class RequestTrace:
         self.is_streamed = False
         # Of the prompt with its answer, by what decode has said.
         self.stored_tokens = 0
+        # How much the answer says, a guess, and its ids; read where anybody wants to know.
+        self.reads_answer = False
+        self.answer_tokens = 0
+        self.answer_ids: Sequence[int] = ()
         # The client has all it has asked for; whether it stays for the end is its own business.
         self.is_delivered = False
         # The proxy stops, and has ended this request for it.

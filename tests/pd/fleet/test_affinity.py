@@ -14,7 +14,7 @@ from tests.pd.conftest import Fleet, answering, until
 from ucm.pd.fleet.affinity import Homes, Prefix, choose
 from ucm.pd.fleet.instance import Role
 from ucm.pd.fleet.pool import Pool, PoolRules
-from ucm.pd.legs.known import chain_of, prefix_of
+from ucm.pd.legs.chains import chain_of, prefix_of
 
 CHAT = "v1/chat/completions"
 SYSTEM = {"role": "system", "content": "You are kind. " * 200}

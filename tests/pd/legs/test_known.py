@@ -10,7 +10,8 @@ import pytest
 from tests.pd.conftest import Fleet, answering
 from tests.pd.legs.handoff_parts import a_receipt, giving
 from ucm import handoff
-from ucm.pd.legs.known import Known, Link, chain_of
+from ucm.pd.legs.chains import Link, chain_of
+from ucm.pd.legs.known import Known
 from ucm.pd.legs.prefill import PrefillOutcome
 
 CHAT = "v1/chat/completions"
@@ -183,79 +184,3 @@ def test_parts_that_are_cut_otherwise_are_another_prompt():
     assert set() == digests("ab", "c") & digests("a", "bc")
     assert 1 == len(digests("ab", "c") & digests("ab", "d"))
     assert json.dumps(turns("ab")) not in str(digests("ab"))
-
-
-def prefilled(*, tokens: int, found: int) -> PrefillOutcome:
-    words = msgspec.structs.replace(a_receipt(is_whole=True), tokens=tokens, found_tokens=found)
-    return PrefillOutcome(None, msgspec.json.encode(handoff.params(words)))
-
-
-def chat(*texts: str) -> tuple[Link, ...]:
-    return chain_of({"messages": turns(*texts)}, path="/")
-
-
-ANSWER = "x" * 4000
-
-
-@pytest.mark.parametrize(("found", "is_known"), [(2100, True), (1000, False), (900, False)])
-def test_answers_are_known_once_a_prefill_has_found_one(found: int, is_known: bool):
-    known = noting([0.0])
-    known.note(chat(LONG), prefilled(tokens=1000, found=0))
-    # All that is new is the answer.
-    assert not known.has_nearly_all(chat(LONG, ANSWER))
-    known.note(chat(LONG, ANSWER, LONG), prefilled(tokens=2500, found=found))
-
-    assert is_known == known.has_nearly_all(chat(LONG, ANSWER, LONG, ANSWER))
-    # What a client says is new whoever has answered before.
-    assert not known.has_nearly_all(chat(LONG, ANSWER, LONG, ANSWER, LONG))
-
-
-def test_an_answer_of_less_than_two_blocks_tells_nothing_of_answers():
-    known = noting([0.0])
-    known.note(chat(LONG), prefilled(tokens=1000, found=0))
-    known.note(chat(LONG, "x" * 900, LONG), prefilled(tokens=1700, found=1200))
-
-    assert not known.has_nearly_all(chat(LONG, "x" * 900, LONG, ANSWER))
-
-
-def test_one_answer_that_was_not_found_ends_it():
-    known = noting([0.0])
-    known.note(chat(LONG), prefilled(tokens=1000, found=0))
-    known.note(chat(LONG, ANSWER, LONG), prefilled(tokens=2500, found=2000))
-    known.note(chat(LONG, ANSWER, LONG, ANSWER, LONG), prefilled(tokens=4000, found=2500))
-
-    assert not known.has_nearly_all(chat(LONG, ANSWER, LONG, ANSWER, LONG, ANSWER))
-
-
-def test_what_decode_has_computed_alone_is_known_as_long_as_what_it_went_on_from():
-    clock = [0.0]
-    known = noting(clock)
-    known.note(chat(LONG), prefilled(tokens=1000, found=0))
-    known.note(chat(LONG, ANSWER, LONG), prefilled(tokens=2500, found=2000))
-    clock[0] = 9.0
-    turn = chat(LONG, ANSWER, LONG, ANSWER)
-    known.went_on(turn)
-    assert known.has_nearly_all(turn)
-    clock[0] = 10.1
-    assert not known.has_nearly_all(turn)
-
-
-def test_what_decode_has_computed_alone_is_not_known_where_answers_are_not():
-    known = noting([0.0])
-    known.note(chat(LONG), prefilled(tokens=1000, found=0))
-    known.went_on(chat(LONG, "a"))
-    assert not known.has_nearly_all(chat(LONG, "a"))
-
-
-async def test_a_chat_goes_on_at_decode_alone_while_little_is_new_in_each_turn(fleet: Fleet):
-    """A user's turn of 75 tokens, of which three are too many at once."""
-    await start(fleet, max_new_tokens=100)
-    said = [LONG]
-    paths = []
-    for tokens, found in ((1000, 0), (2500, 2000), (9000, 0), (9000, 0), (9000, 0)):
-        words = msgspec.structs.replace(a_receipt(is_whole=True), tokens=tokens, found_tokens=found)
-        fleet.prefill[0].answer = giving(msgspec.json.encode(handoff.params(words)))
-        paths.append(await path_of(fleet, CHAT, messages=turns(*said)))
-        said += [ANSWER, "y" * 300 if paths[1:] else LONG]
-
-    assert ["pd", "pd", "skip-known", "skip-known", "skip-known"] == paths

@@ -17,10 +17,11 @@ from yarl import URL
 
 from examples.cluster.processes import HttpServer, free_port
 from tests.pd.conftest import Answer, Engine, Fleet, answering, until
-from tests.pd.legs.handoff_parts import a_receipt, giving
+from tests.pd.legs.handoff_parts import a_receipt
 from ucm import handoff as h
-from ucm.pd.legs.ends import Ends, Mark
-from ucm.pd.legs.known import Known, chain_of, marks_of
+from ucm.pd.legs.chains import Mark, chain_of, marks_of
+from ucm.pd.legs.ends import Ends
+from ucm.pd.legs.known import Known
 
 COMPLETIONS, GENERATE = "v1/completions", "inference/v1/generate"
 QUESTION, ANSWER = 60, 700
@@ -29,9 +30,12 @@ ASKED = h.Wanted(with_answer=True)
 all_lengths = some.integers(0, 1200)
 
 
-def told(tokens: int) -> Answer:
+def told(tokens: int, answer_ids: list[int] | None = None) -> Answer:
     words = msgspec.structs.replace(a_receipt(is_whole=True), tokens=tokens)
-    return giving(msgspec.json.encode(h.params(words)))
+    choices = [{"index": 0, "token_ids": answer_ids}]
+    return answering(
+        msgspec.json.encode({"choices": choices, "kv_transfer_params": h.params(words)})
+    )
 
 
 def marks(ids: list[int]) -> tuple[Mark, ...]:
@@ -45,25 +49,60 @@ def remembering(clock: list[float], *, max_new_tokens: int = 100, max_known: int
     )
 
 
-@given(all_lengths, all_lengths, some.integers(0, 3000))
-def test_a_prompt_is_known_if_it_begins_with_all_of_another_and_little_is_not_stored(
-    length, more, stored
+@given(all_lengths, all_lengths, all_lengths, some.integers(0, 3000))
+def test_a_prompt_is_known_if_it_begins_with_what_is_stored_and_little_is_behind_that(
+    length, answered, more, stored
 ):
     known = remembering([0.0])
-    first = [1] * length
-    known.answered(marks(first), stored)
-    longer = [*first, *[2] * more]
+    first, answer = [1] * length, list(range(answered))
+    known.answered(marks(first), stored, answer)
+    longer = [*first, *answer, *[2] * more]
 
     # Of less than a part nothing is remembered, and where nothing is stored nothing is known.
-    expected = length >= 256 and stored > 0 and len(longer) - stored <= 100
-    assert expected == known.has_nearly_all((), marks(longer))
+    has_any = length >= 256 and stored > 0
+    there = min(stored, length + answered)
+    assert (has_any and len(longer) - there <= 100) == known.has_nearly_all((), marks(longer))
+
+
+@given(some.integers(256, 1200), some.integers(1, 1200), some.integers(0, 3000), some.data())
+def test_of_a_turn_with_another_answer_only_the_prompt_is_stored(length, answered, stored, data):
+    known = remembering([0.0])
+    first, answer = [1] * length, list(range(answered))
+    known.answered(marks(first), stored, answer)
+    other = [*answer]
+    end = max(1, min(stored - length, answered))
+    other[data.draw(some.integers(0, end - 1))] = 5000
+    longer = [*first, *other]
+
+    there = min(stored, length)
+    assert (stored > 0 and len(longer) - there <= 100) == known.has_nearly_all((), marks(longer))
+
+
+def test_of_several_answers_to_one_prompt_each_is_known_and_no_mixture_of_them():
+    known = remembering([0.0])
+    answers = [[number] * 700 for number in (5, 6)]
+    for answer in answers:
+        known.answered(marks([1] * 300), 1000, answer)
+    answers.append([*answers[0][:300], *answers[1][300:]])
+
+    assert [True, True, False] == [
+        known.has_nearly_all((), marks([*[1] * 300, *answer])) for answer in answers
+    ]
+
+
+def test_an_answer_whose_ids_nobody_has_seen_is_new():
+    known = remembering([0.0])
+    known.answered(marks([1] * 300), 1000)
+
+    assert known.has_nearly_all((), marks([*[1] * 300, *[5] * 100]))
+    assert not known.has_nearly_all((), marks([*[1] * 300, *[5] * 101]))
 
 
 @given(some.integers(257, 1200), some.data())
 def test_another_id_anywhere_in_it_makes_it_another_prompt(length, data):
     known = remembering([0.0])
     ids = list(range(length))
-    known.answered(marks(ids), 10_000)
+    known.answered(marks(ids), 10_000, [1] * 100)
     assert known.has_nearly_all((), marks(ids))
     ids[data.draw(some.integers(0, length - 1))] = 5000
 
@@ -90,30 +129,37 @@ def test_texts_and_chats_have_no_marks():
     assert 0 == Ends(9).stored_tokens((), now_s=0.0)
 
 
-def storing(engine: Engine, *, tokens: int) -> Answer:
+def storing(engine: Engine, *, tokens: int, answer_ids: list[int]) -> Answer:
     """An engine that says that so much is stored, if it is told anything that has it say so."""
 
     async def answer(request: web.Request) -> web.StreamResponse:
         says = engine.asked[-1].handoff
         has_reason = isinstance(says, (h.Receipt, h.Expected, h.Withdrawn)) or says == ASKED
-        return await (told(tokens) if has_reason else answering(b"{}"))(request)
+        return await (told(tokens, answer_ids) if has_reason else answering(b"{}"))(request)
 
     return answer
 
 
 async def talk(
-    fleet: Fleet, path: str, name: str, more: dict[str, Any], *, turns: int = 4
+    fleet: Fleet,
+    path: str,
+    name: str,
+    more: dict[str, Any],
+    *,
+    turns: int = 4,
+    is_kept: bool = True,
 ) -> list[str]:
-    """Of each turn, the way that it took."""
+    """Of each turn, the way that it took. A client that has kept no answer goes on with others."""
     said, paths = [1] * 500, []
     for turn in range(turns):
         stored = (len(said) + ANSWER) // 128 * 128
-        fleet.decode[0].answer = storing(fleet.decode[0], tokens=stored)
+        ids = [turn] * ANSWER
+        fleet.decode[0].answer = storing(fleet.decode[0], tokens=stored, answer_ids=ids)
         async with await fleet.post(path, **{name: said}, **more) as response:
             assert 200 == response.status
             assert "ucm" not in await response.text()
             paths.append(response.headers["x-ucm-pd-path"])
-        said = [*said, *[turn] * (ANSWER + QUESTION)]
+        said = [*said, *(ids if is_kept else [9] * ANSWER), *[turn] * QUESTION]
     return paths
 
 
@@ -131,6 +177,13 @@ async def test_a_conversation_of_ids_goes_on_at_decode_alone_once_its_answers_ar
     assert ["pd", *["skip-known"] * 5] == await talk(fleet, path, name, more, turns=6)
     assert 5 == await fleet.metric('ucm_pd_not_prefilled_total{reason="known"}')
     assert [ASKED] * 5 == [each.handoff for each in fleet.decode[0].asked[1:]]
+
+
+async def test_a_client_that_goes_on_with_other_answers_is_prefilled_each_time(fleet: Fleet):
+    await fleet.start(1, 1, **KNOWING)
+    fleet.prefill[0].answer = told(129)
+
+    assert ["pd"] * 4 == await talk(fleet, COMPLETIONS, "prompt", {}, is_kept=False)
 
 
 @pytest.mark.parametrize("mode", ["chain", "overlap"])

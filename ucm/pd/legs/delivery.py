@@ -15,6 +15,7 @@ from ucm.pd.errors import error_response
 from ucm.pd.legs import bodies, upstream
 from ucm.pd.legs.receipts import may_have_receipt, without_receipt
 from ucm.pd.legs.resume import Events, Tracker
+from ucm.pd.legs.said import Said
 from ucm.pd.legs.usage import PrefillUsage
 from ucm.pd.protocol import Protocol, protocol_of
 from ucm.pd.trace import RequestTrace
@@ -93,6 +94,7 @@ class Delivery:
         self._trace = trace
         self._tracker = tracker
         self._usage = usage
+        self._said = Said()
         self._is_event_stream = False
         # Whose events these are; one that knows none where they can't be read.
         self._protocol = _NO_PROTOCOL
@@ -143,6 +145,9 @@ class Delivery:
         if may_have_receipt(body):
             body, stored = await bodies.apart(partial(without_receipt, body), num_bytes=len(body))
             self._trace.stored_tokens = stored
+        if self._trace.reads_answer:
+            await bodies.apart(partial(self._said.read_whole, body), num_bytes=len(body))
+            self._trace.answer_tokens, self._trace.answer_ids = self._said.tokens, self._said.ids
         return body if self._usage is None else await self._usage.in_body(body)
 
     async def _go_on(self, answer: Answer) -> str | None:
@@ -168,6 +173,9 @@ class Delivery:
                     if tracker is not None:
                         tracker.add(whole)
                         whole = whole if is_first else tracker.continued(whole)
+                    if self._trace.reads_answer:
+                        self._said.read_events(whole)
+                        self._trace.answer_tokens = self._said.tokens
                     if self._usage is not None:
                         whole = await self._usage.in_events(whole)
                     await self.response.write(whole)

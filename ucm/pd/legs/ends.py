@@ -1,39 +1,35 @@
 """How far conversations of token ids are stored, by what decode has said beside its answers.
 
-What stands behind a prompt of ids that begins with all of an earlier one is, nearly always, what
-was answered to that. Nobody but decode knows how much of it is stored, and it says so. Where the
-guess is wrong decode computes more than it should, and nothing else is wrong.
+Of each prompt that decode has answered two ends are remembered: its own, and how far it and its
+answer are stored. A prompt that begins with all of the latter goes on from there. One that begins
+with the prompt alone, because something else is behind it, has only that.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from xxhash import xxh3_128_digest
 
 from ucm.pd.legs import bodies
-
-
-@dataclass(frozen=True)
-class Mark:
-    """The beginning of a prompt of ids up to the end of a whole part: its digest, how many ids that
-    has, and the part behind it."""
-
-    digest: bytes
-    num_ids: int
-    next_ids: Sequence[int]
+from ucm.pd.legs.chains import IDS_PART, Mark, linked, num_ids
 
 
 @dataclass(frozen=True)
 class _End:
-    """Of an earlier prompt: `num_ids` behind a mark, with this digest. Of it and of its answer
-    `stored_tokens` are stored."""
+    """`num_ids` behind a mark, with this digest. Of all up to there `stored_tokens` are stored."""
 
     until_s: float
     num_ids: int
     digest: bytes
     stored_tokens: int
+
+    def is_of(self, ids: Sequence[int], now_s: float) -> bool:
+        """Whether what stands behind the mark begins with it."""
+        if self.until_s <= now_s or self.num_ids > len(ids):
+            return False
+        return _digest(ids[: self.num_ids]) == self.digest
 
 
 class Ends:
@@ -41,40 +37,50 @@ class Ends:
 
     def __init__(self, max_ends: int) -> None:
         self._max_ends = max_ends
-        # Behind each mark the latest one; those that were noted last are at the end.
-        self._ends: dict[bytes, _End] = {}
+        # Behind each mark the latest one of a prompt, and of one with its answer; those that were
+        # noted last are at the end.
+        self._ends: dict[tuple[bytes, bool], _End] = {}
 
     def __len__(self) -> int:
         return len(self._ends)
 
-    def note(self, marks: Sequence[Mark], stored_tokens: int, *, until_s: float) -> None:
-        """Of a prompt, longest first, how much is stored with its answer."""
+    def note(
+        self,
+        marks: Sequence[Mark],
+        answer_ids: Sequence[int],
+        stored_tokens: int,
+        *,
+        until_s: float,
+    ) -> None:
+        """Of a prompt, longest first, how much is stored with its answer. Without the answer's ids
+        nobody can tell whether it is that which stands behind the prompt."""
         if not marks:
             return
-        last = marks[0]
-        self._ends.pop(last.digest, None)
-        self._ends[last.digest] = _End(
-            until_s, len(last.next_ids), _digest(last.next_ids), stored_tokens
-        )
+        digest, ids, prompt_tokens = marks[0].digest, list(marks[0].next_ids), num_ids(marks)
+        stored = min(stored_tokens, prompt_tokens)
+        self._put((digest, False), _End(until_s, len(ids), _digest(ids), stored))
+        ids += answer_ids[: max(0, stored_tokens - prompt_tokens)]
+        stored = marks[0].num_ids + len(ids)
+        if stored > prompt_tokens:
+            while len(ids) >= IDS_PART:
+                digest, ids = linked(digest, ids[:IDS_PART]), ids[IDS_PART:]
+            self._put((digest, True), _End(until_s, len(ids), _digest(ids), stored))
         while len(self._ends) > self._max_ends:
             del self._ends[next(iter(self._ends))]
 
+    def _put(self, where: tuple[bytes, bool], end: _End) -> None:
+        self._ends.pop(where, None)
+        self._ends[where] = end
+
     def stored_tokens(self, marks: Sequence[Mark], *, now_s: float) -> int:
-        """Of the longest earlier prompt that this one begins with."""
-        return next(self._known(marks, now_s), 0)
-
-    def _known(self, marks: Sequence[Mark], now_s: float) -> Iterator[int]:
+        """Of the longest that this prompt begins with."""
         for mark in marks:
-            end = self._ends.get(mark.digest)
-            if end is None or end.until_s <= now_s or end.num_ids > len(mark.next_ids):
-                continue
-            if _digest(mark.next_ids[: end.num_ids]) == end.digest:
-                yield end.stored_tokens
-
-
-def num_ids(marks: Sequence[Mark]) -> int:
-    """Of the whole prompt."""
-    return marks[0].num_ids + len(marks[0].next_ids)
+            found = (self._ends.get((mark.digest, is_answered)) for is_answered in (True, False))
+            of_it = [each for each in found if each is not None]
+            stored = (each.stored_tokens for each in of_it if each.is_of(mark.next_ids, now_s))
+            if most := max(stored, default=0):
+                return most
+        return 0
 
 
 def _digest(ids: Sequence[int]) -> bytes:

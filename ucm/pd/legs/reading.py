@@ -11,8 +11,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from ucm.pd.fleet.affinity import Prefix
-from ucm.pd.legs.ends import Mark
-from ucm.pd.legs.known import Link, chain_of, marks_of, prefix_of
+from ucm.pd.legs.chains import Link, Mark, chain_of, marks_of, prefix_of
 from ucm.pd.legs.rewrite import (
     ANSWER_WANTED,
     guess_tokens,

@@ -59,7 +59,9 @@ _MEDIA_TOKENS = {"image": 1000, "video": 8000, "audio": 750, "file": 4000, "docu
 _MEDIA_URL = re.compile(r"data:(image|video|audio)/")
 # Where a request has what ends up in its prompt.
 _PROMPTS = ("prompt", "messages", "input", "token_ids", "system", "instructions", "tools")
-_BYTES_PER_TOKEN = 4
+BYTES_PER_TOKEN: Final = 4
+# What they are, not what they say.
+NO_TEXT: Final = ("type", "role")
 _MAX_MODEL_CHARS = 256
 
 
@@ -257,7 +259,7 @@ def guess(value: object) -> int:
     if isinstance(value, str):
         # Media also come as text, where their kind is not said.
         kind = _MEDIA_URL.match(value)
-        return _MEDIA_TOKENS[kind[1]] if kind else len(value) // _BYTES_PER_TOKEN
+        return _MEDIA_TOKENS[kind[1]] if kind else len(value) // BYTES_PER_TOKEN
     if isinstance(value, int):
         return 1
     if isinstance(value, list):
@@ -269,5 +271,5 @@ def guess(value: object) -> int:
         for media, tokens in _MEDIA_TOKENS.items():
             if media in kind_of_part:
                 return tokens
-        return sum(guess(each) for name, each in value.items() if name not in ("type", "role"))
+        return sum(guess(each) for name, each in value.items() if name not in NO_TEXT)
     return 0
