@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from collections import Counter
+from typing import Any
 
 import pytest
 from hypothesis import given
@@ -133,6 +134,71 @@ def test_a_text_and_ids_that_go_on_from_others_have_their_opening(name, text):
     assert set(beginning.digests[1:]) < set(whole.digests)
 
 
+SHARED = {
+    "agents that are told the same first": [SYSTEM, {"role": "user", "content": "Linux."}],
+    "ids with one system prompt": [7] * 1024,
+    "ids with a system prompt that ends inside a part": [7] * 1000,
+    "texts with one system prompt": "You are kind. " * 400,
+}
+
+
+def said(begun: Any, name: str, turn: int) -> dict[str, Any]:
+    """A turn of the conversation of that name."""
+    words = [f"{name} asks", *(f"{name} {i} " * 30 for i in range(turn * 2))]
+    if isinstance(begun, str):
+        return {"prompt": begun + "".join(word.ljust(200) for word in words)}
+    if isinstance(begun[0], int):
+        ids = [i for word in words for i in (*word.encode(), *[1] * 200)]
+        return {"prompt": [*begun, *ids]}
+    roles = ["user", "assistant"] * len(words)
+    return {
+        "messages": [
+            *begun,
+            *({"role": r, "content": w} for r, w in zip(roles, words, strict=False)),
+        ]
+    }
+
+
+@pytest.mark.parametrize("kind", SHARED)
+def test_conversations_that_open_alike_are_spread_and_each_stays_where_it_is(kind: str):
+    places = Homes(max_ahead=0, max_places=9000)
+    idle = dict.fromkeys(URLS, 0)
+    homes: dict[str, set[URL]] = {}
+    for i in range(200):
+        for turn in range(4):
+            chosen = places.choose(prefix(**said(SHARED[kind], f"{i:05}", turn)), idle)
+            homes.setdefault(f"{i:05}", set()).add(chosen)
+
+    assert {1} == {len(each) for each in homes.values()}
+    found = Counter(url for each in homes.values() for url in each)
+    assert set(URLS) == set(found)
+    assert max(found.values()) < 60
+
+
+@pytest.mark.parametrize("kind", SHARED)
+def test_a_conversation_that_load_has_moved_stays_there_though_others_open_alike(kind: str):
+    places = Homes(max_ahead=1, max_places=9000)
+    idle = dict.fromkeys(URLS, 0)
+    for i in range(20):
+        places.choose(prefix(**said(SHARED[kind], f"{i:05}", 0)), idle)
+    first = places.choose(prefix(**said(SHARED[kind], "moved", 0)), idle)
+    moved = places.choose(prefix(**said(SHARED[kind], "moved", 0)), {**idle, first: 2})
+    assert first != moved
+
+    for turn in range(5):
+        assert moved == places.choose(prefix(**said(SHARED[kind], "moved", turn)), idle)
+
+
+def test_a_conversation_whose_turns_are_answered_anew_now_and_then_stays():
+    places = Homes(max_ahead=0, max_places=9000)
+    idle = dict.fromkeys(URLS, 0)
+    found = set()
+    for i in range(4):
+        begun = [*turns("one", 0), {"role": "assistant", "content": f"{i}"}]
+        found.add(places.choose(prefix(messages=begun), idle))
+    assert 1 == len(found)
+
+
 def test_several_prompts_in_one_request_have_no_place():
     fields = {"prompt": ["one " * 900, "two " * 900]}
     assert None is prefix_of(fields, chain_of(fields, path="/v1/completions"))
@@ -141,21 +207,27 @@ def test_several_prompts_in_one_request_have_no_place():
 # -- in the pool and the proxy ---------------------------------------------------------------------
 
 
-@given(some.sets(some.integers(0, 3), max_size=3), some.sets(some.integers(0, 3), max_size=3))
-def test_one_that_drains_or_is_down_is_never_chosen_while_another_is_well(draining, down):
+def placing(role: Role, number: int = 2) -> Pool:
     rules = PoolRules(
-        max_running=9,
+        max_running=99,
         max_queued=9,
         queue_timeout_s=9.0,
         silent_after_s=9.0,
         breaker_failures=1,
         breaker_open_s=1000.0,
         affinity="prefix",
+        affinity_max_ahead=8,
         max_places=99,
     )
-    pool = Pool(Role.DECODE, rules)
-    for url in URLS[:4]:
+    pool = Pool(role, rules)
+    for url in URLS[:number]:
         pool.add(url)
+    return pool
+
+
+@given(some.sets(some.integers(0, 3), max_size=3), some.sets(some.integers(0, 3), max_size=3))
+def test_one_that_drains_or_is_down_is_never_chosen_while_another_is_well(draining, down):
+    pool = placing(Role.DECODE, 4)
     wanted = Prefix([b"1"], b"opening")
 
     async def admitted() -> URL:
@@ -173,6 +245,32 @@ def test_one_that_drains_or_is_down_is_never_chosen_while_another_is_well(draini
     well = {URLS[i] for i in range(4) if i not in draining | down}
     if well:
         assert asyncio.run(admitted()) in well
+
+
+async def running_at_home(pool: Pool, *tokens: int) -> list[bool]:
+    """Of each prompt of one conversation, none of which ends, whether it went where the first one
+    did."""
+    wanted = Prefix([b"1"], b"opening")
+    found = [await pool.admit(tokens=each, prefix=wanted) for each in tokens]
+    return [each is found[0] for each in found]
+
+
+@pytest.mark.parametrize(
+    ("tokens", "stay"),
+    [
+        ((50_000, 50_000, 50_000), [True, True, False]),
+        ((100, 50_000), [True, True]),
+        # A short one does not wait for a long one.
+        ((50_000, 100), [True, False]),
+    ],
+)
+def test_a_prefill_waits_at_its_place_for_no_more_tokens_than_it_has_itself(tokens, stay):
+    assert stay == asyncio.run(running_at_home(placing(Role.PREFILL), *tokens))
+
+
+@pytest.mark.parametrize("role", [Role.DECODE, Role.WORKER])
+def test_where_answers_are_made_long_prompts_count_as_any_other_request(role: Role):
+    assert [True] * 9 == asyncio.run(running_at_home(placing(role), *[50_000] * 9))
 
 
 async def who(fleet: Fleet, **fields: object) -> str:

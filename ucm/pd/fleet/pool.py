@@ -229,7 +229,8 @@ class Pool:
         free = [each for each in well if each.running < self._rules.max_running]
         fit = [each for each in free if not each.is_unfit(waiter.kind)] or free
         if fit and self.places is not None and waiter.prefix is not None:
-            return _at_home(fit, self.places, waiter.prefix)
+            near = self._within_tokens(_not_shunned(fit), waiter.tokens)
+            return _at_home(near, self.places, waiter.prefix)
         return self._best(fit) if fit else None
 
     def _best(self, free: list[Instance]) -> Instance:
@@ -241,6 +242,14 @@ class Pool:
         ties = [each for each in free if self._load(each) == load]
         return ties[turn % len(ties)]
 
+    def _within_tokens(self, free: list[Instance], tokens: int) -> list[Instance]:
+        """A prefill that waits at its place for more tokens than it has itself might as well be
+        computed anew elsewhere."""
+        if self.role is not Role.PREFILL:
+            return free
+        most = min(each.tokens for each in free) + tokens
+        return [each for each in free if each.tokens <= most]
+
     def _load(self, instance: Instance) -> int:
         """A prefill takes as long as its prompt; decoding goes on beside other decoding."""
         return instance.tokens if self.role is Role.PREFILL else instance.running
@@ -251,7 +260,7 @@ def _not_shunned(free: list[Instance]) -> list[Instance]:
 
 
 def _at_home(free: list[Instance], places: Homes, prefix: Prefix) -> Instance:
-    by_url = {each.url: each for each in _not_shunned(free)}
+    by_url = {each.url: each for each in free}
     return by_url[places.choose(prefix, {url: each.running for url, each in by_url.items()})]
 
 

@@ -22,6 +22,9 @@ from ucm.pd.legs.shaping import shaping
 _PROMPTS = ("messages", "input", "token_ids", "prompt")
 _TEXT_PART_CHARS = 1024
 IDS_PART = 256
+# Texts and ids that open alike are told from each other in such steps, and so many of them.
+_STEPS_OF_A_PART = 8
+_MAX_STEPS = 64
 
 
 @dataclass(frozen=True)
@@ -103,7 +106,15 @@ def prefix_of(first: Mapping[str, Any], chain: Sequence[Link]) -> Prefix | None:
         roles = [each.get("role") if isinstance(each, dict) else None for each in messages]
         asked = roles.index("user") if "user" in roles else 0
     digests = [link.digest for link in chain[: len(chain) - asked]]
-    return Prefix(digests, digests[-1])
+    prompt = next(first[name] for name in _PROMPTS if first.get(name) is not None)
+    if isinstance(prompt, list) and isinstance(prompt[0], dict):
+        return Prefix(digests, digests[-1], digests[: -_MAX_STEPS - 1 : -1])
+    part = _TEXT_PART_CHARS if isinstance(prompt, str) else IDS_PART
+    step = part // _STEPS_OF_A_PART
+    trail = [digests[-1]]
+    for start in range(part, min(len(prompt), part + _MAX_STEPS * step), step):
+        trail.append(linked(trail[-1], prompt[start : start + step]))
+    return Prefix(digests, digests[-1], trail, _STEPS_OF_A_PART)
 
 
 def _is_answer(part: object) -> bool:

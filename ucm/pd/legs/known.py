@@ -18,7 +18,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from typing import NamedTuple
 
 import msgspec
 
@@ -32,8 +32,7 @@ from ucm.pd.legs.prefill import PrefillOutcome
 _MAX_NOTED = 256
 
 
-@dataclass(frozen=True)
-class _Noted:
+class _Noted(NamedTuple):
     """A beginning that is known. `tokens` are told of whole prompts only; of others it is 1. The
     longest answer to it that decode gave had `answer_tokens`, a guess."""
 
@@ -127,7 +126,7 @@ class Known:
     def _remember(self, link: Link, noted: _Noted, now_s: float) -> None:
         before = self._find(link, now_s)
         if before is not None and before.answer_tokens > noted.answer_tokens:
-            noted = replace(noted, answer_tokens=before.answer_tokens)
+            noted = noted._replace(answer_tokens=before.answer_tokens)
         self._noted.pop(link.digest, None)
         self._noted[link.digest] = noted
 
