@@ -268,7 +268,9 @@ def main() -> None:
     args.parts = args.parts.split(",")
     unknown = set(args.parts) - set(MODEL_OF)
     if unknown:
-        parser.error(f"--parts: there is no {', '.join(sorted(unknown))}")
+        parser.error(
+            f"--parts: there is no {', '.join(sorted(unknown))}, but {', '.join(MODEL_OF)}"
+        )
     console = Console()
     console = Console(width=max(console.width, MIN_WIDTH))
     store = Path(tempfile.mkdtemp(prefix="ucm-bench-"))

@@ -195,9 +195,6 @@ def about_machine(args: argparse.Namespace) -> dict[str, Any]:
 
 def draw(console: Console, found: Path, chart: Path) -> None:
     """By an interpreter that has the packages of the peers."""
-    if why_not := lmcache_peer.why_not():
-        console.print(f"no chart: {why_not}")
-        return
     script = Path(__file__).with_name("trace_chart.py")
     path = os.pathsep.join(filter(None, (str(lmcache_peer.ENVIRONMENT), os.getenv("PYTHONPATH"))))
     subprocess.run(
@@ -226,12 +223,14 @@ def arguments() -> argparse.Namespace:
     args.topology = args.topology.split(",")
     args.contenders = [name for name in args.contenders.split(",") if name]
     if unknown := set(args.topology) - TOPOLOGIES.keys():
-        parser.error(f"--topology: there is no {', '.join(sorted(unknown))}")
+        missing = ", ".join(sorted(unknown))
+        parser.error(f"--topology: there is no {missing}, but {', '.join(TOPOLOGIES)}")
     names = [contender.name for contender in contenders(Path(), None)]
     args.contenders = args.contenders or [name for name in names if name != UNASKED]
     if unknown := set(args.contenders) - set(names):
         missing = ", ".join(sorted(unknown))
-        parser.error(f"--contenders: there is no {missing}, but {', '.join([*names, *left_out()])}")
+        known = "; ".join([", ".join(names), *left_out()])
+        parser.error(f"--contenders: there is no {missing}, but {known}")
     for path in args.trace:
         if not path.is_file():
             parser.error(f"--trace: there is no file {path}; they are published in {PUBLISHED}")
@@ -250,6 +249,8 @@ def check_outputs(parser: argparse.ArgumentParser, args: argparse.Namespace) -> 
             parser.error(f"{flag}: there is no directory {path.parent}")
     if args.chart is not None and args.chart.suffix not in (".svg", ".png"):
         parser.error(f"--chart: {args.chart} is no .svg or .png file")
+    if args.chart is not None and (why_not := lmcache_peer.why_not()):
+        parser.error(f"--chart: what draws it comes with the peers: {why_not}")
 
 
 def clear(console: Console, folder: Path, *, keeps_logs: bool) -> None:

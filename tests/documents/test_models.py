@@ -61,7 +61,7 @@ def test_the_sentences_that_it_quotes_are_those_of_the_code() -> None:
 
 def test_what_is_written_is_what_the_program_prints() -> None:
     section = TEXT.partition("\n## What is written\n")[2]
-    assert "`python benchmarks/model_bytes.py`" in section
+    assert "`.venv/bin/python benchmarks/model_bytes.py`" in section
     for printed in (shapes_table(1), bytes_table(PROMPTS, 1)):
         assert "\n".join(("", *printed, "")) in section
 

@@ -39,4 +39,4 @@ def test_what_it_says_of_pages_and_engines_is_what_the_model_has() -> None:
 
 def test_the_readme_and_the_benchmark_lead_to_it() -> None:
     assert "`docs/scale.md`" in (ROOT / "README.md").read_text().partition("## Read on")[2]
-    assert re.search(r"^    python benchmarks/fleet\.py --trace", TEXT, re.MULTILINE)
+    assert re.search(r"^    \.venv/bin/python benchmarks/fleet\.py --trace", TEXT, re.MULTILINE)
