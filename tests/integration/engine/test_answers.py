@@ -195,6 +195,22 @@ def test_an_answer_behind_what_found_no_room_is_not_stored():
     engine.link.core.check()
 
 
+def test_an_answer_to_a_prompt_that_found_no_room_is_not_stored():
+    engine = Engine(Loopback(num_slots=4))
+    other = engine.add("c", 3 * BLOCK, salt="another's")
+    engine.admit(other)
+    engine.step({"c": 3 * BLOCK})
+    engine.take_dumping()
+    request = begin(engine, 2 * BLOCK)
+    other.status = RequestStatus.FINISHED_ABORTED
+    engine.side.finished(other, ())
+    engine.answer(request, 2 * BLOCK + 2)
+    finish(engine, request)
+
+    assert stored_pages(engine) == 1
+    engine.link.core.check()
+
+
 def test_a_window_is_stored_with_each_block_that_is_answered():
     engine = Engine(Loopback(), window=BLOCK + 1)
     request = begin(engine, 2 * BLOCK)

@@ -115,6 +115,15 @@ class RequestDump:
         """Nothing of it is stored any more."""
         return self.strands[0].closed
 
+    @property
+    def leads_nowhere(self) -> bool:
+        """The store will lack a full block of the prompt: what is answered would be found by nobody
+        behind that."""
+        return any(
+            dump.is_base and dump.cursor.lost_from < dump.prompt.full_blocks
+            for dump in self.strands
+        )
+
     def offer(self, states: StateBlocks) -> None:
         """In this step the engine has these."""
         self.states = states

@@ -124,7 +124,7 @@ class Dumps:
         all of it, into these blocks. Nothing waits for it: what gets no slot now is copied in a
         later step."""
         dump = self._dumps.get(prompt.request_id)
-        if dump is None or dump.is_closed:
+        if dump is None or dump.is_closed or dump.leads_nowhere:
             return
         dump.device_blocks = device_blocks
         dump.answer = dump.answer or of_answer(dump.prompt, self._facts, self._session.namespaces)
