@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import os
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from ucm.store.inspect import speed
-from ucm.store.inspect.speed import ProbeLoad, SpeedTest, measure_all
+from ucm.store.inspect.speed import ProbeLoad, SpeedTest, measure_all, own_folder
 
 PAGE = 64 << 10
 
@@ -50,3 +51,19 @@ def test_a_page_is_no_zeros_and_of_any_length(tmp_path: Path) -> None:
     assert test.write(1).problem == "" and test.read(1).problem == ""
     path = next(tmp_path.iterdir())
     assert any(path.read_bytes()[-8192:-4096])
+
+
+def test_who_is_interrupted_while_clearing_up_clears_up_all_the_same(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    unlink, interrupts = os.unlink, iter([True])
+
+    def interrupted_once(*args: Any, **more: Any) -> None:
+        if next(interrupts, False):
+            raise KeyboardInterrupt
+        unlink(*args, **more)
+
+    monkeypatch.setattr(os, "unlink", interrupted_once)
+    with pytest.raises(KeyboardInterrupt), own_folder(str(tmp_path)) as folder:
+        Path(folder, "page").write_bytes(b"page")
+    assert list(tmp_path.iterdir()) == []

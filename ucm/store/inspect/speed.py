@@ -98,7 +98,12 @@ def own_folder(directory: str) -> Iterator[str]:
     try:
         yield folder
     finally:
-        shutil.rmtree(folder, ignore_errors=True)
+        try:
+            shutil.rmtree(folder, ignore_errors=True)
+        except KeyboardInterrupt:
+            # It came while this was at it.
+            shutil.rmtree(folder, ignore_errors=True)
+            raise
 
 
 def measure_all(
