@@ -137,8 +137,17 @@ def test_a_prompt_file_that_is_missing_is_told_before_vllm_is_asked(
     assert done.stderr == f"ucm explain: {missing}: can't be read: No such file or directory\n"
 
 
+def test_a_model_that_is_not_there_is_told_in_our_words(store: Path, prompt_file: Path) -> None:
+    """Not in Hugging Face's, which are about names of repositories."""
+    model = store / "none"
+    done = ucm("explain", store, "--model", model, "--prompt-file", prompt_file)
+    assert (done.returncode, done.stderr.count("\n")) == (1, 1)
+    assert done.stderr.startswith(f"ucm explain: --model {model}: is not there: name the model as ")
+
+
 def test_what_vllm_says_no_to_is_one_line(store: Path, prompt_file: Path) -> None:
-    done = ucm("explain", store, "--model", store / "none", "--prompt-file", prompt_file)
-    assert done.returncode == 1
-    assert done.stderr.startswith("ucm explain: vLLM could not be asked about ")
-    assert done.stderr.count("\n") == 1
+    for model, hint in ((store, ""), ("none", ", which is no folder here, and so a name on Hug")):
+        done = ucm("explain", store, "--model", model, "--prompt-file", prompt_file)
+        assert (done.returncode, done.stderr.count("\n")) == (1, 1)
+        begins = f"ucm explain: vLLM could not be asked about {model}{hint or ': '}"
+        assert done.stderr.startswith(begins), done.stderr

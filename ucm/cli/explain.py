@@ -77,7 +77,7 @@ def explain(
             model=model,
             vllm_args=vllm_args or [],
             config_file=store if given.settings is not None else "",
-            prompts=[prompt.value],
+            prompts=[prompt],
             adapters=[each for each in (adapter, *(other_adapters or [])) if each is not None],
         )
         with progress(ASKING_VLLM):

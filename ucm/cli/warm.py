@@ -91,7 +91,7 @@ def warm(
             model=model,
             vllm_args=vllm_args or [],
             config_file=settings_file,
-            prompts=[each.value for each in given],
+            prompts=given,
             adapters=[] if adapter is None else [adapter],
         )
         with progress(ASKING_VLLM):
@@ -139,12 +139,22 @@ def _asked(
     salt: str | None,
     namespace: str,
 ) -> list[AskedPrompt]:
+    """Looks at the backends, so that no node cache makes one where none is mounted. Raises
+    ConfigError, also if there is nothing to read of what is so short."""
+    from ucm.errors import ConfigError
     from ucm.store.blocks.namespace import from_json
     from ucm.store.inspect.asked_prompt import AskedPrompt
+    from ucm.store.inspect.given import check_backends
     from ucm.store.inspect.strands_in_store import with_strands_of_store
 
+    check_backends(backends)
     manifest = from_json(identity.manifest_json.encode())
     manifest = with_strands_of_store(manifest, backends, namespace)
+    if max(map(len, identity.tokens)) < manifest.block_tokens:
+        raise ConfigError(
+            f"no prompt is as long as a block, which has {manifest.block_tokens} tokens: nothing "
+            f"is read of shorter ones"
+        )
     return [
         AskedPrompt(
             manifest=manifest,
@@ -206,6 +216,12 @@ def _say_lost(problem: str) -> None:
 
 
 def _say_problems(warmed: Warmed) -> None:
+    if warmed.missing and not warmed.read + warmed.in_memory:
+        say(
+            f"{_NAME}: nothing of these prompts is stored for this model with these flags: ucm "
+            f"explain, with the same settings, model and flags, says what differs",
+            is_error=True,
+        )
     if warmed.failed:
         say(
             f"{_NAME}: storage failed: {count(warmed.failed, 'page')} could not be had; the node "

@@ -10,14 +10,13 @@ from __future__ import annotations
 
 import os
 import sys
-from collections.abc import Sequence
+from argparse import Namespace
 from types import SimpleNamespace
-from typing import Any, TypeGuard
+from typing import Any
 
 import msgspec
 from vllm.config import KVTransferConfig
 from vllm.engine.arg_utils import EngineArgs
-from vllm.utils.argparse_utils import FlexibleArgumentParser
 from vllm.utils.torch_utils import kv_cache_dtype_str_to_dtype
 from vllm.v1.kv_cache_interface import FullAttentionSpec, MLAAttentionSpec
 
@@ -26,9 +25,9 @@ from ucm.errors import UcmError
 from ucm.integration.engine.adapters import AdapterNames
 from ucm.integration.vllm.engine_facts import adapter_rules, engine_facts, state_interval_tokens
 from ucm.integration.vllm.identity import manifest, manifest_without_strands
+from ucm.integration.vllm.rendering import flags_parser, tokens_of
 from ucm.store.blocks.namespace import to_json
 from ucm.store.inspect.engine_identity import EngineIdentity, EngineQuestion
-from ucm.store.inspect.given_prompts import PromptValue
 
 
 def describe(question: EngineQuestion) -> EngineIdentity:
@@ -36,10 +35,8 @@ def describe(question: EngineQuestion) -> EngineIdentity:
     settings = Settings(store=StoreSettings(socket_path=""))
     if question.config_file:
         settings = load_settings_file(question.config_file)
-    parser = EngineArgs.add_cli_args(FlexibleArgumentParser(prog="vllm"))
-    # As `vllm serve` has it, whose first argument is the model.
-    given = parser.parse_args(["--model", question.model, *question.vllm_args])
-    vllm_config = EngineArgs.from_cli_args(given).create_engine_config()
+    flags = _flags(question)
+    vllm_config = EngineArgs.from_cli_args(flags).create_engine_config()
     vllm_config.kv_transfer_config = KVTransferConfig(
         kv_connector="UCMConnector", kv_role="kv_both"
     )
@@ -54,11 +51,20 @@ def describe(question: EngineQuestion) -> EngineIdentity:
     return EngineIdentity(
         manifest_json=to_json(made).decode(),
         page_bytes=page_bytes,
-        tokens=_tokens(vllm_config.model_config, question.prompts),
+        tokens=tokens_of(vllm_config, flags, question.prompts),
         adapters=[_adapter(path, rules) for path in question.adapters],
         window_interval=settings.window_interval,
         state_interval_tokens=state_interval_tokens(vllm_config, settings),
     )
+
+
+def _flags(question: EngineQuestion) -> Namespace:
+    """As `vllm serve` has them, whose first argument is the model."""
+    flags: Namespace = flags_parser().parse_args(["--model", question.model, *question.vllm_args])
+    also = getattr(flags, "model_tag", None)
+    if also not in (None, question.model):
+        raise UcmError(f"{also}: is behind -- and no flag: the model is {question.model} (--model)")
+    return flags
 
 
 def _has_strands(vllm_config: Any) -> bool:
@@ -96,30 +102,6 @@ def _kv_cache_config(vllm_config: Any) -> Any:
     return SimpleNamespace(kv_cache_groups=[group], kv_cache_tensors=[], num_blocks=1)
 
 
-def _tokens(model_config: Any, prompts: Sequence[PromptValue]) -> list[list[int]]:
-    """Of a text as `/v1/completions` makes them, of messages as `/v1/chat/completions` does."""
-    given = [prompt for prompt in prompts if _are_tokens(prompt)]
-    if len(given) == len(prompts):
-        return given
-    from vllm.tokenizers import cached_tokenizer_from_config
-
-    tokenizer = cached_tokenizer_from_config(model_config)
-    return [_tokens_of(tokenizer, each) for each in prompts]
-
-
-def _tokens_of(tokenizer: Any, prompt: PromptValue) -> list[int]:
-    if isinstance(prompt, str):
-        return list(tokenizer.encode(prompt))
-    if _are_tokens(prompt):
-        return prompt
-    chat = tokenizer.apply_chat_template(prompt, add_generation_prompt=True, tokenize=False)
-    return list(tokenizer.encode(chat, add_special_tokens=False))
-
-
-def _are_tokens(prompt: PromptValue) -> TypeGuard[list[int]]:
-    return isinstance(prompt, list) and all(isinstance(each, int) for each in prompt)
-
-
 def _adapter(path: str, rules: str) -> str:
     request = SimpleNamespace(lora_int_id=1, lora_path=path)
     digest = AdapterNames(rules).digest(request)
@@ -130,17 +112,26 @@ def _adapter(path: str, rules: str) -> str:
 
 def main(question: bytes, descriptor: int) -> None:
     """Answers on the descriptor, and ends."""
+    asked = msgspec.json.decode(question, type=EngineQuestion)
     try:
-        answer = describe(msgspec.json.decode(question, type=EngineQuestion))
+        answer = describe(asked)
     except UcmError as error:
         answer = EngineIdentity(problem=str(error))
     except Exception as error:  # noqa: BLE001 - vLLM's own words are what people need
-        answer = EngineIdentity(problem=" ".join(f"{error}".split()))
+        words = " ".join(f"{error}".split())
+        answer = EngineIdentity(problem=f"{_could_not_be_asked(asked.model)}: {words}")
     with open(descriptor, "wb") as file:
         file.write(msgspec.json.encode(answer))
     sys.stdout.flush()
     # Whatever vLLM has started for an engine that never comes.
     os._exit(0)
+
+
+def _could_not_be_asked(model: str) -> str:
+    """vLLM asks Hugging Face for what is no folder, whose words are about names there."""
+    other = ", which is no folder here, and so a name on Hugging Face"
+    hint = "" if os.path.exists(model) else other
+    return f"vLLM could not be asked about {model}{hint}"
 
 
 if __name__ == "__main__":

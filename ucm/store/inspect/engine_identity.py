@@ -7,14 +7,16 @@ descriptor to answer on as its argument, as vLLM prints to standard output what 
 
 from __future__ import annotations
 
+import os
 import subprocess
 import sys
 import tempfile
-from typing import Any, Final
+from typing import Final
 
 import msgspec
 
 from ucm.errors import UcmError
+from ucm.store.inspect.given_prompts import GivenPrompt
 
 DESCRIBER: Final = "ucm.integration.vllm.describe"
 
@@ -28,8 +30,7 @@ class EngineQuestion(msgspec.Struct, frozen=True, kw_only=True):
     model: str
     vllm_args: list[str]
     config_file: str
-    # Each a PromptValue.
-    prompts: list[Any] = []
+    prompts: list[GivenPrompt] = []
     adapters: list[str]
 
 
@@ -51,10 +52,15 @@ class EngineIdentity(msgspec.Struct, frozen=True, kw_only=True):
 
 def ask_vllm(question: EngineQuestion) -> EngineIdentity:
     """Takes the ten seconds that vLLM takes to start. Raises UcmError, with vLLM's last words."""
+    _check_model(question.model)
+    try:
+        asked = msgspec.json.encode(question)
+    except UnicodeEncodeError as error:
+        raise UcmError(f"what vLLM is asked about has to be UTF-8: {error}") from error
     with tempfile.TemporaryFile() as answers:
         done = subprocess.run(
             [sys.executable, "-m", DESCRIBER, str(answers.fileno())],
-            input=msgspec.json.encode(question),
+            input=asked,
             stdout=subprocess.DEVNULL,
             stderr=subprocess.PIPE,
             pass_fds=[answers.fileno()],
@@ -64,9 +70,19 @@ def ask_vllm(question: EngineQuestion) -> EngineIdentity:
         answer = answers.read()
     if not answer:
         lines = done.stderr.decode(errors="replace").strip().splitlines()
-        last = " ".join(lines[-_LAST_LINES:])
+        last = " ".join(" ".join(lines[-_LAST_LINES:]).split())
         raise UcmError(f"vLLM could not be asked about {question.model}: {last}")
     identity = msgspec.json.decode(answer, type=EngineIdentity)
     if identity.problem:
-        raise UcmError(f"vLLM could not be asked about {question.model}: {identity.problem}")
+        raise UcmError(identity.problem)
     return identity
+
+
+def _check_model(model: str) -> None:
+    """Of a path, which is no name on Hugging Face. Raises UcmError."""
+    is_path = model.startswith((os.sep, ".", "~")) or model.count("/") > 1
+    if is_path and "://" not in model and not os.path.exists(model):
+        raise UcmError(
+            f"--model {model}: is not there: name the model as `vllm serve` is given it, a folder "
+            f"or a name on Hugging Face"
+        )

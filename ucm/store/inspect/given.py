@@ -6,6 +6,7 @@ from __future__ import annotations
 import os
 import re
 import sys
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Final
 
@@ -43,13 +44,18 @@ def given_store(argument: str, *, may_be_bucket: bool = False) -> GivenStore:
     """Backends that are there. Raises ConfigError for what is neither, or no storage backend; and
     for a bucket alone, unless it may be one."""
     given = given_place(argument, may_be_bucket=may_be_bucket)
-    for backend in given.backends:
+    check_backends(given.backends)
+    return given
+
+
+def check_backends(backends: Iterable[str]) -> None:
+    """Raises ConfigError for a directory that is not there, or no storage backend."""
+    for backend in backends:
         if not _is_backend(backend):
             raise ConfigError(
                 f"{backend}: no storage backend: it has no {paths.BACKEND_ID}: mount it, or name "
                 f"a directory of storage_backends"
             )
-    return given
 
 
 def given_place(argument: str, *, may_be_bucket: bool = False) -> GivenStore:
@@ -100,7 +106,7 @@ def _is_backend(path: str) -> bool:
                 entry.name == paths.BACKEND_ID or paths.is_own_directory(entry.name, level=1)
                 for entry in entries
             )
-    except NotADirectoryError:
+    except (FileNotFoundError, NotADirectoryError):
         return False
     except OSError as error:
         raise ConfigError(f"{path}: can't be listed: {error.strerror or error}") from error
