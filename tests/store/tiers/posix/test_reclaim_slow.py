@@ -94,6 +94,7 @@ def test_a_run_in_slow_storage_frees_room_and_beats_long_before_it_has_seen_much
         done = run.run(root, {WHOLE: Want(20 * FILE, 0.5)})
     finally:
         os.close(root)
-    assert 15 <= done.files.total() <= 25
+    # Each goes by chance.
+    assert 8 <= done.files.total() <= 25
     assert 1 <= num_gone_first <= 5
     assert num_ticks >= 40
