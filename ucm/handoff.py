@@ -62,6 +62,11 @@ class Withdrawn(msgspec.Struct, frozen=True, kw_only=True, tag_field="kind", tag
 Handoff = Wanted | Receipt | Expected | Withdrawn
 
 
+def wants_prompt_alone(handoff: Handoff | None) -> bool:
+    """Whether a receipt is asked for, of the prompt without its answer: what prefill is told."""
+    return isinstance(handoff, Wanted) and not handoff.with_answer
+
+
 def params(handoff: Handoff) -> dict[str, Any]:
     """The `kv_transfer_params` that say it."""
     return {NAME: msgspec.to_builtins(handoff)}

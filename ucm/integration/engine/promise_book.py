@@ -131,12 +131,10 @@ class PromiseBook:
         account = self._accounts.get(prompt.request_id)
         if account is None or not self._session.can_store:
             return None
-        wanted = account.handoff if isinstance(account.handoff, h.Wanted) else None
-        if wanted is not None and not wanted.with_answer:
+        named, num_blocks = grown, ended.kept_with_answer
+        if h.wants_prompt_alone(account.handoff):
             named, num_blocks = prompt, ended.kept_blocks
-        else:
-            named, num_blocks = grown, ended.kept_with_answer
-        if wanted is not None:
+        elif isinstance(account.handoff, h.Wanted):
             # Without a tail the prompt's blocks have the same names in what it has grown to.
             num_blocks = num_blocks or ended.kept_blocks
         receipt = receipt_for(

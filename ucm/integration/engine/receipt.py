@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from ucm.handoff import Expected, Handoff, Receipt, Wanted, Withdrawn
+from ucm.handoff import Expected, Handoff, Receipt, Withdrawn, wants_prompt_alone
 from ucm.outcome import Outcome
 from ucm.store.blocks.keys import Key
 from ucm.store.blocks.strands import last_boundary
@@ -50,9 +50,8 @@ class PromiseRules:
 
 def wants_tail(handoff: Handoff | None, rules: PromiseRules) -> bool:
     """Whether the keys of such a request have one for the tail."""
-    if isinstance(handoff, Wanted):
-        return rules.keeps_tails and not handoff.with_answer
-    return rules.keeps_tails and isinstance(handoff, (Receipt, Expected))
+    is_promised = isinstance(handoff, (Receipt, Expected))
+    return rules.keeps_tails and (is_promised or wants_prompt_alone(handoff))
 
 
 def promise_of(

@@ -52,8 +52,7 @@ class RowsPromised:
 
 def is_receipt_wanted(kv_transfer_params: Mapping[str, Any] | None) -> bool:
     """Of the prompt. Nothing is said of answers: vLLM decides which of them it offloads."""
-    words = handoff.parse(kv_transfer_params)
-    return isinstance(words, handoff.Wanted) and not words.with_answer
+    return handoff.wants_prompt_alone(handoff.parse(kv_transfer_params))
 
 
 def promise_of(

@@ -81,9 +81,9 @@ class Storing:
         to refuse: a promise that is given before it does would be waited for. They are tried all
         the same, and all from there on are told once they are saved."""
         filled = [i for i, offset in enumerate(offsets) if offset >= 0]
-        first = next((i for i in filled if self._why_refused(keys[i])), None)
+        doubts = ((i, reason) for i in filled if (reason := self._why_refused(keys[i])))
+        first, reason = next(doubts, (None, Outcome.FINE))
         if first is not None:
-            reason = self._why_refused(keys[first])
             for key in (keys[i] for i in filled if i >= first):
                 for each in self._writebacks:
                     each.note_refused(key, reason)

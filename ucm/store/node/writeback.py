@@ -318,7 +318,7 @@ class WriteBack:
     def refuse(self, keys: Sequence[Key], reason: Outcome) -> None:
         """Nobody is to promise these."""
         for key in keys:
-            self._book.note_refused(key, reason)
+            self.note_refused(key, reason)
         if keys:
             self._tell(keys, (), reason)
 
